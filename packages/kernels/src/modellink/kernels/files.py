@@ -1,0 +1,177 @@
+"""How every package writes: whole or not at all.
+
+A file is written under a temporary name in its own folder, flushed, fsynced and renamed. A folder of many files is written
+as `NAME.tmp`, gets a marker that lists its files and their sizes, and is then renamed; a folder without a fitting marker
+does not count as there. A journal is a file of JSON lines that survives being killed in the middle of a line.
+
+Not here: the formats of what is written, and locks between processes (each piece of work has one writer).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from modellink.kernels.errors import ModelLinkError
+
+MARKER = "modellink.complete"
+
+
+def kill_point(name: str) -> None:
+    """Die here, as a power cut would, when `MODELLINK_KILL_AT` names this point; tests prove what is left on disk."""
+    if os.environ.get("MODELLINK_KILL_AT") == name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sync(path: Path) -> None:
+    """fsync a file or a folder (a folder's entries are what a rename changes)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+    """Open `path` for writing; it appears with its whole content when the block ends, and not at all when it raises."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        kill_point("after-write")
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path | str, value: object) -> None:
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        ModelLinkError: the file is missing or is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLinkError("a file is missing", where=path) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelLinkError(f"not a JSON file: {error}", where=path) from None
+
+
+def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
+    """Raise unless `path` can be made anew; with `overwrite` it may be there (and is replaced when the new one is whole)."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ModelLinkError("the output exists", where=path, fix="choose another name, remove it, or pass --overwrite")
+
+
+@contextmanager
+def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
+    """Yield `path.tmp` to be filled; when the block ends it is marked complete and renamed to `path`.
+
+    Args:
+        overwrite: replace an existing `path`.
+        keep: leave an unfinished `path.tmp` of an earlier run in place, for work that continues where it stopped.
+    """
+    path = Path(path)
+    refuse_existing(path, overwrite=overwrite)
+    temporary = path.with_name(path.name + ".tmp")
+    if temporary.exists() and not keep:
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    finish_folder(temporary, path)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """fsync every file below `temporary`, write the marker, rename it to `path` (replacing what is there)."""
+    sizes = {}
+    for file in sorted(temporary.rglob("*")):
+        sync(file)
+        if file.is_file() and file.name != MARKER:
+            sizes[file.relative_to(temporary).as_posix()] = file.stat().st_size
+    kill_point("after-write")
+    write_json(temporary / MARKER, {"files": sizes})
+    kill_point("before-rename")
+    if path.exists():
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old)
+    else:
+        os.replace(temporary, path)
+    sync(path.parent)
+
+
+def incomplete(path: Path) -> str | None:
+    """Why the folder `path` cannot be trusted, or None when its marker and every file the marker lists are there."""
+    marker = path / MARKER
+    if not marker.is_file():
+        return f"it has no {MARKER}, so writing it did not finish"
+    sizes: Mapping[str, int] = read_json(marker)["files"]
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+    return None
+
+
+class Journal:
+    """A file of JSON lines that work is noted in as it finishes, and read back when it continues.
+
+    A last line that was cut off by a kill is dropped when the journal is opened again.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.entries: list[Any] = []
+        good = 0
+        if self.path.exists():
+            for line in self.path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    self.entries.append(json.loads(line))
+                except ValueError:
+                    raise ModelLinkError(
+                        f"line {len(self.entries) + 1} is not JSON", where=self.path,
+                        fix="this is not a journal of ours; remove it or choose another output") from None
+                good += len(line)
+        self._file = open(self.path, "ab")
+        self._file.truncate(good)
+
+    def append(self, *entries: object) -> None:
+        """Note `entries`; they are on disk when this returns."""
+        for entry in entries:
+            self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.entries.extend(entries)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,280 @@
+"""The one way to configure anything: a dataclass whose fields say what they mean.
+
+From a field made with `option` come the command-line option, the YAML key and the documentation. Values are merged from
+layers in rising precedence (default < preset < YAML file < command line) and every value remembers its source, so that a
+contradiction can name both. An unknown key is an error.
+
+Not here: what the options mean to each other; a config class has a `check` method for that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import click
+import yaml
+
+from modellink.kernels.errors import ModelLinkError, near
+
+T = TypeVar("T")
+_REQUIRED: Any = dataclasses.MISSING
+_NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?$")
+
+
+@dataclass(frozen=True)
+class About:
+    """What `option` notes about a field."""
+
+    doc: str
+    unit: str | None = None
+    alias: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, alias: str | Sequence[str] = (),
+           minimum: float | None = None, maximum: float | None = None) -> Any:
+    """A dataclass field that is also an option.
+
+    Args:
+        default: its value when nobody says anything; left out, it must be given.
+        doc: one sentence.
+        unit: of a number, e.g. `tokens`.
+        alias: further spellings, e.g. `--tp`.
+        minimum: smallest legal number; `maximum` likewise.
+    """
+    aliases = (alias,) if isinstance(alias, str) else tuple(alias)
+    return field(default=default, metadata={"about": About(doc, unit, aliases, minimum, maximum)})
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option of one config class, with its type taken apart."""
+
+    name: str
+    kind: Any  # int, float, str, bool, Path, or a tuple of choices
+    many: bool
+    optional: bool
+    default: Any
+    about: About
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    def convert(self, value: Any, source: str) -> Any:
+        """Turn a YAML value or a command-line string into the field's type, or say what it should have been."""
+        if value is None:
+            if self.optional:
+                return None
+            raise self._wrong(value, source)
+        if self.many:
+            parts = value if isinstance(value, (list, tuple)) else [value]
+            if self.kind is int:  # the original writes lists of numbers with commas
+                parts = [piece for part in parts for piece in (part.split(",") if isinstance(part, str) else [part])]
+            return tuple(self._one(part, source) for part in parts)
+        return self._one(value, source)
+
+    def _one(self, value: Any, source: str) -> Any:
+        kind = self.kind
+        if isinstance(kind, tuple):
+            if value not in kind:
+                raise self._wrong(value, source)
+            return value
+        if kind is bool:
+            if not isinstance(value, bool):
+                raise self._wrong(value, source)
+            return value
+        if isinstance(value, (bool, Mapping, list)) or (kind is int and isinstance(value, float) and value != int(value)):
+            raise self._wrong(value, source)
+        try:
+            result = kind(value)
+        except (TypeError, ValueError):
+            raise self._wrong(value, source) from None
+        low, high = self.about.minimum, self.about.maximum
+        if kind in (int, float) and ((low is not None and result < low) or (high is not None and result > high)):
+            limits = " and ".join(([f"at least {low:g}"] if low is not None else [])
+                                  + ([f"at most {high:g}"] if high is not None else []))
+            raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source)
+        return result
+
+    def _wrong(self, value: Any, source: str) -> ModelLinkError:
+        wanted = "one of " + ", ".join(map(str, self.kind)) if isinstance(self.kind, tuple) else {
+            int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}.get(
+            self.kind, str(self.kind))
+        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source)
+
+
+def fields_of(cls: type) -> list[Field]:
+    """The options of a config class, in the order they are written; fields made without `option` are not options."""
+    hints = typing.get_type_hints(cls)
+    found = []
+    for item in dataclasses.fields(cls):
+        if "about" not in item.metadata:
+            continue
+        kind, optional, many = hints[item.name], False, False
+        if typing.get_origin(kind) in (Union, types.UnionType):
+            optional = True
+            (kind,) = [part for part in typing.get_args(kind) if part is not type(None)]
+        if typing.get_origin(kind) is tuple:
+            many, kind = True, typing.get_args(kind)[0]
+        if typing.get_origin(kind) is Literal:
+            kind = typing.get_args(kind)
+        found.append(Field(item.name, kind, many, optional, item.default, item.metadata["about"]))
+    return found
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values from one source, e.g. `command line` or `run.yaml`; a later layer wins over an earlier one."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+@dataclass
+class Resolved:
+    """The config objects, and where each value came from (`default` where nobody said anything)."""
+
+    configs: dict[type, Any]
+    sources: dict[str, str]
+
+    def __getitem__(self, cls: type[T]) -> T:
+        return typing.cast(T, self.configs[cls])
+
+
+def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
+    """Merge the layers into one object of each class, and call its `check()` where it has one.
+
+    Raises:
+        ModelLinkError: an unknown key, a value of the wrong type or out of range, a required one that is missing.
+    """
+    classes = list(classes)
+    known = {item.name: item for cls in classes for item in fields_of(cls)}
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for layer in layers:
+        for name, value in layer.values.items():
+            if name not in known:
+                raise ModelLinkError(f"unknown key {name!r}", where=layer.source, fix=near(name, list(known)) or
+                                     "see --help for what there is")
+            values[name] = known[name].convert(value, layer.source)
+            sources[name] = layer.source
+    missing = [item for item in known.values() if item.default is _REQUIRED and item.name not in values]
+    if missing:
+        raise ModelLinkError(f"{', '.join(item.flag for item in missing)} must be given", where="command line",
+                             fix=f"{missing[0].flag}: {missing[0].about.doc}")
+    configs = {}
+    for cls in classes:
+        configs[cls] = cls(**{item.name: values[item.name] for item in fields_of(cls) if item.name in values})
+        if check := getattr(configs[cls], "check", None):
+            check()
+    return Resolved(configs, {name: sources.get(name, "default") for name in known})
+
+
+def yaml_layer(path: Path) -> Layer:
+    """Read a YAML file of option names, flat or grouped under headings of the reader's choice."""
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLinkError("the configuration file is missing", where=path) from None
+    except yaml.YAMLError as error:
+        raise ModelLinkError(f"not YAML: {error}", where=path) from None
+    values: dict[str, Any] = {}
+    for key, value in (loaded or {}).items():
+        inner = value.items() if isinstance(value, dict) else [(key, value)]
+        for name, item in inner:
+            name = str(name).replace("-", "_")
+            if name in values:
+                raise ModelLinkError(f"{name} is given twice", where=path)
+            values[name] = item
+    return Layer(str(path), values)
+
+
+class Command(click.Command):
+    """A click command that takes its options from config classes.
+
+    The function is called with its own click parameters and `given`: the Layer of what stood on the command line.
+    An option of many values takes them all until the next option (`--data-path 0.3 a 0.7 b`), as the original does.
+    """
+
+    def __init__(self, *args: Any, configs: Sequence[type] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.fields = [item for cls in configs for item in fields_of(cls)]
+        for item in self.fields:
+            self.params.append(_click_option(item))
+        self._many = {name for item in self.fields if item.many for name in (item.flag, *item.about.alias)}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        spread: list[str] = []
+        current = None
+        for position, arg in enumerate(args):
+            if arg.startswith("--") or (arg.startswith("-") and not _NUMBER.match(arg)):
+                current = arg if arg in self._many else None
+                spread.append(arg)
+            elif current and spread[-1] != current:
+                spread += [current, arg]
+            else:
+                spread.append(arg)
+            if arg == "--":
+                spread += args[position + 1:]
+                break
+        return super().parse_args(ctx, spread)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        given = {}
+        for item in self.fields:
+            value = ctx.params.pop(item.name)
+            if value is not None and value != ():
+                given[item.name] = value
+        ctx.params["given"] = Layer("command line", given)
+        return super().invoke(ctx)
+
+
+def _click_option(item: Field) -> click.Option:
+    names = [item.name, item.flag, *item.about.alias]
+    if "_" in item.name and item.kind is not bool:
+        names.append("--" + item.name)
+    text = item.about.doc
+    notes = [item.about.unit] if item.about.unit else []
+    if item.default is _REQUIRED:
+        notes.append("required")
+    elif item.default not in (None, ()):
+        shown = item.default
+        notes.append("default " + (",".join(map(str, shown)) if isinstance(shown, tuple) else str(shown)))
+    text += f"  [{', '.join(notes)}]" if notes else ""
+    if item.kind is bool:
+        names[1] = f"{item.flag}/--no-{item.name.replace('_', '-')}"
+        return click.Option(names, default=None, help=text)
+    kind = click.Choice(item.kind) if isinstance(item.kind, tuple) else click.STRING
+    label = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}.get(item.kind) if not isinstance(
+        item.kind, tuple) else None
+    return click.Option(names, default=None, multiple=item.many, help=text, type=kind,
+                        metavar=f"{label}..." if item.many and label else label)
+
+
+def command(*configs: type, name: str | None = None, help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
+    """Decorator: make a function a console command over these config classes (see `Command`)."""
+    def wrap(function: Callable[..., Any]) -> Command:
+        made = click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
+                             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
+        return typing.cast(Command, made)
+    return wrap
+
+
+def describe(cls: type) -> str:
+    """The options of a config class as a Markdown table."""
+    rows = ["| option | default | meaning |", "| --- | --- | --- |"]
+    for item in fields_of(cls):
+        default = "required" if item.default is _REQUIRED else "" if item.default in (None, ()) else f"`{item.default}`"
+        names = ", ".join(f"`{name}`" for name in (item.flag, *item.about.alias))
+        unit = f" ({item.about.unit})" if item.about.unit else ""
+        rows.append(f"| {names} | {default} | {item.about.doc}{unit} |")
+    return "\n".join(rows)

@@ -1,0 +1,61 @@
+"""How long work shows itself: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+
+Both go to stderr, so that stdout holds results alone. Not here: the training log, whose lines have a format of their own.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+
+
+class Work:
+    """A piece of work of a known or unknown size.
+
+    Args:
+        what: a few words, e.g. `converting`.
+        total: how many units there are; None when nobody knows.
+        unit: the plural of what is counted, e.g. `tensors`.
+        show: False keeps it quiet (every rank but the first).
+    """
+
+    def __init__(self, what: str, total: int | None = None, *, unit: str = "items", show: bool = True) -> None:
+        self.what, self.total, self.unit, self.show = what, total, unit, show
+        self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Work:
+        self._start = self._last = time.monotonic()
+        if self.show and sys.stderr.isatty():
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
+                                 TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar.start()
+            self._bar.add_task(self.what, total=self.total, count="")
+        return self
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=self.done, count=self._count(now))
+        elif self.show and now - self._last >= PLAIN_SECONDS:
+            self._last = now
+            print(f"{self.what}: {self._count(now)}", file=sys.stderr, flush=True)
+
+    def _count(self, now: float) -> str:
+        rate = self.done / max(now - self._start, 1e-9)
+        of = "" if self.total is None else f" of {self.total:,}"
+        return f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"
+
+    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+        now = time.monotonic()
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.show and kind is None:
+            print(f"{self.what}: {self._count(now)}, {now - self._start:.1f} s", file=sys.stderr, flush=True)
