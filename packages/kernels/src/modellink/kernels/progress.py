@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -53,7 +52,7 @@ class Work:
         of = "" if self.total is None else f" of {self.total:,}"
         return f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"
 
-    def __exit__(self, kind: type[BaseException] | None, *_: BaseException | TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         now = time.monotonic()
         if self._bar is not None:
             self._bar.stop()

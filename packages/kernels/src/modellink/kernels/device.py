@@ -1,0 +1,95 @@
+"""Which accelerator this process uses, and the few things that differ between them: one `Device` object.
+
+CPU, CUDA and Ascend NPU. torch_npu is imported when an NPU is asked for, never before. Not here: how megatron-core is put
+on a device (core's engine.py) and the fused ops (ops/).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import resource
+import sys
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+from modellink.kernels.errors import ModelLinkError
+
+Kind = Literal["cpu", "cuda", "npu"]
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device of one kind; `index` counts the devices this process can see."""
+
+    kind: Kind
+    index: int = 0
+
+    @property
+    def torch(self) -> torch.device:
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    @property
+    def backend(self) -> str:
+        """The torch.distributed backend for collectives between such devices."""
+        return BACKENDS[self.kind]
+
+    @property
+    def module(self) -> ModuleType | None:
+        """torch.cuda, torch.npu, or None on a CPU."""
+        return None if self.kind == "cpu" else getattr(torch, self.kind)
+
+    def activate(self) -> None:
+        """Make it the current device of this process."""
+        if self.module:
+            self.module.set_device(self.index)
+
+    def synchronize(self) -> None:
+        if self.module:
+            self.module.synchronize()
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        if self.module:
+            self.module.manual_seed(seed)
+
+    def memory(self) -> tuple[int, int]:
+        """(allocated now, most allocated so far) in bytes; on a CPU the process's resident memory."""
+        if self.module:
+            return int(self.module.memory_allocated()), int(self.module.max_memory_allocated())
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak if (now := _resident()) is None else now, peak
+
+
+def _resident() -> int | None:
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:  # not Linux
+        return None
+
+
+def npu_available() -> bool:
+    """Whether torch_npu is installed and sees an NPU."""
+    if importlib.util.find_spec("torch_npu") is None:
+        return False
+    importlib.import_module("torch_npu")
+    return bool(torch.npu.is_available())
+
+
+def find(kind: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0) -> Device:
+    """The device to run on; `auto` takes an NPU, else a CUDA GPU, else the CPU.
+
+    Raises:
+        ModelLinkError: the kind that was asked for is not there.
+    """
+    if kind in ("auto", "npu") and npu_available():
+        return Device("npu", index)
+    if kind in ("auto", "cuda") and torch.cuda.is_available():
+        return Device("cuda", index)
+    if kind in ("auto", "cpu"):
+        return Device("cpu", index)
+    raise ModelLinkError(f"no {kind} device is there", where="--device", fix="run modellink-doctor to see what is")

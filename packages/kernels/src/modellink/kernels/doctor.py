@@ -1,0 +1,78 @@
+"""`modellink-doctor`: what is installed here, which devices there are, and whether the ops do what they mean.
+
+One table each: versions, devices, a collective over the device's backend, and every op's fused form on this device against
+its plain form. Needs no torch to print the versions. Exit status 1 when something that is there does not work.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from modellink.kernels.errors import run_command
+
+DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core", "modellink-infer",
+                 "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy", "safetensors", "tokenizers", "transformers"]
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def advice(found: dict[str, str]) -> list[str]:
+    """What does not fit together among the installed versions."""
+    wrong = []
+    torch, npu = found["torch"].split("+")[0], found["torch-npu"]
+    if npu != "not installed" and torch.split(".")[:2] != npu.split(".")[:2]:
+        wrong.append(f"torch-npu {npu} belongs to torch {'.'.join(npu.split('.')[:2])}, torch {torch} is installed")
+    if found["megatron-core"] not in ("0.16.1", "not installed"):
+        wrong.append(f"megatron-core 0.16.1 is needed, {found['megatron-core']} is installed")
+    return wrong
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "npu"]), default="auto", help="Which device to check.")
+def doctor(device: str) -> None:
+    """Print versions, devices and a check of every op on this device."""
+    console = Console()
+    found = versions()
+    _print(console, "versions", ["", "version"], list(found.items()))
+    failures = advice(found)
+    if importlib.util.find_spec("torch") is None:
+        console.print("torch is not installed: devices and ops were not checked")
+    else:
+        from modellink.kernels.ops import check
+        rows, bad = check.devices(device)
+        _print(console, "device", ["", ""], rows)
+        failures += bad
+        rows, bad = check.ops(device)
+        _print(console, "ops against their plain form", ["op", "form", "dtype", "largest difference", "allowed", ""], rows)
+        failures += bad
+    for failure in failures:
+        console.print(f"wrong: {failure}")
+    if failures:
+        sys.exit(1)
+
+
+def _print(console: Console, title: str, columns: list[str], rows: list[Any]) -> None:
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
+
+
+def main() -> None:
+    run_command(lambda: doctor(standalone_mode=False))

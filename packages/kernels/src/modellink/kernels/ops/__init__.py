@@ -1,0 +1,14 @@
+"""The ops that accelerators have fused forms of, each behind one door.
+
+`ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file holds the plain PyTorch form (`plain`), which is the
+meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are tested against it.
+"""
+
+from modellink.kernels.ops.adamw import adamw
+from modellink.kernels.ops.attention import attention
+from modellink.kernels.ops.cross_entropy import cross_entropy
+from modellink.kernels.ops.rms_norm import rms_norm
+from modellink.kernels.ops.rotary import rotary
+from modellink.kernels.ops.swiglu import swiglu
+
+__all__ = ["adamw", "attention", "cross_entropy", "rms_norm", "rotary", "swiglu"]
