@@ -1,0 +1,164 @@
+"""Every check of the repository as a nox session; `nox -l` lists them, `nox` without arguments runs the default ones.
+
+Each `tests-<package>` session has a virtual environment of its own in which only that package's wheel, what it declares and
+its test needs are installed. Sessions that need all six packages (types, e2e, quickstart, bench, stress) share one
+environment, the releases another: torch is large, and nothing is proven by unpacking it five times more.
+Building wheels, the summary and the release checks are in `tools/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from report import Entry, Report  # noqa: E402
+from wheels import PACKAGES, test_needs, wheels  # noqa: E402
+
+nox.needs_version = ">=2024.4"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = [
+    "lint", "types", *(f"tests-{name}" for name in PACKAGES), *(f"release-{name}" for name in PACKAGES), "e2e",
+]  # fmt: skip
+
+CONSTRAINTS = ROOT / "constraints.txt"
+REPORT = Report(ROOT)
+PEERS = ("accelerate", "gguf", "pytest", "hypothesis", "transformers")
+
+
+class Env:
+    """A session together with the interpreter its commands run in and the entry its time is counted in."""
+
+    def __init__(self, session: nox.Session, entry: Entry, shared: str | None) -> None:
+        self.session, self.entry = session, entry
+        self.bin = ROOT / ".nox" / shared / "bin" if shared else Path(str(session.bin))
+        if shared and not (self.bin / "python").exists():
+            with entry.installing():
+                session.run(sys.executable, "-m", "virtualenv", "--quiet", str(self.bin.parent), external=True)
+
+    def python(self, *args: str, **environment: str) -> None:
+        path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
+        self.session.run(str(self.bin / "python"), *args, env={"PATH": path, **environment}, external=True)
+
+    def pip(self, *requirements: str) -> None:
+        with self.entry.installing():
+            self.python("-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *requirements)
+
+    def install(self, package: str, *needs: str, extras: tuple[str, ...] = ()) -> None:
+        """Install a package's wheel, its siblings' and what they declare; a sibling left from an earlier run goes first."""
+        with self.entry.installing():
+            files = wheels(ROOT, package, extras)
+            self.python("-m", "pip", "uninstall", "--quiet", "--yes", *(f"modellink-{name}" for name in PACKAGES))
+        self.pip(*files, *needs)
+
+    def install_all(self, *needs: str) -> None:
+        self.install("eval", *PEERS, *needs, extras=("local",))  # eval[local] needs infer, which needs all the others
+
+    def skip(self, reason: str) -> None:
+        self.entry.status, self.entry.reason = "skipped", reason
+        self.session.skip(reason)
+
+    def pytest(self, *args: str) -> None:
+        junit = f"--junitxml={REPORT.junit(self.session.name)}"
+        self.python("-m", "pytest", junit, *args, *self.session.posargs, MODELLINK_WHEELS=str(ROOT / ".nox" / "wheels"))
+
+
+def session(name: str, shared: str | None = None) -> Callable[[Callable[[Env], None]], object]:
+    """Register `func` as the nox session `name`, timed; `shared` names an environment that several sessions use."""
+
+    def register(func: Callable[[Env], None]) -> object:
+        @functools.wraps(func)
+        def body(session: nox.Session) -> None:
+            entry = REPORT.begin(session.name)
+            start = time.monotonic()
+            try:
+                func(Env(session, entry, shared))
+                entry.status = "passed"
+            finally:
+                entry.seconds = time.monotonic() - start
+
+        return nox.session(name=name, venv_backend="none" if shared else "virtualenv")(body)
+
+    return register
+
+
+@session("lint")
+def lint(env: Env) -> None:
+    """Ruff over the whole repository."""
+    env.pip("ruff")
+    env.python("-m", "ruff", "check", *(env.session.posargs or ["."]))
+
+
+@session("types", shared="all")
+def types(env: Env) -> None:
+    """Mypy, strict, over the packages pyproject.toml names."""
+    env.install_all("mypy", "types-psutil", "types-PyYAML")
+    env.python("-m", "mypy", *env.session.posargs)
+
+
+def tests_of(package: str) -> Callable[[Env], None]:
+    def tests(env: Env) -> None:
+        folder = ROOT / "packages" / package / "tests"
+        if not folder.is_dir():
+            env.skip(f"packages/{package}/tests does not exist yet")
+        env.install(package, *test_needs(ROOT, package))
+        env.pytest("-m", "not stress", str(folder))
+
+    tests.__doc__ = f"The tests of modellink-{package} against its wheel, installed alone."
+    return tests
+
+
+def release_of(package: str) -> Callable[[Env], None]:
+    def release(env: Env) -> None:
+        env.pip("hatchling", "twine")
+        env.python("tools/release.py", package)
+
+    release.__doc__ = f"Could modellink-{package} be published as it is? Uploads nothing."
+    return release
+
+
+for _package in PACKAGES:
+    session(f"tests-{_package}")(tests_of(_package))
+    session(f"release-{_package}", shared="release")(release_of(_package))
+
+
+@session("e2e", shared="all")
+def e2e(env: Env) -> None:
+    """What crosses packages: imports, separate installation, README commands, and comparisons with transformers."""
+    env.install_all()
+    env.pytest("-m", "not stress", "tests")
+
+
+@session("quickstart", shared="all")
+def quickstart(env: Env) -> None:
+    """The main job on real weights and real text; `nox -s quickstart -- --layout tp1pp2` for another layout."""
+    env.install_all()
+    env.python("examples/quickstart/run.py", *env.session.posargs)
+
+
+@session("stress", shared="all")
+def stress(env: Env) -> None:
+    """What takes long: many kills, soaks, big inputs. The default run holds a short form of each."""
+    files = (*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("tests/**/*.py"))
+    marked = [path for path in files if "mark.stress" in path.read_text("utf-8")]
+    if not marked:
+        env.skip("no test is marked `stress` yet")
+    env.install_all()
+    env.pytest("-m", "stress", *sorted(map(str, marked)))
+
+
+@session("bench", shared="all")
+def bench(env: Env) -> None:
+    """Every script in benchmarks/, as one table and results/bench.json; `nox -s bench -- NAME` for some of them."""
+    env.install_all()
+    env.python("tools/bench.py", *env.session.posargs)
