@@ -1,0 +1,121 @@
+"""Rules of the house that a reader would otherwise have to remember: sizes, complete package folders, names that stay out.
+
+Not covered: style within a file (ruff) and types (mypy), which have sessions of their own.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
+FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", ".ci")
+MAX_LINES = 600
+TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".cfg", ".sh", ""}
+
+# Written in pieces so that this file does not find itself.
+FORBIDDEN = {
+    "a path of one machine": re.compile("|".join((r"/wor" + r"k/", r"/tm" + r"p/[a-z]", r"/roo" + r"t/", r"/hom" + r"e/[a-z]"))),
+    "a package index": re.compile("|".join((r"\bpyp" + r"i\.org", r"load\.pytor" + r"ch\.org", r"files\.python" + r"hosted"))),
+}
+
+
+def files() -> Iterator[Path]:
+    """The files of the repository, without what builds and tools leave behind."""
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.is_file() and not {"__pycache__", "dist", "build", ".pytest_cache"} & set(path.parts):
+                yield path
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_no_hand_written_file_is_too_long() -> None:
+    lengths = {relative(path): path.read_text("utf-8").count("\n") for path in files() if path.suffix == ".py"}
+    assert len(lengths) > 10
+    assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
+
+
+def test_modellink_is_a_namespace() -> None:
+    assert not [relative(path) for path in ROOT.glob("packages/*/src/modellink/*.py")]
+
+
+def test_the_packages_are_these() -> None:
+    assert {path.name for path in (ROOT / "packages").iterdir() if path.is_dir()} == set(PACKAGES)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_folder_is_complete(package: str) -> None:
+    folder = ROOT / "packages" / package
+    source = folder / "src" / "modellink" / package.replace("-", "_")
+    for path in ("pyproject.toml", "README.md", "CHANGELOG.md"):
+        assert (folder / path).is_file(), f"{package}: no {path}"
+    assert (source / "__init__.py").is_file() and (source / "py.typed").is_file()
+    assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes(), "a package's license is a copy of the root's"
+    assert [path.name for path in (folder / "src" / "modellink").iterdir() if path.name != "__pycache__"] == [source.name]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_a_package_declares_what_the_house_agreed(package: str) -> None:
+    table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))
+    project = table["project"]
+    assert (project["name"], project["license"], project["dynamic"]) == (f"modellink-{package}", "Apache-2.0", ["version"])
+    assert len(project["scripts"]) == 1
+    extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
+    for line in [*project["dependencies"], *extras]:
+        if line != "megatron-core==0.16.1":
+            assert re.fullmatch(r"[A-Za-z0-9_.-]+(\[[a-z,]+\])?>=[0-9.]+", line), f"{line}: lower bounds only"
+
+
+def test_every_dependency_has_a_tested_version() -> None:
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    tested = {name(line) for line in lines if line and not line.startswith("#")}
+    for package in PACKAGES:
+        table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))
+        wanted = [*table["project"]["dependencies"], *table["dependency-groups"]["test"]]
+        missing = {name(line) for line in wanted} - tested - {f"modellink-{other}" for other in PACKAGES}
+        assert not missing, f"constraints.txt does not say which {sorted(missing)} was tested with {package}"
+
+
+def name(requirement: str) -> str:
+    return re.split(r"[\[>=<!~; ]", requirement)[0].lower().replace("_", "-")
+
+
+def test_core_names_no_family() -> None:
+    """A family is one file in ckpt-convert; core reads ModelSpec fields. Only presets are named after families."""
+    families = ROOT / "packages/ckpt-convert/src/modellink/ckpt_convert/families"
+    names = [path.stem for path in families.glob("*.py") if not path.stem.startswith("_")]
+    if not names:
+        pytest.skip("ckpt-convert has no family yet")
+    pattern = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, names))})", re.IGNORECASE)
+    source = ROOT / "packages/core/src/modellink/core"
+    found = []
+    for path in sorted(source.rglob("*")):
+        outside = {"presets", "__pycache__"} & set(path.relative_to(source).parts)
+        if path.suffix in TEXT and path.is_file() and not outside:
+            found += [f"{relative(path)}:{line}: {m[0]}" for line, m in matches(path, pattern)]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_file_names(what: str) -> None:
+    found = []
+    for path in files():
+        if path.suffix in TEXT:
+            found += [f"{relative(path)}:{line}: {m[0]}" for line, m in matches(path, FORBIDDEN[what])]
+    assert not found, f"{what}:\n" + "\n".join(found)
+
+
+def matches(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
+    """(line number, match) of every line of a text file in which `pattern` is found."""
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+        if match := pattern.search(line):
+            yield number, match
