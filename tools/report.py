@@ -4,6 +4,8 @@ Counts come from the junit files pytest writes into `.nox/results/`; a session w
 one check. A session that failed outside its tests (an install, a crash) counts as one failure, so that the closing line can
 never say "0 failed" while nox exits with 1. nox prints its own summary after the last session, so this one is printed when
 the process ends (`atexit`): the closing line stays the last.
+A share is compared with the minutes after installation, which belong to the network and to whichever session filled a shared
+environment; the total is compared with everything.
 Not here: any judgement. A session over its share is marked; it does not fail.
 """
 
@@ -105,19 +107,19 @@ class Report:
             minutes = f"{_minutes(install)}{_minutes(whole - install)}{_minutes(whole)}"
             note = f"  {entry.status}: {entry.reason}" if entry.status == "skipped" else ""
             print(f"{entry.name:<26}{minutes}  {counts[0]:>6}{counts[1]:>7}{counts[2]:>8}{note}")
-        print("\nminutes against the share")
+        print(f"\n{'against the share':<26}{'install':>9}{'tests':>9}{'minutes':>9}{'share':>8}")
         for label, share, names in SHARES:
             entries = [entry for entry in self.entries if entry.name in names]
             if entries:
                 self._print_share(label, share, entries)
-        self._print_share("together", TOTAL_MINUTES, self.entries)
+        self._print_share("together", TOTAL_MINUTES, self.entries, with_install=True)
         used = disk_bytes([self.root / name for name in (".nox", ".cache", "quickstart", "results")]) / 1e9
         print(f"disk: {used:.1f} GB of at most {DISK_LIMIT_GB}{'  OVER' if used > DISK_LIMIT_GB else ''}\n")
         print(f"{total[0]} passed, {total[1]} failed" + (f", {total[2]} skipped" if total[2] else ""), flush=True)
 
-    def _print_share(self, label: str, share: float, entries: list[Entry]) -> None:
+    def _print_share(self, label: str, share: float, entries: list[Entry], with_install: bool = False) -> None:
         install, whole = sum(e.install_seconds for e in entries), sum(e.seconds for e in entries)
-        over = "  OVER" if whole > share * 60 else ""
+        over = "  OVER" if whole - (0 if with_install else install) > share * 60 else ""
         print(f"{label:<26}{_minutes(install)}{_minutes(whole - install)}{_minutes(whole)}{share:>8g}{over}")
 
 
