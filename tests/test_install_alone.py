@@ -38,18 +38,18 @@ pytestmark = pytest.mark.skipif(WHEELS is None, reason="the wheels are built by 
 
 # Imports every module of a package but those of ops/ and device.py where torch is not there: they are the `torch` extra.
 IMPORT_ALL = """
-import importlib, importlib.util, json, pkgutil, sys
-package = importlib.import_module(sys.argv[1])
-assert "site-packages" in package.__file__, package.__file__
+import importlib, importlib.util, json, pathlib, sys
+top = importlib.import_module(sys.argv[1])
+folder = pathlib.Path(top.__file__).parent
+assert "site-packages" in folder.parts, folder
 torch = importlib.util.find_spec("torch") is not None
-names = [package.__name__]
-def refuse(name):
-    raise
-for info in pkgutil.walk_packages(package.__path__, package.__name__ + ".", onerror=refuse):
-    if torch or not info.name.startswith(("modellink.kernels.ops", "modellink.kernels.device")):
-        names.append(info.name)
-        if not info.name.endswith("__main__"):
-            importlib.import_module(info.name)
+names = []
+for path in sorted(folder.rglob("*.py")):
+    parts = path.relative_to(folder).with_suffix("").parts
+    name = ".".join([top.__name__, *(part for part in parts if part != "__init__")])
+    if parts[-1] != "__main__" and (torch or not name.startswith(("modellink.kernels.ops", "modellink.kernels.device"))):
+        importlib.import_module(name)
+        names.append(name)
 print(json.dumps({"names": names, "torch": torch, "loaded": "torch" in sys.modules}))
 """
 
@@ -128,6 +128,14 @@ def test_imports_with_what_it_declares(package: str, tmp_path: Path) -> None:
     link(needed(package), site)
     import_all(python, package)
     run(python, "-m", "pip", "check")
+
+
+@pytest.mark.parametrize("package", ["data-prep", "eval"])
+def test_torch_beside_it_is_not_imported(package: str) -> None:
+    """Where torch is installed as well, as here, importing every module still does not load it."""
+    found = import_all(Path(sys.executable), package)
+    assert found["torch"] is True
+    assert found["loaded"] is False, f"importing modellink-{package} loads torch"
 
 
 @pytest.mark.parametrize("package", SIBLINGS)
