@@ -1,0 +1,68 @@
+"""`modellink-train`: a thin reading of options over `prepare` and the training functions.
+
+Under torchrun each process runs its part; otherwise this process checks the run and starts --nproc-per-node ranks of itself.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core import processes
+from modellink.core.run import CONFIGS, Run, prepare
+from modellink.kernels.errors import run_command
+from modellink.kernels.options import Layer, command, yaml_layer
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def train() -> None:
+    """Train large language models on Ascend NPUs, CUDA GPUs and CPUs."""
+
+
+@command(ModelSpec, *CONFIGS, name="pretrain")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line wins over it.")
+def pretrain(config: Path | None, given: Layer) -> None:
+    """Pretrain on .bin/.idx data, from random weights, from a checkpoint, or on from where a run stopped."""
+    layers = ([yaml_layer(config)] if config else []) + [given]
+    launched = processes.under_launcher()
+    run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
+    if not launched and run.layout.world_size > 1:
+        sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:]))
+    _train(run)
+
+
+def _train(run: Run) -> None:
+    if processes.rank() == 0:
+        print_arguments(run)
+    processes.join(run.device, run.layout, run.optimizer.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
+    from modellink.core.train.pretrain import pretrain  # imports megatron, which only now is on its device
+    pretrain(run)
+
+
+def print_arguments(run: Run) -> None:
+    """All settings, in the original's form."""
+    values: dict[str, Any] = {}
+    for config in (run.spec, run.parallel, run.data, run.optimizer, run.checkpoint, run.logging):
+        values |= vars(config)
+    print("------------------------ ModelLink Arguments ------------------------")
+    for name in sorted(values, key=str.lower):
+        print(f"  {name} {'.' * max(1, 48 - len(name))} {values[name]}")
+    print("-------------------- end of ModelLink Arguments ---------------------", flush=True)
+
+
+train.add_command(pretrain)
+
+
+def main() -> None:
+    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
+    run_command(lambda: train(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

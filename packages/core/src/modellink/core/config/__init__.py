@@ -1,0 +1,9 @@
+"""What a run is told: one dataclass a concern, and the rules between them. The model concern is ckpt_convert's ModelSpec."""
+
+from modellink.core.config.checkpoint import CheckpointConfig
+from modellink.core.config.data import DataConfig
+from modellink.core.config.logging import LoggingConfig
+from modellink.core.config.optimizer import OptimizerConfig
+from modellink.core.config.parallel import ParallelConfig
+
+__all__ = ["CheckpointConfig", "DataConfig", "LoggingConfig", "OptimizerConfig", "ParallelConfig"]

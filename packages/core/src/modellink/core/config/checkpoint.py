@@ -1,0 +1,30 @@
+"""What a run starts from and what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import option
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    section: ClassVar[str] = "checkpoint"
+
+    load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or one that "
+                               "training saved, which is then continued.")
+    finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
+    model_type_hf: str | None = option(None, "Family of a checkpoint that does not say it.")
+    tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none.")
+    save: Path | None = option(None, "Folder to save checkpoints in.")
+    save_interval: int | None = option(None, "Iterations between two saves; the end of the run is always saved.", minimum=1)
+    exit_interval: int | None = option(None, "Stop, saved, when the iteration is a multiple of this.", minimum=1)
+
+    def check(self) -> None:
+        if self.load is not None and not self.load.exists():
+            raise ModelLinkError("the checkpoint to load is missing", where=f"--load {self.load}")
+        if self.save_interval and self.save is None:
+            raise ModelLinkError("there is no folder to save in", where="--save-interval", fix="give one with --save")

@@ -1,0 +1,64 @@
+"""What a run reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import option
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    section: ClassVar[str] = "data"
+
+    data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or weight and prefix in turn for a blend.")
+    split: str = option("969,30,1", "Shares of training, validation and test.")
+    seq_length: int = option(4096, "Tokens of a sample.", unit="tokens", minimum=1)
+    micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
+    global_batch_size: int | None = option(None, "Samples of one iteration over all ranks; micro batch x DP where nothing "
+                                           "is said.", minimum=1)
+    data_cache_path: Path | None = option(None, "Folder of the sample index; beside the data where nothing is said.")
+
+    def blend(self) -> tuple[list[str], list[float] | None]:
+        """The prefixes, and their weights where they were given."""
+        if len(self.data_path) == 1:
+            return list(self.data_path), None
+        try:
+            if len(self.data_path) % 2:
+                raise ValueError
+            return list(self.data_path[1::2]), [float(weight) for weight in self.data_path[::2]]
+        except ValueError:
+            raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
+                                 fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
+
+    def num_microbatches(self, dp: int) -> int:
+        """Forward passes of an iteration on each rank."""
+        per_pass = self.micro_batch_size * dp
+        total = self.global_batch_size or per_pass
+        if total % per_pass:
+            raise ModelLinkError(f"global batch size {total} is not a multiple of micro batch size {self.micro_batch_size} "
+                                 f"x data parallel size {dp}", where="--global-batch-size")
+        return total // per_pass
+
+    def samples_per_iteration(self, dp: int) -> int:
+        """The global batch size."""
+        return self.num_microbatches(dp) * self.micro_batch_size * dp
+
+    def check(self) -> None:
+        if not self.data_path:
+            raise ModelLinkError("there is no data", where="--data-path",
+                                 fix="make some with modellink-preprocess, and give its output prefix with _text_document")
+        for prefix in self.blend()[0]:
+            for suffix in (".idx", ".bin"):
+                if not Path(prefix + suffix).is_file():
+                    raise ModelLinkError(f"{prefix}{suffix} is missing", where="--data-path",
+                                         fix="give the prefix without suffix, e.g. data/enwiki_text_document")
+        try:
+            shares = [float(share) for share in self.split.split(",")]
+        except ValueError:
+            shares = []
+        if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
+            raise ModelLinkError(f"{self.split!r} is not three shares", where="--split", fix="e.g. --split 969,30,1")

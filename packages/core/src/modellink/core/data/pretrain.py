@@ -1,0 +1,88 @@
+"""Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank takes which sample.
+
+The order of samples depends on the seed, the data and the number of iterations alone. A position in it is one number, the
+samples consumed over all ranks, so a run goes on at any data-parallel size without reading a sample twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from modellink.core.config import DataConfig
+from modellink.kernels.errors import ModelLinkError
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """What GPTDataset asks of a tokenizer. The ids on disk are final, so no end-of-document or padding id is looked for."""
+
+    vocab_size: int
+    eod: int = -1
+    pad: int = -2
+
+    @property
+    def unique_identifiers(self) -> dict[str, int]:
+        return {"vocab_size": self.vocab_size}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens and labels [micro batch, seq] int64; loss_mask [micro batch, seq] fp32, 1 where a label counts."""
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+
+
+def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
+    """The training, validation and test sets (None for an empty share), of at least that many samples each.
+
+    Rank 0 writes the sample index, the others wait for it and read it.
+    """
+    first = config.blend()[0][0]
+    cache = config.data_cache_path or Path(first).parent / "cache"
+    dataset_config = GPTDatasetConfig(
+        random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
+        path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
+        eod_mask_loss=False, create_attention_mask=False)
+    try:
+        sets = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, dataset_config).build()
+    except (IndexError, AssertionError) as error:
+        raise ModelLinkError(f"the data does not give a sample of {config.seq_length} tokens for each share of the split "
+                             f"({error})", where="--data-path, --split, --seq-length",
+                             fix="give more data, a shorter sequence, or another split") from None
+    if dist.is_initialized():
+        dist.barrier()
+    return list(sets)
+
+
+def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,
+                  device: torch.device) -> Iterator[Batch]:
+    """This rank's micro batches from sample number `consumed` on; every pass of all ranks takes micro batch x dp samples.
+
+    Raises:
+        ModelLinkError: a token id the model does not have.
+    """
+    size = config.micro_batch_size
+    while True:
+        start = consumed + dp_rank * size
+        rows = [dataset[number % len(dataset)] for number in range(start, start + size)]
+        tokens, labels, mask = (torch.stack([torch.as_tensor(row[key]) for row in rows])
+                                for key in ("tokens", "labels", "loss_mask"))
+        largest = int(max(tokens.max(), labels.max()))
+        if largest >= vocab_size:
+            raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
+                                 where=f"--data-path, sample {start}", fix="tokenize with the tokenizer of this model")
+        yield Batch(tokens.long(), labels.long(), mask.float()).to(device)
+        consumed += size * dp

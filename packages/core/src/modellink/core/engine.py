@@ -1,0 +1,234 @@
+"""How megatron-core is put on a device: the only file that knows.
+
+megatron-core 0.16.1 spells its device `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook rewrites those
+spellings in the source of `megatron.core.*` while it is imported, and torch itself stays untouched:
+
+    torch.cuda.X                 -> _accel.X, the namespace of the chosen device
+    "cuda", "torch.cuda.FloatTensor" as strings  -> the device's own names
+    x.cuda(), x.is_cuda          -> x.to(_accel.current_device()), x.is_cpu or x.is_npu
+    pin_memory=True              -> False on a CPU
+
+`start` must run before anything imports megatron, so every process's entry point calls it first. The five fixes below mend what
+breaks without Transformer Engine and Apex, on any device; tests/test_engine.py fails when upstream makes one of them needless.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.metadata
+import logging
+import queue
+import sys
+import time
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from modellink.kernels.device import Device
+from modellink.kernels.errors import InternalError, ModelLinkError
+
+MEGATRON = "0.16.1"
+
+
+class _Rewrite(ast.NodeTransformer):
+    """Turns CUDA spellings into those of `device`."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        self.generic_visit(node)
+        if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
+            return ast.copy_location(ast.Name("_accel", node.ctx), node)
+        if node.attr == "is_cuda":
+            node.attr = f"is_{self.device}"
+        return node
+
+    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
+        self.generic_visit(node)
+        if self.device == "cpu" and node.arg == "pin_memory":
+            node.value = ast.copy_location(ast.Constant(False), node.value)
+        return node
+
+    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
+        if node.value == "cuda":
+            return ast.copy_location(ast.Constant(self.device), node)
+        if isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.rstrip(", ").endswith("Tensor"):
+            own = "torch." if self.device == "cpu" else f"torch.{self.device}."
+            return ast.copy_location(ast.Constant(node.value.replace("torch.cuda.", own)), node)
+        return node
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)  # torch.cuda.f() is `_accel.f()` by now; what is left of `.cuda(` is a tensor's or module's
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
+            call = ast.parse("x.to(_accel.current_device())", mode="eval").body
+            assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
+            call.func.value = node.func.value
+            for part in (call, call.func, call.args[0], *ast.walk(call.args[0])):
+                ast.copy_location(part, node)  # tracebacks keep megatron's own line numbers
+            return call
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
+        if node.module != "torch.cuda":
+            return node
+        names = [ast.parse(f"{name.asname or name.name} = _accel.{name.name}").body[0] for name in node.names]
+        return [ast.fix_missing_locations(ast.copy_location(name, node)) for name in names]
+
+
+class _Loader(importlib.machinery.SourceFileLoader):
+    device: str
+    namespace: Any
+
+    def get_code(self, fullname: str) -> types.CodeType:  # reads and writes no .pyc: those hold the source as shipped
+        path = self.get_filename(fullname)
+        source = self.get_data(path)
+        if b"cuda" not in source:
+            return compile(source, path, "exec", dont_inherit=True)
+        tree = ast.fix_missing_locations(_Rewrite(self.device).visit(ast.parse(source)))
+        return compile(tree, path, "exec", dont_inherit=True)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        module.__dict__["_accel"] = self.namespace
+        super().exec_module(module)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, device: str, namespace: Any) -> None:
+        self.device, self.namespace = device, namespace
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if not name.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _Loader(spec.loader.name, spec.loader.path)
+            spec.loader.device, spec.loader.namespace = self.device, self.namespace
+        return spec
+
+
+class _Nothing:
+    """A stream, a graph, a memory pool: nothing to order on a synchronous device."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __enter__(self) -> _Nothing:
+        return self
+
+    def __exit__(self, *_: object) -> bool:
+        return False
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self
+
+
+class _WallClockEvent(_Nothing):
+    def record(self, *_: object) -> None:
+        self.time = time.perf_counter()
+
+    def elapsed_time(self, end: _WallClockEvent) -> float:
+        return (end.time - self.time) * 1e3
+
+
+def _nothing(*_: object, **__: object) -> None: ...
+
+
+def cpu_namespace() -> types.SimpleNamespace:
+    """The part of torch.cuda that megatron.core touches, for a CPU."""
+    def get_rng_state(device: object = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_rng_state(state: torch.Tensor, device: object = None) -> None:
+        torch.set_rng_state(state)
+
+    def stream(*_: object, **__: object) -> _Nothing:
+        return _Nothing()
+
+    def no_memory(*_: object, **__: object) -> int:
+        return 0
+
+    tensors = {name: getattr(torch, name) for name in (
+        "FloatTensor", "HalfTensor", "BFloat16Tensor", "ByteTensor", "IntTensor", "LongTensor", "DoubleTensor", "BoolTensor")}
+    return types.SimpleNamespace(
+        **tensors, OutOfMemoryError=torch.OutOfMemoryError, Stream=_Nothing, Event=_WallClockEvent, device=_Nothing,
+        CUDAGraph=_Nothing, MemPool=_Nothing, default_generators={torch.device("cpu"): torch.default_generator},
+        current_device=lambda: torch.device("cpu"), device_count=lambda: 1, is_available=lambda: False,
+        manual_seed=torch.manual_seed, get_rng_state=get_rng_state, set_rng_state=set_rng_state,
+        random=types.SimpleNamespace(get_rng_state=get_rng_state, set_rng_state=set_rng_state),
+        current_stream=stream, default_stream=stream, stream=stream,
+        synchronize=_nothing, empty_cache=_nothing, set_device=_nothing, set_stream=_nothing, ipc_collect=_nothing,
+        _lazy_init=_nothing, _lazy_call=lambda callback, **_: callback(),
+        memory_allocated=no_memory, max_memory_allocated=no_memory, memory_reserved=no_memory, memory_stats=lambda *_: {},
+        is_current_stream_capturing=lambda: False, get_device_capability=lambda *_: (0, 0),
+        get_device_properties=lambda *_: types.SimpleNamespace(
+            major=0, minor=0, multi_processor_count=1, total_memory=0, name="cpu"),
+        amp=torch.cuda.amp,
+        nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=contextlib.nullcontext))
+
+
+class _NpuNamespace:
+    """torch.npu, but with the current device as a torch.device: megatron uses it as one."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.npu, name)
+
+    @staticmethod
+    def current_device() -> torch.device:
+        return torch.device("npu", torch.npu.current_device())
+
+
+_started: str | None = None
+
+
+def start(device: Device) -> None:
+    """Put megatron-core on `device` in this process; call it before the first import of megatron.
+
+    Raises:
+        ModelLinkError: another megatron-core version is installed.
+        InternalError: megatron was imported before, or was put on another kind of device.
+    """
+    global _started
+    if _started == device.kind:
+        return
+    if _started is not None:
+        raise InternalError(f"megatron-core runs on {_started} in this process, it cannot move to {device.kind}")
+    if device.kind != "cuda" and any(name.startswith("megatron.core") for name in sys.modules):
+        raise InternalError("megatron.core was imported before the device was chosen")
+    if (version := importlib.metadata.version("megatron-core")) != MEGATRON:
+        raise ModelLinkError(f"megatron-core {version} is installed, ModelLink works with {MEGATRON}",
+                             fix=f"python -m pip install megatron-core=={MEGATRON}")
+    if device.kind != "cuda":
+        namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
+        sys.meta_path.insert(0, _Finder(device.kind, namespace))
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
+    _fix()
+    _started = device.kind
+
+
+def _fix() -> None:
+    """What megatron-core 0.16.1 gets wrong where Transformer Engine and Apex are not installed."""
+    from megatron.core import optimizer
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+    from modellink.core.train.adam import Adam
+
+    # 1. isinstance(module, None) in multi-latent attention
+    multi_latent_attention.HAVE_TE = False
+    # 2. the router's matmul looks up a name that only Transformer Engine defines
+    moe_utils.te_general_gemm = None
+    # 3. recompute of an output asks for the fp8 state, which only Transformer Engine has
+    random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
+    # 4. the distributed optimizer's checkpoints expect Apex's Adam, with `step` in the parameter group
+    optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
+    distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = Adam, True, True
+    # 5. a save starts a spawned manager process (12 s, and it imports the main module again) for a queue that a save
+    #    within this process does not need
+    filesystem_async._results_queue = queue.Queue()

@@ -1,0 +1,40 @@
+"""Weights from any checkpoint the converter can read into the model chunks of this rank, at any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_attr_wrapped_model
+from modellink.ckpt_convert.weights import Source, read_shard, stage_names, weights
+from modellink.core.model.build import BuildSettings
+from modellink.kernels.errors import InternalError
+from modellink.kernels.progress import Work
+from torch import nn
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The Model inside precision and data-parallel wrappers."""
+    found: nn.Module = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
+    return found
+
+
+@torch.no_grad()
+def load_weights(models: Sequence[nn.Module], source: Source, settings: BuildSettings, *, show: bool = False) -> None:
+    """Fill every parameter; each is read, cut and cast on its own, so that memory stays at one tensor beyond the model."""
+    spec, layout = source.spec, settings.layout
+    table = weights(spec)
+    tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    chunks: list[tuple[dict[str, Any], dict[str, str]]] = [
+        (dict(bare(model).named_parameters()), stage_names(spec, layout, stage, chunk)) for chunk, model in enumerate(models)]
+    with Work("loading weights", sum(len(names) for _, names in chunks), unit="tensors", show=show) as work:
+        for params, names in chunks:
+            if params.keys() != names.keys():
+                raise InternalError(f"the model and the table of weights disagree about {sorted(params.keys() ^ names.keys())}")
+            for own, name in names.items():
+                params[own].copy_(read_shard(source, name, table[name], tp=layout.tp, rank=tp_rank,
+                                             divisible_by=settings.make_vocab_size_divisible_by))
+                work.advance()

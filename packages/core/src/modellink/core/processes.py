@@ -1,0 +1,133 @@
+"""The processes of a run: start them on this machine, and join them into megatron-core's groups.
+
+Under torchrun (RANK in the environment) the processes are there already. Not here: how megatron-core gets on a device.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from modellink.core import engine
+from modellink.kernels.device import Device
+from modellink.kernels.errors import InternalError, ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+
+
+def under_launcher() -> bool:
+    """Whether this process is one of several that torchrun or `spawn` started."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
+    """Run `python -m module arguments` as `count` ranks on this machine and wait; the status of the first that failed.
+
+    Rank 0 keeps the terminal; what the others print as errors is shown when they fail and rank 0 does not. When one rank
+    dies the others are stopped, so that nobody waits for it.
+    """
+    threads = max(1, (os.cpu_count() or 1) // count)
+    environment = os.environ | {
+        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    with contextlib.ExitStack() as stack:
+        logs: list[IO[str] | None] = [None]
+        logs += [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count - 1)]
+        ranks = [subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=log,
+                                  env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
+                 for number, log in enumerate(logs)]
+        try:
+            failed = _wait(ranks)
+        finally:
+            for process in ranks:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        if failed is None:
+            return 0
+        log = logs[failed]
+        if log is not None:
+            log.seek(0)
+            print(f"rank {failed} failed:\n{log.read()[-4000:]}", file=sys.stderr)
+        status = ranks[failed].returncode
+        if status < 0:
+            print(f"rank {failed} was killed by {signal.Signals(-status).name}", file=sys.stderr)
+        return status if status > 0 else 1
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
+    """Wait until all have ended well (None) or one has failed (its number); a moment's grace lets rank 0 speak first."""
+    while True:
+        states = [process.poll() for process in ranks]
+        bad = [number for number, state in enumerate(states) if state not in (None, 0)]
+        if bad:
+            deadline = time.monotonic() + 5
+            while ranks[0].poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
+            return 0 if ranks[0].poll() not in (None, 0) else bad[0]
+        if all(state == 0 for state in states):
+            return None
+        time.sleep(0.05)
+
+
+def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45) -> None:
+    """Put megatron-core on the device and make its process groups; all ranks of a run call it once.
+
+    Raises:
+        ModelLinkError: the number of processes is not that of the layout.
+    """
+    if world_size() != layout.world_size:
+        raise ModelLinkError(f"{world_size()} processes were started, {layout} needs {layout.world_size}",
+                             where="--nproc-per-node", fix=f"use a multiple of {layout.tp * layout.pp * layout.cp}")
+    device.activate()
+    engine.start(device)
+    from megatron.core import parallel_state, tensor_parallel
+    if not dist.is_initialized():
+        if under_launcher():
+            dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes))
+        else:
+            store = dist.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
+            dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
+    elif dist.get_world_size() != layout.world_size:
+        raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None)
+    atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def leave() -> None:
+    """Take the process groups apart."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

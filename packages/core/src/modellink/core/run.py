@@ -1,0 +1,103 @@
+"""A run, checked: everything the commands decide before any process starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, ParallelConfig
+from modellink.core.train.progress import read_progress
+from modellink.kernels.device import Device, find
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import Layer, fields_of, resolve
+from modellink.kernels.parallel import ParallelLayout
+
+CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, CheckpointConfig, LoggingConfig)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run. `source` is the opened --load; `resumed` the iteration's folder when it is a run to go on with."""
+
+    spec: ModelSpec
+    parallel: ParallelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig
+    layout: ParallelLayout
+    device: Device
+    source: Checkpoint | None = None
+    resumed: Path | None = None
+
+
+def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) -> Run:
+    """Settle and check a run; starts nothing and writes nothing.
+
+    Args:
+        layers: what was said, in rising precedence.
+        world_size: how many processes there are; None where they are still to be started.
+
+    Raises:
+        ModelLinkError: anything a user could have got wrong.
+    """
+    model_names = {field.name for field in fields_of(ModelSpec)}
+    model_layers = [Layer(layer.source, {name: value for name, value in layer.values.items() if name in model_names})
+                    for layer in layers]
+    other_layers = [Layer(layer.source, {name: value for name, value in layer.values.items() if name not in model_names})
+                    for layer in layers]
+    resolved = resolve(CONFIGS, *other_layers)
+    parallel, data, checkpoint = resolved[ParallelConfig], resolved[DataConfig], resolved[CheckpointConfig]
+    source, resumed = _open(checkpoint)
+    spec = _spec(source, model_layers)
+    layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
+    spec.check_layout(layout)
+    _check(spec, layout, parallel, data)
+    return Run(spec, parallel, data, resolved[OptimizerConfig], checkpoint, resolved[LoggingConfig], layout,
+               find(parallel.device, local_rank), source, resumed)
+
+
+def _open(config: CheckpointConfig) -> tuple[Checkpoint | None, Path | None]:
+    if config.load is None:
+        return None, None
+    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
+    if source.iteration is None or config.finetune:
+        return source, None
+    folder = last_complete(config.load)
+    return source, folder if read_progress(folder) else None
+
+
+def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
+    """The architecture: of the checkpoint, which options may repeat but not contradict; else of the options."""
+    if source is None:
+        return resolve([ModelSpec], *layers)[ModelSpec]
+    known = source.spec.to_dict()
+    for layer in layers:
+        for field in fields_of(ModelSpec):
+            if field.name in layer.values:
+                value = field.convert(layer.values[field.name], layer.source)
+                if value != known[field.name] and field.name != "max_position_embeddings":
+                    raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {known[field.name]} in the checkpoint",
+                                         where=f"{layer.source}, {source.folder}",
+                                         fix="leave the option out: the checkpoint says what it is")
+    return source.spec
+
+
+def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig) -> None:
+    """Rules between the concerns."""
+    data.num_microbatches(layout.dp)
+    if data.seq_length > spec.max_position_embeddings:
+        raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
+                             where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "
+                             "longer sequences")
+    if parallel.sequence_parallel and data.seq_length % layout.tp:
+        raise ModelLinkError(f"sequence length {data.seq_length} is not a multiple of tensor parallel size {layout.tp}",
+                             where="--seq-length, --sequence-parallel")
+    passes = data.num_microbatches(layout.dp)
+    if layout.vpp > 1 and passes % layout.pp:
+        raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
+                             where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")

@@ -1,0 +1,36 @@
+"""Adam and AdamW as megatron-core's optimizers expect it: the step count in the parameter group, as Apex has it.
+
+The arithmetic is `kernels.ops.adamw`. Not here: gradient clipping, loss scaling, sharding (megatron-core does those).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from modellink.kernels import ops
+from modellink.kernels.ops.adamw import Settings
+
+
+class Adam(torch.optim.Optimizer):
+    """`adam_w_mode` True decouples the weight decay (AdamW)."""
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, adam_w_mode: bool = True, **_: object) -> None:
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.adam_w_mode = adam_w_mode
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+            beta1, beta2 = group["betas"]
+            ops.adamw(params, [param.grad for param in params], [self.state[param]["exp_avg"] for param in params],
+                      [self.state[param]["exp_avg_sq"] for param in params],
+                      Settings(step=group["step"], lr=group["lr"], beta1=beta1, beta2=beta2, epsilon=group["eps"],
+                               weight_decay=group["weight_decay"], decoupled=self.adam_w_mode))

@@ -1,0 +1,126 @@
+"""Training checkpoints: everything a run needs to go on, in megatron-core's `torch_dist` form, at any layout.
+
+    SAVE/modellink.json, SAVE/hf/                    what travels with weights (ckpt_convert.manifest)
+    SAVE/iter_0000010/{*.distcp, .metadata, common.pt, training.json, modellink.complete}
+    SAVE/latest_checkpointed_iteration.txt           moved last
+
+Ranks write to `iter_N.tmp/` together; when all have, rank 0 fsyncs, marks, renames and moves the tracker. A reader takes the
+last complete iteration, whatever the tracker says. Weights have their canonical names, so the converter reads them too.
+
+Not here: loading bare weights (model/load.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from modellink.ckpt_convert.formats.pickle import check_pickle
+from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
+from modellink.core.model.load import bare
+from modellink.core.train.progress import Progress, read_progress, write_progress
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import atomic_write, finish_folder, kill_point
+from modellink.kernels.parallel import ParallelLayout
+
+
+@dataclass
+class Training:
+    """What changes while a run goes: the model chunks of this rank, the optimizer, the schedule, and how far it is."""
+
+    models: list[Any]
+    optimizer: Any
+    schedule: Any
+    layout: ParallelLayout
+    iteration: int = 0
+    consumed_samples: int = 0
+
+
+def save(training: Training, folder: Path) -> None:
+    """Write the checkpoint of the current iteration into `folder`; all ranks call it."""
+    path = folder / iteration_folder(training.iteration)
+    temporary = path.with_name(path.name + ".tmp")
+    first = dist.get_rank() == 0
+    if first:
+        print(f"saving checkpoint at iteration {training.iteration:7d} to {folder} in torch_dist format", flush=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    state = _state(training, loading=False) | _random_state(training.layout)
+    state["schedule"] = training.schedule.state_dict()
+    dist_checkpointing.save(state, str(temporary))
+    dist.barrier()
+    if first:
+        write_progress(temporary, Progress(training.iteration, training.consumed_samples, str(training.layout)))
+        finish_folder(temporary, path)
+        kill_point("before-tracker")
+        with atomic_write(folder / TRACKER, "w") as file:
+            file.write(str(training.iteration))
+        print(f"  successfully saved checkpoint at iteration {training.iteration:7d} to {folder}", flush=True)
+    dist.barrier()
+
+
+def resume(training: Training, path: Path) -> None:
+    """Take weights, optimizer, schedule, random state and progress from an iteration's folder; all ranks call it.
+
+    The layout may be another than the one it was saved at; then only the random state, which dropout uses, starts anew.
+    """
+    check_pickle(path / ".metadata")  # megatron-core would unpickle it bare
+    progress = read_progress(path)
+    assert progress is not None
+    same = progress.layout == str(training.layout)
+    wanted = _state(training, loading=True) | (_random_state(training.layout) if same else {})
+    try:
+        state = dist_checkpointing.load(wanted, str(path))
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise ModelLinkError(f"the checkpoint does not fit this run: {error}", where=path,
+                             fix="give the settings it was made with, or take only its weights with --finetune") from None
+    for name, model in _chunks(training):
+        bare(model).load_state_dict(state[name])
+    with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
+        training.optimizer.load_state_dict(state["optimizer"])
+    training.schedule.load_state_dict(state["schedule"])
+    if same:
+        _set_random_state(state)
+    elif dist.get_rank() == 0:
+        print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
+    training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
+
+
+def _chunks(training: Training) -> list[tuple[str, Any]]:
+    if len(training.models) == 1:
+        return [("model", training.models[0])]
+    return [(f"model{number}", model) for number, model in enumerate(training.models)]
+
+
+def _state(training: Training, *, loading: bool) -> dict[str, Any]:
+    """Model and optimizer as megatron-core's sharded state."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True,
+                "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    state: dict[str, Any] = {name: bare(model).sharded_state_dict(metadata=metadata) for name, model in _chunks(training)}
+    models = state if len(training.models) > 1 else state["model"]
+    state["optimizer"] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
+    return state
+
+
+def _random_state(layout: ParallelLayout) -> dict[str, Any]:
+    """The random generators of this rank, as byte tensors of their own place in a [pp, tp, dp, ...] tensor."""
+    place = [(0, parallel_state.get_pipeline_model_parallel_rank(), layout.pp),
+             (1, parallel_state.get_tensor_model_parallel_rank(), layout.tp),
+             (2, parallel_state.get_data_parallel_rank(), layout.dp)]
+    states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
+    return {f"random.{name}": ShardedTensor.from_rank_offsets(f"random.{name}", state.cpu(), *place, prepend_axis_num=3)
+            for name, state in states.items()}
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    found = {name.removeprefix("random."): value for name, value in state.items() if name.startswith("random.")}
+    torch.set_rng_state(found.pop("cpu"))
+    get_cuda_rng_tracker().set_states(found)

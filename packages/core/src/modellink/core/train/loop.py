@@ -1,0 +1,101 @@
+"""The training loop: iterate, tell, evaluate, save, stop. What is fed and what the loss is belong to the callers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from modellink.core.data.pretrain import Batch
+from modellink.core.run import Run
+from modellink.core.train import checkpoint
+from modellink.core.train.checkpoint import Training
+from modellink.core.train.metrics import Clock, Metrics, Step
+from modellink.core.train.step import run_schedule
+
+Feed = Callable[..., Iterator[Batch]]
+"""`feed(consumed=n)`: this rank's micro batches from global sample n on."""
+
+
+def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Feed | None) -> list[Step]:
+    """Train from `training.iteration` on; see `pretrain` for what comes back."""
+    last, save, logging = run.optimizer.train_iters, run.checkpoint.save, run.logging
+    metrics = Metrics(
+        active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
+        global_batch_size=run.data.samples_per_iteration(run.layout.dp), log_interval=logging.log_interval, folder=save,
+        tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
+        flops=flops_per_rank(run) if logging.log_throughput else None)
+    clock = Clock(run.device)
+    while training.iteration < last:
+        iterate(run, training, train, metrics, clock)
+        at = training.iteration
+        leaving = is_multiple(at, run.checkpoint.exit_interval)
+        if is_multiple(at, logging.eval_interval):
+            evaluate(run, training, valid, metrics, f"iteration {at}")
+        if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
+            checkpoint.save(training, save)
+        if leaving:
+            break
+        clock.lap()  # evaluating and saving are not part of an iteration
+    if training.iteration == last:
+        evaluate(run, training, valid, metrics, f"iteration {last} on validation set")
+        evaluate(run, training, test, metrics, f"iteration {last} on test set")
+    metrics.close(logging.curve or (save and save / "loss.svg"))
+    return metrics.history
+
+
+def is_multiple(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock) -> None:
+    """One iteration: gradients over all micro batches, an optimizer step, a line of metrics."""
+    for model in training.models:
+        model.zero_grad_buffer()
+    training.optimizer.zero_grad()
+    loss = run_schedule(training.models, lambda: feed(consumed=training.consumed_samples), **_sizes(run))
+    learning_rate = training.optimizer.param_groups[0]["lr"]
+    updated, grad_norm, _ = training.optimizer.step()
+    if updated:
+        training.schedule.step(increment=1)
+    training.iteration += 1
+    training.consumed_samples += run.data.samples_per_iteration(run.layout.dp)
+    metrics.add(Step(
+        iteration=training.iteration, consumed_samples=training.consumed_samples, loss=loss.item(),
+        learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
+        loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap()))
+
+
+@torch.no_grad()
+def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, where: str) -> None:
+    """The mean loss over --eval-iters iterations of an evaluation set, from its beginning."""
+    if feed is None or run.logging.eval_iters == 0:
+        return
+    for model in training.models:
+        model.eval()
+    size = run.data.samples_per_iteration(run.layout.dp)
+    losses = [run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True, **_sizes(run))
+              for number in range(run.logging.eval_iters)]
+    for model in training.models:
+        model.train()
+    metrics.evaluation(where, torch.stack(losses).mean().item(), training.iteration)
+
+
+def _sizes(run: Run) -> dict[str, Any]:
+    return {"num_microbatches": run.data.num_microbatches(run.layout.dp), "seq_length": run.data.seq_length,
+            "micro_batch_size": run.data.micro_batch_size}
+
+
+def flops_per_rank(run: Run) -> float:
+    """Floating point operations of an iteration's forward and backward passes on one rank (backward counts twice): the
+    matrix products of the layers and the output layer, and causal attention at half of its square (as in the appendix of
+    Narayanan et al. 2021, with grouped queries and a gated feed-forward)."""
+    spec, seq = run.spec, run.data.seq_length
+    heads = spec.num_attention_heads * spec.head_dim
+    projections = spec.hidden_size * (2 * heads + 2 * spec.groups * spec.head_dim)
+    ffn = (3 if spec.swiglu else 2) * spec.hidden_size * spec.ffn
+    token = 2 * (spec.num_layers * (projections + ffn + seq * heads) + spec.hidden_size * spec.vocab_size)
+    tokens = seq * run.data.samples_per_iteration(run.layout.dp)
+    return 3.0 * token * tokens / math.prod((run.layout.tp, run.layout.pp, run.layout.dp))

@@ -1,0 +1,144 @@
+"""What a run tells: the log line in the original's format, a line of JSON an iteration, TensorBoard events, a picture.
+
+The last rank prints, as the original does. `metrics.jsonl` lies beside the checkpoints; a resumed run drops what it holds of
+iterations that will be done again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from modellink.core.processes import rank
+from modellink.core.train.curve import draw
+from modellink.kernels.device import Device
+from modellink.kernels.files import Journal, atomic_write
+from tensorboardX import SummaryWriter
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished iteration. `loss` in nats a token, `seconds` of wall clock; `grad_norm` None where it was not taken."""
+
+    iteration: int
+    consumed_samples: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    loss_scale: float
+    skipped: bool
+    seconds: float
+
+
+class Metrics:
+    """Gathers steps and writes them; on ranks other than the last it does nothing.
+
+    Args:
+        flops: floating point operations of an iteration on one rank, for the throughput; None leaves it out.
+        resumed: the iteration the run continues from.
+    """
+
+    def __init__(self, *, active: bool, device: Device, train_iters: int, global_batch_size: int, log_interval: int,
+                 folder: Path | None, tensorboard_dir: Path | None, flops: float | None, resumed: int) -> None:
+        self.active, self.device = active, device
+        self.train_iters, self.global_batch_size, self.log_interval = train_iters, global_batch_size, log_interval
+        self.flops, self._first = flops, True
+        self.history: list[Step] = []
+        self._window: list[Step] = []
+        self._journal: Journal | None = None
+        self._events: SummaryWriter | None = None
+        if not active:
+            return
+        if folder is not None:
+            self._open_journal(folder, resumed)
+        if tensorboard_dir is not None:
+            self._events = SummaryWriter(str(tensorboard_dir), purge_step=resumed + 1 if resumed else None)
+
+    def _open_journal(self, folder: Path, resumed: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "metrics.jsonl"
+        with Journal(path) as journal:
+            kept = [entry for entry in journal.entries if entry["iteration"] <= resumed]
+        with atomic_write(path, "w") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in kept)
+        self.history = [Step(**entry) for entry in kept]
+        self._journal = Journal(path)
+
+    def add(self, step: Step) -> None:
+        if not self.active:
+            return
+        self.history.append(step)
+        self._window.append(step)
+        if self._journal:
+            self._journal.append(step.__dict__)
+        if self._events:
+            for name, value in (("lm loss", step.loss), ("learning-rate", step.learning_rate), ("grad-norm", step.grad_norm),
+                                ("loss-scale", step.loss_scale), ("iteration-time", step.seconds)):
+                if value is not None and math.isfinite(value):
+                    self._events.add_scalar(name, value, step.iteration)
+        if step.iteration % self.log_interval == 0 or step.iteration == self.train_iters:
+            self._print()
+
+    def _print(self) -> None:
+        steps, self._window = self._window, []
+        last, seconds = steps[-1], sum(step.seconds for step in steps) / len(steps)
+        good = [step.loss for step in steps if not step.skipped and math.isfinite(step.loss)]
+        nan = sum(not math.isfinite(step.loss) for step in steps)
+        parts = [f"iteration {last.iteration:8d}/{self.train_iters:8d}",
+                 f"consumed samples: {last.consumed_samples:12d}",
+                 f"elapsed time per iteration (ms): {seconds * 1000:.1f}"]
+        if self.flops is not None:
+            parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.1f}")
+        parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {self.global_batch_size:5d}"]
+        if good:
+            parts.append(f"lm loss: {sum(good) / len(good):.6E}")
+        parts.append(f"loss scale: {last.loss_scale:.1f}")
+        if last.grad_norm is not None:
+            parts.append(f"grad norm: {last.grad_norm:.3f}")
+        parts += [f"number of skipped iterations: {sum(step.skipped for step in steps):3d}",
+                  f"number of nan iterations: {nan:3d}"]
+        print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts) + " |", flush=True)
+        if self._first:
+            self._first = False
+            now, peak = (value / 2**20 for value in self.device.memory())
+            print(f"[Rank {rank()}] (after {last.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
+                  f"max allocated: {peak:.1f}", flush=True)
+
+    def evaluation(self, where: str, loss: float, iteration: int) -> None:
+        """Print a validation or test loss in the original's frame."""
+        if not self.active:
+            return
+        line = (f" validation loss at {where} | lm loss value: {loss:.6E} | "
+                f"lm loss PPL: {math.exp(min(20.0, loss)):.6E} | ")
+        print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
+        if self._events:
+            self._events.add_scalar("lm loss validation", loss, iteration)
+
+    def close(self, curve: Path | None) -> None:
+        """Flush everything; draw the loss where a picture is wanted."""
+        if self._events:
+            self._events.close()
+        if self._journal:
+            self._journal.close()
+        points = [(step.iteration, step.loss) for step in self.history if math.isfinite(step.loss)]
+        if self.active and curve is not None and len(points) > 1:
+            curve.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(curve, "w") as file:
+                file.write(draw(points, title="lm loss", x="iteration"))
+
+
+class Clock:
+    """Wall-clock seconds of an iteration, after the device has finished it."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self._last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        self.device.synchronize()
+        now = time.perf_counter()
+        self._last, elapsed = now, now - self._last
+        return elapsed

@@ -1,0 +1,45 @@
+"""megatron-core's data-parallel wrapper, optimizer and learning-rate schedule, made from the run's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from modellink.core.config import OptimizerConfig, ParallelConfig
+from torch import nn
+
+
+def wrap(models: Sequence[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
+    """Data parallelism around each model chunk; gradients are summed in fp32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer)
+    wrapped = [DistributedDataParallel(model.config, settings, model) for model in models]
+    for model in wrapped:
+        model.broadcast_params()
+    return wrapped
+
+
+def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, parallel: ParallelConfig) -> Any:
+    """The (distributed) optimizer over all model chunks, known to their configs, which the schedules ask."""
+    optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
+        optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
+        adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad,
+        bf16=config.bf16, fp16=config.fp16, params_dtype=config.dtype, initial_loss_scale=config.initial_loss_scale,
+        use_distributed_optimizer=parallel.use_distributed_optimizer), list(models))
+    for model in models:
+        model.config.finalize_model_grads_func = finalize_model_grads
+        model.config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:
+    """The learning rate as a function of the iteration; `step(1)` after each."""
+    return OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup_iters,
+        lr_decay_steps=config.decay_iters, lr_decay_style=config.lr_decay_style, start_wd=config.weight_decay,
+        end_wd=config.weight_decay, wd_incr_steps=0, wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True)

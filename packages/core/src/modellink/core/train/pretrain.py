@@ -1,0 +1,37 @@
+"""Pretraining from beginning to end: what `modellink-train pretrain` does on every rank."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from megatron.core import parallel_state
+from modellink.core.data.pretrain import build_datasets, micro_batches
+from modellink.core.run import Run
+from modellink.core.train.loop import Feed, loop
+from modellink.core.train.metrics import Step
+from modellink.core.train.setup import set_up
+
+
+def pretrain(run: Run) -> list[Step]:
+    """Train until the last iteration or --exit-interval; every rank of the layout calls it, with the process groups made.
+
+    Returns:
+        The finished steps, those before a resume too, on the last rank; nothing elsewhere.
+    """
+    training = set_up(run)
+    config, logging = run.data, run.logging
+    size = config.samples_per_iteration(run.layout.dp)
+    evaluations = run.optimizer.train_iters // logging.eval_interval + 1
+    sets = build_datasets(
+        config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size,
+        samples=(run.optimizer.train_iters * size, evaluations * logging.eval_iters * size, logging.eval_iters * size))
+
+    def feed(dataset: Any) -> Feed | None:
+        return None if dataset is None else partial(
+            micro_batches, dataset, config, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
+            vocab_size=run.spec.vocab_size, device=run.device.torch)
+
+    train, valid, test = map(feed, sets)
+    assert train is not None
+    return loop(run, training, train, valid, test)

@@ -1,0 +1,44 @@
+"""The models, optimizer and schedule of a run, filled from what it starts from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from modellink.ckpt_convert.manifest import write_companions
+from modellink.core import __version__
+from modellink.core.model.build import BuildSettings, build_models
+from modellink.core.model.load import load_weights
+from modellink.core.run import Run
+from modellink.core.train import checkpoint
+from modellink.core.train.checkpoint import Training
+from modellink.core.train.optimizer import make_optimizer, make_schedule, wrap
+
+
+def build_settings(run: Run) -> BuildSettings:
+    return BuildSettings(
+        layout=run.layout, dtype=run.optimizer.dtype, sequence_parallel=run.parallel.sequence_parallel,
+        make_vocab_size_divisible_by=run.parallel.make_vocab_size_divisible_by,
+        attention_dropout=run.optimizer.attention_dropout, hidden_dropout=run.optimizer.hidden_dropout,
+        init_method_std=run.optimizer.init_method_std)
+
+
+def set_up(run: Run) -> Training:
+    """Build, then take a whole training state where the run goes on, weights alone where it starts from some."""
+    first = dist.get_rank() == 0
+    settings = build_settings(run)
+    models: list[Any] = list(build_models(run.spec, settings))
+    if run.source is not None and run.resumed is None:
+        load_weights(models, run.source, settings, show=first)
+    models = list(wrap(models, run.parallel))
+    optimizer = make_optimizer(models, run.optimizer, run.parallel)
+    training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout)
+    if run.resumed is not None:
+        checkpoint.resume(training, run.resumed)
+        if first:
+            print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
+    if first and run.checkpoint.save is not None:
+        run.checkpoint.save.mkdir(parents=True, exist_ok=True)
+        write_companions(run.checkpoint.save, run.source, spec=run.spec,
+                         dtype=str(run.optimizer.dtype).removeprefix("torch."), producer=f"modellink-core {__version__}")
+    return training
