@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.parallel import ParallelLayout, Split, held, padded_vocab_size
 

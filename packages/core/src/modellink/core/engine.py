@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError
 
@@ -217,6 +218,7 @@ def _fix() -> None:
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
+
     from modellink.core.train.adam import Adam
 
     # 1. isinstance(module, None) in multi-latent attention

@@ -21,6 +21,7 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
+
 from modellink.core import engine
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Literal
 
 import torch
+
 from modellink.kernels.errors import ModelLinkError
 
 Kind = Literal["cpu", "cuda", "npu"]
@@ -76,8 +77,8 @@ def npu_available() -> bool:
     """Whether torch_npu is installed and sees an NPU."""
     if importlib.util.find_spec("torch_npu") is None:
         return False
-    importlib.import_module("torch_npu")
-    return bool(torch.npu.is_available())
+    importlib.import_module("torch_npu")  # adds torch.npu
+    return bool(vars(torch)["npu"].is_available())
 
 
 def find(kind: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0) -> Device:

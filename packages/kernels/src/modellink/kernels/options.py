@@ -187,6 +187,8 @@ def yaml_layer(path: Path) -> Layer:
         raise ModelLinkError("the configuration file is missing", where=path) from None
     except yaml.YAMLError as error:
         raise ModelLinkError(f"not YAML: {error}", where=path) from None
+    if not isinstance(loaded or {}, dict):
+        raise ModelLinkError("the file does not hold `name: value` lines", where=path)
     values: dict[str, Any] = {}
     for key, value in (loaded or {}).items():
         inner = value.items() if isinstance(value, dict) else [(key, value)]
@@ -263,9 +265,8 @@ def _click_option(item: Field) -> click.Option:
 def command(*configs: type, name: str | None = None, help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
     """Decorator: make a function a console command over these config classes (see `Command`)."""
     def wrap(function: Callable[..., Any]) -> Command:
-        made = click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
+        return click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
                              context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
-        return typing.cast(Command, made)
     return wrap
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 

@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch import Tensor
+
 from modellink.core.config import DataConfig
 from modellink.kernels.errors import ModelLinkError
-from torch import Tensor
 
 
 @dataclass(frozen=True)

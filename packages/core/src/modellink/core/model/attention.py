@@ -10,10 +10,11 @@ from typing import Any
 
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
+from torch import Tensor, nn
+
 from modellink.core.model.rotary import RotaryTable
 from modellink.core.model.state import SequenceState
 from modellink.kernels import ops
-from torch import Tensor, nn
 
 
 class SelfAttention(MegatronSelfAttention):

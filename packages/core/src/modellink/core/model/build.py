@@ -10,11 +10,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.layers import block_spec
 from modellink.core.model.state import SequenceState
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
-from torch import Tensor
 
 
 @dataclass(frozen=True)

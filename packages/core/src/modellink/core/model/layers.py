@@ -13,12 +13,13 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.attention import BiasedRowParallelLinear, CoreAttention, SelfAttention
 from modellink.core.model.norm import Norm
 from modellink.core.model.rotary import RotaryTable
 from modellink.kernels import ops
-from torch import Tensor
 
 
 class GatedMLP(MLP):

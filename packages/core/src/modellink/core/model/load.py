@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.utils import get_attr_wrapped_model
+from torch import nn
+
 from modellink.ckpt_convert.weights import Source, read_shard, stage_names, weights
 from modellink.core.model.build import BuildSettings
 from modellink.kernels.errors import InternalError
 from modellink.kernels.progress import Work
-from torch import nn
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from modellink.kernels import ops
 from torch import Tensor, nn
+
+from modellink.kernels import ops
 
 
 class Norm(nn.Module):

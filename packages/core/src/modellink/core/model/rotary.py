@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from modellink.ckpt_convert.spec import ModelSpec
 from torch import Tensor
+
+from modellink.ckpt_convert.spec import ModelSpec
 
 
 def inverse_frequencies(spec: ModelSpec) -> Tensor:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
 from modellink.ckpt_convert.formats.pickle import check_pickle
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.core.model.load import bare

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from modellink.core.data.pretrain import Batch
 from modellink.core.run import Run
 from modellink.core.train import checkpoint

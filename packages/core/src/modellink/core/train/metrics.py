@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from tensorboardX import SummaryWriter
+
 from modellink.core.processes import rank
 from modellink.core.train.curve import draw
 from modellink.kernels.device import Device
 from modellink.kernels.files import Journal, atomic_write
-from tensorboardX import SummaryWriter
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from modellink.core.config import OptimizerConfig, ParallelConfig
 from torch import nn
+
+from modellink.core.config import OptimizerConfig, ParallelConfig
 
 
 def wrap(models: Sequence[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
+
 from modellink.core.data.pretrain import build_datasets, micro_batches
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+
 from modellink.ckpt_convert.manifest import write_companions
 from modellink.core import __version__
 from modellink.core.model.build import BuildSettings, build_models

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor
+
 from modellink.core.data.pretrain import Batch
 from modellink.kernels import ops
-from torch import Tensor
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:

@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
 from modellink.kernels.device import Device, find
 from modellink.kernels.ops.adamw import Settings
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
-def devices(kind: str) -> tuple[list[tuple[str, str]], list[str]]:
+def devices(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
     """Rows about the device and a two-way trip through its collective backend; and what failed."""
     device = find(kind)  # type: ignore[arg-type]
-    rows = [("device", str(device.torch)), ("count", str(device.module.device_count() if device.module else 1)),
+    count = device.module.device_count() if device.module else 1
+    rows: list[tuple[str, ...]] = [("device", str(device.torch)), ("count", str(count)),
             ("cpu threads", str(torch.get_num_threads())), ("backend", device.backend)]
     try:
         rows.append(("all_reduce over one rank", _collective(device)))
@@ -32,7 +34,7 @@ def devices(kind: str) -> tuple[list[tuple[str, str]], list[str]]:
 def _collective(device: Device) -> str:
     with tempfile.TemporaryDirectory() as folder:
         device.activate()
-        dist.init_process_group(device.backend, store=dist.FileStore(str(Path(folder) / "store"), 1), rank=0, world_size=1)
+        dist.init_process_group(device.backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1)
         try:
             x = torch.ones(4, device=device.torch)
             dist.all_reduce(x)
@@ -81,7 +83,8 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
 def ops(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
     """Rows of op, form, dtype, difference; and the ops that differ from their plain form by more than is allowed."""
     device = find(kind).torch  # type: ignore[arg-type]
-    rows, wrong = [], []
+    rows: list[tuple[str, ...]] = []
+    wrong = []
     for dtype, allowed in TOLERANCE.items():
         for name, case in op_cases(device, dtype).items():
             module = importlib.import_module(f"modellink.kernels.ops.{name}")

@@ -54,7 +54,8 @@ class _Parallel(torch.autograd.Function):
         target, total = both
         ctx.save_for_backward(probabilities.div_(total.unsqueeze(-1)), local, elsewhere)
         ctx.dtype = logits.dtype
-        return total.log() - target
+        result: Tensor = total.log() - target
+        return result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

@@ -1,0 +1,58 @@
+"""What a command prints and how it ends when something goes wrong, seen from outside."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from modellink.kernels.errors import InternalError, ModelLinkError, near
+
+
+def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = f"from modellink.kernels.errors import *\ndef body():\n    {body}\nrun_command(body)"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
+
+
+def test_a_users_mistake_ends_with_2_and_no_trace():
+    done = run("raise ModelLinkError('3 rows', where='a.csv', fix='remove one')")
+    assert done.returncode == 2
+    assert done.stderr == "error: 3 rows\n  where: a.csv\n  fix:   remove one\n"
+
+
+def test_the_trace_of_a_mistake_is_there_for_those_who_ask():
+    assert "Traceback" in run("raise ModelLinkError('x')", MODELLINK_TRACE="1").stderr
+
+
+@pytest.mark.parametrize("raised", ["InternalError('lost')", "ValueError('lost')"])
+def test_a_fault_of_ours_ends_with_1_and_a_trace(raised):
+    done = run(f"raise {raised}")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "lost" in done.stderr
+
+
+def test_an_interrupt_ends_with_130():
+    assert run("raise KeyboardInterrupt").returncode == 130
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "from modellink.kernels.errors import run_command\nrun_command(lambda: [print('x' * 1000) for _ in range(1000)])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_errors_travel_between_processes():
+    error = pickle.loads(pickle.dumps(InternalError("what", where="there", fix="so")))
+    assert type(error) is InternalError and str(error) == "what\n  where: there\n  fix:   so"
+
+
+def test_near_names_what_was_meant():
+    assert near("train_itres", ["lr", "train_iters", "save"]) == "did you mean train_iters?"
+    assert near("zzz", ["lr"]) == ""
+    assert isinstance(InternalError("x"), ModelLinkError)

@@ -1,0 +1,74 @@
+"""Every op's form on this device, and its gradients, against the plain form and an independent formula."""
+
+from __future__ import annotations
+
+import importlib
+import math
+
+import pytest
+import torch
+
+from modellink.kernels import ops
+from modellink.kernels.ops.check import TOLERANCE, op_cases
+
+NAMES = ["rms_norm", "swiglu", "rotary", "attention", "cross_entropy", "adamw"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_form_of_this_device_means_the_plain_form(name, dtype):
+    module = importlib.import_module(f"modellink.kernels.ops.{name}")
+    case = op_cases(torch.device("cpu"), dtype)[name]
+    torch.testing.assert_close(case(getattr(ops, name)), case(module.plain), atol=TOLERANCE[dtype], rtol=0)
+
+
+@pytest.fixture
+def qkv() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(7, 2, heads, 8, generator=generator) for heads in (6, 3, 3))
+
+
+def test_attention_is_the_textbook_formula(qkv):
+    query, key, value = qkv
+    expected = torch.zeros_like(query)
+    for i in range(7):
+        for batch in range(2):
+            for head in range(6):
+                scores = torch.stack([query[i, batch, head] @ key[j, batch, head // 2] * 0.3 for j in range(i + 1)])
+                expected[i, batch, head] = scores.softmax(0) @ value[: i + 1, batch, head // 2]
+    torch.testing.assert_close(ops.attention(query, key, value, scale=0.3), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_attention_over_a_cache_sees_up_to_each_rows_position(qkv):
+    query, key, value = qkv
+    whole = ops.attention(query, key, value, scale=0.3)
+    positions = torch.tensor([[5], [3]])
+    new = torch.stack([query[5, 0], query[3, 1]]).unsqueeze(0)
+    out = ops.attention(new, key, value, scale=0.3, positions=positions)
+    torch.testing.assert_close(out[0], torch.stack([whole[5, 0], whole[3, 1]]), atol=1e-6, rtol=1e-5)
+
+
+def test_rotary_turns_pairs_and_leaves_the_rest():
+    x = torch.randn(3, 1, 2, 6)
+    angle = torch.tensor([0.3, 1.1]).repeat(2)
+    out = ops.rotary(x, angle.cos().expand(3, 1, 1, 4), angle.sin().expand(3, 1, 1, 4))
+    assert torch.equal(out[..., 4:], x[..., 4:])
+    first, second = x[..., 0], x[..., 2]  # dimension 0 is paired with 0 + 4 / 2
+    torch.testing.assert_close(out[..., 0], first * math.cos(0.3) - second * math.sin(0.3))
+    torch.testing.assert_close(out[..., 2], second * math.cos(0.3) + first * math.sin(0.3))
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adamw_follows_torch(decoupled):
+    start, generator = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
+    theirs = torch.nn.Parameter(start.clone())
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    reference = kind([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    mine, mean, variance = start.clone(), torch.zeros(5, 3), torch.zeros(5, 3)
+    for step in range(1, 6):
+        grad = torch.randn(5, 3, generator=generator)
+        theirs.grad = grad.clone()
+        reference.step()
+        ops.adamw([mine], [grad.clone()], [mean], [variance], importlib.import_module("modellink.kernels.ops.adamw").Settings(
+            step=step, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, decoupled=decoupled))
+        torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-5)

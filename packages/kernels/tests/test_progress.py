@@ -1,0 +1,41 @@
+"""Long work shows itself on stderr: plain lines where there is no terminal, a bar where there is one."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+
+CODE = """
+from modellink.kernels.progress import Work
+with Work("counting", 3, unit="sheep", show={show}) as work:
+    for _ in range(3):
+        work.advance()
+"""
+
+
+def test_a_pipe_gets_plain_lines():
+    done = subprocess.run([sys.executable, "-c", CODE.format(show=True)], capture_output=True, text=True)
+    assert done.stdout == ""
+    assert done.stderr.startswith("counting: 3 of 3 sheep, ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_other_ranks_are_quiet():
+    done = subprocess.run([sys.executable, "-c", CODE.format(show=False)], capture_output=True, text=True)
+    assert done.stdout == done.stderr == ""
+
+
+def test_a_terminal_gets_a_bar():
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", CODE.format(show=True)], stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    seen = b""
+    try:
+        while chunk := os.read(ours, 4096):
+            seen += chunk
+    except OSError:  # Linux ends a pseudo-terminal with EIO
+        pass
+    assert process.wait() == 0
+    assert "━".encode() in seen and b"counting" in seen
