@@ -1,3 +1,9 @@
 """Checkpoint conversion between Hugging Face and Megatron layouts, and the one description of a model (ModelSpec)."""
 
 __version__ = "0.1.0"
+
+from modellink.ckpt_convert.convert import Converted, convert
+from modellink.ckpt_convert.open import open_checkpoint
+from modellink.ckpt_convert.spec import ModelSpec
+
+__all__ = ["Converted", "ModelSpec", "convert", "open_checkpoint"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isclose
 from typing import Any, ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
@@ -77,6 +78,20 @@ class ModelSpec:
         check_tensor_parallel(layout.tp, num_attention_heads=self.num_attention_heads, num_query_groups=self.groups,
                               ffn_hidden_size=self.ffn)
         layout.check_layers(self.num_layers)
+
+    def refuse_contradiction(self, other: ModelSpec, here: str, there: str) -> None:
+        """Raise where two sources describe different models; the longest sequence is not part of what a model is."""
+        mine, theirs = self.explicit(), other.explicit()
+        for name, value in mine.items():
+            second = theirs[name]
+            close = isinstance(value, float) and isinstance(second, float) and isclose(value, second, rel_tol=1e-6)
+            if value != second and not close and name != "max_position_embeddings":
+                raise ModelLinkError(f"{name} is {value} in {here} and {second} in {there}", where=f"{here}, {there}",
+                                     fix="they belong to different models")
+
+    def explicit(self) -> dict[str, Any]:
+        """All fields, with numbers where None stands for a default."""
+        return self.to_dict() | {"ffn_hidden_size": self.ffn, "num_query_groups": self.groups, "kv_channels": self.head_dim}
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -34,15 +35,37 @@ class Weight:
 
 
 class Source(Protocol):
-    """A checkpoint one can read canonical weights from; every format's reader is one."""
+    """A checkpoint one can read canonical weights from; every format's reader gives one."""
 
-    spec: ModelSpec
-    family: str
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def folder(self) -> Path:
+        """What was opened."""
+        ...
+
+    @property
+    def companions(self) -> Path:
+        """The folder with config.json, generation config and tokenizer files."""
+        ...
+
+    @property
+    def prompt_type(self) -> str | None:
+        """The prompt template the weights were trained with, where somebody noted it."""
+        ...
 
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, pieces: Sequence[range], dim: int) -> torch.Tensor:
         """The given index ranges along `dim` of the canonical tensor `name`, joined in order; read lazily."""
+        ...
+
+    def describe(self) -> str:
+        """One line: format, layout, dtype."""
         ...
 
 

@@ -99,15 +99,18 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = Fal
     finish_folder(temporary, path)
 
 
-def finish_folder(temporary: Path, path: Path) -> None:
-    """fsync every file below `temporary`, write the marker, rename it to `path` (replacing what is there)."""
+def mark_complete(folder: Path) -> None:
+    """fsync every file below `folder` and write the marker that lists them."""
     sizes = {}
-    for file in sorted(temporary.rglob("*")):
+    for file in sorted(folder.rglob("*")):
         sync(file)
         if file.is_file() and file.name != MARKER:
-            sizes[file.relative_to(temporary).as_posix()] = file.stat().st_size
-    kill_point("after-write")
-    write_json(temporary / MARKER, {"files": sizes})
+            sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
+    write_json(folder / MARKER, {"files": sizes})
+
+
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Rename the finished folder `temporary` to `path`, replacing what is there."""
     kill_point("before-rename")
     if path.exists():
         old = path.with_name(path.name + ".old")
@@ -118,6 +121,13 @@ def finish_folder(temporary: Path, path: Path) -> None:
     else:
         os.replace(temporary, path)
     sync(path.parent)
+
+
+def finish_folder(temporary: Path, path: Path) -> None:
+    """Mark `temporary` complete and rename it to `path` (replacing what is there)."""
+    kill_point("after-write")
+    mark_complete(temporary)
+    move_into_place(temporary, path)
 
 
 def incomplete(path: Path) -> str | None:

@@ -1,0 +1,177 @@
+"""The conversion itself: check everything, write file by file into `DST.tmp`, verify, rename.
+
+A run that was killed leaves `DST.tmp` with a journal of the files that are whole; the same command goes on from there and ends
+with the same bytes. Optimizer states are not converted.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from modellink.ckpt_convert import manifest
+from modellink.ckpt_convert.formats import huggingface
+from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
+from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
+from modellink.ckpt_convert.open import open_checkpoint
+from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, size
+from modellink.ckpt_convert.verify import compare
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import (
+    Journal,
+    atomic_write,
+    kill_point,
+    mark_complete,
+    move_into_place,
+    refuse_existing,
+    write_json,
+)
+from modellink.kernels.parallel import ParallelLayout
+from modellink.kernels.progress import Work
+
+JOURNAL = "convert.journal"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did, or with `dry_run` would do; `verified` counts the tensors compared."""
+
+    plan: Plan
+    verified: int | None = None
+
+
+def convert(src: Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
+            make_vocab_size_divisible_by: int = 1, params_dtype: torch.dtype | None = None, overwrite: bool = False,
+            verify: bool = False, dry_run: bool = False, family: str | None = None, hf: Path | str | None = None,
+            iteration: int | None = None, max_shard_bytes: int = SHARD_BYTES) -> Converted:
+    """Convert the checkpoint `src` to the new folder `dst`.
+
+    Args:
+        to: `hf` or `megatron-core`.
+        layout: tp, pp, vpp and num_layer_list of the output; one rank where nothing is said.
+        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this x tp.
+        params_dtype: of the output; each tensor keeps its own where nothing is said.
+        overwrite: replace `dst`, once the new one is whole.
+        verify: read the output back and compare every tensor bit by bit before it appears as `dst`.
+        dry_run: only plan.
+        family, hf, iteration: see `open_checkpoint`.
+        max_shard_bytes: of one safetensors file.
+
+    Raises:
+        ModelLinkError: anything wrong with the input or the output's place; nothing is written then.
+    """
+    src, dst = Path(src), Path(dst)
+    source = open_checkpoint(src, family=family, hf=hf, iteration=iteration)
+    layout = layout or ParallelLayout()
+    if to == "hf":
+        if layout.world_size > 1:
+            raise ModelLinkError(f"a Hugging Face folder is not cut over ranks, {layout} was asked for",
+                                 where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
+        plan = plan_huggingface(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
+    else:
+        plan = plan_megatron(source, layout, divisible_by=make_vocab_size_divisible_by, dtype=params_dtype)
+    dtype = str(plan.dtype).removeprefix("torch.")
+    config = huggingface.config_for(source.spec, source.family, source.companions, dtype)
+    _check_place(src, dst, plan, overwrite)
+    if dry_run:
+        return Converted(plan)
+
+    temporary = dst.with_name(dst.name + ".tmp")
+    try:
+        _write_files(plan, temporary)
+        _write_companions(plan, temporary, config, dtype)
+        count = None
+        if verify:
+            count = compare(source, open_checkpoint(temporary), params_dtype)
+    except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    kill_point("before-rename")
+    (temporary / JOURNAL).unlink()
+    move_into_place(temporary, dst)
+    return Converted(plan, count)
+
+
+def _check_place(src: Path, dst: Path, plan: Plan, overwrite: bool) -> None:
+    refuse_existing(dst, overwrite=overwrite)
+    here, there = src.resolve(), dst.resolve()
+    if there == here or there in here.parents or here in there.parents:
+        raise ModelLinkError("the output and the source lie inside each other", where=f"{src}, {dst}",
+                             fix="choose a folder beside it")
+    parent = next(path for path in there.parents if path.exists())
+    if not parent.is_dir():
+        raise ModelLinkError("the output lies below a file", where=parent)
+    temporary = dst.with_name(dst.name + ".tmp")
+    if temporary.exists() and not (temporary / JOURNAL).exists() and any(temporary.iterdir()):
+        raise ModelLinkError("a folder with the temporary name of the output exists and is not a conversion of ours",
+                             where=temporary, fix="remove it, or choose another output")
+    there_already = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free
+    if plan.nbytes > free + there_already:
+        raise ModelLinkError(f"the output needs {size(plan.nbytes)}, {size(free)} are free", where=parent)
+
+
+def _write_files(plan: Plan, temporary: Path) -> None:
+    """Write the files of weights that the journal of an earlier run does not have."""
+    fingerprint = plan.fingerprint()
+    done = _finished(temporary, fingerprint)
+    temporary.mkdir(parents=True, exist_ok=True)
+    with Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes >> 20, unit="MB") as work:
+        if not journal.entries:
+            journal.append({"fingerprint": fingerprint})
+        written = 0
+
+        def wrote(count: int) -> None:
+            nonlocal written
+            work.advance(((written + count) >> 20) - (written >> 20))
+            written += count
+
+        for number, file in enumerate(plan.files, 1):
+            if file.name in done:
+                wrote(file.nbytes)
+                continue
+            path = temporary / file.name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as handle:
+                file.write(handle, wrote)
+            journal.append({"file": file.name, "bytes": path.stat().st_size})
+            kill_point(f"after-file-{number}")
+
+
+def _finished(temporary: Path, fingerprint: str) -> set[str]:
+    """The files an earlier run of the same conversion finished; whatever else lies in `temporary` is removed."""
+    if not (temporary / JOURNAL).exists():
+        return set()
+    with Journal(temporary / JOURNAL) as journal:
+        entries = journal.entries
+    if not entries or entries[0] != {"fingerprint": fingerprint}:
+        print(f"note: {temporary} belongs to another conversion; starting anew", file=sys.stderr)
+        shutil.rmtree(temporary)
+        return set()
+    sizes = {temporary / entry["file"]: entry["bytes"] for entry in entries[1:]}
+    whole = {path for path, count in sizes.items() if path.is_file() and path.stat().st_size == count}
+    for path in temporary.rglob("*"):
+        if path.is_file() and path not in whole and path.name != JOURNAL:
+            path.unlink()
+    if whole:
+        print(f"note: going on after {len(whole)} finished files of an earlier run", file=sys.stderr)
+    return {path.relative_to(temporary).as_posix() for path in whole}
+
+
+def _write_companions(plan: Plan, temporary: Path, config: dict[str, object], dtype: str) -> None:
+    """Everything that is not weights."""
+    if plan.to == "hf":
+        for path in manifest.companion_files(plan.source.companions):
+            manifest.copy_file(path, temporary / path.name)
+        write_json(temporary / "config.json", config)
+        if plan.index is not None:
+            write_json(temporary / huggingface.INDEX, plan.index)
+        return
+    manifest.write_companions(temporary, plan.source, dtype=dtype)
+    write_json(temporary / manifest.FOLDER / "config.json", config)
+    mark_complete(temporary / iteration_folder(plan.iteration))
+    with atomic_write(temporary / TRACKER, "w") as file:
+        file.write(str(plan.iteration))

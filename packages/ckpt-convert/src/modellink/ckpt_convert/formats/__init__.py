@@ -1,0 +1,1 @@
+"""File formats: each module reads (and where it says so writes) one of them, tensor slice by tensor slice."""

@@ -1,0 +1,139 @@
+"""Tensors that stay on disk until some of their rows or columns are asked for.
+
+All formats end in the same place: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is put together
+from rectangles of such runs (`Assembled`). Reading is by plain reads into fresh memory, not by memory maps: what a
+conversion holds is what was asked for, and a file that shrinks is an error, not a crash.
+
+Not here: where the runs are (the format modules) and what they mean (rules.py, weights.py).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from math import prod
+from pathlib import Path
+
+import torch
+from modellink.kernels.errors import ModelLinkError
+
+BLOCK = 8 << 20  # bytes read at once where only some columns are wanted
+READ_LIMIT = 1 << 30  # bytes a single read asks for; Linux stops at 2 GiB
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A row-major tensor [rows, columns] or [rows] whose first byte is at `offset` of the file `path`."""
+
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def columns(self) -> int:
+        return prod(self.shape[1:])
+
+    def read(self, rows: range, columns: range) -> torch.Tensor:
+        """A rectangle of it, [rows, columns]; a vector has one column.
+
+        Raises:
+            ModelLinkError: the file ends too early.
+        """
+        out = torch.empty(len(rows), len(columns), dtype=self.dtype)
+        row_bytes = self.columns * self.dtype.itemsize
+        with open(self.path, "rb", buffering=0) as file:
+            if len(columns) == self.columns:
+                self._fill(file, out, self.offset + rows.start * row_bytes)
+                return out
+            step = max(1, BLOCK // row_bytes)
+            for start in range(0, len(rows), step):
+                block = torch.empty(min(step, len(rows) - start), self.columns, dtype=self.dtype)
+                self._fill(file, block, self.offset + (rows.start + start) * row_bytes)
+                out[start:start + len(block)] = block[:, columns.start:columns.stop]
+        return out
+
+    def _fill(self, file: io.FileIO, out: torch.Tensor, offset: int) -> None:
+        view, done = as_bytes(out), 0
+        file.seek(offset)
+        while done < len(view):
+            count = file.readinto(view[done:done + READ_LIMIT])
+            if not count:
+                raise ModelLinkError(f"the file ends at byte {offset + done}, in the middle of a tensor", where=self.path,
+                                     fix="it was cut off or is being written; copy it again")
+            done += count
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column)."""
+
+    stored: Stored
+    rows: range
+    columns: range
+    at: tuple[int, int]
+
+
+def all_of(stored: Stored, at: tuple[int, int] = (0, 0)) -> Part:
+    return Part(stored, range(stored.shape[0]), range(stored.columns), at)
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A tensor [rows, columns] or [rows] put together from parts that do not overlap."""
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype; where the parts differ, the smallest one that holds them all exactly."""
+        return reduce(torch.promote_types, (part.stored.dtype for part in self.parts))
+
+    def check(self) -> None:
+        """Raise unless the parts cover the whole."""
+        covered = sum(len(part.rows) * len(part.columns) for part in self.parts)
+        if covered != prod(self.shape):
+            raise ModelLinkError(f"{self.name} should have the shape {list(self.shape)}, that is {prod(self.shape):,} "
+                                 f"numbers; {covered:,} were found",
+                                 where=self.parts[0].stored.path if self.parts else None)
+
+    def read(self, pieces: Sequence[range], dim: int) -> torch.Tensor:
+        """The given ranges along `dim`, joined in order; the other dimension whole."""
+        size = [self.shape[0], prod(self.shape[1:])]
+        size[dim] = sum(map(len, pieces))
+        out = None
+        for place, part, rows, columns in self._overlaps(pieces, dim):
+            found = part.stored.read(rows, columns)
+            if list(found.shape) == size and found.dtype == self.dtype:
+                out = found  # the usual case: all of it lies in one run, no copy is needed
+                break
+            if out is None:
+                out = torch.empty(size, dtype=self.dtype)
+            out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)] = found
+        assert out is not None, f"{self.name} has no part in {pieces}"
+        return out.view(-1) if len(self.shape) == 1 else out
+
+    def _overlaps(self, pieces: Sequence[range], dim: int) -> Iterator[tuple[list[int], Part, range, range]]:
+        """Where in the output; which part; its rows and columns: for every part that a piece touches."""
+        done = 0
+        for piece in pieces:
+            for part in self.parts:
+                spans = [part.rows, part.columns]
+                start = max(piece.start, part.at[dim])
+                stop = min(piece.stop, part.at[dim] + len(spans[dim]))
+                if start < stop:
+                    place = list(part.at)
+                    place[dim] = done + start - piece.start
+                    shift = spans[dim].start - part.at[dim]
+                    spans[dim] = range(start + shift, stop + shift)
+                    yield place, part, spans[0], spans[1]
+            done += len(piece)

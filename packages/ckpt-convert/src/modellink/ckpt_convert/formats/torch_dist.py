@@ -1,0 +1,135 @@
+"""Distributed checkpoints of PyTorch and Megatron-Core (`torch_dist`), read only: `.metadata` and `__R_N.distcp` files.
+
+`.metadata` is a pickle that says which rectangle (offsets, sizes) of which tensor lies in which bytes of which file; those bytes
+are a torch.save archive. Both go through our pickle reader. Layers are either named one by one or stacked with a leading
+layer axis, as Megatron-Core does for layers that are all alike. Optimizer states, random states and objects are passed over.
+
+Not here: writing, flattened (FSDP) and compressed tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from modellink.ckpt_convert.formats import pickle
+from modellink.ckpt_convert.formats.megatron import our_name
+from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
+from modellink.ckpt_convert.source import assemble, refuse_left_over
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.weights import OUTPUT, Weight, weights
+from modellink.kernels.errors import ModelLinkError
+
+METADATA = ".metadata"
+MODEL = ("decoder.", "embedding.", "output_layer.")
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a global tensor and the bytes of a file that hold it."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: Path
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    shape: tuple[int, ...]
+    chunks: list[Chunk]
+
+
+def is_torch_dist(folder: Path) -> bool:
+    return (folder / METADATA).is_file()
+
+
+def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
+    """The canonical tensors of an iteration folder.
+
+    Raises:
+        ModelLinkError: the metadata is damaged, a file is missing or cut off, or the weights are not those of `spec`.
+    """
+    entries = _entries(folder)
+    known = weights(spec)
+    parts: dict[str, list[Part]] = {}
+    left_over = []
+    for name, entry in entries.items():
+        single, stacked = name, not name.removeprefix(LAYERS).split(".")[0].isdigit() and name.startswith(LAYERS)
+        if stacked:
+            single = f"{LAYERS}0.{name.removeprefix(LAYERS)}"
+        if single == OUTPUT and spec.tied:
+            continue
+        if single not in known:
+            left_over.append(name)
+            continue
+        _check_shape(name, entry, known[single], spec.num_layers if stacked else None, folder)
+        for chunk in entry.chunks:
+            for layer, part in _parts(name, chunk, known[single], stacked):
+                canonical = single.replace(f"{LAYERS}0.", f"{LAYERS}{layer}.", 1) if stacked else single
+                parts.setdefault(canonical, []).append(part)
+    refuse_left_over(left_over, folder)
+    return assemble(spec, parts, folder)
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """The model's tensors by name."""
+    metadata = pickle.load_pickle(folder / METADATA)
+    try:
+        fields = metadata.state
+        places = {(key.state["fqn"], key.state["offset"]): info.state for key, info in fields["storage_data"].items()}
+        found = {}
+        for full, entry in fields["state_dict_metadata"].items():
+            name = our_name(full.removeprefix("model."))
+            if not name.startswith(MODEL) or not isinstance(entry.state, Mapping) or "chunks" not in entry.state:
+                continue
+            boxes = [(box.state["offsets"], box.state["sizes"]) for box in entry.state["chunks"]]
+            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets))) for offsets, sizes in boxes]
+            found[name] = Entry(entry.state["size"], chunks)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelLinkError(f"not the metadata of a distributed checkpoint: {type(error).__name__} {error}",
+                             where=folder / METADATA) from None
+    return found
+
+
+def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...],
+           place: Mapping[str, Any] | None) -> Chunk:
+    if place is None:
+        raise ModelLinkError(f"a piece of {name} at {list(offsets)} has no place in a file", where=folder / METADATA)
+    file = place["relative_path"]
+    if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+        raise ModelLinkError(f"the metadata names {file!r}, which is not a file name of this folder", where=folder / METADATA,
+                             fix="do not use this checkpoint: its metadata must not point elsewhere")
+    if place.get("transform_descriptors"):
+        raise ModelLinkError(f"{name} is stored compressed, which is not supported", where=folder / file)
+    return Chunk(offsets, sizes, folder / file, place["offset"], place["length"])
+
+
+def _check_shape(name: str, entry: Entry, weight: Weight, layers: int | None, folder: Path) -> None:
+    expected = weight.shape if layers is None else (layers, *weight.shape)
+    found = entry.shape
+    if weight.split == "vocab" and found[1:] == expected[1:] and found[0] >= expected[0]:
+        return  # padded
+    if found != expected:
+        raise ModelLinkError(f"{name} has the shape {list(found)}; the configuration gives {list(expected)}", where=folder,
+                             fix="the configuration and the weights belong to different models")
+
+
+def _parts(name: str, chunk: Chunk, weight: Weight, stacked: bool) -> Iterator[tuple[int, Part]]:
+    """(layer, part) of each layer a chunk covers; layer 0 where layers are not stacked."""
+    stored = pickle.load(chunk.file, chunk.start, chunk.length)
+    if not isinstance(stored, Stored) or prod(stored.shape) != prod(chunk.sizes):
+        raise ModelLinkError(f"a piece of {name} should have the shape {list(chunk.sizes)}", where=chunk.file)
+    first, count = (chunk.offsets[0], chunk.sizes[0]) if stacked else (0, 1)
+    offsets, sizes = (chunk.offsets[1:], chunk.sizes[1:]) if stacked else (chunk.offsets, chunk.sizes)
+    for index in range(count):
+        shift = index * prod(sizes) * stored.dtype.itemsize
+        single = Stored(stored.path, stored.offset + shift, stored.dtype, sizes)
+        rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))  # the padding of a vocabulary is left out
+        if len(rows):
+            yield first + index, Part(single, rows, range(single.columns), (offsets[0], offsets[1] if len(sizes) > 1 else 0))

@@ -1,0 +1,95 @@
+"""What travels with weights: `modellink.json` and the folder `hf/` beside the iterations of every checkpoint we write.
+
+`modellink.json` holds ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the original config.json,
+generation config, tokenizer files and chat template. Converting, training and serving pass both on unchanged, so that a
+checkpoint can become a Hugging Face folder again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import modellink.ckpt_convert as package
+from modellink.ckpt_convert.spec import ModelSpec, spec_from
+from modellink.ckpt_convert.weights import EMBEDDING, Source
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import atomic_write, read_json, write_json
+
+FILE, FOLDER, VERSION = "modellink.json", "hf", 1
+CARRIED = ("config.json", "generation_config.json", "chat_template.json", "*.jinja", "tokenizer*", "special_tokens_map.json",
+           "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""Names of the files of a Hugging Face folder that go along; never Python files."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `modellink.json`."""
+
+    family: str
+    spec: ModelSpec
+    dtype: str
+    prompt_type: str | None = None
+    producer: str = ""
+
+
+def companion_files(folder: Path) -> list[Path]:
+    """The files of a Hugging Face folder that travel with weights."""
+    return [] if not folder.is_dir() else [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".py"
+            and any(fnmatch(path.name, pattern) for pattern in CARRIED)]
+
+
+def copy_file(path: Path, target: Path) -> None:
+    """Copy a companion whole or not at all; one that is there already with the same content is left alone."""
+    content = path.read_bytes()
+    if not (target.is_file() and target.read_bytes() == content):
+        with atomic_write(target) as file:
+            file.write(content)
+
+
+def write_companions(dst: Path | str, source: Source, *, dtype: str | None = None, prompt_type: str | None = None,
+                     producer: str | None = None) -> None:
+    """Write `hf/` and `modellink.json` into the checkpoint folder `dst`, from what `source` carries.
+
+    Args:
+        dtype: of the weights in `dst`, e.g. `bfloat16`; that of the source's embedding where nothing is said.
+        prompt_type: the template they were trained with; that of the source where nothing is said.
+        producer: name and version of the program; this package where nothing is said.
+    """
+    dst = Path(dst)
+    (dst / FOLDER).mkdir(parents=True, exist_ok=True)
+    for path in companion_files(source.companions):
+        copy_file(path, dst / FOLDER / path.name)
+    write_json(dst / FILE, {
+        "format_version": VERSION, "family": source.family, "spec": source.spec.to_dict(),
+        "dtype": dtype or str(source.dtype(EMBEDDING)).removeprefix("torch."), "vocab_size": source.spec.vocab_size,
+        "prompt_type": prompt_type or source.prompt_type,
+        "producer": producer or f"modellink-ckpt-convert {package.__version__}"})
+
+
+def read_manifest(folder: Path | str) -> Manifest | None:
+    """The manifest of a checkpoint folder, or None where it has none.
+
+    Raises:
+        ModelLinkError: it is damaged or of a newer version.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    values: Any = read_json(path)
+    try:
+        version, family, spec, dtype = (values[key] for key in ("format_version", "family", "spec", "dtype"))
+        if not isinstance(version, int) or not isinstance(spec, dict):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise ModelLinkError("the manifest lacks format_version, family, spec or dtype", where=path,
+                             fix=f"remove it and give {HELP}") from None
+    if version > VERSION:
+        raise ModelLinkError(f"the manifest has version {version}, this program knows {VERSION}", where=path,
+                             fix="upgrade modellink-ckpt-convert")
+    return Manifest(str(family), spec_from(spec, str(path)), str(dtype), values.get("prompt_type"), str(values.get("producer")))
+
+
+HELP = "--tokenizer-name-or-path (a Hugging Face folder with config.json and tokenizer) and --model-type-hf (its family)"

@@ -1,0 +1,109 @@
+"""Opening a checkpoint of any supported format by looking at what is in the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from modellink.ckpt_convert import manifest
+from modellink.ckpt_convert.families import read_spec
+from modellink.ckpt_convert.formats import huggingface, megatron, torch_dist
+from modellink.ckpt_convert.formats.tensors import Assembled
+from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.iterations import FOLDER, TRACKER, last_complete
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import incomplete
+from modellink.kernels.parallel import ParallelLayout
+
+
+def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | str | None = None,
+                    iteration: int | None = None) -> Checkpoint:
+    """Open a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint; no weight is read yet.
+
+    Args:
+        path: the folder; of a Megatron checkpoint also one of its iterations.
+        family: the family where the configuration does not say it.
+        hf: a Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that does not carry its own.
+        iteration: which iteration; the last complete one where nothing is said.
+
+    Raises:
+        ModelLinkError: there is nothing, or nothing known, or it is damaged or incomplete.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ModelLinkError("the checkpoint folder is missing", where=path)
+    if not path.is_dir():
+        raise ModelLinkError("a checkpoint is a folder, this is a file", where=path)
+    if huggingface.is_huggingface(path):
+        return huggingface.open_folder(path, family)
+    root, folder = _iteration(path, iteration)
+    if not (torch_dist.is_torch_dist(folder) or megatron.is_megatron(folder)):
+        raise _unrecognised(folder)
+    description = _description(root, family, Path(hf) if hf else None)
+    tensors: Mapping[str, Assembled]
+    if torch_dist.is_torch_dist(folder):
+        kind, layout = "torch_dist", ParallelLayout()
+        tensors = torch_dist.read(folder, description.spec)
+    else:
+        kind = "Megatron-Core"
+        tensors, layout = megatron.read(folder, description.spec)
+    match = FOLDER.match(folder.name)
+    return Checkpoint(kind, path, description.spec, description.family, description.companions, tensors, layout,
+                      int(match[1]) if match else None, description.prompt_type)
+
+
+def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:
+    """(the checkpoint's folder, the folder of the iteration to read)."""
+    if torch_dist.is_torch_dist(path) or megatron.is_megatron(path):
+        inside = FOLDER.match(path.name) or path.name == "release"
+        root = path.resolve().parent if inside else path
+        if inside and manifest.read_manifest(root) and (reason := incomplete(path)):
+            raise ModelLinkError(f"the checkpoint is not complete: {reason}", where=path)
+        return root, path
+    if (path / TRACKER).is_file() or any(path.glob("iter_*")):
+        ours = (path / manifest.FILE).is_file()
+        return path, last_complete(path, iteration, ours=ours)
+    raise _unrecognised(path)
+
+
+def _unrecognised(path: Path) -> ModelLinkError:
+    pickled = any(path.glob("pytorch_model*.bin"))
+    return ModelLinkError(
+        "no checkpoint was recognised", where=path,
+        fix="pickled Hugging Face weights are not read; save them as safetensors" if pickled else
+        f"looked for {huggingface.SINGLE} or {huggingface.INDEX} (Hugging Face), {TRACKER} or iter_* with mp_rank_* "
+        f"(Megatron-Core) or {torch_dist.METADATA} (torch_dist)")
+
+
+@dataclass(frozen=True)
+class _Description:
+    spec: ModelSpec
+    family: str
+    companions: Path
+    prompt_type: str | None
+
+
+def _description(root: Path, family: str | None, hf: Path | None) -> _Description:
+    """What a Megatron checkpoint is, from its manifest, or from the Hugging Face folder the user names."""
+    found = manifest.read_manifest(root)
+    companions = hf or root / manifest.FOLDER
+    if hf is not None and not (hf / "config.json").is_file():
+        raise ModelLinkError("the folder has no config.json", where=f"{hf}, --tokenizer-name-or-path",
+                             fix="give a Hugging Face folder with config.json and the tokenizer")
+    if found is None:
+        if not (companions / "config.json").is_file():
+            raise ModelLinkError(f"the checkpoint does not say which model it is ({manifest.FILE} and "
+                                 f"{manifest.FOLDER}/config.json are missing)", where=root, fix=f"give {manifest.HELP}")
+        spec, family = read_spec(Config.load(companions), family)
+        return _Description(spec, family, companions, None)
+    if family not in (None, found.family):
+        raise ModelLinkError(f"the checkpoint is of the family {found.family}, not {family}",
+                             where=f"{root / manifest.FILE}, --model-type-hf")
+    if (companions / "config.json").is_file():
+        config = Config.load(companions)
+        theirs, _ = read_spec(config, found.family)
+        found.spec.refuse_contradiction(theirs, str(root / manifest.FILE), str(config.path))
+    return _Description(found.spec, found.family, companions, found.prompt_type)
