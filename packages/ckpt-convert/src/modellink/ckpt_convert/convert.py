@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from modellink.ckpt_convert import manifest
 from modellink.ckpt_convert.formats import huggingface
 from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
@@ -170,7 +171,9 @@ def _write_companions(plan: Plan, temporary: Path, config: dict[str, object], dt
         if plan.index is not None:
             write_json(temporary / huggingface.INDEX, plan.index)
         return
-    manifest.write_companions(temporary, plan.source, dtype=dtype)
+    source = plan.source
+    manifest.write_companions(temporary, manifest.Manifest(source.family, source.spec, dtype, source.prompt_type),
+                              source.companions)
     write_json(temporary / manifest.FOLDER / "config.json", config)
     mark_complete(temporary / iteration_folder(plan.iteration))
     with atomic_write(temporary / TRACKER, "w") as file:

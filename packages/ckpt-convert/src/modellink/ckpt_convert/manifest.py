@@ -14,7 +14,6 @@ from typing import Any
 
 import modellink.ckpt_convert as package
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
-from modellink.ckpt_convert.weights import EMBEDDING, Source
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write, read_json, write_json
 
@@ -49,24 +48,18 @@ def copy_file(path: Path, target: Path) -> None:
             file.write(content)
 
 
-def write_companions(dst: Path | str, source: Source, *, dtype: str | None = None, prompt_type: str | None = None,
-                     producer: str | None = None) -> None:
-    """Write `hf/` and `modellink.json` into the checkpoint folder `dst`, from what `source` carries.
-
-    Args:
-        dtype: of the weights in `dst`, e.g. `bfloat16`; that of the source's embedding where nothing is said.
-        prompt_type: the template they were trained with; that of the source where nothing is said.
-        producer: name and version of the program; this package where nothing is said.
-    """
+def write_companions(dst: Path | str, described: Manifest, companions: Path | None) -> None:
+    """Write `modellink.json` into the checkpoint folder `dst`, and into `hf/` the files that travel, from `companions`."""
     dst = Path(dst)
-    (dst / FOLDER).mkdir(parents=True, exist_ok=True)
-    for path in companion_files(source.companions):
-        copy_file(path, dst / FOLDER / path.name)
+    dst.mkdir(parents=True, exist_ok=True)
+    if companions is not None:
+        (dst / FOLDER).mkdir(exist_ok=True)
+        for path in companion_files(companions):
+            copy_file(path, dst / FOLDER / path.name)
     write_json(dst / FILE, {
-        "format_version": VERSION, "family": source.family, "spec": source.spec.to_dict(),
-        "dtype": dtype or str(source.dtype(EMBEDDING)).removeprefix("torch."), "vocab_size": source.spec.vocab_size,
-        "prompt_type": prompt_type or source.prompt_type,
-        "producer": producer or f"modellink-ckpt-convert {package.__version__}"})
+        "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(), "dtype": described.dtype,
+        "vocab_size": described.spec.vocab_size, "prompt_type": described.prompt_type,
+        "producer": described.producer or f"modellink-ckpt-convert {package.__version__}"})
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:

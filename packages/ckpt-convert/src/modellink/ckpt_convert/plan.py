@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import IO, Literal
 
 import torch
+
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import archive, huggingface, megatron, safetensors
 from modellink.ckpt_convert.formats.archive import Planned

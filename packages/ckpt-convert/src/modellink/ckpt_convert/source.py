@@ -13,6 +13,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+
 from modellink.ckpt_convert.formats.tensors import Assembled, Part
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import Weight, weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from modellink.ckpt_convert.formats.tensors import as_bytes
 from modellink.ckpt_convert.plan import cast
 from modellink.ckpt_convert.source import Checkpoint

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,6 @@ train.add_command(pretrain)
 
 
 def main() -> None:
-    warnings.filterwarnings("ignore", module=r"megatron\.core\..*")
     run_command(lambda: train(standalone_mode=False))
 
 

@@ -24,6 +24,7 @@ import queue
 import sys
 import time
 import types
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,7 +207,10 @@ def start(device: Device) -> None:
         namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
         sys.meta_path.insert(0, _Finder(device.kind, namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
-    _fix()
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
+        from megatron.core.models.gpt import GPTModel  # noqa: F401
+        _fix()
     _started = device.kind
 
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert.families import family_names, family_of
 from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core import __version__
 from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, ParallelConfig
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
@@ -34,6 +37,19 @@ class Run:
     source: Checkpoint | None = None
     resumed: Path | None = None
 
+    @property
+    def manifest(self) -> Manifest:
+        """What the checkpoints of this run say of themselves."""
+        family = self.source.family if self.source else self.checkpoint.model_type_hf
+        assert family is not None  # checked before the run was made
+        return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."),
+                        self.source.prompt_type if self.source else None, f"modellink-core {__version__}")
+
+    @property
+    def companions(self) -> Path | None:
+        """Where the config and tokenizer files lie that travel with its checkpoints."""
+        return self.source.companions if self.source else self.checkpoint.tokenizer_name_or_path
+
 
 def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) -> Run:
     """Settle and check a run; starts nothing and writes nothing.
@@ -57,6 +73,8 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
     _check(spec, layout, parallel, data)
+    if source is None and checkpoint.save is not None:
+        _check_family(checkpoint)
     return Run(spec, parallel, data, resolved[OptimizerConfig], checkpoint, resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
 
@@ -101,3 +119,11 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
     if layout.vpp > 1 and passes % layout.pp:
         raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
                              where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
+
+
+def _check_family(config: CheckpointConfig) -> None:
+    """A model that starts from random weights belongs to no family until somebody says to which."""
+    if config.model_type_hf is None:
+        raise ModelLinkError("the family of the model is not known, and its checkpoints could not become a Hugging Face folder",
+                             where="--model-type-hf", fix=f"give one of {', '.join(family_names())}")
+    family_of(config.model_type_hf, "--model-type-hf")

@@ -18,6 +18,7 @@ from math import prod
 from typing import IO, Any
 
 import torch
+
 from modellink.ckpt_convert.formats.tensors import as_bytes
 
 ALIGNMENT = 64

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from modellink.ckpt_convert.formats import pickle
 from modellink.ckpt_convert.formats.archive import Planned
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored

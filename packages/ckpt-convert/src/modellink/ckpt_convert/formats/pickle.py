@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from modellink.ckpt_convert.formats.tensors import Stored
 from modellink.kernels.errors import ModelLinkError
 
@@ -106,10 +107,12 @@ class Reader(pickle.Unpickler):
     def __init__(self, file: io.BufferedIOBase | io.BytesIO, storage: Callable[[str, torch.dtype, int], Record] | None = None) -> None:
         super().__init__(file)
         self._storage = storage
+        self.names: set[str] = set()
         self._stand_ins: dict[str, type[Inert]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
+        self.names.add(full)
         if full in SAFE:
             return SAFE[full]
         if module == "torch" and name in DTYPES:
@@ -132,6 +135,14 @@ def load_pickle(path: Path) -> Any:
     """A bare pickle without tensors, e.g. `.metadata` of torch.distributed.checkpoint."""
     with open(path, "rb") as file:
         return _guarded(path, lambda: Reader(file).load())
+
+
+def names(path: Path) -> set[str]:
+    """The `module.name` of everything a bare pickle refers to, without calling any of it."""
+    with open(path, "rb") as file:
+        reader = Reader(file)
+        _guarded(path, reader.load)
+    return reader.names
 
 
 def load(path: Path, start: int = 0, length: int | None = None) -> Any:

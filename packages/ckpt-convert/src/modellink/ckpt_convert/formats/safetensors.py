@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import IO
 
 import torch
+from safetensors import SafetensorError, safe_open
+
 from modellink.ckpt_convert.formats.archive import Planned
 from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
 from modellink.kernels.errors import ModelLinkError
-from safetensors import SafetensorError, safe_open
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

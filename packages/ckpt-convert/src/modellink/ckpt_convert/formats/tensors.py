@@ -17,6 +17,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+
 from modellink.kernels.errors import ModelLinkError
 
 BLOCK = 8 << 20  # bytes read at once where only some columns are wanted

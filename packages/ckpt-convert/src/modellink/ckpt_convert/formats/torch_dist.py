@@ -133,3 +133,14 @@ def _parts(name: str, chunk: Chunk, weight: Weight, stacked: bool) -> Iterator[t
         rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))  # the padding of a vocabulary is left out
         if len(rows):
             yield first + index, Part(single, rows, range(single.columns), (offsets[0], offsets[1] if len(sizes) > 1 else 0))
+
+
+def refuse_unknown_names(folder: Path) -> None:
+    """Raise where the metadata names a class that a distributed checkpoint does not need.
+
+    For a program that is about to hand the folder to another reader, which will unpickle the metadata and call what it names.
+    """
+    unknown = pickle.names(folder / METADATA) - KNOWN
+    if unknown:
+        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which no checkpoint needs", where=folder / METADATA,
+                             fix="do not open this checkpoint: it was made to run code, or by a program not known here")

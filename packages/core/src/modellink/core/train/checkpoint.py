@@ -23,7 +23,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from modellink.ckpt_convert.formats.pickle import check_pickle
+from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.core.model.load import bare
 from modellink.core.train.progress import Progress, read_progress, write_progress
@@ -73,7 +73,7 @@ def resume(training: Training, path: Path) -> None:
 
     The layout may be another than the one it was saved at; then only the random state, which dropout uses, starts anew.
     """
-    check_pickle(path / ".metadata")  # megatron-core would unpickle it bare
+    refuse_unknown_names(path)  # megatron-core will unpickle the metadata bare
     progress = read_progress(path)
     assert progress is not None
     same = progress.layout == str(training.layout)

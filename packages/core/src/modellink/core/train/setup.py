@@ -7,7 +7,6 @@ from typing import Any
 import torch.distributed as dist
 
 from modellink.ckpt_convert.manifest import write_companions
-from modellink.core import __version__
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.run import Run
@@ -39,7 +38,5 @@ def set_up(run: Run) -> Training:
         if first:
             print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
     if first and run.checkpoint.save is not None:
-        run.checkpoint.save.mkdir(parents=True, exist_ok=True)
-        write_companions(run.checkpoint.save, run.source, spec=run.spec,
-                         dtype=str(run.optimizer.dtype).removeprefix("torch."), producer=f"modellink-core {__version__}")
+        write_companions(run.checkpoint.save, run.manifest, run.companions)
     return training
