@@ -68,7 +68,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
                     for layer in layers]
     resolved = resolve(CONFIGS, *other_layers)
     parallel, data, checkpoint = resolved[ParallelConfig], resolved[DataConfig], resolved[CheckpointConfig]
-    source, resumed = _open(checkpoint)
+    source, resumed = _open(checkpoint, parallel)
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
@@ -79,14 +79,23 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
                find(parallel.device, local_rank), source, resumed)
 
 
-def _open(config: CheckpointConfig) -> tuple[Checkpoint | None, Path | None]:
+def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoint | None, Path | None]:
+    """The opened --load, and the iteration's folder where it holds a run to go on with."""
     if config.load is None:
         return None, None
     source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
     if source.iteration is None or config.finetune:
         return source, None
     folder = last_complete(config.load)
-    return source, folder if read_progress(folder) else None
+    progress = read_progress(folder)
+    if progress is None:
+        return source, None
+    if progress.distributed_optimizer != parallel.use_distributed_optimizer:
+        flag = "--use-distributed-optimizer" if progress.distributed_optimizer else "--no-use-distributed-optimizer"
+        raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
+                             f"was saved with {flag}", where=folder,
+                             fix=f"continue with {flag} (it works at any data-parallel size), or take only the weights with --finetune")
+    return source, folder
 
 
 def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:

@@ -28,6 +28,15 @@ MODEL = ("decoder.", "embedding.", "output_layer.")
 LAYERS = "decoder.layers."
 
 
+KNOWN = {"torch.Size", "torch.serialization._get_layout"} | {f"torch.{name}" for name in pickle.DTYPES} | {
+    f"torch.distributed.checkpoint.{name}" for name in (
+        "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
+        "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
+        "metadata._MEM_FORMAT_ENCODING", "planner.SavePlan", "planner.TensorWriteData", "planner.WriteItem",
+        "planner.WriteItemType")}
+"""What the metadata of a checkpoint that megatron-core or PyTorch saved refers to."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A box of a global tensor and the bytes of a file that hold it."""
@@ -82,7 +91,7 @@ def _entries(folder: Path) -> dict[str, Entry]:
     metadata = pickle.load_pickle(folder / METADATA)
     try:
         fields = metadata.state
-        places = {(key.state["fqn"], key.state["offset"]): info.state for key, info in fields["storage_data"].items()}
+        places = {(key.state["fqn"], key.state.get("offset")): info.state for key, info in fields["storage_data"].items()}
         found = {}
         for full, entry in fields["state_dict_metadata"].items():
             name = our_name(full.removeprefix("model."))

@@ -40,6 +40,7 @@ class Training:
     optimizer: Any
     schedule: Any
     layout: ParallelLayout
+    distributed_optimizer: bool
     iteration: int = 0
     consumed_samples: int = 0
 
@@ -59,7 +60,8 @@ def save(training: Training, folder: Path) -> None:
     dist_checkpointing.save(state, str(temporary))
     dist.barrier()
     if first:
-        write_progress(temporary, Progress(training.iteration, training.consumed_samples, str(training.layout)))
+        write_progress(temporary, Progress(
+            training.iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer))
         finish_folder(temporary, path)
         kill_point("before-tracker")
         with atomic_write(folder / TRACKER, "w") as file:
@@ -105,7 +107,11 @@ def _state(training: Training, *, loading: bool) -> dict[str, Any]:
     """Model and optimizer as megatron-core's sharded state."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True,
                 "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    state: dict[str, Any] = {name: bare(model).sharded_state_dict(metadata=metadata) for name, model in _chunks(training)}
+    state: dict[str, Any] = {}
+    for name, model in _chunks(training):
+        tensors = bare(model).sharded_state_dict(metadata=metadata)
+        # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
+        state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
     models = state if len(training.models) > 1 else state["model"]
     state["optimizer"] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
     return state

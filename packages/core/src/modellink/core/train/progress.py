@@ -15,6 +15,7 @@ class Progress:
     iteration: int
     consumed_samples: int
     layout: str
+    distributed_optimizer: bool
 
 
 def write_progress(folder: Path, progress: Progress) -> None:

@@ -32,7 +32,8 @@ def set_up(run: Run) -> Training:
         load_weights(models, run.source, settings, show=first)
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
-    training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout)
+    training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
+                        run.parallel.use_distributed_optimizer)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed)
         if first:

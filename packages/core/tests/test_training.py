@@ -1,0 +1,122 @@
+"""The same losses at every layout, and a run that stops and goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "eval_iters": 0,
+           "split": "100,0,0", "device": "cpu", "seed": 7, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "log_interval": 1,
+           "make_vocab_size_divisible_by": 8}
+LAYOUTS = {
+    "tp1": (1, {}), "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "pp2": (2, {"pipeline_model_parallel_size": 2}),
+    "pp2 uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "tp1 distributed optimizer": (1, {"use_distributed_optimizer": True}), "dp2": (2, {}), "dp2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True})}
+
+
+def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
+    """On a rank: a pretraining run; (iteration, samples, loss, gradient norm) of every step, on the last rank."""
+    import torch.distributed as dist
+
+    from modellink.core import processes
+    from modellink.core.run import prepare
+    from modellink.core.train.pretrain import pretrain
+    from modellink.kernels.options import Layer
+
+    run = prepare([Layer("test", OPTIONS | options)], processes.world_size())
+    processes.join(run.device, run.layout, run.optimizer.seed)
+    steps = pretrain(run)
+    dist.barrier()
+    return [(step.iteration, step.consumed_samples, step.loss, step.grad_norm or 0.0) for step in steps]
+
+
+@pytest.fixture(scope="module")
+def run(pools, tiny, corpus):
+    """`run(layout, **options)`: the steps of a run from the tiny model (`load` replaces it)."""
+    def go(layout: str, **options: Any) -> list[tuple[int, int, float, float]]:
+        world_size, more = LAYOUTS[layout]
+        texts = {"load": str(tiny), "data_path": (str(corpus),)} | more | options
+        return pools(world_size)(train, options=texts)[-1]
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    return run("tp1")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
+    steps = run(layout)
+    assert [step[:2] for step in steps] == [(number, 4 * number) for number in range(1, 6)]
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-4)
+
+
+def test_it_learns(run):
+    losses = [step[2] for step in run("tp1", train_iters=40, lr=1e-2)]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.4
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp", "pp2", "vpp2", "dp2 distributed optimizer"])
+def test_stopping_and_going_on_changes_no_bit(run, tmp_path, layout):
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    straight = run(layout, save=str(tmp_path / "straight"), **dropout)
+    stopped = run(layout, save=str(tmp_path / "a"), exit_interval=2, **dropout)
+    assert len(stopped) == 2
+    resumed = run(layout, load=str(tmp_path / "a"), save=str(tmp_path / "b"), **dropout)
+    assert stopped + resumed == straight
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    ("tp2 sp", "pp2"), ("dp2 distributed optimizer", "tp1 distributed optimizer"),
+    ("tp1 distributed optimizer", "dp2 distributed optimizer"), ("vpp2", "tp2 sp"),
+    ("tp2 pp2", "dp2")])
+def test_a_run_goes_on_at_another_layout(run, whole, tmp_path, before, after):
+    run(before, save=str(tmp_path / "a"), exit_interval=2)
+    steps = run(after, load=str(tmp_path / "a"))
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole[2:]], rel=2e-6)
+
+
+def test_finetune_takes_weights_alone(run, tmp_path):
+    run("tp1", save=str(tmp_path / "a"), exit_interval=2)
+    steps = run("tp1", load=str(tmp_path / "a"), finetune=True)
+    assert steps[0][:2] == (1, 4)
+
+
+def test_metrics_on_disk_are_those_of_the_run(run, tmp_path):
+    save = tmp_path / "a"
+    run("tp1", save=str(save), exit_interval=2)
+    run("tp1", load=str(save), save=str(save), tensorboard_dir=str(tmp_path / "events"))
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
+    assert (save / "loss.svg").read_text().startswith("<svg")
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
+    assert [path for path in (tmp_path / "events").iterdir() if path.stat().st_size]
+
+
+def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
+    save = tmp_path / "a"
+    run("tp1", save=str(save), save_interval=2, train_iters=4)
+    victim = next((save / "iter_0000004").glob("*.distcp"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    steps = run("tp1", load=str(save), train_iters=4)
+    assert [step[0] for step in steps] == [3, 4]
+
+
+
+
+def test_the_two_kinds_of_optimizer_state_are_not_mixed(run, tmp_path, tiny, corpus):
+    from modellink.core.run import prepare
+    from modellink.kernels.errors import ModelLinkError
+    from modellink.kernels.options import Layer
+
+    run("tp1", save=str(tmp_path / "a"), exit_interval=2)
+    options = OPTIONS | {"load": str(tmp_path / "a"), "data_path": (str(corpus),), "use_distributed_optimizer": True}
+    with pytest.raises(ModelLinkError, match="saved with --no-use-distributed-optimizer"):
+        prepare([Layer("test", options)], 2)
