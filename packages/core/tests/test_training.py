@@ -15,7 +15,8 @@ LAYOUTS = {
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2 uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
-    "tp1 distributed optimizer": (1, {"use_distributed_optimizer": True}), "dp2": (2, {}), "dp2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
+    "tp1 distributed optimizer": (1, {"use_distributed_optimizer": True}),
+    "dp2": (2, {}), "dp2 distributed optimizer": (2, {"use_distributed_optimizer": True}),
     "tp2 pp2": (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True})}
 
 

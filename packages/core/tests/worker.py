@@ -34,8 +34,7 @@ def main() -> None:
     from modellink.core import engine
     from modellink.kernels.device import find
     engine.start(find("cpu"))
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     with Client(os.environ["POOL_ADDRESS"]) as connection:
         connection.send_bytes(pickle.dumps(int(os.environ["RANK"])))  # not send(): torch would share memory
         while (task := pickle.loads(connection.recv_bytes())) is not None:

@@ -225,7 +225,7 @@ def _fix() -> None:
 
     from modellink.core.train.adam import Adam
 
-    # 1. isinstance(module, None) in multi-latent attention
+    # 1. multi-latent attention believes Transformer Engine is there and asks isinstance(module, a mock)
     multi_latent_attention.HAVE_TE = False
     # 2. the router's matmul looks up a name that only Transformer Engine defines
     moe_utils.te_general_gemm = None

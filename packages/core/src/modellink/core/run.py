@@ -94,7 +94,7 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoin
         flag = "--use-distributed-optimizer" if progress.distributed_optimizer else "--no-use-distributed-optimizer"
         raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
                              f"was saved with {flag}", where=folder,
-                             fix=f"continue with {flag} (it works at any data-parallel size), or take only the weights with --finetune")
+                             fix=f"continue with {flag}, which works at any layout, or take only the weights with --finetune")
     return source, folder
 
 

@@ -50,7 +50,7 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings) -> TransformerC
         overlap_p2p_comm=layout.vpp > 1, batch_p2p_comm=layout.vpp == 1,
         # forms that need Apex, Transformer Engine or a C++ compiler
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
-        gradient_accumulation_fusion=False)
+        gradient_accumulation_fusion=False, cuda_graph_scope=[])
 
 
 def _stages(layout: ParallelLayout) -> list[list[str]] | None:

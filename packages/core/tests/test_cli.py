@@ -1,0 +1,79 @@
+"""The command itself, in real processes: one line of error, two ranks, a kill in the middle of a save."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+LINE = re.compile(
+    r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/ +3 \| consumed samples: +\d+ \| elapsed time per iteration \(ms\): "
+    r"[\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| learning rate: \d\.\d{6}E[+-]\d\d \| global batch size: +2 \| "
+    r"lm loss: (\d\.\d{6}E[+-]\d\d) \| loss scale: 1\.0 \| grad norm: \d+\.\d{3} \| number of skipped iterations: +0 \| "
+    r"number of nan iterations: +0 \|$", re.MULTILINE)
+
+
+def command(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "modellink.core.cli", "pretrain", *args], capture_output=True, text=True,
+                          env=os.environ | environment)
+
+
+@pytest.fixture
+def options(tiny, corpus) -> list[str]:
+    return ["--load", str(tiny), "--data-path", str(corpus), "--seq-length", "24", "--lr", "1e-3", "--train-iters", "3",
+            "--global-batch-size", "2", "--eval-iters", "1", "--split", "80,10,10", "--log-interval", "1", "--device", "cpu",
+            "--log-throughput"]
+
+
+def test_two_ranks_train_tell_and_save(options, tmp_path):
+    save = tmp_path / "save"
+    done = command(*options, "--tp", "2", "--sequence-parallel", "--save", str(save))
+    assert done.returncode == 0, done.stderr
+    assert len(LINE.findall(done.stdout)) == 3
+    assert "------------------------ ModelLink Arguments ------------------------" in done.stdout
+    assert "  tensor_model_parallel_size ...................... 2" in done.stdout
+    for where in ("iteration 3 on validation set", "iteration 3 on test set"):
+        line = rf"^ validation loss at {where} \| lm loss value: \S+ \| lm loss PPL: \S+ \| $"
+        assert re.search(line, done.stdout, re.MULTILINE)
+    assert f"  successfully saved checkpoint at iteration       3 to {save}" in done.stdout
+    assert {path.name for path in save.iterdir()} == {
+        "hf", "iter_0000003", "latest_checkpointed_iteration.txt", "loss.svg", "metrics.jsonl", "modellink.json"}
+    assert "Warning" not in done.stderr
+
+    again = command(*options, "--tp", "2", "--sequence-parallel", "--load", str(save), "--train-iters", "4")
+    assert again.returncode == 0 and "continuing from" in again.stdout and "iteration        4/       4" in again.stdout
+
+
+@pytest.mark.parametrize("point", ["before-rename", "before-tracker"])
+def test_a_kill_while_saving_costs_one_interval(options, tmp_path, point):
+    save = tmp_path / "save"
+    assert command(*options, "--save", str(save), "--train-iters", "1").returncode == 0
+    before = {path.name for path in save.glob("iter_*")}
+    killed = command(*options, "--load", str(save), "--save", str(save), MODELLINK_KILL_AT=point)
+    assert killed.returncode == -9
+    assert {path.name for path in save.glob("iter_*")} - before
+    after = command(*options, "--load", str(save), "--save", str(save))
+    assert after.returncode == 0, after.stderr
+    kept = 3 if point == "before-tracker" else 1  # whole but not tracked still counts: the marker decides, not the tracker
+    assert f"at iteration {kept}\n" in after.stdout
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == ("1" if kept == 3 else "3")
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "No such option"),
+    (["--config", "gone.yaml"], "configuration file is missing"), (["--train-iters", "many"], "must be a whole number")])
+def test_a_mistake_is_one_message_and_status_2(options, tmp_path, change, message):
+    save = tmp_path / "save"
+    done = command(*options, "--save", str(save), *change)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not save.exists()
+
+
+def test_a_failing_rank_ends_the_run(options, tmp_path):
+    done = command(*options, "--tp", "2", "--save", "/proc/nowhere")
+    assert done.returncode == 1
+    assert "/proc/nowhere" in done.stderr

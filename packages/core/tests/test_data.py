@@ -1,0 +1,70 @@
+"""Which samples a run sees: every one once, in an order that depends on the seed and not on the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+CONFIG = {"seq_length": 24, "micro_batch_size": 2, "split": "90,10,0"}
+
+
+def first_tokens(prefixes: tuple[str, ...], dp: int, consumed: int, passes: int, seed: int = 1, vocab_size: int = 131,
+                 cache: str | None = None) -> list[list[list[int]]]:
+    """On a rank: the tokens of the first passes of every data-parallel rank, in the order of the samples."""
+    import torch
+
+    from modellink.core.config import DataConfig
+    from modellink.core.data.pretrain import build_datasets, micro_batches
+
+    config = DataConfig(data_path=prefixes, data_cache_path=Path(cache) if cache else None, **CONFIG)
+    train, _, test = build_datasets(config, samples=(40, 4, 0), seed=seed, vocab_size=vocab_size)
+    assert test is None
+    feeds = [micro_batches(train, config, consumed=consumed, dp_rank=rank, dp=dp, vocab_size=vocab_size,
+                           device=torch.device("cpu")) for rank in range(dp)]
+    found = []
+    for _ in range(passes):
+        for feed in feeds:
+            batch = next(feed)
+            assert batch.tokens[:, 1:].equal(batch.labels[:, :-1]) and batch.loss_mask.all()
+            found += batch.tokens.tolist()
+    return found
+
+
+def test_the_order_does_not_depend_on_the_ranks(pools, corpus):
+    (one,) = pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6)
+    (three,) = pools(1)(first_tokens, prefixes=(str(corpus),), dp=3, consumed=0, passes=2)
+    assert one == three
+    (later,) = pools(1)(first_tokens, prefixes=(str(corpus),), dp=2, consumed=4, passes=2)
+    assert later == one[4:]
+
+
+def test_the_seed_mixes(pools, corpus):
+    runs = [pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, seed=seed)[0] for seed in (1, 2)]
+    assert runs[0] != runs[1]
+
+
+def test_a_blend_draws_from_each_by_weight(pools, corpus, tmp_path):
+    other = tmp_path / "low_text_document"
+    pools(1)(write_low, prefix=str(other))
+    (rows,) = pools(1)(first_tokens, prefixes=("0.25", str(other), "0.75", str(corpus)), dp=1, consumed=0, passes=20,
+                       cache=str(tmp_path / "cache"))
+    low = sum(max(row) < 3 for row in rows)
+    assert low == 10 and len(rows) == 40
+
+
+def write_low(prefix: str) -> None:
+    import numpy
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=numpy.uint16)
+    for _ in range(30):
+        builder.add_item(torch.arange(60) % 3)
+        builder.end_document()
+    builder.finalize(prefix + ".idx")
+
+
+def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
+    with pytest.raises(pytest.fail.Exception, match="beyond the model's vocabulary of 100"):
+        pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, vocab_size=100)

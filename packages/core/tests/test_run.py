@@ -1,0 +1,78 @@
+"""A run is refused, before any process starts, for everything a user can get wrong; the message says what would work."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from modellink.core.run import prepare
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import Layer
+
+
+@pytest.fixture
+def options(tiny, corpus):
+    return {"load": str(tiny), "data_path": (str(corpus),), "seq_length": 24, "lr": 1e-3, "train_iters": 2, "device": "cpu"}
+
+
+def test_a_good_run_is_settled(options):
+    run = prepare([Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)], None)
+    assert (run.optimizer.lr, run.layout.tp, run.layout.world_size, run.spec.num_query_groups) == (1e-3, 2, 2, 2)
+    assert prepare([Layer("x", options)], 4).layout.dp == 4
+
+
+@pytest.mark.parametrize(("changes", "message", "fix"), [
+    ({"load": "nowhere"}, "the checkpoint to load is missing", "nowhere"),
+    ({"tensor_model_parallel_size": 3}, "tensor parallel size 3 does not divide the 2 query groups", "use 1 or 2"),
+    ({"pipeline_model_parallel_size": 3}, "4 layers cannot be dealt evenly to 3 pipeline stages", "use 1, 2 or 4 stages"),
+    ({"pipeline_model_parallel_size": 2, "num_layer_list": "1,2"}, "1,2 has 2 stages with 3 layers", "4 layers"),
+    ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of TP 2 x PP 1", "use 2, 4"),
+    ({"num_layers_per_virtual_pipeline_stage": 1}, "chunks of 1 to 1 pipeline stages", "two stages"),
+    ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 3},
+     "3 micro batches are not a multiple of the 2 interleaved stages", "--global-batch-size"),
+    ({"sequence_parallel": True}, "there is one", "--tensor-model-parallel-size 2"),
+    ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 25}, "25 is not a multiple of", "--seq-length"),
+    ({"seq_length": 65}, "65 is beyond the model's 64 positions", "--max-position-embeddings"),
+    ({"micro_batch_size": 2, "global_batch_size": 3}, "3 is not a multiple of micro batch size 2", "--global-batch-size"),
+    ({"data_path": ("gone",)}, "gone.idx is missing", "prefix without suffix"),
+    ({"data_path": ()}, "there is no data", "modellink-preprocess"),
+    ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
+    ({"split": "a,b"}, "not three shares", "969,30,1"),
+    ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "leave the option out"),
+    ({"bf16": True, "fp16": True}, "one precision", "--bf16"),
+    ({"min_lr": 1.0}, "above the peak", "--min-lr"),
+    ({"lr_warmup_iters": 2}, "does not end within the decay", "--lr-warmup-iters"),
+    ({"save_interval": 2}, "no folder to save in", "--save"),
+    ({"device": "npu"}, "no npu device", "modellink-doctor"),
+    ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
+])
+def test_a_wrong_run_is_refused(options, changes, message, fix):
+    with pytest.raises(ModelLinkError) as caught:
+        prepare([Layer("test", options | changes)], None)
+    assert message in str(caught.value) and fix in str(caught.value)
+
+
+def test_model_options_may_repeat_what_the_checkpoint_says(options):
+    prepare([Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
+
+
+def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path):
+    model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 131, "max_position_embeddings": 64}
+    del options["load"]
+    assert prepare([Layer("test", options | model)], None).spec.ffn == 96
+    with pytest.raises(ModelLinkError, match="family of the model is not known"):
+        prepare([Layer("test", options | model | {"save": str(tmp_path)})], None)
+    with pytest.raises(ModelLinkError, match="--vocab-size must be given"):
+        prepare([Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
+
+
+def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny, broken)
+    config = json.loads((broken / "config.json").read_text())
+    del config["num_hidden_layers"]
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelLinkError, match="num_hidden_layers"):
+        prepare([Layer("test", options | {"load": str(broken)})], None)
