@@ -212,7 +212,7 @@ class Command(click.Command):
         self.fields = [item for cls in configs for item in fields_of(cls)]
         for item in self.fields:
             self.params.append(_click_option(item))
-        self._many = {name for item in self.fields if item.many for name in (item.flag, *item.about.alias)}
+        self._many = {name for item in self.fields if item.many for name in ("--" + item.name, item.flag, *item.about.alias)}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
