@@ -114,7 +114,7 @@ def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
         try:
             found, done = _run(plan, options, show=show)
         except ModelLinkError:
-            if not any(plan.job.parts.glob("*.idx")):
+            if not any(path.stat().st_size for path in plan.job.parts.glob("*.bin")):
                 shutil.rmtree(plan.job.parts)
                 with suppress(OSError):  # it may hold other things by now
                     (folder if is_new else plan.job.parts).rmdir()
