@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from modellink.data_prep import Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from modellink.data_prep import Tokenizer
 
 TEXTS = list(pydoc_data.topics.topics.values())
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modellink.data_prep import StreamDecoder
 
 
@@ -11,8 +12,8 @@ def pieces_of(tokenizer, ids, **options):
     return [decoder.push(index) for index in ids] + [decoder.finish()]
 
 
-@pytest.mark.parametrize("text", ["Hello, world", "你好，世界", "a🙂b👩‍👩‍👧🙂", " leading and  double ", "naïve\n\n\tend\n", "", " ",
-                                  "\ufffd literal \ufffd"])
+@pytest.mark.parametrize("text", [
+    "Hello, world", "你好，世界", "a🙂b👩‍👩‍👧🙂", " leading and  double ", "naïve\n\n\tend\n", "", " ", "\ufffd literal \ufffd"])
 def test_pieces_add_up(byte_tokenizer, piece_tokenizer, text):
     for tokenizer in (byte_tokenizer, piece_tokenizer):
         ids = tokenizer.encode(text)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modellink.data_prep import IndexedDataset, IndexedWriter, merge
 from modellink.data_prep.indexed import token_dtype
 from modellink.kernels.errors import ModelLinkError

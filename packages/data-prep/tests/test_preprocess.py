@@ -1,4 +1,4 @@
-"""From text to datasets: the ids, the same bytes for any number of workers and any cut, and mistakes before anything is written."""
+"""From text to datasets: the ids, the same bytes for any number of workers and any cut, and mistakes that leave nothing."""
 
 import gzip
 import json
@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+
 from modellink.data_prep import IndexedDataset, PreprocessOptions, preprocess
 from modellink.kernels.errors import ModelLinkError
 
@@ -28,7 +29,7 @@ def texts_of(path, key="text"):
 def test_documents_hold_the_ids_of_the_rows(run, corpus, byte_tokenizer, tmp_path):
     summary = run(append_eod=True)
     data = IndexedDataset(tmp_path / "out" / "set_text_document")
-    expected = [byte_tokenizer.encode(text) + [2] for text in texts_of(corpus)]
+    expected = [[*byte_tokenizer.encode(text), 2] for text in texts_of(corpus)]
     assert [list(document) for document in data] == expected
     assert data.document_count == len(data) == 250 and data.dtype == np.uint16
     assert summary.documents == {"text": 250} and summary.tokens == {"text": sum(map(len, expected))}

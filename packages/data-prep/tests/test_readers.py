@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from modellink.data_prep.inputs import cut, find_inputs, open_source
 from modellink.data_prep.readers import BadRow
 from modellink.kernels.errors import ModelLinkError
@@ -72,7 +73,9 @@ def test_lines_belong_to_one_piece_each(tmp_path_factory, lines, size, end):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     path.write_bytes(("\n".join(lines) + end).encode())
     got = [row["text"] for row in rows_of(path, size)]
-    assert got == [line.removesuffix("\r") for line in path.read_bytes().decode().removesuffix("\n").split("\n")] or not any(lines)
+    content = path.read_bytes().decode()
+    expected = content.removesuffix("\n").split("\n") if content else []
+    assert got == [line.removesuffix("\r") for line in expected]
 
 
 def test_text_lines_lose_their_ends_only(tmp_path):
@@ -83,7 +86,8 @@ def test_text_lines_lose_their_ends_only(tmp_path):
 @pytest.mark.parametrize(("name", "content", "place", "why"), [
     ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', "line 3", "not JSON"), ("a.jsonl", b'[1]\n', "line 1", "a list where"),
     ("a.jsonl", b'{"text": "\xff"}\n', "line 1", "not JSON"), ("a.txt", b"a\nb\n\xff\xfe", "line 3", "not UTF-8"),
-    ("a.csv", b"text,n\na,1\nb\n", "row 2", "1 fields, the header has 2"), ("a.json", b'[{"text": "a"}, 7]', "row 2", "a int where")])
+    ("a.csv", b"text,n\na,1\nb\n", "row 2", "1 fields, the header has 2"),
+    ("a.json", b'[{"text": "a"}, 7]', "row 2", "a int where")])
 def test_bad_rows_have_a_place(tmp_path, name, content, place, why):
     (tmp_path / name).write_bytes(content)
     source = open_source(tmp_path / name)

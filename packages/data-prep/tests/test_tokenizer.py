@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from modellink.data_prep import Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
