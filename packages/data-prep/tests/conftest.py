@@ -96,11 +96,11 @@ def write_lines() -> Callable[[Path, Sequence[Any]], Path]:
     return write_lines
 
 
-@pytest.fixture
-def corpus(tmp_path: Path, write_lines: Callable[[Path, Sequence[Any]], Path]) -> Path:
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory, write_lines: Callable[[Path, Sequence[Any]], Path]) -> Path:
     """450 kB in 250 rows with two columns."""
     rows = [{"text": text[at:at + 2000], "title": f"part {at} ✓ 你好"} for text in TEXTS for at in range(0, len(text), 2000)]
-    return write_lines(tmp_path / "corpus.jsonl", rows[:250])
+    return write_lines(tmp_path_factory.mktemp("corpus") / "corpus.jsonl", rows[:250])
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]

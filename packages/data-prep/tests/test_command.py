@@ -12,6 +12,8 @@ import time
 
 import pytest
 
+from modellink.data_prep import PreprocessOptions, preprocess
+
 SMALL = ("--piece-size", "0.05")
 
 
@@ -20,12 +22,13 @@ def options(corpus, byte_folder):
     return ["--input", corpus, "--tokenizer-name-or-path", byte_folder, "--append-eod", *SMALL]
 
 
-@pytest.fixture
-def expected(command, options, tmp_path, snapshot):
-    """What an undisturbed run makes."""
-    result = command(*options, "--output-prefix", "undisturbed/set", "--json-keys", "text", "title")
-    assert result.returncode == 0, result.stderr
-    return snapshot(tmp_path / "undisturbed")
+@pytest.fixture(scope="session")
+def expected(corpus, byte_folder, tmp_path_factory, snapshot):
+    """What an undisturbed run of two columns makes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True,
+                                 output_prefix=folder / "set", json_keys=("text", "title")), show=False)
+    return snapshot(folder)
 
 
 def test_make_and_inspect(command, options, byte_folder, tmp_path):
@@ -137,6 +140,14 @@ def test_a_half_written_part_is_not_trusted(command, options, expected, tmp_path
     part.write_bytes(part.read_bytes()[:-2])
     assert command(*arguments).returncode == 0
     assert snapshot(tmp_path / "out") == expected
+
+
+def test_rows_left_out_by_a_killed_run_still_fail_when_they_must(command, tmp_path, write_lines, byte_folder):
+    path = write_lines(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": 1}])
+    arguments = ("--input", path, "--tokenizer-name-or-path", byte_folder, "--output-prefix", "out/set")
+    assert command(*arguments, "--on-bad-row", "skip", MODELLINK_KILL_AT="before-merge").returncode == -signal.SIGKILL
+    strict = command(*arguments)
+    assert strict.returncode == 2 and "line 2" in strict.stderr
 
 
 def test_two_runs_do_not_write_one_output(command, options, tmp_path):

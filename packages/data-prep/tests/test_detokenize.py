@@ -48,10 +48,18 @@ def test_special_tokens(byte_tokenizer):
 def test_any_ids_add_up_to_what_decode_makes(byte_tokenizer, piece_tokenizer, data):
     """Also rows of ids no text encodes to: lone bytes, special tokens in the middle of a character."""
     for tokenizer in (byte_tokenizer, piece_tokenizer):
-        some = st.integers(0, tokenizer.vocab_size - 1) | st.integers(3, 258)  # bytes of both vocabularies are the low ids
+        some = st.integers(0, tokenizer.vocab_size - 1) | st.integers(3, 258) | st.integers(0, 2)  # bytes and special tokens
         ids = data.draw(st.lists(some, max_size=120))
         for skip in (True, False):
             assert "".join(pieces_of(tokenizer, ids, skip_special_tokens=skip)) == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("count", range(28, 48))
+def test_a_character_after_many_bytes_that_are_none(byte_tokenizer, count):
+    """The window is cut in the middle of them, and once in the middle of the character."""
+    lone = byte_tokenizer.encode("🙂")[1]
+    ids = [lone] * count + byte_tokenizer.encode("🙂a é", add_special_tokens=False)
+    assert "".join(pieces_of(byte_tokenizer, ids)) == byte_tokenizer.decode(ids) == "\ufffd" * count + "🙂a é"
 
 
 @pytest.mark.parametrize("unit", ["word ", "🙂", "\\xff"])

@@ -83,6 +83,20 @@ def test_a_failed_writer_keeps_what_was_there(tmp_path):
     assert before == ((tmp_path / "a.idx").read_bytes(), (tmp_path / "a.bin").read_bytes())
 
 
+def test_no_moment_shows_an_index_beside_tokens_of_another_dataset(tmp_path, monkeypatch):
+    write(tmp_path / "a")
+
+    def stop(point):
+        if point == "before-index":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("modellink.data_prep.indexed.kill_point", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "a", [[[9] * 7]])
+    with pytest.raises(ModelLinkError, match="not finished"):
+        IndexedDataset(tmp_path / "a")
+
+
 def test_parts_of_other_types_do_not_merge(tmp_path):
     write(tmp_path / "a", dtype="<u2")
     write(tmp_path / "b", dtype="<i4")
