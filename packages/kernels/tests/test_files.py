@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.files import Journal, atomic_folder, atomic_write, incomplete, read_json, write_json
+from modellink.kernels.files import Journal, atomic_folder, atomic_write, incomplete, read_json, remove_leftovers, write_json
 
 WRITE_FILE = "from modellink.kernels.files import *\nwith atomic_write('{path}') as file: file.write(b'new')"
 WRITE_FOLDER = ("from modellink.kernels.files import *\nwith atomic_folder('{path}', overwrite=True) as folder:\n"
@@ -101,3 +101,11 @@ def test_json_reading_names_the_file(tmp_path):
     with pytest.raises(ModelLinkError, match=r"not a JSON file") as caught:
         read_json(tmp_path / "b.json")
     assert "b.json" in str(caught.value)
+
+
+def test_what_a_killed_write_left_can_be_removed(tmp_path):
+    for name in ("a[1]", "a1"):
+        killed(WRITE_FILE.format(path=tmp_path / name), "after-write")
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path / "a[1]")  # a name is no pattern
+    assert [path.name.startswith(".a1.") for path in tmp_path.iterdir()] == [True]

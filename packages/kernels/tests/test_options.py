@@ -49,6 +49,10 @@ def test_an_option_of_many_takes_all_until_the_next():
     assert given("--data-path", "0.3", "a", "-0.7", "b", "--lr", "1") == {"data_path": ("0.3", "a", "-0.7", "b"), "lr": "1"}
 
 
+def test_an_option_of_many_is_also_spelt_with_underscores():
+    assert given("--train-iters", "3", "--data_path", "a", "b")["data_path"] == ("a", "b")
+
+
 def test_aliases_and_underscores_are_the_same_option():
     assert given("--ll", "1,2")["layer_list"] == given("--layer_list", "1,2")["layer_list"] == ("1,2",)
 

@@ -212,7 +212,7 @@ class Command(click.Command):
         self.fields = [item for cls in configs for item in fields_of(cls)]
         for item in self.fields:
             self.params.append(_click_option(item))
-        self._many = {name for item in self.fields if item.many for name in (item.flag, *item.about.alias)}
+        self._many = {name for item in self.fields if item.many for name in ("--" + item.name, item.flag, *item.about.alias)}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -274,7 +274,8 @@ def describe(cls: type) -> str:
     """The options of a config class as a Markdown table."""
     rows = ["| option | default | meaning |", "| --- | --- | --- |"]
     for item in fields_of(cls):
-        default = "required" if item.default is _REQUIRED else "" if item.default in (None, ()) else f"`{item.default}`"
+        shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
+        default = "required" if item.default is _REQUIRED else "" if shown in (None, "") else f"`{shown}`"
         names = ", ".join(f"`{name}`" for name in (item.flag, *item.about.alias))
         unit = f" ({item.about.unit})" if item.about.unit else ""
         rows.append(f"| {names} | {default} | {item.about.doc}{unit} |")

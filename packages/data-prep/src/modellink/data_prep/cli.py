@@ -1,0 +1,116 @@
+"""`modellink-preprocess`: texts to datasets; `modellink-preprocess merge` and `inspect` for what is made already."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from modellink.data_prep.inspection import InspectOptions, inspect
+from modellink.data_prep.merge import MergeOptions, merge_groups
+from modellink.data_prep.preprocess import PreprocessOptions, preprocess
+from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.files import write_json
+from modellink.kernels.options import Layer, command, resolve, yaml_layer
+
+EPILOG = """Turn text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
+
+A run that was killed continues when the same command is given again.
+
+`modellink-preprocess inspect PREFIX` shows what is in a dataset, `modellink-preprocess merge` joins several."""
+
+
+@command(PreprocessOptions, name="modellink-preprocess", help=EPILOG)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of these options; the command line wins over it.")
+def preprocess_command(config: Path | None, given: Layer) -> None:
+    layers = ([yaml_layer(config)] if config else []) + [given]
+    options = resolve([PreprocessOptions], *layers)[PreprocessOptions]
+    summary = preprocess(options)
+    if options.summary:
+        write_json(options.summary, asdict(summary))
+    rows: list[tuple[str, object]] = []
+    for name, prefix in summary.outputs.items():
+        rows += [(f"{name}: documents", summary.documents[name]), (f"{name}: tokens", summary.tokens[name]),
+                 (f"{name}: written to", f"{prefix}.bin, .idx ({summary.dtype})")]
+    rows += [("rows", summary.rows), ("rows left out", summary.skipped_rows), *(("", text) for text in summary.bad_rows),
+             ("text", f"{summary.text_bytes:,} bytes"), ("tokenised by", summary.backend),
+             ("pieces", f"{summary.pieces:,}" + (f", {summary.pieces_found_done:,} found done"
+                                                if summary.pieces_found_done else "")),
+             ("seconds", f"{summary.seconds:,.1f}"), ("tokens a second", f"{summary.tokens_per_second:,.0f}")]
+    _print_table("modellink-preprocess", rows)
+
+
+@command(MergeOptions, name="modellink-preprocess merge")
+def merge_command(given: Layer) -> None:
+    """Join datasets of a folder whose file names contain a key, sorted by name."""
+    for data in merge_groups(resolve([MergeOptions], given)[MergeOptions]):
+        _print_table(str(data.prefix), [("documents", data.document_count), ("tokens", data.token_count)])
+
+
+@command(InspectOptions, name="modellink-preprocess inspect")
+@click.argument("prefix")
+def inspect_command(prefix: str, given: Layer) -> None:
+    """Show counts, lengths and samples of the dataset PREFIX."""
+    options = resolve([InspectOptions], given)[InspectOptions]
+    found = inspect(prefix, options)
+    if options.summary:
+        write_json(options.summary, asdict(found))
+    _print_table(found.prefix, [
+        ("documents", found.documents), ("sequences", found.sequences), ("tokens", found.tokens),
+        ("token type", found.dtype), ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
+        (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
+        *((f"document {index}", text) for index, text in found.samples.items())])
+
+
+def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows:
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value).replace("[", "\\["))
+    Console().print(table)
+
+
+def without_original_flags(args: list[str]) -> list[str]:
+    """Take out flags of the original that mean nothing here, saying why on stderr.
+
+    Raises:
+        ModelLinkError: a flag asks for something that is not done.
+    """
+    known: dict[str, dict[str, Any]] = yaml.safe_load(
+        resources.files("modellink.data_prep").joinpath("original_flags.yaml").read_text(encoding="utf-8"))
+    kept: list[str] = []
+    dropping = 0
+    for arg in args:
+        flag = arg.partition("=")[0]
+        about = known.get(flag)
+        if about is None:
+            if dropping and not arg.startswith("--"):
+                dropping -= 1
+            else:
+                dropping = 0
+                kept.append(arg)
+            continue
+        if "refused" in about:
+            raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about["fix"])
+        print(f"note: {flag} is ignored: {about['ignored']}", file=sys.stderr)
+        dropping = 0 if "=" in arg else about["values"]
+    return kept
+
+
+def main() -> None:
+    """The console command."""
+    args = sys.argv[1:]
+    if args[:1] == ["inspect"]:
+        run_command(lambda: inspect_command.main(args[1:], "modellink-preprocess inspect", standalone_mode=False))
+    if args[:1] == ["merge"]:
+        run_command(lambda: merge_command.main(args[1:], "modellink-preprocess merge", standalone_mode=False))
+    if any(arg.partition("=")[0] == "--merge-group-keys" for arg in args):  # how the original asks for merging
+        run_command(lambda: merge_command.main(without_original_flags(args), standalone_mode=False))
+    run_command(lambda: preprocess_command.main(without_original_flags(args), standalone_mode=False))

@@ -1,0 +1,222 @@
+"""Megatron's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx where each sequence and each document begins.
+
+The index, all little endian: 9 bytes `MMIDIDX\\0\\0`; u64 version 1; u8 code of the token type; u64 number of sequences; u64
+number of document boundaries (documents + 1); int32 length of each sequence; int64 byte offset of each sequence in the .bin;
+int64 boundaries (a sequence number each; the first is 0, the last the number of sequences). Source: megatron-core 0.16.1,
+`megatron/core/datasets/indexed_dataset.py`. Not here: its optional int8 mode of each sequence (multimodal), and S3.
+
+Writing needs memory for neither tokens nor index, and both files appear whole, the .idx last: a .bin without .idx is unfinished.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import atomic_write, kill_point
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+HEADER = struct.Struct("<9sQBQQ")
+CODES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
+                                   5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
+SMALL_VOCABULARY = 65_500  # Megatron stores ids in two bytes below this
+CHUNK = 1 << 20  # entries of the index looked at in one go
+
+
+def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
+    """The type Megatron stores ids of such a vocabulary in: uint16 below 65,500 ids, else int32."""
+    return np.dtype("<u2") if vocab_size is not None and vocab_size < SMALL_VOCABULARY else np.dtype("<i4")
+
+
+def files_of(prefix: Path | str) -> tuple[Path, Path]:
+    """The .bin and the .idx of a prefix."""
+    return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+
+
+class IndexedWriter:
+    """Writes one dataset, as a context manager; when the block raises, nothing appears.
+
+    An existing dataset of that name is replaced.
+    """
+
+    def __init__(self, prefix: Path | str, dtype: np.dtype[Any]) -> None:
+        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+        self._code = next((code for code, known in CODES.items() if known == self.dtype), 0)
+        if not self._code:
+            raise ModelLinkError(f"an indexed dataset cannot hold {self.dtype}", where=prefix)
+        self.sequences = self.documents = self.tokens = 0
+        self._stack = ExitStack()
+
+    def __enter__(self) -> IndexedWriter:
+        bin_path, _ = files_of(self.prefix)
+        self._bin: IO[bytes] = self._stack.enter_context(atomic_write(bin_path))
+        # Nameless files: they vanish with the process, however it ends.
+        with ExitStack() as nameless:
+            self._lengths = nameless.enter_context(tempfile.TemporaryFile(dir=bin_path.parent))
+            self._boundaries = nameless.enter_context(tempfile.TemporaryFile(dir=bin_path.parent))
+            self._nameless = nameless.pop_all()
+        return self
+
+    def add_document(self, *sequences: ArrayLike) -> None:
+        """Add a document of one or more sequences of token ids.
+
+        Raises:
+            ModelLinkError: an id does not fit the type.
+        """
+        for sequence in sequences:
+            array = np.asarray(sequence)
+            if array.size and self.dtype.kind in "iu":
+                limits = np.iinfo(self.dtype)
+                if array.min() < limits.min or array.max() > limits.max:
+                    raise ModelLinkError(f"token ids from {array.min()} to {array.max()} do not fit {self.dtype}",
+                                         where=self.prefix, fix="write int32 (--output-dtype int32)")
+            self._bin.write(array.astype(self.dtype).tobytes())
+            self._lengths.write(struct.pack("<i", array.size))
+            self.sequences += 1
+            self.tokens += array.size
+        self.documents += 1
+        self._boundaries.write(struct.pack("<q", self.sequences))
+
+    def add_dataset(self, dataset: IndexedDataset) -> None:
+        """Append all documents of another dataset of the same type."""
+        if dataset.dtype != self.dtype:
+            raise ModelLinkError(f"it holds {dataset.dtype}, what it is appended to {self.dtype}", where=dataset.prefix,
+                                 fix="make both with the same --output-dtype")
+        with files_of(dataset.prefix)[0].open("rb") as source:
+            shutil.copyfileobj(source, self._bin, 1 << 20)
+        for part in _chunks(dataset.lengths):
+            self._lengths.write(part.tobytes())
+        for part in _chunks(dataset.boundaries[1:]):
+            self._boundaries.write((part + self.sequences).astype("<i8").tobytes())
+        self.sequences += len(dataset)
+        self.documents += dataset.document_count
+        self.tokens += dataset.token_count
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._nameless:
+            if kind is None:
+                # With the old index gone first, no moment shows an index beside tokens it does not belong to.
+                files_of(self.prefix)[1].unlink(missing_ok=True)
+            self._stack.__exit__(kind, error, trace)
+            if kind is None:
+                kill_point("before-index")
+                self._write_index()
+
+    def _write_index(self) -> None:
+        with atomic_write(files_of(self.prefix)[1]) as file:
+            file.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
+            self._lengths.seek(0)
+            shutil.copyfileobj(self._lengths, file, 1 << 20)
+            self._lengths.seek(0)
+            offset = 0
+            while part := self._lengths.read(4 * CHUNK):
+                ends = np.cumsum(np.frombuffer(part, "<i4"), dtype="<i8") * self.dtype.itemsize + offset
+                file.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+                offset = int(ends[-1])
+            file.write(struct.pack("<q", 0))
+            self._boundaries.seek(0)
+            shutil.copyfileobj(self._boundaries, file, 1 << 20)
+
+
+class IndexedDataset:
+    """Reads a dataset; tokens stay on disk until they are asked for.
+
+    Attributes:
+        dtype: of the tokens.
+        lengths: tokens of each sequence, int32 [sequences].
+        offsets: where each sequence begins in the .bin, int64 [sequences] (bytes).
+        boundaries: the sequence each document begins with and, last, the number of sequences, int64 [documents + 1].
+
+    Raises:
+        ModelLinkError: a file is missing or unfinished, not an index, or index and tokens do not fit each other.
+    """
+
+    def __init__(self, prefix: Path | str) -> None:
+        self.prefix = Path(str(prefix).removesuffix(".bin").removesuffix(".idx"))
+        bin_path, idx_path = files_of(self.prefix)
+        for path, other in ((bin_path, idx_path), (idx_path, bin_path)):
+            if not path.is_file():
+                raise ModelLinkError("a dataset is not finished: one of its two files is missing" if other.is_file()
+                                     else "there is no such dataset", where=path, fix="give the path without .bin or .idx")
+        size = idx_path.stat().st_size
+        with idx_path.open("rb") as file:
+            head = file.read(HEADER.size)
+        if len(head) < HEADER.size or not head.startswith(MAGIC):
+            raise ModelLinkError("not an index of a Megatron dataset", where=idx_path)
+        _, version, code, sequences, boundaries = HEADER.unpack(head)
+        if version != VERSION or code not in CODES:
+            raise ModelLinkError(f"unknown version {version} or token type {code}", where=idx_path)
+        self.dtype = CODES[code]
+        wanted = HEADER.size + 12 * sequences + 8 * boundaries
+        if size not in (wanted, wanted + sequences):  # with the modes of a multimodal set
+            raise ModelLinkError(f"the index has {size:,} bytes, its header speaks of {wanted:,}", where=idx_path,
+                                 fix="it was cut off or mixed up; copy or make it anew")
+        index = np.memmap(idx_path, mode="r")
+        parts = np.split(index[HEADER.size:wanted], [4 * sequences, 12 * sequences])
+        self.lengths, self.offsets, self.boundaries = (
+            part.view(kind) for part, kind in zip(parts, ("<i4", "<i8", "<i8"), strict=True))
+        self._check(bin_path, idx_path)
+        empty = np.zeros(0, self.dtype)
+        self.tokens: NDArray[Any] = np.memmap(bin_path, self.dtype, mode="r") if self.token_count else empty
+
+    def _check(self, bin_path: Path, idx_path: Path) -> None:
+        offset = 0
+        for number, (lengths, offsets) in enumerate(zip(_chunks(self.lengths), _chunks(self.offsets), strict=True)):
+            ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize + offset
+            wrong = (lengths < 0) | (offsets != np.concatenate([[offset], ends[:-1]]))
+            if wrong.any():
+                raise ModelLinkError(f"sequence {number * CHUNK + int(wrong.argmax())} does not begin where the one before it "
+                                     "ends", where=idx_path, fix="make the dataset anew")
+            offset = int(ends[-1])
+        self.token_count = offset // self.dtype.itemsize
+        if (size := bin_path.stat().st_size) != offset:
+            raise ModelLinkError(f"the tokens take {size:,} bytes, the index speaks of {offset:,}", where=bin_path,
+                                 fix="one of the two files was cut off or belongs to another dataset; make it anew")
+        steps = self.boundaries
+        falls = any((np.diff(steps[at:at + CHUNK + 1]) < 0).any() for at in range(0, len(steps) - 1, CHUNK))
+        if not len(steps) or steps[0] != 0 or steps[-1] != len(self) or falls:
+            raise ModelLinkError("the documents do not cover the sequences from first to last", where=idx_path,
+                                 fix="make the dataset anew")
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
+    @property
+    def document_count(self) -> int:
+        return len(self.boundaries) - 1
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        """Tokens of a sequence, [length], read-only."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        start = int(self.offsets[index]) // self.dtype.itemsize
+        return self.tokens[start:start + int(self.lengths[index])]
+
+    def document(self, index: int) -> list[NDArray[Any]]:
+        """The sequences of a document."""
+        if not 0 <= index < self.document_count:
+            raise IndexError(f"document {index} of {self.document_count}")
+        return [self[item] for item in range(int(self.boundaries[index]), int(self.boundaries[index + 1]))]
+
+    def __iter__(self) -> Iterator[NDArray[Any]]:
+        return (self[index] for index in range(len(self)))
+
+
+def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    return (array[start:start + CHUNK] for start in range(0, len(array), CHUNK))
+
+
+def existing(prefixes: Sequence[Path]) -> list[Path]:
+    """The files of these datasets that are there already."""
+    return [path for prefix in prefixes for path in files_of(prefix) if path.exists()]

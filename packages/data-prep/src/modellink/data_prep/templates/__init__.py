@@ -1,0 +1,1 @@
+"""Prompts: how a conversation becomes the one text a model reads."""

@@ -1,0 +1,193 @@
+"""The work on one piece of the input: read its rows, tokenise them, write them as a dataset of its own.
+
+A part is a function of the piece and the job alone; which process makes it, and when, changes no byte.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modellink.data_prep.handlers import Handler, make_handler
+from modellink.data_prep.indexed import IndexedWriter, files_of
+from modellink.data_prep.inputs import Piece, open_source
+from modellink.data_prep.readers import BadRow
+from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.errors import OUR_FAULT, ModelLinkError
+from modellink.kernels.files import kill_point
+
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text: what is tokenised in one call
+NAMED = 5  # bad rows of a piece that are named
+
+
+class WorkerDied(ModelLinkError):
+    """A process was killed; what was finished stays."""
+
+    exit_status = OUR_FAULT
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all pieces."""
+
+    tokenizer: Path
+    handler: str
+    keys: tuple[str, ...]
+    append_eod: bool
+    dtype: str
+    skip_bad_rows: bool
+    vocab_size: int | None
+    parts: Path
+
+
+@dataclass
+class Done:
+    """What came of a piece; it is noted in the journal.
+
+    `tokens` and `documents` count by output; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
+    """
+
+    piece: int
+    rows: int = 0
+    skipped: int = 0
+    text_bytes: int = 0
+    documents: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    bad: list[str] = field(default_factory=list)
+
+
+def part_prefix(parts: Path, piece: int, output: str) -> Path:
+    return parts / f"{piece:06d}_{output}"
+
+
+def tokenise_piece(job: Job, piece: Piece) -> Done:
+    """Make the part of a piece and say what is in it.
+
+    Raises:
+        ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
+    """
+    handler, done = _handler(job), Done(piece.index)
+    with ExitStack() as stack:
+        writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
+                   for output in handler.outputs}
+        for batch in _batches(job, piece, handler, done):
+            samples = handler.encode([sample for _, sample in batch])
+            for (place, _), encoded in zip(batch, samples, strict=True):
+                for output, ids in encoded.items():
+                    if ids:
+                        tokens = np.asarray(ids)
+                        if job.vocab_size is not None and tokens.max() >= job.vocab_size:
+                            raise _beyond(job, int(tokens.max()), _place(place))
+                        writers[output].add_document(tokens)
+    for output, writer in writers.items():
+        done.documents[output], done.tokens[output] = writer.documents, writer.tokens
+        done.sizes |= {path.name: path.stat().st_size for path in files_of(writer.prefix)}
+    kill_point("piece-written")
+    return done
+
+
+@lru_cache(maxsize=1)
+def _handler(job: Job) -> Handler:
+    return make_handler(job.handler, Tokenizer.from_folder(job.tokenizer), job.keys, job.append_eod)
+
+
+Place = tuple[Path, int]
+
+
+def _place(place: Place) -> str:
+    return open_source(place[0]).name_place(place[1])
+
+
+def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[list[tuple[Place, Any]]]:
+    batch: list[tuple[Place, Any]] = []
+    weight = 0
+    for path, span in piece.spans:
+        for at, row in open_source(path).rows(span, handler.columns):
+            try:
+                if isinstance(row, BadRow):
+                    raise ValueError(row.why)
+                sample = handler.parse(row)
+            except ValueError as error:
+                if not job.skip_bad_rows:
+                    raise ModelLinkError(f"a row cannot be used: {error}", where=_place((path, at)),
+                                         fix="mend it, or leave out such rows with --on-bad-row skip") from None
+                done.skipped += 1
+                if len(done.bad) < NAMED:
+                    done.bad.append(f"{_place((path, at))}: {error}")
+                continue
+            batch.append(((path, at), sample))
+            size = sum(len(row[column].encode()) for column in handler.columns if isinstance(row[column], str))
+            done.rows += 1
+            done.text_bytes += size
+            weight += size
+            if weight >= BATCH_BYTES or len(batch) >= BATCH_ROWS:
+                yield batch
+                batch, weight = [], 0
+    if batch:
+        yield batch
+
+
+def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
+    return ModelLinkError(f"token id {token} is beyond the vocabulary of {job.vocab_size:,}", where=where,
+                          fix="use the tokenizer that belongs to the model, or correct --vocab-size")
+
+
+def tokenise(job: Job, pieces: list[Piece], workers: int) -> Iterator[Done]:
+    """Work through pieces, here or in `workers` processes; results come as they are ready.
+
+    When pieces fail, those under way are finished first and the error of the earliest one is raised, so that the same input
+    gives the same message for any number of workers.
+    """
+    if workers <= 1:
+        yield from (tokenise_piece(job, piece) for piece in pieces)
+        return
+    todo = iter(pieces)
+    waiting: dict[Future[Done], int] = {}
+    failed: dict[int, Exception] = {}
+    # Processes start clean (spawn): a copy of a process with threads, which tokenizers has, may hang.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+        while True:
+            for piece in islice(todo, 0 if failed else 2 * workers - len(waiting)):
+                waiting[pool.submit(tokenise_piece, job, piece)] = piece.index
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                index = waiting.pop(future)
+                if error := future.exception():
+                    failed[index] = error if isinstance(error, Exception) else RuntimeError(str(error))
+                else:
+                    yield future.result()
+    if failed:
+        index, error = min(failed.items())
+        if isinstance(error, BrokenProcessPool):
+            raise WorkerDied(f"a worker process died near piece {index}", where="--workers",
+                             fix="out of memory is the usual reason: use fewer workers. What is finished is kept, run the "
+                             "command again. (From a script of yours, call preprocess() under `if __name__ == '__main__':`.)")
+        raise error
+
+
+def _start_worker() -> None:
+    """Ctrl-C is for the parent, which also must not be outlived; and one process is one core here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if (parent := parent_process()) is not None:
+        threading.Thread(target=_die_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _die_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)

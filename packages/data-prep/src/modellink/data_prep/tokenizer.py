@@ -1,0 +1,214 @@
+"""A Hugging Face tokenizer folder, read without transformers: ids, text, special tokens and chat templates.
+
+`tokenizer.json` is run by the `tokenizers` library. What the special tokens are is read from the JSON files beside it, as
+transformers 4 (tokens as objects, `special_tokens_map.json`) and 5 (tokens as texts) write them.
+
+Not here: slow tokenizers (a folder with `tokenizer.model` or `vocab.json` alone), code from the folder, and
+`clean_up_tokenization_spaces`, which changes text ("a ." becomes "a.") and so breaks decode(encode(text)) == text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import read_json
+
+# The names transformers hands to a chat template.
+SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back. Make one with `Tokenizer.from_folder`.
+
+    Attributes:
+        folder: where it was read from.
+        vocab_size: number of ids, added tokens included; every id is below it.
+        special_tokens: name (`bos_token`, ...) to text, for those the folder defines.
+        bos_token_id, eos_token_id, pad_token_id: ids, or None. A missing pad token is the eos token.
+        eos_token_ids: everything that ends a generation: `eos_token_id` first, then those of `generation_config.json`.
+        chat_templates: name to Jinja text; a folder with one template calls it `default`.
+        fingerprint: SHA-256 of `tokenizer.json`.
+        backend: library and version that tokenises.
+    """
+
+    backend = f"tokenizers {tokenizers.__version__}"
+
+    def __init__(self, folder: Path, engine: tokenizers.Tokenizer, fingerprint: str) -> None:
+        self.folder, self.fingerprint, self._engine = folder, fingerprint, engine
+        # A truncation or padding setting in tokenizer.json is for models of a fixed length; text is never cut here.
+        engine.no_truncation()
+        engine.no_padding()
+        vocabulary = engine.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
+        config = _optional_json(folder / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(config, _optional_json(folder / "special_tokens_map.json"))
+        self.chat_templates = _chat_templates(folder, config)
+        model = _optional_json(folder / "config.json") | _optional_json(folder / "generation_config.json")
+        self.bos_token_id = self._special_id("bos_token", model)
+        self.eos_token_id = self._special_id("eos_token", model)
+        self.pad_token_id = self._special_id("pad_token", model)
+        if self.pad_token_id is None:
+            self.pad_token_id = self.eos_token_id
+        ends = [self.eos_token_id, *_ids(model.get("eos_token_id"))]
+        self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+        self._skipped = {index for index, token in engine.get_added_tokens_decoder().items() if token.special}
+        falls_back = b"ByteFallback" in engine.decoder.__getstate__() if engine.decoder else False
+        names = [f"<0x{byte:02X}>" for byte in range(256)] if falls_back else []
+        self._byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+
+    @classmethod
+    def from_folder(cls, path: Path | str) -> Tokenizer:
+        """Read a Hugging Face folder, or a Megatron checkpoint of ours, which carries one as `hf/`.
+
+        Raises:
+            ModelLinkError: the folder or its tokenizer.json is missing or cannot be read.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise ModelLinkError("there is no tokenizer folder", where=folder,
+                                 fix="give a folder that holds tokenizer.json; names on a hub are not downloaded")
+        if not (folder / "tokenizer.json").is_file() and (folder / "hf" / "tokenizer.json").is_file():
+            folder = folder / "hf"
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="load it with transformers' "
+                                 "AutoTokenizer once and write it with save_pretrained, which makes that file")
+        content = file.read_bytes()
+        try:
+            engine = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises a bare Exception
+            raise ModelLinkError(f"not a tokenizer: {error}", where=file, fix="copy the file anew") from None
+        return cls(folder, engine, hashlib.sha256(content).hexdigest())
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    @property
+    def eod_token_id(self) -> int | None:
+        """The token that ends a document: the eos token."""
+        return self.eos_token_id
+
+    @property
+    def bos_token(self) -> str | None:
+        return self._text_of(self.bos_token_id)
+
+    @property
+    def eos_token(self) -> str | None:
+        return self._text_of(self.eos_token_id)
+
+    @property
+    def pad_token(self) -> str | None:
+        return self._text_of(self.pad_token_id)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; `add_special_tokens` adds what tokenizer.json says belongs around a text (often bos)."""
+        ids: list[int] = self._engine.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` of each text, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
+        return [item.ids for item in self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Text of ids; bytes that are no character come out as U+FFFD."""
+        text: str = self._engine.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token_to_id(self, token: str) -> int | None:
+        index: int | None = self._engine.token_to_id(token)
+        return index
+
+    def id_to_token(self, index: int) -> str | None:
+        token: str | None = self._engine.id_to_token(index)
+        return token
+
+    def is_special(self, index: int) -> bool:
+        """Whether `decode` leaves this id out when it skips special tokens."""
+        return index in self._skipped
+
+    def is_raw_byte(self, index: int) -> bool:
+        """Whether the id is one of a sentencepiece vocabulary's 256 single bytes (`<0xE4>`)."""
+        return index in self._byte_ids
+
+    def chat_template(self, name: str | None = None, *, tools: bool = False) -> str:
+        """The Jinja text of a template: the named one, `tool_use` when there are tools and it exists, else `default`.
+
+        Raises:
+            ModelLinkError: the folder has no such template.
+        """
+        known = self.chat_templates
+        wanted = name or ("tool_use" if tools and "tool_use" in known else "default")
+        if wanted in known:
+            return known[wanted]
+        if not known:
+            raise ModelLinkError("the tokenizer has no chat template", where=self.folder,
+                                 fix="use the chat version of the model, or add a chat_template.jinja to the folder")
+        raise ModelLinkError(f"the tokenizer has no chat template {wanted!r}", where=self.folder,
+                             fix=f"choose one of {', '.join(sorted(known))}")
+
+    def _special_id(self, name: str, model: Mapping[str, Any]) -> int | None:
+        """The tokenizer's own files say what a token is; the model's config helps out where they do not."""
+        if name in self.special_tokens and (index := self.token_to_id(self.special_tokens[name])) is not None:
+            return index
+        return next((index for index in _ids(model.get(f"{name}_id")) if self.id_to_token(index) is not None), None)
+
+    def _text_of(self, index: int | None) -> str | None:
+        return None if index is None else self.id_to_token(index)
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ModelLinkError(f"holds a {type(value).__name__} where an object belongs", where=path)
+    return value
+
+
+def _ids(value: object) -> list[int]:
+    """`eos_token_id` of a model's config: nothing, a number, or a list of numbers."""
+    values = value if isinstance(value, list) else [value]
+    return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
+
+
+def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
+    """Names and texts; an earlier source wins. A token is a text, or an object with its text as `content`."""
+    found: dict[str, str] = {}
+    for name in SPECIAL_NAMES:
+        for source in sources:
+            token = source.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                found.setdefault(name, text)
+    return found
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """Files win over tokenizer_config.json, where a template is a text or a list of `{"name", "template"}`."""
+    found: dict[str, str] = {}
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                found[name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise ModelLinkError(f"not UTF-8 text: {error}", where=path) from None
+    if found:
+        return found
+    written = config.get("chat_template")
+    if isinstance(written, str):
+        return {"default": written}
+    if isinstance(written, list):
+        for item in written:
+            if not (isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("template"), str)):
+                raise ModelLinkError("chat_template is a list, but not of objects with a name and a template",
+                                     where=folder / "tokenizer_config.json")
+            found[item["name"]] = item["template"]
+    return found

@@ -1,0 +1,23 @@
+"""What the README says is what the package does."""
+
+import re
+from pathlib import Path
+
+from modellink.data_prep import PreprocessOptions
+from modellink.kernels.options import describe
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_options_table_is_the_options():
+    assert describe(PreprocessOptions) in README
+
+
+def test_the_library_example_runs(tmp_path, monkeypatch, write_lines, byte_folder, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_lines(tmp_path / "corpus.jsonl", [{"text": "Ä text, 你好"}, {"text": "b"}])
+    (tmp_path / "SmolLM2-135M-Instruct").symlink_to(byte_folder)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(example.replace("workers=2", "workers=1"), "README.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert printed.startswith("2 Ä text, 你好\n<|im_start|>user\nHi") and printed.endswith("Ä text, 你好\n")
