@@ -1,36 +1,22 @@
-"""The rotary angles of a ModelSpec: frequencies with their scaling, and tables of cos and sin by position."""
+"""Tables of cos and sin by position for the rotary angles of a ModelSpec."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
-
-
-def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """[head dim / 2] angles per position in fp32, as transformers computes them."""
-    size = spec.head_dim
-    frequencies = 1.0 / spec.rotary_base ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size)
-    return _stretch_llama3(frequencies, spec) if spec.rope_scaling_type == "llama3" else frequencies
-
-
-def _stretch_llama3(frequencies: Tensor, spec: ModelSpec) -> Tensor:
-    """Long waves are stretched by the factor, short ones kept, those between blended (Llama 3.1's published recipe)."""
-    assert spec.original_max_position_embeddings
-    waves = 2 * math.pi / frequencies
-    turns = spec.original_max_position_embeddings / waves  # how often a wave fits into the original length
-    keep = ((turns - spec.low_freq_factor) / (spec.high_freq_factor - spec.low_freq_factor)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / spec.rope_scaling_factor)
+from modellink.kernels.ops.rotary import inverse_frequencies
 
 
 class RotaryTable:
     """cos and sin for positions; grows by doubling when a longer sequence comes."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._frequencies = inverse_frequencies(spec)
+        self._frequencies = inverse_frequencies(
+            spec.head_dim, spec.rotary_base, scaling=spec.rope_scaling_type, factor=spec.rope_scaling_factor,
+            low_freq_factor=spec.low_freq_factor, high_freq_factor=spec.high_freq_factor,
+            original_length=spec.original_max_position_embeddings)
         self._cos = self._sin = torch.empty(0)
 
     def __call__(self, length: int, positions: Tensor | None, device: torch.device, dtype: torch.dtype,
