@@ -1,0 +1,60 @@
+"""What the main job proves: a resumed run is the uninterrupted one to the bit, and transformers computes our logits.
+
+Usage: compare.py training STRAIGHT RESUMED --from-iteration N
+       compare.py logits CHECKPOINT HUGGING_FACE_FOLDER
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+TEXT = "A list in Python is a mutable sequence. Its elements are accessed with an index, and it grows with append().\n\n" * 4
+
+
+def training(straight: Path, resumed: Path, first: int) -> None:
+    """Losses, gradient norms and final weights."""
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.ckpt_convert.verify import compare
+
+    def steps(folder: Path) -> list[tuple[int, float, float]]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["iteration"], line["loss"], line["grad_norm"]) for line in lines if line["iteration"] >= first]
+
+    ours, theirs = steps(straight), steps(resumed)
+    if not ours or ours != theirs:
+        sys.exit(f"the runs differ:\n{ours}\n{theirs}")
+    count = compare(open_checkpoint(straight), open_checkpoint(resumed))
+    print(f"iterations {first} to {ours[-1][0]}: losses and gradient norms are equal to the bit, and {count} weights after them")
+
+
+def logits(checkpoint: Path, folder: Path) -> None:
+    """The logits of a text, ours from the training checkpoint, theirs from the Hugging Face folder, both in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from modellink.infer import load
+
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXT).input_ids])
+    ours = load(checkpoint, dtype=torch.float32).network.logits(ids)
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    worst, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    print(f"{ids.numel()} tokens x {theirs.size(-1)} logits up to {largest:.1f}: largest difference {worst:.1e}")
+    if not worst < 1e-5 * largest:
+        sys.exit("transformers computes something else")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["training", "logits"])
+    parser.add_argument("first", type=Path)
+    parser.add_argument("second", type=Path)
+    parser.add_argument("--from-iteration", type=int, default=1)
+    arguments = parser.parse_args()
+    if arguments.what == "training":
+        training(arguments.first, arguments.second, arguments.from_iteration)
+    else:
+        logits(arguments.first, arguments.second)
