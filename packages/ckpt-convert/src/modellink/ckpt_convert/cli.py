@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import click
 import torch
+
 from modellink.ckpt_convert.convert import convert
 from modellink.ckpt_convert.formats.huggingface import GIGABYTE
 from modellink.ckpt_convert.inspect import inspect, table

@@ -26,7 +26,7 @@ READ_LIMIT = 1 << 30  # bytes a single read asks for; Linux stops at 2 GiB
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 @dataclass(frozen=True)
