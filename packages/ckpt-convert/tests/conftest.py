@@ -14,6 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from modellink.ckpt_convert.cli import main
+
+torch.set_num_threads(1)  # a fork must not find a thread pool
+
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 20, "intermediate_size": 36,
     "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "vocab_size": 131,
@@ -72,12 +76,31 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def run() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """run(["SRC", "DST", ...], KEY="value"): the command with these arguments and environment variables."""
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """run(["SRC", "DST", ...], KEY="value"): the command with these arguments and environment variables.
+
+    It runs in a process of its own with its own output and exit status, forked from this one: starting Python and torch anew
+    each time would take most of the tests' time. One test in test_cli.py starts it the long way.
+    """
 
     def call(arguments: Sequence[object], **environment: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "modellink.ckpt_convert", *map(str, arguments)], text=True,
-                              capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, check=False)
+        texts = [tmp_path_factory.mktemp("output") / name for name in ("stdout", "stderr")]
+        child = os.fork()
+        if child == 0:
+            try:
+                for number, path in enumerate(texts, 1):
+                    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+                sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+                os.environ.update(environment)
+                sys.argv = ["modellink-convert", *map(str, arguments)]
+                main()
+            except SystemExit as done:
+                os._exit(done.code if isinstance(done.code, int) else 1)
+            finally:
+                os._exit(99)
+        _, status = os.waitpid(child, 0)
+        outputs = [path.read_text() if path.exists() else "" for path in texts]
+        return subprocess.CompletedProcess(arguments, os.waitstatus_to_exitcode(status), *outputs)
 
     return call
 

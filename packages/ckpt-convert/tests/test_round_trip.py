@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron-Core -> Hugging Face gives every bit back, at every layout; and the middle is what Megatron expects."""
+"""Hugging Face -> Megatron-Core -> Hugging Face gives every bit back at every layout, and the middle is what Megatron wants."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
+
 from modellink.ckpt_convert import convert
 from modellink.kernels.parallel import ParallelLayout
-from safetensors.torch import load_file
 
 Make = Callable[..., Path]
 
@@ -149,8 +150,9 @@ def test_cast(make_model: Make, tmp_path: Path) -> None:
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([2, 6]), tp=st.sampled_from([1, 2, 4]),
-       stages=st.lists(st.integers(1, 2), min_size=1, max_size=3), vocab=st.integers(3, 40), tied=st.booleans())
+@given(groups=st.sampled_from([1, 2, 4]), per_group=st.integers(1, 3), size=st.sampled_from([2, 6]),
+       tp=st.sampled_from([1, 2, 4]), stages=st.lists(st.integers(1, 2), min_size=1, max_size=3), vocab=st.integers(3, 40),
+       tied=st.booleans())
 def test_any_shape_round_trips(groups: int, per_group: int, size: int, tp: int, stages: list[int], vocab: int, tied: bool,
                                make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("any")
