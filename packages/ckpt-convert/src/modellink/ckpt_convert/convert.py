@@ -19,6 +19,7 @@ from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.open import open_checkpoint
 from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, size
+from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import (
@@ -44,11 +45,11 @@ class Converted:
     verified: int | None = None
 
 
-def convert(src: Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
+def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
             make_vocab_size_divisible_by: int = 1, params_dtype: torch.dtype | None = None, overwrite: bool = False,
             verify: bool = False, dry_run: bool = False, family: str | None = None, hf: Path | str | None = None,
             iteration: int | None = None, max_shard_bytes: int = SHARD_BYTES) -> Converted:
-    """Convert the checkpoint `src` to the new folder `dst`.
+    """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
         to: `hf` or `megatron-core`.
@@ -64,8 +65,8 @@ def convert(src: Path | str, dst: Path | str, *, to: Target, layout: ParallelLay
     Raises:
         ModelLinkError: anything wrong with the input or the output's place; nothing is written then.
     """
-    src, dst = Path(src), Path(dst)
-    source = open_checkpoint(src, family=family, hf=hf, iteration=iteration)
+    dst = Path(dst)
+    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
     layout = layout or ParallelLayout()
     if to == "hf":
         if layout.world_size > 1:
@@ -76,7 +77,7 @@ def convert(src: Path | str, dst: Path | str, *, to: Target, layout: ParallelLay
         plan = plan_megatron(source, layout, divisible_by=make_vocab_size_divisible_by, dtype=params_dtype)
     dtype = str(plan.dtype).removeprefix("torch.")
     config = huggingface.config_for(source.spec, source.family, source.companions, dtype)
-    _check_place(src, dst, plan, overwrite)
+    _check_place(source.folder, dst, plan, overwrite)
     if dry_run:
         return Converted(plan)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.families import read_spec
+from modellink.ckpt_convert.families import ORIGINALS_BASE, read_spec
 from modellink.ckpt_convert.formats import huggingface, megatron, torch_dist
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.hf_config import Config
@@ -99,7 +99,7 @@ def _description(root: Path, family: str | None, hf: Path | None) -> _Descriptio
                                  f"{manifest.FOLDER}/config.json are missing)", where=root, fix=f"give {manifest.HELP}")
         spec, family = read_spec(Config.load(companions), family)
         return _Description(spec, family, companions, None)
-    if family not in (None, found.family):
+    if family not in (None, ORIGINALS_BASE, found.family):
         raise ModelLinkError(f"the checkpoint is of the family {found.family}, not {family}",
                              where=f"{root / manifest.FILE}, --model-type-hf")
     if (companions / "config.json").is_file():

@@ -68,7 +68,8 @@ class Plan:
         inputs = [*self.source.files(), *companion_files(self.source.companions)]
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
         output = [(file.name, [(str(planned.dtype), planned.shape) for planned in file.tensors]) for file in self.files]
-        return hashlib.sha256(json.dumps([self.to, str(self.layout), stats, output, self.index]).encode()).hexdigest()
+        everything = [self.to, repr(self.layout), self.source.spec.to_dict(), stats, output, self.index]
+        return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def describe(self) -> str:
         """The plan as lines for people."""

@@ -66,8 +66,8 @@ def inverse(spec: ModelSpec, rules: Mapping[str, Rows]) -> dict[str, Target]:
         row = 0
         for piece, canonical, _ in pieces:
             if piece.start != row:
-                raise InternalError(f"row {min(row, piece.start)} of {name} is mapped {'twice' if piece.start < row else 'never'}",
-                                    where=canonical)
+                how = "twice" if piece.start < row else "never"
+                raise InternalError(f"row {min(row, piece.start)} of {name} is mapped {how}", where=canonical)
             row = piece.stop
         targets[name] = Target((row, *known[pieces[0][1]].shape[1:]), [(canonical, rows) for _, canonical, rows in pieces])
     return targets

@@ -19,6 +19,7 @@ from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
+ORIGINALS_BASE = "llama2"  # the original's family for everything with Llama's tensor names: Llama, Qwen2, Mistral ...
 
 
 class Family(Protocol):
@@ -95,6 +96,8 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
         ModelLinkError: unknown model type, missing key, unsupported feature, or `family` contradicts the config.
     """
     stated = config.get("model_type")
+    if family == ORIGINALS_BASE:
+        family = None if stated in family_names() else "llama"
     if family and stated in family_names() and stated != family:
         raise ModelLinkError(f"the configuration is of the family {stated}, not {family}",
                              where=f"{config.path}, --model-type-hf")

@@ -20,7 +20,8 @@ class Llama:
     def read(self, config: Config) -> dict[str, Any]:
         config.refuse("mlp_bias", False)
         config.refuse("hidden_act", "silu")
-        heads, hidden, bias = config.count("num_attention_heads"), config.count("hidden_size"), config.get("attention_bias", False)
+        heads, hidden = config.count("num_attention_heads"), config.count("hidden_size")
+        bias = config.get("attention_bias", False)
         return {"num_layers": config.count("num_hidden_layers"), "hidden_size": hidden, "num_attention_heads": heads,
                 "num_query_groups": config.count("num_key_value_heads", heads), "vocab_size": config.count("vocab_size"),
                 "kv_channels": config.count("head_dim", hidden // heads), "add_qkv_bias": bias, "add_dense_bias": bias,

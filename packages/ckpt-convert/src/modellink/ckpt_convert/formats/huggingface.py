@@ -47,7 +47,7 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     known = weights(spec)
     for name, target in targets.items():
         refuse_shape(name, known[target.rows[0][0]], found[name].shape, target.shape, found[name].path)
-    parts = {}
+    parts: dict[str, list[Part]] = {}
     for canonical, rows in rules.items():
         parts[canonical], row = [], 0
         for name, piece in rows:

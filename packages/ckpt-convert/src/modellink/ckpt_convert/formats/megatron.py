@@ -63,6 +63,7 @@ def read(folder: Path, spec: ModelSpec) -> tuple[dict[str, Assembled], ParallelL
     _refuse_other_model(ranks[0, 0][0], spec, folder)
     chunks = {place: content[1] for place, content in ranks.items()}
     layout = _layout(spec, chunks, tp, pp, folder)
+    known = weights(spec)
     parts: dict[str, list[Part]] = {}
     for stage in range(pp):
         for chunk in range(layout.vpp):
@@ -74,8 +75,7 @@ def read(folder: Path, spec: ModelSpec) -> tuple[dict[str, Assembled], ParallelL
                 refuse_left_over((name for name in model if name not in names), where)
             for name, canonical in names.items():
                 if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                    weight = weights(spec)[canonical]
-                    parts[canonical] = list(cut(name, weight, [model[name] for model in models]))
+                    parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
     return assemble(spec, parts, folder), layout
 
 

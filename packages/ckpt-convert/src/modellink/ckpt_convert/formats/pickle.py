@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -104,7 +104,7 @@ SAFE: dict[str, Callable[..., Any]] = {
 class Reader(pickle.Unpickler):
     """An unpickler that calls nothing but the functions above; `storage` finds a record by key."""
 
-    def __init__(self, file: io.BufferedIOBase | io.BytesIO, storage: Callable[[str, torch.dtype, int], Record] | None = None) -> None:
+    def __init__(self, file: IO[bytes], storage: Callable[[str, torch.dtype, int], Record] | None = None) -> None:
         super().__init__(file)
         self._storage = storage
         self.names: set[str] = set()

@@ -1,9 +1,10 @@
 """The safetensors file format: reading where each tensor lies, and writing one tensor at a time.
 
 Format: 8 bytes little-endian length, a JSON header of that length, the tensors end to end
-(https://github.com/huggingface/safetensors#format). The safetensors library checks a file (hostile headers, wrong lengths, holes); only
-the offsets are taken from the header here, because the library's memory map would make the whole file count as ours. Its
-writer wants all tensors of a file in memory; ours is told names, dtypes and shapes first and then asks for one at a time.
+(https://github.com/huggingface/safetensors#format). The safetensors library checks a file (hostile headers, wrong lengths,
+holes); only the offsets are taken from the header here, because the library's memory map would make the whole file count as
+ours. Its writer wants all tensors of a file in memory; ours is told names, dtypes and shapes first and then asks for one at
+a time.
 """
 
 from __future__ import annotations

@@ -20,13 +20,13 @@ import torch
 
 from modellink.kernels.errors import ModelLinkError
 
-BLOCK = 8 << 20  # bytes read at once where only some columns are wanted
+BLOCK = 1 << 20  # bytes read at once where only some columns are wanted; small, so that it stays in the cache
 READ_LIMIT = 1 << 30  # bytes a single read asks for; Linux stops at 2 GiB
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 @dataclass(frozen=True)
@@ -43,23 +43,28 @@ class Stored:
         return prod(self.shape[1:])
 
     def read(self, rows: range, columns: range) -> torch.Tensor:
-        """A rectangle of it, [rows, columns]; a vector has one column.
+        """A rectangle of it, [rows, columns]; a vector has one column."""
+        out = torch.empty(len(rows), len(columns), dtype=self.dtype)
+        self.read_into(out, rows, columns)
+        return out
+
+    def read_into(self, out: torch.Tensor, rows: range, columns: range) -> None:
+        """Read a rectangle into `out` [rows, columns], which may be a view into a larger tensor.
 
         Raises:
             ModelLinkError: the file ends too early.
         """
-        out = torch.empty(len(rows), len(columns), dtype=self.dtype)
         row_bytes = self.columns * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
-            if len(columns) == self.columns:
+            if len(columns) == self.columns and out.is_contiguous() and out.dtype == self.dtype:
                 self._fill(file, out, self.offset + rows.start * row_bytes)
-                return out
+                return
             step = max(1, BLOCK // row_bytes)
+            block = torch.empty(min(step, len(rows)), self.columns, dtype=self.dtype)
             for start in range(0, len(rows), step):
-                block = torch.empty(min(step, len(rows) - start), self.columns, dtype=self.dtype)
+                block = block[:len(rows) - start]
                 self._fill(file, block, self.offset + (rows.start + start) * row_bytes)
                 out[start:start + len(block)] = block[:, columns.start:columns.stop]
-        return out
 
     def _fill(self, file: io.FileIO, out: torch.Tensor, offset: int) -> None:
         view, done = as_bytes(out), 0
@@ -111,16 +116,10 @@ class Assembled:
         """The given ranges along `dim`, joined in order; the other dimension whole."""
         size = [self.shape[0], prod(self.shape[1:])]
         size[dim] = sum(map(len, pieces))
-        out = None
+        out = torch.empty(size, dtype=self.dtype)
         for place, part, rows, columns in self._overlaps(pieces, dim):
-            found = part.stored.read(rows, columns)
-            if list(found.shape) == size and found.dtype == self.dtype:
-                out = found  # the usual case: all of it lies in one run, no copy is needed
-                break
-            if out is None:
-                out = torch.empty(size, dtype=self.dtype)
-            out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)] = found
-        assert out is not None, f"{self.name} has no part in {pieces}"
+            view = out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)]
+            part.stored.read_into(view, rows, columns)
         return out.view(-1) if len(self.shape) == 1 else out
 
     def _overlaps(self, pieces: Sequence[range], dim: int) -> Iterator[tuple[list[int], Part, range, range]]:

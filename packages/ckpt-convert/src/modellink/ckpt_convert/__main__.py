@@ -1,0 +1,5 @@
+"""`python -m modellink.ckpt_convert` is `modellink-convert`."""
+
+from modellink.ckpt_convert.cli import main
+
+main()

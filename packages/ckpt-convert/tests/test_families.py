@@ -1,0 +1,180 @@
+"""Configurations in both spellings, what is refused and how, rules that leave nothing over, families of other distributions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from modellink.ckpt_convert import ModelSpec, families, open_checkpoint
+from modellink.ckpt_convert.families import family_names, family_of, read_spec
+from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.rules import inverse
+from modellink.ckpt_convert.weights import weights
+from modellink.kernels.errors import InternalError, ModelLinkError
+
+Make = Callable[..., Path]
+SPEC = ModelSpec(num_layers=2, hidden_size=20, num_attention_heads=6, num_query_groups=3, kv_channels=8, ffn_hidden_size=36,
+                 vocab_size=131)
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+
+
+def spec_of(family: str, **changes: Any) -> ModelSpec:
+    values = family_of(family).write(SPEC if family == "llama" else ModelSpec(**SPEC.to_dict() | {"add_qkv_bias": True}))
+    values = {key: value for key, value in (values | changes).items() if value is not ...}
+    return read_spec(Config(values, Path("config.json")))[0]
+
+
+def test_both_spellings_of_rotary_parameters_agree() -> None:
+    four = spec_of("llama", rope_theta=500000.0, rope_scaling=LLAMA3)
+    five = spec_of("llama", rope_theta=..., rope_scaling=..., rope_parameters={"rope_theta": 500000.0, **LLAMA3})
+    assert four == five
+    assert (four.rotary_base, four.rope_scaling_type, four.rope_scaling_factor) == (500000.0, "llama3", 8.0)
+    assert spec_of("llama", rope_theta=..., rope_scaling=None).rotary_base == 10000.0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_config_made_from_a_spec_reads_back(family: str) -> None:
+    spec = ModelSpec(**SPEC.to_dict() | {"add_qkv_bias": family == "qwen2", "rope_scaling_type": "llama3",
+                                         "rope_scaling_factor": 8.0, "original_max_position_embeddings": 8192})
+    assert read_spec(Config(family_of(family).write(spec), Path("config.json"))) == (spec, family)
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+    ("llama", {"partial_rotary_factor": 0.5}, "0.5"),
+    ("llama", {"rope_scaling": {"rope_type": "llama3"}}, "'factor' is missing"),
+    ("llama", {"hidden_size": ...}, "'hidden_size' is missing"),
+    ("llama", {"num_hidden_layers": "many"}, "'num_hidden_layers' is 'many'"),
+    ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
+    ("llama", {"model_type": ...}, "'model_type' is missing"),
+    ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+])
+def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelLinkError, match=message) as caught:
+        spec_of(family, **changes)
+    assert "config.json" in str(caught.value)
+
+
+def test_an_unknown_model_type_names_near_ones() -> None:
+    with pytest.raises(ModelLinkError, match=r"'qwen3' is not known[\s\S]*did you mean qwen2\?"):
+        spec_of("llama", model_type="qwen3")
+
+
+def test_a_family_that_the_user_names() -> None:
+    config = Config(family_of("llama").write(SPEC) | {"model_type": "mistral"}, Path("config.json"))
+    assert read_spec(config, "llama") == (SPEC, "llama")
+    assert read_spec(config, "llama2") == (SPEC, "llama")  # the original's name for all models with these tensor names
+    with pytest.raises(ModelLinkError, match="of the family llama, not qwen2"):
+        read_spec(Config(family_of("llama").write(SPEC), Path("config.json")), "qwen2")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rules_use_every_row_once(family: str, tied: bool) -> None:
+    spec = ModelSpec(**SPEC.to_dict() | {"add_qkv_bias": True, "add_dense_bias": family == "llama",
+                                         "untie_embeddings_and_output_weights": not tied})
+    targets = inverse(spec, family_of(family).rules(spec))
+    used: dict[str, list[int]] = {name: [] for name in weights(spec)}
+    for target in targets.values():
+        for name, rows in target.rows:
+            used[name] += rows
+    assert all(sorted(rows) == list(range(weights(spec)[name].shape[0])) for name, rows in used.items())
+    assert targets["model.layers.1.self_attn.k_proj.weight"].shape == (24, 20)
+
+
+@pytest.mark.parametrize("damage", ["missing", "twice", "never"])
+def test_rules_that_are_not_total_are_caught(damage: str) -> None:
+    rules = family_of("llama").rules(SPEC)
+    name = "decoder.layers.0.mlp.linear_fc2.weight"
+    if damage == "missing":
+        del rules[name]
+    elif damage == "twice":
+        rules[name] = rules["decoder.final_layernorm.weight"]
+    else:
+        rules[name] = [("model.layers.0.mlp.down_proj.weight", range(1, 21))]
+    with pytest.raises(InternalError):
+        inverse(SPEC, rules)
+
+
+def change(folder: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(folder / "model.safetensors") | {name.replace("__", "."): tensor for name, tensor in changes.items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / "model.safetensors")
+
+
+def test_weights_that_are_missing_or_left_over_are_listed(make_model: Make) -> None:
+    folder = make_model("llama")
+    change(folder, model__layers__0__rotary_emb__inv_freq=torch.zeros(4))
+    open_checkpoint(folder)  # known and harmless
+    change(folder, model__layers__1__self_attn__q_norm__weight=torch.zeros(8))
+    with pytest.raises(ModelLinkError, match=r"1 weight is not part of this model: model.layers.1.self_attn.q_norm.weight"):
+        open_checkpoint(folder)
+    change(folder, model__layers__1__self_attn__q_norm__weight=None, model__norm__weight=None, lm_head__weight=None)
+    with pytest.raises(ModelLinkError, match=r"2 weights are missing: model.norm.weight, lm_head.weight"):
+        open_checkpoint(folder)
+
+
+def test_a_wrong_shape_names_tensor_and_file(make_model: Make) -> None:
+    folder = make_model("llama")
+    change(folder, model__norm__weight=torch.zeros(21))
+    with pytest.raises(ModelLinkError, match=r"model.norm.weight has the shape \[21\].*\[20\][\s\S]*model.safetensors"):
+        open_checkpoint(folder)
+
+
+def test_a_tied_model_that_carries_its_embedding_twice(make_model: Make) -> None:
+    folder = make_model("qwen2", tie_word_embeddings=True)
+    table = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    change(folder, lm_head__weight=table.clone())
+    open_checkpoint(folder)
+    change(folder, lm_head__weight=table + 1)
+    with pytest.raises(ModelLinkError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        open_checkpoint(folder)
+
+
+def test_quantised_weights_are_refused(make_model: Make) -> None:
+    folder = make_model("llama")
+    change(folder, model__norm__weight=torch.zeros(20, dtype=torch.int8))
+    with pytest.raises(ModelLinkError, match="stored as I8"):
+        open_checkpoint(folder)
+
+
+@pytest.fixture
+def other_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A module of someone else that registers a family, found through an entry point."""
+    (tmp_path / "their_family.py").write_text(
+        "from modellink.ckpt_convert.families import register\nfrom modellink.ckpt_convert.families.llama import Llama\n"
+        "@register\nclass Theirs(Llama):\n    model_type = 'theirs'\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    points = [EntryPoint("theirs", "their_family", families.GROUP)]
+    monkeypatch.setattr(families, "entry_points", lambda group: points if group == families.GROUP else [])
+    families._discover.cache_clear()
+    yield
+    families._families.pop("theirs", None)
+    families._discover.cache_clear()
+    sys.modules.pop("their_family", None)
+
+
+@pytest.mark.usefixtures("other_distribution")
+def test_a_family_of_another_distribution(make_model: Make) -> None:
+    folder = make_model("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
+    assert "theirs" in family_names()
+    assert open_checkpoint(folder).family == "theirs"
+
+
+def test_families_stay_small() -> None:
+    for path in Path(families.__file__).parent.glob("*.py"):
+        if path.name != "__init__.py":
+            assert len(path.read_text().splitlines()) <= 60, path

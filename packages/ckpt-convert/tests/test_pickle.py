@@ -1,0 +1,172 @@
+"""Our reader of torch.save files: equal to torch on honest files, without effect on hostile ones, one error on damaged ones."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import enum
+import io
+import os
+import pickle
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modellink.ckpt_convert.formats import archive
+from modellink.ckpt_convert.formats.pickle import Inert, Reader, load
+from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.kernels.errors import ModelLinkError
+
+
+class Kind(enum.Enum):
+    A = 1
+
+
+class Evil:
+    """Pickled, it asks for a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def whole(stored: Stored) -> torch.Tensor:
+    return stored.read(range(stored.shape[0]), range(stored.columns)).view(stored.shape)
+
+
+def test_tensors_equal_those_of_torch(tmp_path: Path) -> None:
+    base = torch.randn(6, 4)
+    state = {"whole": base, "view": base[2:5], "half": torch.randn(3, 5).bfloat16(), "vector": torch.arange(7),
+             "parameter": torch.nn.Parameter(torch.randn(2, 2)), "empty": torch.zeros(0, 3)}
+    torch.save(state, tmp_path / "x.pt")
+    for name, stored in load(tmp_path / "x.pt").items():
+        assert torch.equal(whole(stored), state[name].detach()), name
+    assert torch.equal(load(tmp_path / "x.pt")["whole"].read(range(1, 3), range(2, 4)), base[1:3, 2:4])
+
+
+def test_a_window_of_a_larger_file(tmp_path: Path) -> None:
+    body = io.BytesIO()
+    torch.save(torch.arange(12.0).view(3, 4), body)
+    (tmp_path / "x").write_bytes(b"before!" + body.getvalue() + b"after" * 99)
+    assert torch.equal(whole(load(tmp_path / "x", 7, len(body.getvalue()))), torch.arange(12.0).view(3, 4))
+
+
+def test_unknown_objects_become_inert(tmp_path: Path) -> None:
+    state = {"args": Namespace(kind=Kind.A, dtype=torch.bfloat16, path=Path("x"), layers=3),
+             "rng": np.random.RandomState(1).get_state(), "file": io.BytesIO(b"abc"), "default": collections.defaultdict(list)}
+    torch.save(state, tmp_path / "x.pt")
+    args = load(tmp_path / "x.pt")["args"]
+    assert isinstance(args, Inert) and args.name == "argparse.Namespace"
+    assert args.state["layers"] == 3 and args.state["dtype"] == torch.bfloat16 and isinstance(args.state["kind"], Inert)
+
+
+@pytest.mark.parametrize("function", [os.system, builtins.eval, builtins.exec, builtins.getattr, builtins.__import__, os.unlink])
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_hostile_pickle_runs_nothing(function: Any, protocol: int, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("here")
+    argument = str(victim) if function is os.unlink else f"__import__('os').unlink({str(victim)!r})"
+    argument = f"rm {victim}" if function is os.system else argument
+    evil = pickle.dumps({"model": Evil(function, argument)}, protocol)
+    found = Reader(io.BytesIO(evil)).load()
+    assert isinstance(found["model"], Inert) and found["model"].args == (argument,)
+    assert victim.exists()
+
+
+HOSTILE_CODE = {
+    "call of a result": b"cos\nsystem\n(S'touch VICTIM'\ntR(tR.",
+    "build on a class": b"cos\nsystem\n}S'x'\nI1\nsb.",
+    "old instance": b"(S'touch VICTIM'\nios\nsystem\n.",
+    "object": b"(cos\nsystem\nS'touch VICTIM'\no.",
+    "dotted name": b"\x80\x04\x8c\x02os\x8c\x0esystem.__call__\x93\x8c\x0ctouch VICTIM\x85R.",
+    "extension": b"\x82\x01.",
+    "attribute of a safe function": b"\x80\x04\x8c\x0ccollections\x8c\x1fOrderedDict.__init__.__globals__\x93.",
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE_CODE)
+def test_hostile_opcodes_run_nothing(case: str, tmp_path: Path) -> None:
+    victim = tmp_path / "VICTIM"
+    code = HOSTILE_CODE[case].replace(b"VICTIM", str(victim).encode()) if case != "dotted name" else HOSTILE_CODE[case]
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
+        made.writestr("archive/data.pkl", code)
+    try:
+        load(tmp_path / "x.pt")
+    except ModelLinkError as error:  # refusing is as good as an inert object
+        assert str(tmp_path / "x.pt") in str(error)
+    assert not victim.exists() and not Path("VICTIM").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    (0, (9, 9), (9, 1)), (5, (2, 2), (2, 1)), (-1, (1, 1), (1, 1)), (0, (2, 2), (1, 2)), (0, (-2, 2), (2, 1)),
+    ("0", (2, 2), (2, 1))])
+def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> None:
+    """Sizes, offsets and strides that reach elsewhere."""
+    torch.save(torch.zeros(6), tmp_path / "honest.pt")
+    storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(6).untyped_storage(), dtype=torch.float32, _internal=True)
+
+    class Lying:
+        def __reduce__(self) -> Any:
+            return torch._utils._rebuild_tensor_v2, (storage, *arguments, False, collections.OrderedDict())
+
+    torch.save(Lying(), tmp_path / "x.pt")
+    with pytest.raises(ModelLinkError, match=r"storage|row by row"):
+        load(tmp_path / "x.pt")
+
+
+def test_a_storage_stays_within_its_record(tmp_path: Path) -> None:
+    planned = archive.Planned(torch.float32, (4,), lambda: torch.zeros(4))
+    with open(tmp_path / "x.pt", "wb") as file:
+        archive.save(file, planned)
+    data = (tmp_path / "x.pt").read_bytes()
+    count = b"K\x04tq"  # 4, end of the tuple that names the storage
+    assert data.count(count) == 1
+    (tmp_path / "x.pt").write_bytes(data.replace(count, b"K\x40tq"))
+    with pytest.raises(ModelLinkError, match="64 elements"):
+        load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("keep", [0, 10, 500, -40, -1])
+def test_a_file_that_was_cut_off(keep: int, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(50)}, tmp_path / "x.pt")
+    data = (tmp_path / "x.pt").read_bytes()
+    (tmp_path / "x.pt").write_bytes(data[:keep])
+    with pytest.raises(ModelLinkError, match=r"not a whole torch.save archive"):
+        load(tmp_path / "x.pt")
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(50)}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as old, zipfile.ZipFile(tmp_path / "y.pt", "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    with pytest.raises(ModelLinkError, match="is compressed"):
+        load(tmp_path / "y.pt")
+
+
+def test_a_damaged_pickle(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
+        made.writestr("archive/data.pkl", b"\x80\x02}q\x00(X\x01")
+    with pytest.raises(ModelLinkError, match="the pickle in it cannot be read"):
+        load(tmp_path / "x.pt")
+
+
+def test_our_writer_is_read_by_torch_and_repeats_itself(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(5, 7), "b": torch.randn(9).bfloat16(), "c": torch.randn(3).half()}
+    model = {name: archive.Planned(tensor.dtype, tuple(tensor.shape), tensor.clone) for name, tensor in tensors.items()}
+    value = {"args": Namespace(dtype=torch.bfloat16), "model": model}
+    for file in ("x.pt", "y.pt"):
+        with open(tmp_path / file, "wb") as handle:
+            archive.save(handle, value)
+    for mmap in (False, True):
+        found = torch.load(tmp_path / "x.pt", weights_only=False, mmap=mmap)
+        assert all(torch.equal(found["model"][name], tensor) for name, tensor in tensors.items())
+    assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "y.pt").read_bytes()
+    assert all(stored.offset % archive.ALIGNMENT == 0 for stored in load(tmp_path / "x.pt")["model"].values())

@@ -1,0 +1,159 @@
+"""Distributed checkpoints: layers one by one or stacked, tensors in chunks, padded vocabularies, hostile metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from modellink.ckpt_convert import convert, open_checkpoint
+from modellink.ckpt_convert.manifest import write_companions
+from modellink.ckpt_convert.weights import weights
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import mark_complete
+
+Make = Callable[..., Path]
+
+
+def canonical(source: Path) -> dict[str, torch.Tensor]:
+    checkpoint = open_checkpoint(source)
+    return {name: checkpoint.read(name, [range(weight.shape[0])], 0) for name, weight in weights(checkpoint.spec).items()}
+
+
+def stack(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
+    """Layers along a leading axis, as Megatron-Core saves layers that are alike."""
+    found = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.layers.")}
+    for name in tensors:
+        if name.startswith("decoder.layers.0."):
+            rest = name.removeprefix("decoder.layers.0.")
+            found[f"decoder.layers.{rest}"] = torch.stack([tensors[f"decoder.layers.{i}.{rest}"] for i in range(layers)])
+    return found
+
+
+def pad(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([tensor, torch.zeros(rows, tensor.shape[1])]) if "embedding" in name or "output" in name else tensor
+            for name, tensor in tensors.items()}
+
+
+def finish(root: Path, source: Path) -> None:
+    mark_complete(root / "iter_0000010")
+    write_companions(root, open_checkpoint(source))
+    (root / "latest_checkpointed_iteration.txt").write_text("10")
+
+
+def write_chunked(folder: Path, tensors: dict[str, torch.Tensor], files: int) -> None:
+    """Cut every tensor along its first axis over `files` files, in the layout torch.distributed.checkpoint has on disk."""
+    folder.mkdir(parents=True)
+    entries: dict[str, Any] = {"rng_state/shard_0.0_1": BytesStorageMetadata(), "decoder.x._extra_state": BytesStorageMetadata()}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    handles = [open(folder / f"__{number}_0.distcp", "wb") for number in range(files)]
+    for name, tensor in tensors.items():
+        chunks, start = [], 0
+        for file, piece in enumerate(tensor.chunk(files)):
+            offsets = torch.Size([start] + [0] * (tensor.dim() - 1))
+            body = io.BytesIO()
+            torch.save(piece.clone(), body)
+            handle = handles[file]
+            places[MetadataIndex(name, offsets)] = _StorageInfo(f"__{file}_0.distcp", handle.tell(), len(body.getvalue()))
+            handle.write(body.getvalue())
+            chunks.append(ChunkStorageMetadata(offsets, piece.shape))
+            start += len(piece)
+        entries[name] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.shape, chunks)
+    for handle in handles:
+        handle.close()
+    (folder / ".metadata").write_bytes(pickle.dumps(Metadata(entries, {}, places)))
+
+
+@pytest.mark.parametrize("form", ["saved by torch", "stacked", "chunks", "stacked chunks", "prefixed", "fused norm names"])
+def test_to_hugging_face(form: str, make_model: Make, tmp_path: Path) -> None:
+    source = make_model("qwen2", tie_word_embeddings=form == "chunks")
+    tensors = canonical(source)
+    if "stacked" in form:
+        tensors = stack(tensors, 4)
+    if form == "prefixed":
+        tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    if form == "fused norm names":
+        tensors = {name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+                   .replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): tensor for name, tensor in tensors.items()}
+    tensors = pad(tensors, 5) | {"optimizer.state.exp_avg.decoder.final_layernorm.weight": torch.zeros(3)}
+    folder = tmp_path / "dist/iter_0000010"
+    if "chunks" in form:
+        write_chunked(folder, tensors, 3)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    finish(tmp_path / "dist", source)
+    convert(tmp_path / "dist", tmp_path / "back", to="hf", verify=True)
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.fixture
+def chunked(make_model: Make, tmp_path: Path) -> Path:
+    """A sound checkpoint in two files, not yet marked complete."""
+    write_chunked(tmp_path / "dist/iter_0000010", canonical(make_model("llama")), 2)
+    return tmp_path / "dist"
+
+
+def test_a_missing_chunk(chunked: Path, tmp_path: Path) -> None:
+    path = chunked / "iter_0000010/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    metadata.state_dict_metadata["decoder.final_layernorm.weight"].chunks.pop()
+    path.write_bytes(pickle.dumps(metadata))
+    finish(chunked, tmp_path / "hf")
+    with pytest.raises(ModelLinkError, match=r"decoder.final_layernorm.weight should have the shape \[20\].*10 were found"):
+        open_checkpoint(chunked)
+
+
+def test_a_file_that_was_cut_off(chunked: Path, tmp_path: Path) -> None:
+    path = chunked / "iter_0000010/__1_0.distcp"
+    path.write_bytes(path.read_bytes()[:-100])
+    finish(chunked, tmp_path / "hf")
+    with pytest.raises(ModelLinkError, match="the file has"):
+        open_checkpoint(chunked)
+
+
+def test_metadata_must_not_point_elsewhere(chunked: Path, tmp_path: Path) -> None:
+    path = chunked / "iter_0000010/.metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for info in metadata.storage_data.values():
+        info.relative_path = "../../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    finish(chunked, tmp_path / "hf")
+    with pytest.raises(ModelLinkError, match="not a file name of this folder"):
+        open_checkpoint(chunked)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", pickle.dumps({"a": 1}), pickle.dumps(Metadata({}, {}, None))])
+def test_damaged_metadata(content: bytes, chunked: Path, tmp_path: Path) -> None:
+    (chunked / "iter_0000010/.metadata").write_bytes(content)
+    finish(chunked, tmp_path / "hf")
+    with pytest.raises(ModelLinkError, match=r"\.metadata"):
+        open_checkpoint(chunked)
+
+
+def test_a_checkpoint_of_another_model(chunked: Path, make_model: Make) -> None:
+    finish(chunked, make_model("llama", name="other", intermediate_size=42))
+    with pytest.raises(ModelLinkError, match=r"decoder.layers.0.mlp.linear_fc1.weight has the shape"):
+        open_checkpoint(chunked)
+    manifest = json.loads((chunked / "modellink.json").read_text())
+    assert manifest["spec"]["ffn_hidden_size"] == 42
