@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import torch
 
@@ -21,6 +21,9 @@ from modellink.infer.request import Answer, Generation, Request
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 from modellink.kernels.progress import Work
+
+if TYPE_CHECKING:
+    from modellink.infer.score import Likelihood
 
 
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
@@ -116,7 +119,7 @@ class Engine:
         return [[-value for value in found.logprobs] for found in
                 self._likelihoods([(window[:1], window[1:]) for window in windows], show)]
 
-    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], show: bool) -> list:
+    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], show: bool) -> list[Likelihood]:
         from modellink.infer.score import likelihoods
         for number, (context, continuation) in enumerate(pairs):
             check_ids(context, self.spec, f"context {number}")
