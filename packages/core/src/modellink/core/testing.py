@@ -1,0 +1,117 @@
+"""Ranks for tests: processes that start megatron once and then run one function after the other.
+
+Starting megatron costs seconds, a task milliseconds, so one set of ranks a world size serves a whole test run. A task is a
+function of a file; every rank loads the file by its path and calls the function. Not here: anything a run needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from functools import cache
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modellink.core.processes import free_port
+
+SECONDS = 120  # for one task
+
+
+class Ranks:
+    """`ranks(function, **kwargs)` calls a function on every rank; the results in the order of the ranks.
+
+    Arguments and results are pickled. When a rank fails or hangs, AssertionError carries its trace, and the next call
+    starts new ranks.
+    """
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection] = []
+
+    def _start(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "ranks")) as listener:
+            environment = os.environ | {
+                "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                "RANKS_ADDRESS": str(listener.address), "OMP_NUM_THREADS": "1"}
+            self._processes = [subprocess.Popen([sys.executable, "-m", "modellink.core.testing"],
+                                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                               for rank in range(self.world_size)]
+            arrived = {}
+            for _ in range(self.world_size):
+                connection = listener.accept()
+                arrived[pickle.loads(connection.recv_bytes())] = connection
+            self._connections = [arrived[rank] for rank in range(self.world_size)]
+
+    def __call__(self, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
+        if not self._processes:
+            self._start()
+        for connection in self._connections:
+            connection.send_bytes(pickle.dumps((sys.modules[function.__module__].__file__, function.__name__, kwargs)))
+        results, failures = [], []
+        for rank, connection in enumerate(self._connections):
+            if not connection.poll(5 if failures else SECONDS):
+                failures.append(f"rank {rank} did not answer")
+                continue
+            good, value = pickle.loads(connection.recv_bytes())
+            results.append(value)
+            if not good:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.stop()
+            raise AssertionError("\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._processes, self._connections = [], []
+
+
+@cache
+def _module(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _serve() -> None:
+    """The life of a rank."""
+    import torch
+    import torch.distributed as dist
+
+    from modellink.core import engine
+    from modellink.kernels.device import find
+
+    torch.set_num_threads(1)
+    engine.start(find("cpu"))
+    dist.init_process_group("gloo")
+    with Client(os.environ["RANKS_ADDRESS"]) as connection:
+        connection.send_bytes(pickle.dumps(int(os.environ["RANK"])))  # not send(): torch would share memory
+        while True:
+            try:
+                path, name, kwargs = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                break
+            try:
+                answer = (True, getattr(_module(path), name)(**kwargs))
+            except BaseException:
+                answer = (False, traceback.format_exc())
+            connection.send_bytes(pickle.dumps(answer))
+    os._exit(0)  # without goodbye: a task that failed may have left others waiting in a collective
+
+
+if __name__ == "__main__":
+    _serve()
