@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.manifest import write_companions
+from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
+from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import mark_complete
@@ -55,7 +56,8 @@ def pad(tensors: dict[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
 
 def finish(root: Path, source: Path) -> None:
     mark_complete(root / "iter_0000010")
-    write_companions(root, open_checkpoint(source))
+    opened = open_checkpoint(source)
+    write_companions(root, Manifest(opened.family, opened.spec, "float32"), opened.companions)
     (root / "latest_checkpointed_iteration.txt").write_text("10")
 
 
@@ -105,6 +107,22 @@ def test_to_hugging_face(form: str, make_model: Make, tmp_path: Path) -> None:
     convert(tmp_path / "dist", tmp_path / "back", to="hf", verify=True)
     before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("ran",)
+
+
+def test_metadata_for_another_reader_names_only_what_is_known(tmp_path: Path) -> None:
+    """`refuse_unknown_names` stands before megatron-core, which unpickles the file as it is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save({"a": torch.zeros(3), "b": 1}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    refuse_unknown_names(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Evil()}, {}, None)))
+    with pytest.raises(ModelLinkError, match=r"the metadata names builtins.print"):
+        refuse_unknown_names(tmp_path)
 
 
 @pytest.fixture

@@ -28,7 +28,8 @@ MODEL = ("decoder.", "embedding.", "output_layer.")
 LAYERS = "decoder.layers."
 
 
-KNOWN = {"torch.Size", "torch.serialization._get_layout"} | {f"torch.{name}" for name in pickle.DTYPES} | {
+KNOWN = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
+    f"torch.{name}" for name in pickle.DTYPES} | {
     f"torch.distributed.checkpoint.{name}" for name in (
         "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
         "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
@@ -151,5 +152,6 @@ def refuse_unknown_names(folder: Path) -> None:
     """
     unknown = pickle.names(folder / METADATA) - KNOWN
     if unknown:
-        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which no checkpoint needs", where=folder / METADATA,
+        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which no checkpoint needs",
+                             where=folder / METADATA,
                              fix="do not open this checkpoint: it was made to run code, or by a program not known here")
