@@ -47,7 +47,7 @@ class Conversation:
 
 
 def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **options: Any) -> None:
-    """Read questions from stdin and print answers until there are no more; every rank calls it, the first one reads and prints."""
+    """Read questions from stdin and print answers until there are no more. Every rank calls it, the first reads and prints."""
     while (line := engine.network.share(_read() if first_rank else None)) is not None:
         text = line.strip()
         if text in QUIT:
