@@ -100,9 +100,17 @@ def compare(folder: Path, dtype: str, tokens: int) -> list[dict[str, Any]]:
         rows.append({"claim": f"greedy decode, {dtype}, {case}", "ours": best["ours"]["rate"], "peer": best["theirs"]["rate"],
                      "unit": "tokens/s", "peer_name": "transformers generate", "peak_memory": best["ours"]["peak"],
                      "peer_peak_memory": best["theirs"]["peak"], "limit": limit})
+        show(rows[-1])
     for process in contenders.values():
         process.communicate()
     return rows
+
+
+def show(row: dict[str, Any]) -> None:
+    limit = f", limit {row['limit']:.0f}" if row["limit"] else ""
+    print(f"{row['claim']}: {row['ours']:.1f} {row['unit']}, {row['peer_name']} {row['peer']:.1f}, ratio "
+          f"{row['ours'] / row['peer']:.2f}{limit}; peak {row['peak_memory'] / 1e6:.0f} MB, theirs "
+          f"{row['peer_peak_memory'] / 1e6:.0f} MB", flush=True)
 
 
 def answer(process: subprocess.Popen[str]) -> str:
@@ -144,11 +152,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.model) if given.model else random_model(Path(temporary) / "model")
         rows = [row for dtype in given.dtypes for row in compare(folder, dtype, given.tokens)]
-    for row in rows:
-        limit = f", limit {row['limit']:.0f}" if row["limit"] else ""
-        print(f"{row['claim']}: {row['ours']:.1f} {row['unit']}, {row['peer_name']} {row['peer']:.1f}, ratio "
-              f"{row['ours'] / row['peer']:.2f}{limit}; peak {row['peak_memory'] / 1e6:.0f} MB, theirs "
-              f"{row['peer_peak_memory'] / 1e6:.0f} MB")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
