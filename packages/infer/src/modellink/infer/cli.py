@@ -78,10 +78,11 @@ def chat(given: Layer) -> None:
     if _to_start(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks take care of it
         _start(model, [])
+    from modellink.core import processes
+    if processes.rank() > 0:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when an answer stops
     first, engine = _engine(model, 1)
     from modellink.infer.chat import Conversation, talk
-    if not first:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
     talk(engine, Conversation(options.system, options.history_turns), first_rank=first, **arguments)
 
 

@@ -41,7 +41,8 @@ class Network:
         logits = self._model(ids.to(self.device), state)
         if self.layout.tp > 1:
             logits = gather_from_tensor_model_parallel_region(logits)
-        return logits[..., :self.spec.vocab_size].float()
+        full: Tensor = logits[..., :self.spec.vocab_size].float()
+        return full
 
     def agree(self, values: list[int]) -> list[int]:
         """The values of the first rank, on every rank."""

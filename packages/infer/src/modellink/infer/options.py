@@ -75,8 +75,8 @@ class PromptOptions:
     """What is asked, and how the answer is shown."""
 
     prompt: tuple[str, ...] = option((), "One or several prompts.")
-    prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one prompt a line, a text or "
-                                      'an object with "prompt" or "messages".')
+    prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one "
+                                      'prompt a line, a text or an object with "prompt" or "messages".')
     chat: bool = option(False, "A prompt is what a user says; the tokenizer's own chat template is put around it.",
                         alias="--hf-chat-template")
     system: str | None = option(None, "System message before it (with --chat).")
