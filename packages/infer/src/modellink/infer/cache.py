@@ -29,8 +29,9 @@ class KeyValueCache:
     def __init__(self, layers: range, slots: int, batch: int, groups: int, dim: int, *, dtype: torch.dtype,
                  device: torch.device) -> None:
         self.layers, self.slots = layers, slots
-        self.keys = torch.empty(len(layers), slots, batch, groups, dim, dtype=dtype, device=device)
-        self.values = torch.empty_like(self.keys)
+        # Zeros, because a slot that a row has not reached takes part with weight 0, and 0 x NaN is NaN.
+        self.keys = torch.zeros(len(layers), slots, batch, groups, dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
         self._end = 0  # one more than the last slot in use
 
     @property

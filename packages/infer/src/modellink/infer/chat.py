@@ -31,8 +31,13 @@ class Conversation:
     def ask(self, text: str) -> list[dict[str, str]]:
         """The messages of the next prompt."""
         head = [{"role": "system", "content": self.system}] if self.system is not None else []
-        kept = self.messages[-2 * self.history_turns:] if self.history_turns else []
-        return [*head, *kept, {"role": "user", "content": text}]
+        self.messages = self.messages[-2 * self.history_turns:] if self.history_turns else []
+        return [*head, *self.messages, {"role": "user", "content": text}]
+
+    def forget_oldest(self) -> bool:
+        """Drop the oldest turn; whether there was one."""
+        there, self.messages = bool(self.messages), self.messages[2:]
+        return there
 
     def note(self, text: str, answer: str) -> None:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -51,13 +56,23 @@ def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **opti
             conversation.clear()
         elif text:
             try:
-                stream = engine.stream(conversation.ask(text), **options)
+                stream = _stream(engine, conversation, text, options)
             except ModelLinkError as error:  # too long a question, for one
                 if first_rank:
                     print(f"error: {error}", file=sys.stderr, flush=True)
                 continue
             _show(stream, first_rank)
             conversation.note(text, stream.generation.text)
+
+
+def _stream(engine: Engine, conversation: Conversation, text: str, options: dict[str, Any]) -> Stream:
+    """The answer, after as much of the conversation as the model has room for."""
+    while True:
+        try:
+            return engine.stream(conversation.ask(text), **options)
+        except ModelLinkError:
+            if not conversation.forget_oldest():
+                raise
 
 
 def _read() -> str | None:
