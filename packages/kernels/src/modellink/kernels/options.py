@@ -99,7 +99,7 @@ class Field:
         except (TypeError, ValueError):
             raise self._wrong(value, source) from None
         low, high = self.about.minimum, self.about.maximum
-        if kind in (int, float) and ((low is not None and result < low) or (high is not None and result > high)):
+        if kind in (int, float) and not ((low is None or result >= low) and (high is None or result <= high)):  # nor is NaN
             limits = " and ".join(([f"at least {low:g}"] if low is not None else [])
                                   + ([f"at most {high:g}"] if high is not None else []))
             raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source)

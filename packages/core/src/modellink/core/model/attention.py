@@ -28,14 +28,11 @@ class SelfAttention(MegatronSelfAttention):
                 packed_seq_params: SequenceState | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         state = packed_seq_params or SequenceState()
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if state.positions is None:
-            length = query.size(0)
-        else:
-            length = int(state.positions.max()) + 1
-        cos, sin = self.rotary(length, state.positions, query.device, query.dtype)
+        if state.angles is None:
+            state.angles = self._angles(state, query)
+        cos, sin = state.angles
         query, key = ops.rotary(query, cos, sin), ops.rotary(key, cos, sin)
         if state.cache is not None:
-            assert state.positions is not None
             key, value = state.cache.update(self.layer_number, key, value, state.positions)
         if self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(query, key, value, attention_mask, packed_seq_params=state)
@@ -43,6 +40,12 @@ class SelfAttention(MegatronSelfAttention):
             context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
         return output
+
+    def _angles(self, state: SequenceState, query: Tensor) -> tuple[Tensor, Tensor]:
+        length = state.length
+        if length is None:
+            length = query.size(0) if state.positions is None else int(state.positions.max()) + 1
+        return self.rotary(length, state.positions, query.device, query.dtype)
 
 
 class CoreAttention(nn.Module):

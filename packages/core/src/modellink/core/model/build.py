@@ -70,7 +70,10 @@ class Model(GPTModel):
         self.true_vocab_size = true_vocab_size
 
     def forward(self, input_ids: Tensor, state: SequenceState | None = None) -> Tensor:
-        """Token ids [batch, seq] -> logits [batch, seq, vocabulary / tp], or hidden states where a later stage goes on."""
+        """Token ids [batch, seq] -> logits [batch, seq, vocabulary / tp], or hidden states where a later stage goes on.
+
+        With `state.wanted` the logits are [batch, n, vocabulary / tp]: those of a whole prompt are large and rarely asked for.
+        """
         output = super().forward(input_ids, None, None, packed_seq_params=state)
         if not self.post_process:
             return output
@@ -78,6 +81,16 @@ class Model(GPTModel):
         real = self.true_vocab_size - parallel_state.get_tensor_model_parallel_rank() * size
         if real < size:
             output[..., max(real, 0):] = torch.finfo(output.dtype).min  # -inf would make NaN where a rank has padding only
+        return output
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, packed_seq_params: SequenceState | None = None,
+                     **kwargs: Any) -> Tensor:
+        """megatron-core's step from the last layer (hidden states [seq, batch, hidden]) to the logits."""
+        wanted = packed_seq_params.wanted if packed_seq_params else None
+        if wanted is not None and self.post_process:
+            index = wanted.t().unsqueeze(-1).expand(-1, -1, hidden_states.size(-1))
+            hidden_states = hidden_states.gather(0, index)
+        output: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
         return output
 
 

@@ -15,15 +15,20 @@ from torch import Tensor
 class Cache(Protocol):
     """Keys and values of earlier tokens; infer owns the one in use."""
 
-    def update(self, layer_number: int, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, layer_number: int, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Store the new keys and values [seq, batch, groups, dim] of a layer (from 1) at `positions` [batch, seq]; return
-        all of its keys and values [key seq, batch, groups, dim], where slot j holds position j."""
+        all of its keys and values [key seq, batch, groups, dim], where slot j holds position j.
+
+        Without positions the new tokens are the first ones: they are stored at 0 .. seq - 1 and are all there is."""
         ...
 
 
 @dataclass
 class SequenceState(PackedSeqParams):
-    """Absent (None), a batch is whole sequences from position 0."""
+    """What one pass is about; a new one is made for every pass. Absent (None), a batch is whole sequences from position 0."""
 
-    positions: Tensor | None = None  # [batch, seq]
+    positions: Tensor | None = None  # [batch, seq]; None: 0 .. seq - 1
+    length: int | None = None  # one more than the largest position, where it is known without asking the device
     cache: Cache | None = None
+    wanted: Tensor | None = None  # [batch, n] which tokens of the pass logits are computed for; None: all
+    angles: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions, kept by the first layer for the others

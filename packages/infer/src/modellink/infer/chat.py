@@ -1,0 +1,109 @@
+"""A conversation, and the loop that holds one on a terminal.
+
+`/clear` forgets what was said, `/quit` or the end of the input leaves; Ctrl-C stops an answer and not the program. Not here:
+line editing and history of the input.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from modellink.infer.engine import Engine, Stream
+from modellink.kernels.errors import ModelLinkError
+
+QUIT, CLEAR = ("/quit", "/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
+YOU, MODEL = "You >> ", "ModelLink:"
+
+
+@dataclass
+class Conversation:
+    """What was said so far, of which the model sees the last `history_turns` questions and answers."""
+
+    system: str | None = None
+    history_turns: int = 3
+    messages: list[dict[str, str]] = field(default_factory=list)
+
+    def ask(self, text: str) -> list[dict[str, str]]:
+        """The messages of the next prompt."""
+        head = [{"role": "system", "content": self.system}] if self.system is not None else []
+        self.messages = self.messages[-2 * self.history_turns:] if self.history_turns else []
+        return [*head, *self.messages, {"role": "user", "content": text}]
+
+    def forget_oldest(self) -> bool:
+        """Drop the oldest turn; whether there was one."""
+        there, self.messages = bool(self.messages), self.messages[2:]
+        return there
+
+    def note(self, text: str, answer: str) -> None:
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+
+    def clear(self) -> None:
+        self.messages.clear()
+
+
+def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **options: Any) -> None:
+    """Read questions from stdin and print answers until there are no more; every rank calls it, the first one reads and prints."""
+    while (line := engine.network.share(_read() if first_rank else None)) is not None:
+        text = line.strip()
+        if text in QUIT:
+            return
+        if text in CLEAR:
+            conversation.clear()
+        elif text:
+            try:
+                stream = _stream(engine, conversation, text, options)
+            except ModelLinkError as error:  # too long a question, for one
+                if first_rank:
+                    print(f"error: {error}", file=sys.stderr, flush=True)
+                continue
+            _show(stream, first_rank)
+            conversation.note(text, stream.generation.text)
+
+
+def _stream(engine: Engine, conversation: Conversation, text: str, options: dict[str, Any]) -> Stream:
+    """The answer, after as much of the conversation as the model has room for."""
+    while True:
+        try:
+            return engine.stream(conversation.ask(text), **options)
+        except ModelLinkError:
+            if not conversation.forget_oldest():
+                raise
+
+
+def _read() -> str | None:
+    """A line from the user; the empty one after Ctrl-C, None at the end of the input."""
+    try:
+        return input(YOU)
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print("\n(/quit leaves)")
+        return ""
+
+
+def _show(stream: Stream, first_rank: bool) -> None:
+    with _interrupt(stream):
+        if first_rank:
+            print(MODEL)
+        for piece in stream:
+            if first_rank:
+                print(piece, end="", flush=True)
+    if first_rank:
+        stopped = stream.generation.finish_reason == "cancelled"
+        print(" (stopped)\n" if stopped else "\n", flush=True)
+
+
+@contextmanager
+def _interrupt(stream: Stream) -> Iterator[None]:
+    """Ctrl-C cancels the stream while the block runs."""
+    before = signal.signal(signal.SIGINT, lambda *_: stream.cancel())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

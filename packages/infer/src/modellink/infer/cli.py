@@ -1,0 +1,210 @@
+"""`modellink-infer`: a thin reading of options over the engine.
+
+Everything that can be wrong is looked at before the model is built. With `--tp N` this process starts N ranks of itself and
+waits; under torchrun each process does its part. The first rank prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from modellink.infer.options import AnswerOptions, ChatOptions, ModelOptions, PromptOptions
+from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.options import Layer, command, resolve
+
+if TYPE_CHECKING:
+    from modellink.infer.engine import Engine
+    from modellink.infer.request import Generation
+
+MODULE = "modellink.infer.cli"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def infer() -> None:
+    """Generate text and chat, from any checkpoint, on Ascend NPUs, CUDA GPUs and CPUs."""
+
+
+@command(ModelOptions, PromptOptions, AnswerOptions, name="generate")
+def generate(given: Layer) -> None:
+    """Continue a prompt, or answer it with --chat. The prompt is --prompt, --prompt-file, or stdin."""
+    resolved = resolve([ModelOptions, PromptOptions, AnswerOptions], given)
+    model, asked = resolved[ModelOptions], resolved[PromptOptions]
+    arguments = resolved[AnswerOptions].arguments(set(given.values), draws=False)
+    from_stdin = not asked.prompt and asked.prompt_file is None
+    prompts = _prompts(asked)
+    plan = model.plan(_local_rank())
+    from modellink.infer.prompts import make_requests
+    requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
+    if plan.tokenizer is None:
+        raise ModelLinkError("the checkpoint carries no tokenizer", where=plan.source.folder,
+                             fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
+    if _to_start(model):
+        with _handed_over(prompts) if from_stdin else _nothing() as more:
+            _start(model, more)
+    first, engine = _engine(model, asked.batch_size)
+    start = time.monotonic()
+    if asked.stream:
+        answers = _streamed(engine, prompts, arguments, first)
+    else:
+        answers = engine.answer(requests)
+        if first:
+            _print(prompts, answers, as_json=asked.json)
+    if first:
+        tokens, seconds = sum(len(answer.token_ids) for answer in answers), time.monotonic() - start
+        print(f"{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens a second", file=sys.stderr)
+
+
+@command(ModelOptions, ChatOptions, AnswerOptions, name="chat")
+def chat(given: Layer) -> None:
+    """Talk with a model. /clear forgets, /quit leaves, Ctrl-C stops an answer."""
+    resolved = resolve([ModelOptions, ChatOptions, AnswerOptions], given)
+    model, options = resolved[ModelOptions], resolved[ChatOptions]
+    arguments = resolved[AnswerOptions].arguments(set(given.values), draws=True)
+    plan = model.plan(_local_rank())
+    from modellink.infer.prompts import make_requests
+    hello = [{"role": "user", "content": "hello"}]
+    make_requests(hello, plan.spec, plan.tokenizer, **arguments)  # whether there is a chat template, and it takes a user
+    if _to_start(model):
+        signal.signal(signal.SIGINT, lambda *_: None)  # the ranks take care of it
+        _start(model, [])
+    first, engine = _engine(model, 1)
+    from modellink.infer.chat import Conversation, talk
+    if not first:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    talk(engine, Conversation(options.system, options.history_turns), first_rank=first, **arguments)
+
+
+infer.add_command(generate)
+infer.add_command(chat)
+
+
+def _prompts(asked: PromptOptions) -> list[Any]:
+    """Texts, or with --chat lists of messages."""
+    if asked.prompt_file is not None:
+        texts = _from_file(asked.prompt_file)
+    elif asked.prompt:
+        texts = list(asked.prompt)
+    else:
+        texts = [sys.stdin.read().removesuffix("\n")]
+    if not texts or not all(texts):
+        raise ModelLinkError("there is no prompt", where=asked.prompt_file or ("--prompt" if asked.prompt else "stdin"),
+                             fix="give one with --prompt, --prompt-file, or on stdin")
+    if not asked.chat:
+        return texts
+    head = [{"role": "system", "content": asked.system}] if asked.system is not None else []
+    return [[*head, {"role": "user", "content": text}] if isinstance(text, str) else [*head, *text] for text in texts]
+
+
+def _from_file(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelLinkError(f"the prompts cannot be read: {error}", where=f"--prompt-file {path}") from None
+    if path.suffix != ".jsonl":
+        return [text.removesuffix("\n")]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            prompts.append(_from_line(line, f"{path}, line {number}"))
+    return prompts
+
+
+def _from_line(line: str, where: str) -> Any:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise ModelLinkError(f"not JSON: {error}", where=where) from None
+    if isinstance(value, dict):
+        value = value.get("prompt", value.get("messages"))
+    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+        return value
+    raise ModelLinkError('a line is a text, or an object with "prompt" (a text) or "messages" (a list of objects)', where=where)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _to_start(model: ModelOptions) -> bool:
+    """Whether the ranks are still to be started."""
+    from modellink.core import processes
+    return model.layout.world_size > 1 and not processes.under_launcher()
+
+
+def _start(model: ModelOptions, more: list[str]) -> None:
+    """Run this very command on every rank, and leave with their status."""
+    from modellink.core import processes
+    sys.exit(processes.spawn(model.layout.world_size, MODULE, [*sys.argv[1:], *more]))
+
+
+@contextmanager
+def _handed_over(prompts: list[Any]) -> Iterator[list[str]]:
+    """Arguments that give the ranks what was read from stdin, which only one process can read."""
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
+        for prompt in prompts:
+            text = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            file.write(json.dumps(text) + "\n")
+        file.flush()
+        yield ["--prompt-file", file.name]
+
+
+@contextmanager
+def _nothing() -> Iterator[list[str]]:
+    yield []
+
+
+def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
+    """Whether this is the first rank, and the engine."""
+    from modellink.core import processes
+    from modellink.infer.engine import Engine
+    first = processes.rank() == 0
+    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, show=True)
+
+
+def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:
+    answers = []
+    for number, prompt in enumerate(prompts, 1):
+        stream = engine.stream(prompt, **arguments)
+        if first:
+            _heading(number, len(prompts))
+        for piece in stream:
+            if first:
+                print(piece, end="", flush=True)
+        if first:
+            print(flush=True)
+        answers.append(stream.generation)
+    return answers
+
+
+def _print(prompts: list[Any], answers: list[Generation], *, as_json: bool) -> None:
+    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+        if as_json:
+            print(json.dumps({"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids,
+                              "finish_reason": answer.finish_reason}, ensure_ascii=False))
+        else:
+            _heading(number, len(prompts))
+            print(answer.text)
+
+
+def _heading(number: int, count: int) -> None:
+    if count > 1:
+        print(f"--- prompt {number} of {count} ---")
+
+
+def main() -> None:
+    run_command(lambda: infer(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

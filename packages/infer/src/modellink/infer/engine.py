@@ -1,0 +1,158 @@
+"""`load` and `Engine`: generation and likelihoods as a library.
+
+With tensor parallelism every rank calls the same methods with the same arguments and gets the same results; the processes are
+torchrun's, or those that `modellink-infer --tp N` starts. One engine lives in a process at a time, because megatron-core's
+groups do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Unpack
+
+import torch
+
+from modellink.core import processes
+from modellink.infer.plan import Plan, make_plan
+from modellink.infer.prompts import Message, Options, Prompts, check_ids, make_requests
+from modellink.infer.request import Answer, Generation, Request
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+from modellink.kernels.progress import Work
+
+if TYPE_CHECKING:
+    from modellink.infer.score import Likelihood
+
+
+def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
+         device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
+         family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16, show: bool = False) -> Engine:
+    """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
+
+    Args:
+        path: the checkpoint.
+        layout: the tensor parallel size to run at; there must be as many processes.
+        device: `auto` takes an NPU, else a CUDA GPU, else the CPU.
+        dtype: float32, bfloat16 or float16; None takes what most of the checkpoint's weights have.
+        family: the family where the checkpoint does not say it.
+        tokenizer: a Hugging Face folder with config.json and tokenizer, for a checkpoint that does not carry its own.
+        batch_size: how many prompts are computed together at most.
+        show: show progress on stderr.
+
+    Raises:
+        ModelLinkError: nothing there or damaged, a layout that does not fit, a device that is not there.
+    """
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
+    return Engine(plan, batch_size=batch_size, show=show)
+
+
+class Engine:
+    """A model that is ready to answer. Make one with `load`.
+
+    Attributes:
+        spec: the architecture.
+        tokenizer: None where the checkpoint has none; token ids work without.
+    """
+
+    def __init__(self, plan: Plan, *, batch_size: int = 16, show: bool = False) -> None:
+        if batch_size < 1:
+            raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")
+        processes.join(plan.device, plan.layout, seed=0)
+        from modellink.infer.network import Network  # imports megatron, which only now is on its device
+        self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
+        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0)
+
+    def requests(self, prompts: Prompts, **options: Unpack[Options]) -> list[Request]:
+        """Checked requests of prompts; see `prompts.make_requests` for what the options mean."""
+        return make_requests(prompts, self.spec, self.tokenizer, **options)
+
+    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[Generation]:
+        """Answers to one prompt or many, in their order; a request in a batch gets what it gets alone.
+
+        Args:
+            prompts: a text, token ids, a chat, or a list of any of these.
+            options: max_new_tokens, do_sample, temperature, top_k, top_p, seed, stop, ignore_eos, logprobs; see
+                `prompts.make_requests`.
+
+        Raises:
+            ModelLinkError: see `prompts.make_requests`; nothing was computed.
+        """
+        return self.answer(self.requests(prompts, **options))
+
+    def answer(self, requests: Sequence[Request]) -> list[Generation]:
+        """`generate` for requests that are made already, each with options of its own."""
+        from modellink.infer.decode import decode
+        answers = [Answer.to(request, self.tokenizer) for request in requests]
+        alike = sorted(answers, key=lambda answer: len(answer.request.prompt))  # little padding
+        for start in range(0, len(alike), self.batch_size):
+            for _ in decode(self.network, alike[start:start + self.batch_size]):
+                pass
+        return [answer.generation() for answer in answers]
+
+    def stream(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[Options]) -> Stream:
+        """The answer to one prompt in pieces of text, as they come."""
+        requests = self.requests(prompt, **options)
+        if len(requests) != 1:
+            raise ModelLinkError(f"{len(requests)} prompts were given, a stream has one", fix="use generate, or several streams")
+        return Stream(self, requests[0])
+
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, show: bool = False,
+                      ) -> list[tuple[float, bool]]:
+        """How likely continuations are.
+
+        Args:
+            pairs: (token ids of a context, token ids of its continuation); what joins the two, such as a space, belongs to one
+                of them.
+            show: show progress on stderr.
+
+        Returns:
+            (sum of the natural log-probabilities of the continuation's tokens, whether greedy decoding would produce it), in
+            the order of the pairs.
+        """
+        return [(sum(found.logprobs), found.greedy) for found in self._likelihoods(pairs, show)]
+
+    def score(self, windows: Sequence[Sequence[int]], *, show: bool = False) -> list[list[float]]:
+        """The negative log-likelihood in nats of every token of each window but its first, given those before it."""
+        return [[-value for value in found.logprobs] for found in
+                self._likelihoods([(window[:1], window[1:]) for window in windows], show)]
+
+    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], show: bool) -> list[Likelihood]:
+        from modellink.infer.score import likelihoods
+        for number, (context, continuation) in enumerate(pairs):
+            check_ids(context, self.spec, f"context {number}")
+            check_ids(continuation, self.spec, f"continuation {number}")
+            if (length := len(context) + len(continuation) - 1) > self.spec.max_position_embeddings:
+                raise ModelLinkError(f"pair {number} has {length + 1} tokens; the model's longest sequence is "
+                                     f"{self.spec.max_position_embeddings}", fix="shorten the context")
+        with Work("scoring", len(pairs), unit="texts", show=show) as work:
+            return likelihoods(self.network, pairs, work.advance)
+
+
+class Stream(Iterator[str]):
+    """Pieces of an answer. They join to its text, split no character and hold no part of a stop string."""
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        from modellink.infer.decode import decode
+        self._answer = Answer.to(request, engine.tokenizer)
+        self._cancelled = False
+        self._pieces = decode(engine.network, [self._answer], lambda: self._cancelled)
+
+    def __next__(self) -> str:
+        for _, piece in self._pieces:
+            if piece:
+                return piece
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """Let the next token be the last; may be called from a signal handler. Of several ranks the first one's call counts."""
+        self._cancelled = True
+
+    @property
+    def generation(self) -> Generation:
+        """The whole answer, once the pieces have come to their end."""
+        if self._answer.finish_reason is None:
+            raise ModelLinkError("the answer has not come to its end", fix="take the remaining pieces first")
+        return self._answer.generation()

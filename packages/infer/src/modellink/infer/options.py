@@ -1,0 +1,102 @@
+"""The options of the commands. Reading them imports no torch, so that help and mistakes come at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import option
+from modellink.kernels.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from modellink.infer.plan import Plan
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core or torch_dist, written at any layout.")
+    tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Only 1: generation has no pipeline stages.", alias="--pp", minimum=1)
+    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
+                                                                     "checkpoint's where nothing is said.")
+    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
+                                                 "that does not carry its own.")
+    model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
+
+    @property
+    def layout(self) -> ParallelLayout:
+        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size)
+
+    def plan(self, index: int) -> Plan:
+        """Open and check the checkpoint; imports torch."""
+        from modellink.infer.plan import make_plan
+        return make_plan(self.load, layout=self.layout, device=self.device, index=index, dtype=self.dtype,
+                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path)
+
+
+@dataclass(frozen=True)
+class AnswerOptions:
+    """How the model answers."""
+
+    max_new_tokens: int | None = option(None, "Longest answer; where nothing is said 128, or what the model has room for.",
+                                        unit="tokens", minimum=1)
+    do_sample: bool | None = option(None, "Draw tokens instead of taking the most likely one; on by itself in chat, and "
+                                    "when --temperature, --top-k or --top-p is given.")
+    temperature: float = option(0.7, "Drawing: the logits are divided by it; 0 takes the most likely token.", minimum=0)
+    top_k: int = option(50, "Drawing: only among that many most likely tokens; 0 for all.", minimum=0)
+    top_p: float = option(0.95, "Drawing: only among the most likely tokens that have this probability together.", minimum=0,
+                          maximum=1)
+    seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
+                              minimum=0)
+    stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
+
+    def arguments(self, given: set[str], *, draws: bool) -> dict[str, Any]:
+        """For `Engine.generate`. `given` are the names that stood on the command line; `draws` what is done when nothing is said.
+
+        Raises:
+            ModelLinkError: an option that would do nothing.
+        """
+        drawing = sorted({"temperature", "top_k", "top_p", "seed"} & given)
+        sample = self.do_sample if self.do_sample is not None else draws or bool(set(drawing) - {"seed"})
+        if drawing and not sample:
+            raise ModelLinkError(f"--{drawing[0].replace('_', '-')} is for drawing tokens, but the most likely one is taken",
+                                 where="command line", fix="add --do-sample, or leave it out")
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": sample, "temperature": self.temperature,
+                "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed, "stop": self.stop}
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """What is asked, and how the answer is shown."""
+
+    prompt: tuple[str, ...] = option((), "One or several prompts.")
+    prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one prompt a line, a text or "
+                                      'an object with "prompt" or "messages".')
+    chat: bool = option(False, "A prompt is what a user says; the tokenizer's own chat template is put around it.",
+                        alias="--hf-chat-template")
+    system: str | None = option(None, "System message before it (with --chat).")
+    stream: bool = option(False, "Show the answer as it is made.")
+    json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
+    batch_size: int = option(16, "How many prompts are computed together at most.", minimum=1)
+
+    def check(self) -> None:
+        if self.prompt and self.prompt_file:
+            raise ModelLinkError("prompts come from the command line or from a file, not from both",
+                                 where="--prompt, --prompt-file")
+        if self.system is not None and not self.chat:
+            raise ModelLinkError("a system message belongs to a chat", where="--system", fix="add --chat")
+        if self.stream and self.json:
+            raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """The conversation."""
+
+    system: str | None = option(None, "System message at its beginning.")
+    history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)

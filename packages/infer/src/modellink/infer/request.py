@@ -1,0 +1,89 @@
+"""One prompt on its way to an answer: what was asked, what came so far, what is given back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from modellink.data_prep import Tokenizer
+from modellink.infer.sampling import Sampling
+from modellink.infer.text import GrowingText
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer.
+
+    Attributes:
+        text: what was generated, without special tokens and without the stop string that ended it; empty where the
+            checkpoint has no tokenizer.
+        token_ids: all tokens that were generated, with the one that ended the text.
+        finish_reason: `stop` (an end token, a stop string or stop id), `length` (`max_new_tokens`) or `cancelled`.
+        logprobs: natural log of the probability of each token under the model, before temperature and filters; None
+            unless they were asked for.
+        prompt_tokens: how many tokens the prompt has.
+    """
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    logprobs: list[float] | None = None
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked; checked against the model already."""
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    stop_ids: frozenset[int] = frozenset()
+    stop_strings: tuple[str, ...] = ()
+    logprobs: bool = False
+
+
+@dataclass
+class Answer:
+    """What came so far; `push` is the only way it grows, so that it ends by the same rules wherever it is computed."""
+
+    request: Request
+    text: GrowingText
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    @classmethod
+    def to(cls, request: Request, tokenizer: Tokenizer | None) -> Answer:
+        return cls(request, GrowingText(tokenizer, request.stop_strings))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and the answer together."""
+        return len(self.request.prompt) + len(self.token_ids)
+
+    def push(self, token_id: int, logprob: float | None = None) -> str:
+        """Add a token; the piece of text that became certain. Sets `finish_reason` when it was the last one."""
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+        piece = self.text.push(token_id)
+        if token_id in self.request.stop_ids or self.text.stopped:
+            return piece + self.end("stop")
+        if len(self.token_ids) == self.request.max_new_tokens:
+            return piece + self.end("length")
+        return piece
+
+    def end(self, reason: FinishReason) -> str:
+        """No token comes any more; the text that was held back."""
+        piece = self.text.finish()
+        self.finish_reason = "stop" if self.text.stopped else reason
+        return piece
+
+    def generation(self) -> Generation:
+        assert self.finish_reason is not None
+        return Generation(self.text.text, self.token_ids, self.finish_reason,
+                          self.logprobs if self.request.logprobs else None, len(self.request.prompt))

@@ -1,0 +1,74 @@
+"""What a conversation remembers, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from modellink.infer.chat import Conversation, _stream
+from modellink.kernels.errors import ModelLinkError
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_the_last_turns_and_the_system_message_are_seen():
+    conversation = Conversation("Be kind.", history_turns=2)
+    for number in range(4):
+        conversation.note(f"q{number}", f"a{number}")
+    assert conversation.ask("now") == [{"role": "system", "content": "Be kind."}, user("q2"), assistant("a2"), user("q3"),
+                                       assistant("a3"), user("now")]
+
+
+def test_no_turns_no_memory():
+    conversation = Conversation(history_turns=0)
+    conversation.note("q", "a")
+    assert conversation.ask("now") == [user("now")]
+
+
+def test_turns_that_do_not_fit_are_forgotten_oldest_first(engine):
+    conversation = Conversation("Be kind.", history_turns=3)
+    for number in range(3):
+        conversation.note(f"q{number} " + "long " * 30, "a")
+    assert list(_stream(engine, conversation, "now", {"max_new_tokens": 5})) is not None
+    assert [message["content"][:2] for message in conversation.messages] == ["q2", "a"]
+    with pytest.raises(ModelLinkError, match="longest sequence"):
+        _stream(engine, conversation, "long " * 300, {})
+
+
+def test_clear_forgets():
+    conversation = Conversation("Be kind.")
+    conversation.note("q", "a")
+    conversation.clear()
+    assert conversation.ask("now") == [{"role": "system", "content": "Be kind."}, user("now")]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_control_c_stops_the_answer_and_not_the_program(llama, tp):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modellink.infer.cli", "chat", "--load", str(llama), "--tp", str(tp), "--max-new-tokens", "230",
+         "--device", "cpu", "--history-turns", "0", "--temperature", "2", "--seed", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
+    streams: Any = process
+    streams.stdin.write(b"hello\n")
+    streams.stdin.flush()
+    seen = b""
+    while b"ModelLink:\n" not in seen:
+        more = streams.stdout.read1()
+        assert more, streams.stderr.read().decode()
+        seen += more
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+    out, err = process.communicate(b"again\n/quit\n", timeout=60)
+    assert process.returncode == 0, err.decode()
+    assert (seen + out).count(b"ModelLink:\n") == 2
+    assert b"(stopped)" in seen + out

@@ -1,0 +1,139 @@
+"""The commands: what they print, where prompts come from, and one message for each mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+ANSWER = ("--max-new-tokens", 12, "--device", "cpu")
+
+
+def run(*args: object, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "modellink.infer.cli", *map(str, args)], input=stdin, text=True,
+                          capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def test_a_prompt_is_continued(command, llama, engine):
+    found = command("generate", "--load", llama, "--prompt", "The quick", *ANSWER)
+    assert (found.status, found.out) == (0, engine.generate("The quick", max_new_tokens=12)[0].text + "\n")
+    assert "12 tokens" in found.err
+
+
+@pytest.mark.parametrize("name", ["prompt.txt", "stdin"])
+def test_a_prompt_from_a_file_or_stdin_without_its_last_line_end(command, llama, engine, tmp_path, monkeypatch, name):
+    expected = engine.generate("Köln\n🦊", max_new_tokens=12)[0].text + "\n"
+    if name == "stdin":
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Köln\n🦊\n"))
+        assert command("generate", "--load", llama, *ANSWER).out == expected
+    else:
+        (tmp_path / name).write_text("Köln\n🦊\n")
+        assert command("generate", "--load", llama, "--prompt-file", tmp_path / name, *ANSWER).out == expected
+
+
+def test_several_prompts_as_json(command, llama, engine, prompts):
+    found = command("generate", "--load", llama, "--json", *ANSWER, "--prompt", *prompts)
+    lines = [json.loads(line) for line in found.out.splitlines()]
+    expected = engine.generate(prompts, max_new_tokens=12)
+    assert [line["prompt"] for line in lines] == prompts
+    assert [(line["text"], line["token_ids"], line["finish_reason"]) for line in lines] == [
+        (answer.text, answer.token_ids, answer.finish_reason) for answer in expected]
+
+
+def test_a_chat_turn(command, llama, engine):
+    found = command("generate", "--load", llama, "--chat", "--system", "Be kind.", "--prompt", "Hello", "--stream", *ANSWER)
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
+    assert found.out == engine.generate(chat, max_new_tokens=12)[0].text + "\n"
+
+
+def test_a_file_of_many_prompts(command, llama, engine, tmp_path):
+    chat = [{"role": "user", "content": "Hello"}]
+    (tmp_path / "many.jsonl").write_text(f'"The"\n{{"prompt": "A"}}\n\n{json.dumps({"messages": chat})}\n')
+    found = command("generate", "--load", llama, "--json", "--prompt-file", tmp_path / "many.jsonl", *ANSWER)
+    texts = [json.loads(line)["text"] for line in found.out.splitlines()]
+    assert texts == [engine.generate(prompt, max_new_tokens=12)[0].text for prompt in ("The", "A", chat)]
+
+
+def test_drawing_by_the_commands_defaults(command, llama, engine):
+    found = command("generate", "--load", llama, "--prompt", "The", "--do-sample", "--seed", 4, *ANSWER)
+    expected = engine.generate("The", max_new_tokens=12, do_sample=True, temperature=0.7, top_k=50, top_p=0.95, seed=4)
+    assert found.out == expected[0].text + "\n"
+
+
+def test_stop_strings(command, llama, engine):
+    whole = engine.generate("The quick", max_new_tokens=12)[0].text
+    found = command("generate", "--load", llama, "--prompt", "The quick", "--stop", whole[5:8], *ANSWER)
+    assert found.out == whole[:whole.index(whole[5:8])] + "\n"
+
+
+def test_two_ranks_read_one_stdin_and_print_once(llama, engine):
+    found = run("generate", "--load", llama, "--tp", 2, "--stream", *ANSWER, stdin="Köln: 机器\n")
+    assert (found.returncode, found.stdout) == (0, engine.generate("Köln: 机器", max_new_tokens=12)[0].text + "\n"), found.stderr
+
+
+def test_a_conversation_on_two_ranks(llama, engine):
+    found = run("chat", "--load", llama, "--tp", 2, "--no-do-sample", "--history-turns", 1, *ANSWER,
+                stdin="one\ntwo\n\nthree\n/clear\nfour\n/quit\nnever\n")
+    assert found.returncode == 0, found.stderr
+    messages, expected = [], []
+    for text in ("one", "two", "three", "four"):
+        messages = messages[-2:] if text != "four" else []
+        messages.append({"role": "user", "content": text})
+        expected.append(engine.generate(messages, max_new_tokens=12)[0].text)
+        messages.append({"role": "assistant", "content": expected[-1]})
+    assert found.stdout.replace("You >> ", "") == "".join(f"ModelLink:\n{text}\n\n" for text in expected)
+
+
+WRONG = [
+    (["--load", "nowhere", "--prompt", "a"], "checkpoint folder is missing"),
+    (["--prompt", "a"], "--load must be given"),
+    (["--load", "LLAMA"], "there is no prompt"),
+    (["--load", "LLAMA", "--prompt", ""], "there is no prompt"),
+    (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not from both"),
+    (["--load", "LLAMA", "--prompt-file", "nowhere.txt"], "cannot be read"),
+    (["--load", "LLAMA", "--prompt", "a", "--tp", "3"], "does not divide the 2 query groups"),
+    (["--load", "LLAMA", "--prompt", "a", "--pp", "3"], "tensor-parallel ranks alone"),
+    (["--load", "LLAMA", "--prompt", "a", "--tp", "0"], "must be at least 1"),
+    (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
+    (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "400"], "use at most 255"),
+    (["--load", "LLAMA", "--prompt", "a " * 400], "longest sequence is 256"),
+    (["--load", "LLAMA", "--prompt", "a", "--temperature", "nan"], "must be at least 0"),
+    (["--load", "LLAMA", "--prompt", "a", "--temperature", "warm"], "must be a number"),
+    (["--load", "LLAMA", "--prompt", "a", "--seed", "1"], "add --do-sample"),
+    (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k is for drawing"),
+    (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
+    (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
+    (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "No such option"),
+    (["--load", "LLAMA", "--prompt", "a", "--device", "abacus"], "abacus"),
+    (["--load", "LLAMA", "--prompt", "a", "--model-type-hf", "nonsense"], "nonsense"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_mistake_gets_one_message(command, llama, monkeypatch, args, message):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    found = command("generate", *(str(llama) if arg == "LLAMA" else arg for arg in args))
+    assert (found.status, found.out) == (2, "")
+    assert message in found.err and "Traceback" not in found.err
+    assert found.err.lower().count("error:") == 1
+
+
+@pytest.mark.parametrize(("line", "message"), [("{", "line 2"), ("3", "line 2"), ('{"text": "a"}', "line 2")])
+def test_a_wrong_line_of_prompts_is_named(command, llama, tmp_path, line, message):
+    (tmp_path / "many.jsonl").write_text(f'"The"\n{line}\n')
+    found = command("generate", "--load", llama, "--prompt-file", tmp_path / "many.jsonl")
+    assert found.status == 2 and message in found.err
+
+
+def test_a_mistake_is_found_before_processes_and_megatron(llama):
+    """A fresh process: nothing of what takes seconds was imported."""
+    code = ("import sys; from modellink.infer import cli\ntry: cli.main()\nexcept SystemExit as leaving: status = leaving.code\n"
+            "print(status, [name for name in ('torch', 'megatron.core') if name in sys.modules])")
+    for args, expected in ((["generate", "--help"], "0 []"), (["generate", "--load", "x", "--tp", "many"], "2 []"),
+                           (["generate", "--load", str(llama), "--prompt", "a", "--tp", "3"], "2 ['torch']")):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+        assert done.stdout.splitlines()[-1] == expected, done.stderr

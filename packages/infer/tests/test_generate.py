@@ -1,0 +1,214 @@
+"""Generation against transformers on random models, and what an answer is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modellink.infer import load
+from modellink.kernels.errors import ModelLinkError
+
+
+def greedy(model, ids: list[int], count: int) -> list[int]:
+    """transformers' answer to one prompt; it ends with an end token of the generation config."""
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0)
+    return out[0, len(ids):].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_greedy_tokens_are_those_of_transformers(folder, family, prompts):
+    import transformers
+    engine, model = load(folder(family), device="cpu"), transformers.AutoModelForCausalLM.from_pretrained(folder(family)).eval()
+    found = engine.generate(prompts, max_new_tokens=40)
+    expected = [greedy(model, engine.tokenizer.encode(prompt), 40) for prompt in prompts]
+    assert [answer.token_ids for answer in found] == expected
+    assert len({tuple(ids) for ids in expected}) == len(prompts)  # or nothing would be proven
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_batch_gives_each_request_what_it_gets_alone(engine, seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 60, (5,), generator=generator).tolist()
+    rows = [torch.randint(3, 379, (length,), generator=generator).tolist() for length in lengths]
+    together = engine.generate(rows, max_new_tokens=25)
+    assert [answer.token_ids for answer in together] == [engine.generate(row, max_new_tokens=25)[0].token_ids for row in rows]
+
+
+def test_rows_that_end_early_leave_the_others_alone(engine, prompts):
+    alone = [engine.generate(prompt, max_new_tokens=30, ignore_eos=True)[0].token_ids for prompt in prompts]
+    stop = alone[1][4]
+    found = engine.generate(prompts, max_new_tokens=30, ignore_eos=True, stop=stop)
+    expected = [ids[:ids.index(stop) + 1] if stop in ids else ids for ids in alone]
+    assert [answer.token_ids for answer in found] == expected
+    assert len(found[1].token_ids) <= 5 and max(len(answer.token_ids) for answer in found) == 30
+
+
+def test_draws_in_a_batch_are_those_alone(engine, prompts):
+    options = {"max_new_tokens": 20, "do_sample": True, "temperature": 1.5, "seed": 11}
+    together = [answer.token_ids for answer in engine.generate(prompts, **options)]
+    assert together == [engine.generate(prompt, **options)[0].token_ids for prompt in prompts]
+    assert together == [answer.token_ids for answer in engine.generate(prompts, **options)]
+    assert together != [answer.token_ids for answer in engine.generate(prompts, **options | {"seed": 12})]
+
+
+def test_more_prompts_than_fit_into_a_batch(engine, prompts, monkeypatch):
+    expected = engine.generate(prompts, max_new_tokens=5)
+    monkeypatch.setattr(engine, "batch_size", 4)
+    assert engine.generate(prompts, max_new_tokens=5) == expected
+
+
+def test_with_a_cache_as_without(engine):
+    ids = [5, 300, 17, 42]
+    for token in engine.generate(ids, max_new_tokens=20, ignore_eos=True)[0].token_ids:
+        with torch.inference_mode():
+            assert int(engine.network.logits(torch.tensor([ids]))[0, -1].argmax()) == token
+        ids.append(token)
+
+
+def test_logprobs_are_those_of_a_pass_over_the_whole(engine, prompts, full_logits):
+    for answer, prompt in zip(engine.generate(prompts, max_new_tokens=15, logprobs=True), prompts, strict=True):
+        ids = engine.tokenizer.encode(prompt)
+        whole = full_logits(ids + answer.token_ids)[len(ids) - 1:-1]
+        assert answer.logprobs == pytest.approx(whole[range(len(whole)), answer.token_ids].tolist(), abs=1e-4)
+    assert engine.generate("The", max_new_tokens=1)[0].logprobs is None
+
+
+def test_logprobs_of_draws_are_the_models_own(engine, full_logits):
+    (answer,) = engine.generate([7, 8, 9], max_new_tokens=6, temperature=2.0, top_k=5, seed=1, logprobs=True, ignore_eos=True)
+    whole = full_logits([7, 8, 9, *answer.token_ids])[2:-1]
+    assert answer.logprobs == pytest.approx(whole[range(6), answer.token_ids].tolist(), abs=1e-4)
+
+
+def first_occurrence(engine) -> tuple[list[int], int]:
+    """Greedy tokens of a prompt, and one that did not come before the fifth."""
+    ids = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)[0].token_ids
+    place = next(place for place in range(5, 30) if ids[place] not in ids[:place])
+    return ids, place
+
+
+def test_an_end_token_of_the_generation_config_ends_an_answer(engine, monkeypatch):
+    ids, place = first_occurrence(engine)
+    assert set(engine.tokenizer.eos_token_ids) == {0, 2}
+    monkeypatch.setattr(engine.tokenizer, "eos_token_ids", (2, ids[place]))
+    (answer,) = engine.generate("The quick", max_new_tokens=30)
+    assert (answer.token_ids, answer.finish_reason) == (ids[:place + 1], "stop")
+
+
+def test_a_stop_id_ends_an_answer(engine):
+    ids, place = first_occurrence(engine)
+    (answer,) = engine.generate("The quick", max_new_tokens=30, stop=[ids[place]], ignore_eos=True)
+    assert (answer.token_ids, answer.finish_reason) == (ids[:place + 1], "stop")
+
+
+def test_a_stop_string_ends_an_answer_and_is_no_part_of_it(engine):
+    whole = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)[0].text
+    stop = whole[12:15]
+    (answer,) = engine.generate("The quick", max_new_tokens=30, stop=stop, ignore_eos=True)
+    assert (answer.text, answer.finish_reason) == (whole[:whole.index(stop)], "stop")
+    assert len(answer.token_ids) < 30
+
+
+def test_length_ends_an_answer(engine):
+    (answer,) = engine.generate("The quick", max_new_tokens=3, ignore_eos=True)
+    assert (len(answer.token_ids), answer.finish_reason, answer.prompt_tokens) == (
+        3, "length", len(engine.tokenizer.encode("The quick")))
+
+
+def test_a_chat_goes_through_the_template(engine):
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊"}]
+    text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nGrüße 🦊<|im_end|>\n<|im_start|>assistant\n"
+    expected = engine.generate(engine.tokenizer.encode(text), max_new_tokens=8)
+    assert engine.generate(chat, max_new_tokens=8) == expected == engine.generate([chat, chat], max_new_tokens=8)[1:]
+
+
+def test_a_stream_is_the_text_in_pieces(engine, prompts):
+    for prompt in prompts:
+        options = {"max_new_tokens": 40, "temperature": 1.3, "top_k": 0, "seed": 5}  # odd bytes come, and whole characters
+        stream = engine.stream(prompt, **options)
+        pieces = list(stream)
+        (answer,) = engine.generate(prompt, **options)
+        assert stream.generation == answer
+        assert "".join(pieces) == answer.text == engine.tokenizer.decode(answer.token_ids)
+        assert len(pieces) > 5
+
+
+def test_a_cancelled_stream_ends(engine):
+    stream = engine.stream("The quick", max_new_tokens=100, ignore_eos=True)
+    first = next(stream)
+    stream.cancel()
+    rest = list(stream)
+    assert stream.generation.finish_reason == "cancelled"
+    assert len(stream.generation.token_ids) < 100 and first + "".join(rest) == stream.generation.text
+
+
+def test_an_unfinished_stream_has_no_generation(engine):
+    stream = engine.stream("The", max_new_tokens=50)
+    next(stream)
+    with pytest.raises(ModelLinkError, match="not come to its end"):
+        _ = stream.generation
+
+
+def test_room_is_used_to_the_last_token(engine):
+    (answer,) = engine.generate([5] * 200, max_new_tokens=56, ignore_eos=True)
+    assert len(answer.token_ids) == 56
+    assert len(engine.generate([5] * 250, ignore_eos=True)[0].token_ids) == 6  # nothing was said: what fits
+
+
+@pytest.mark.parametrize(("prompt", "options", "message"), [
+    ([5] * 200, {"max_new_tokens": 57}, "outgrows"), ([5] * 256, {}, "longest sequence is 256"), ("", {}, "no tokens"),
+    ([], {}, "no tokens"), ([379], {}, "token id 379"), ([-1], {}, "token id -1"), ("a", {"max_new_tokens": 0}, "at least 1"),
+    ("a", {"stop": ""}, "stop string is empty"), ("a", {"temperature": float("nan")}, "temperature is nan")])
+def test_what_cannot_be_answered_is_refused(engine, prompt, options, message):
+    with pytest.raises(ModelLinkError, match=message):
+        engine.generate([prompt], **options)
+
+
+def test_no_prompts_no_answers(engine):
+    assert engine.generate([]) == []
+
+
+def test_half_precision_runs(llama, engine):
+    half = load(llama, device="cpu", dtype="bfloat16")
+    (answer,) = half.generate("The quick", max_new_tokens=4, logprobs=True, ignore_eos=True)
+    expected = half.loglikelihood([(engine.tokenizer.encode("The quick"), answer.token_ids)])
+    assert sum(answer.logprobs) == pytest.approx(expected[0][0], abs=0.5)
+
+
+@pytest.fixture
+def make_cache(engine):
+    from modellink.infer.cache import KeyValueCache  # imports megatron-core, which the engine has put on its device
+    return KeyValueCache
+
+
+def test_a_cache_refuses_more_than_it_holds(make_cache):
+    cache = make_cache(range(2), 8, 2, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
+    cache.state([0, 0], 8)
+    with pytest.raises(ModelLinkError, match="9 tokens does not fit into a cache of 8"):
+        cache.state([3, 8], 1)
+
+
+def test_memory_that_held_something_else_does_no_harm(engine):
+    """A short row's slots beside a long row's newest tokens were never written."""
+    rows = [[5] * 30, [300, 7]]
+    expected = [engine.generate(row, max_new_tokens=25)[0].token_ids for row in rows]
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert [answer.token_ids for answer in engine.generate(rows, max_new_tokens=25)] == expected
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_cache_puts_each_row_in_its_place(make_cache):
+    cache = make_cache(range(3, 5), 6, 2, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
+    first = torch.arange(6.0).view(3, 2, 1, 1)  # row 0: 0 2 4, row 1: 1 3 5 (its last one is padding)
+    cache.state([0, 0], 3)
+    cache.update(5, first, -first, None)
+    state = cache.state([3, 2], 1)
+    keys, values = cache.update(5, torch.tensor([10.0, 11.0]).view(1, 2, 1, 1), first[:1], state.positions)
+    assert state.positions.tolist() == [[3], [2]]
+    assert keys[:, 0].flatten().tolist() == [0, 2, 4, 10]
+    assert keys[:3, 1].flatten().tolist() == [1, 3, 11]
+    assert values[:3, 1].flatten().tolist() == [-1, -3, 1]
+    cache.keep([1])
+    assert cache.keys[1, :3, :, 0, 0].flatten().tolist() == [1, 3, 11]

@@ -1,0 +1,76 @@
+"""Two tensor-parallel ranks give what one gives; run as a script this file is a rank."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊"]
+
+
+def results(folder: str, tp: int) -> dict[str, Any]:
+    """What a rank gets."""
+    from modellink.infer import load
+    from modellink.kernels.parallel import ParallelLayout
+    engine = load(folder, layout=ParallelLayout(tp=tp), device="cpu")
+    stream = engine.stream("The quick", max_new_tokens=100, ignore_eos=True)
+    first = next(stream)
+    if os.environ.get("RANK", "0") == "0":
+        stream.cancel()  # the first rank's wish holds for all
+    sampled = engine.generate(PROMPTS, max_new_tokens=20, temperature=1.4, seed=3, logprobs=True)
+    return {"greedy": [answer.token_ids for answer in engine.generate(PROMPTS, max_new_tokens=40)],
+            "sampled": [answer.token_ids for answer in sampled],
+            "logprobs": [value for answer in sampled for value in answer.logprobs or ()],
+            "likelihoods": engine.loglikelihood([([5, 6, 7], [8, 9]), ([300, 11], [378]), ([1] * 40, [5])]),
+            "unseeded": engine.generate("The", max_new_tokens=20, temperature=2.0)[0].token_ids,
+            "shared": engine.network.share("from rank " + os.environ.get("RANK", "0")),
+            "cancelled": [first + "".join(stream), stream.generation.finish_reason]}
+
+
+@pytest.fixture(scope="module")
+def one(engine, llama) -> dict[str, Any]:
+    return json.loads(json.dumps(results(str(llama), 1)))
+
+
+@pytest.fixture(scope="module")
+def two(llama, tmp_path_factory) -> list[dict[str, Any]]:
+    from modellink.core.processes import free_port
+    out = tmp_path_factory.mktemp("ranks")
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                                "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, __file__, str(llama), str(out / f"{rank}.json")],
+                              env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize("what", ["greedy", "sampled"])
+def test_tokens_are_those_of_one_rank(one, two, what):
+    assert two[0][what] == two[1][what] == one[what]
+
+
+def test_likelihoods_are_those_of_one_rank(one, two):
+    for found in two:
+        assert found["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
+        assert [value for value, _ in found["likelihoods"]] == pytest.approx([value for value, _ in one["likelihoods"]], abs=1e-4)
+        assert [greedy for _, greedy in found["likelihoods"]] == [greedy for _, greedy in one["likelihoods"]]
+
+
+def test_ranks_agree_where_nothing_decides_beforehand(two):
+    assert two[0]["unseeded"] == two[1]["unseeded"]
+    assert two[0]["shared"] == two[1]["shared"] == "from rank 0"
+
+
+def test_the_first_rank_stops_an_answer_for_all(two):
+    assert two[0]["cancelled"] == two[1]["cancelled"]
+    assert two[0]["cancelled"][1] == "cancelled"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[2]).write_text(json.dumps(results(sys.argv[1], int(os.environ["WORLD_SIZE"]))))

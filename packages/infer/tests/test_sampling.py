@@ -1,0 +1,82 @@
+"""Choosing tokens: the filters against a plain reference, draws, seeds, and numbers that make no sense."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from modellink.infer.sampling import Chooser, Sampling, narrow
+from modellink.kernels.errors import ModelLinkError
+
+CPU = torch.device("cpu")
+
+
+def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> set[int]:
+    """Which tokens stay, said with sorting and adding up alone."""
+    order = sorted(range(len(logits)), key=lambda index: -logits[index])
+    if top_k:
+        order = order[:top_k]
+    weights = [math.exp((logits[index] - logits[order[0]]) / temperature) for index in order]
+    stay, before = set(), 0.0
+    for index, weight in zip(order, weights, strict=True):
+        if top_p < 1 and before / sum(weights) > top_p:
+            break
+        stay.add(index)
+        before += weight
+    return stay
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-400, 400), min_size=1, max_size=40, unique=True), st.floats(0.2, 3), st.integers(0, 45),
+       st.floats(0.05, 1))
+def test_narrow_keeps_what_a_plain_reference_keeps(scores, temperature, top_k, top_p):
+    logits = torch.tensor(scores).double() / 50
+    left = narrow(logits, Sampling(True, temperature, top_k, top_p))
+    stay = {index for index, value in enumerate(left.tolist()) if value > -math.inf}
+    assert stay == kept(logits.tolist(), temperature, top_k, top_p)
+    chosen = sorted(stay)
+    assert torch.equal(left[chosen], logits[chosen] / temperature)
+
+
+def test_top_k_comes_before_top_p():
+    # of all four tokens the first two hold 0.7; of the best two alone the first holds 0.57 and crosses 0.5 by itself
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert (narrow(logits, Sampling(True, 1.0, 2, 0.5)) > -math.inf).tolist() == [True, False, False, False]
+    assert (narrow(logits, Sampling(True, 1.0, 0, 0.5)) > -math.inf).tolist() == [True, True, False, False]
+
+
+def test_the_first_token_always_stays():
+    assert (narrow(torch.tensor([0.9, 0.1]).log(), Sampling(True, top_p=1e-9)) > -math.inf).tolist() == [True, False]
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    chooser = Chooser(Sampling(True, 1.0, 0, 1.0, seed=3), CPU)
+    drawn = torch.stack([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
+    assert drawn.tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
+
+
+def test_a_seed_draws_the_same_and_another_seed_something_else():
+    logits = torch.zeros(1000)
+    draws = [[int(chooser(logits)) for _ in range(8)] for chooser in (Chooser(Sampling(True, seed=seed, top_k=0), CPU)
+                                                                     for seed in (1, 1, 2))]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(True, temperature=0.0)])
+def test_greedy_takes_the_most_likely(sampling):
+    assert int(Chooser(sampling, CPU)(torch.tensor([0.1, 3.0, 2.0]))) == 1
+
+
+@pytest.mark.parametrize(("values", "name"), [
+    ({"temperature": math.nan}, "temperature"), ({"temperature": -1.0}, "temperature"), ({"temperature": math.inf}, "temperature"),
+    ({"top_k": -1}, "top-k"), ({"top_p": 0.0}, "top-p"), ({"top_p": 1.5}, "top-p"), ({"top_p": math.nan}, "top-p"),
+    ({"seed": -1}, "seed")])
+def test_numbers_without_a_meaning_are_refused(values, name):
+    with pytest.raises(ModelLinkError) as refusal:
+        Sampling(True, **values)
+    assert refusal.value.where == f"--{name}"

@@ -1,0 +1,85 @@
+"""Likelihoods of given texts against one pass of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modellink.kernels.errors import ModelLinkError
+
+
+def random_ids(seed: int, length: int) -> list[int]:
+    return torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pairs() -> list[tuple[list[int], list[int]]]:
+    """Of many lengths; the first five share a context."""
+    shared = random_ids(0, 30)
+    return [*((shared, [token]) for token in (7, 8, 9)), (shared, [7, 8]), (shared[:20], shared[20:]),
+            *((random_ids(seed, 1 + 9 * seed), random_ids(50 + seed, 1 + seed % 4)) for seed in range(1, 9))]
+
+
+def reference(full_logits, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+    logprobs = full_logits(context + continuation)[len(context) - 1:-1]
+    greedy = logprobs.argmax(-1).tolist() == continuation
+    return logprobs[range(len(continuation)), continuation].sum().item(), greedy
+
+
+def check(engine, full_logits) -> None:
+    found = engine.loglikelihood(pairs())
+    expected = [reference(full_logits, *pair) for pair in pairs()]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+
+
+def test_loglikelihoods_are_those_of_transformers(engine, full_logits):
+    check(engine, full_logits)
+
+
+def test_also_where_the_logits_do_not_fit_into_one_pass(engine, full_logits, monkeypatch):
+    monkeypatch.setattr("modellink.infer.score.PASS_LOGITS", 379 * 4)
+    check(engine, full_logits)
+
+
+def test_also_one_row_at_a_time(engine, full_logits, monkeypatch):
+    monkeypatch.setattr("modellink.infer.score.PASS_TOKENS", 1)
+    check(engine, full_logits)
+
+
+def test_what_greedy_decoding_produces_is_greedy(engine):
+    context = random_ids(3, 12)
+    (answer,) = engine.generate(context, max_new_tokens=6, ignore_eos=True, logprobs=True)
+    wrong = [*answer.token_ids[:-1], (answer.token_ids[-1] + 1) % 379]
+    (right, greedy), (_, not_greedy) = engine.loglikelihood([(context, answer.token_ids), (context, wrong)])
+    assert (greedy, not_greedy) == (True, False)
+    assert right == pytest.approx(sum(answer.logprobs), abs=1e-4)
+
+
+def test_score_is_the_loss_of_each_token_but_the_first(engine, full_logits):
+    windows = [random_ids(seed, length) for seed, length in enumerate((2, 40, 17, 40))]
+    for window, losses in zip(windows, engine.score(windows), strict=True):
+        expected = -full_logits(window)[range(len(window) - 1), window[1:]]
+        assert losses == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_a_shared_context_is_computed_once(engine, monkeypatch):
+    passes = []
+    compute = type(engine.network).logits
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
+        passes.append(tuple(ids.shape)), compute(self, ids, state))[1])
+    engine.loglikelihood([([5, 6, 7], [token]) for token in (10, 11, 12, 13)])
+    assert passes == [(1, 3)]
+
+
+def test_the_whole_length_of_the_model_can_be_scored(engine):
+    ids = random_ids(1, 257)
+    assert len(engine.score([ids])[0]) == 256
+    with pytest.raises(ModelLinkError, match="pair 0 has 258 tokens"):
+        engine.score([[*ids, 5]])
+
+
+@pytest.mark.parametrize(("pair", "message"), [(([], [5]), "context 0 has no tokens"), (([5], []), "continuation 0 has no"),
+                                               (([379], [5]), "token id 379")])
+def test_what_cannot_be_scored_is_refused(engine, pair, message):
+    with pytest.raises(ModelLinkError, match=message):
+        engine.loglikelihood([pair])

@@ -1,0 +1,75 @@
+"""Every kind of checkpoint answers alike, whatever layout it was written at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy
+import pytest
+
+from modellink.ckpt_convert import convert
+from modellink.infer import load
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+
+
+def megatron(source: Path, path: Path) -> Path:
+    convert(source, path, to="megatron-core", layout=ParallelLayout(tp=2, pp=3), make_vocab_size_divisible_by=8)
+    return path
+
+
+def trained(source: Path, path: Path) -> Path:
+    """A torch_dist checkpoint: what one step of training at learning rate 0 saves."""
+    from modellink.core import processes
+    from modellink.core.run import prepare
+    from modellink.core.train.pretrain import pretrain
+    from modellink.data_prep import IndexedWriter
+    from modellink.kernels.options import Layer
+    prefix = path.with_name("tokens")
+    with IndexedWriter(prefix, numpy.dtype("uint16")) as writer:
+        for start in range(40):
+            writer.add_document(numpy.arange(start, start + 50))
+    run = prepare([Layer("test", {
+        "load": str(source), "save": str(path), "data_path": (str(prefix),), "seq_length": 16, "micro_batch_size": 1,
+        "global_batch_size": 1, "train_iters": 1, "lr": 0.0, "min_lr": 0.0, "eval_iters": 0, "split": "100,0,0",
+        "device": "cpu"})], 1)
+    processes.join(run.device, run.layout, run.optimizer.seed)
+    pretrain(run)
+    return path
+
+
+@pytest.mark.parametrize("make", [megatron, trained])
+def test_the_same_tokens_from_every_source(engine, llama, prompts, tmp_path, make):
+    expected = engine.generate(prompts, max_new_tokens=20)
+    other = load(make(llama, tmp_path / "checkpoint"), device="cpu")
+    assert other.plan.source.format == {megatron: "Megatron-Core", trained: "torch_dist"}[make]
+    assert other.generate(prompts, max_new_tokens=20) == expected
+
+
+@pytest.mark.parametrize(("layout", "message", "fix"), [
+    (ParallelLayout(tp=3), "does not divide the 2 query groups", "use 1 or 2"),
+    (ParallelLayout(pp=3), "not over PP 3", "--tp 1, 2"), (ParallelLayout(dp=2), "not over DP 2", "--tp 1, 2")])
+def test_a_layout_that_cannot_run_is_refused_with_one_that_can(llama, layout, message, fix):
+    with pytest.raises(ModelLinkError, match=message) as refusal:
+        load(llama, layout=layout, device="cpu")
+    assert fix in str(refusal.value)
+
+
+def test_a_dtype_that_is_none_is_refused(llama):
+    with pytest.raises(ModelLinkError, match="cannot run in int8"):
+        load(llama, dtype="int8", device="cpu")
+
+
+def test_without_a_tokenizer_token_ids_still_work(engine, llama, tmp_path):
+    for path in llama.iterdir():
+        if not path.name.startswith("tokenizer"):
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    bare = load(tmp_path, device="cpu")
+    (answer,) = bare.generate([5, 6, 7], max_new_tokens=5)
+    assert answer.token_ids == engine.generate([5, 6, 7], max_new_tokens=5, ignore_eos=True)[0].token_ids
+    assert answer.text == ""
+    for prompt in ("a text", [{"role": "user", "content": "a chat"}]):
+        with pytest.raises(ModelLinkError, match="needs a tokenizer"):
+            bare.generate(prompt)
+    named = load(tmp_path, device="cpu", tokenizer=llama)
+    assert named.generate("The", max_new_tokens=5) == engine.generate("The", max_new_tokens=5)
