@@ -43,6 +43,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     if rank is None and options.tensor_model_parallel_size > 1:
         from modellink.core.processes import spawn
         sys.exit(spawn(options.tensor_model_parallel_size, MODULE, sys.argv[1:]))
+    backend.load()
     results = run(jobs, backend, options.output, batch_size=options.evaluation_batch_size, show=True)
     backend.close()
     print_results(results | {"tasks": {job.task.name: results["tasks"][job.task.name] for job in jobs}})

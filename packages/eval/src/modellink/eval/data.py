@@ -137,7 +137,7 @@ def _columns(raw: Any, layout: Layout, where: str) -> dict[str, Any]:
 
 
 def _value(value: Any, kind: Kind, name: str, where: str) -> Any:
-    if kind == "text?":
+    if kind == "optional":
         if value is None or isinstance(value, str):
             return value or ""
         wanted = "a text"

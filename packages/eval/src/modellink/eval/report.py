@@ -77,8 +77,9 @@ def _percent(score: Mapping[str, Any]) -> tuple[str, str]:
 def print_tasks(console: Console | None = None) -> None:
     """The benchmarks there are, on stdout."""
     table = Table(title="benchmarks", title_justify="left")
-    for heading in ("task", "version", "styles", "examples", "files", "what it is"):
-        table.add_column(heading)
+    for heading in ("task", "version", "styles", "examples", "files"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is")
     for name in task_names():
         task = load_task(name)
         files = ", ".join([*task.data.files, *([task.examples] if task.examples else [])])

@@ -1,8 +1,9 @@
 """Asking the questions, noting every answer, and the results.
 
 `DIR/TASK.journal.jsonl` begins with a line that says what is evaluated and how; then comes one line per finished question,
-filed under a digest of task version, prompt and choices. A run that was killed continues where it stopped, at another batch size or
-layout too. `DIR/results.json` is made of the journals alone, so it holds the same scores however often a run was interrupted.
+filed under a digest of task version, prompt and choices. A run that was killed continues where it stopped, at another batch
+size or layout too. `DIR/results.json` is made of the journals alone, so it holds the same scores however often a run was
+interrupted.
 
 Not here: what a model is (backends/) and what is shown (report.py).
 """
@@ -76,6 +77,9 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
     if isinstance(model, (str, Path)):
         from modellink.eval.backends.local import LocalBackend
         model = LocalBackend(model)
+        if output is not None:
+            check_output(jobs, model.describe(), Path(output))
+        model.load()
     return run(jobs, model, None if output is None else Path(output), batch_size=batch_size, show=show)
 
 

@@ -18,7 +18,7 @@ from modellink.kernels.errors import ModelLinkError, near
 
 Answer = str | bool
 Kind = str | tuple[str, ...]
-"""`text` (not blank), `text?` (may be blank or absent), `bool`, or the texts a column may hold."""
+"""`text` (not blank), `optional` (a text, blank or absent), `bool`, or the texts a column may hold."""
 Tokens = Literal["joined", "alone"]
 Aggregation = Literal["micro", "macro"]
 
@@ -121,9 +121,9 @@ def parse_task(text: str, where: str) -> Task:
         raise ModelLinkError(f"reader is {data['reader']!r}", where=f"{where}, data", fix="use csv or jsonl")
     columns = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in data["columns"].items()}
     for name, kind in columns.items():
-        if kind not in ("text", "text?", "bool") and not isinstance(kind, tuple):
+        if kind not in ("text", "optional", "bool") and not isinstance(kind, tuple):
             raise ModelLinkError(f"column {name} is of kind {kind!r}", where=f"{where}, data",
-                                 fix="use text, text?, bool, or a list of texts")
+                                 fix="use text, optional, bool, or a list of texts")
     values["data"] = Layout(data["reader"], tuple(data["files"]), columns)
     values["styles"] = {name: _style(style, f"{where}, style {name}") for name, style in values["styles"].items()}
     task = Task(**values)

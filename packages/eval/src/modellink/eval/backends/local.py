@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from modellink.infer import Engine
 
 MODEL_FILES = ("config.json", "modellink.json", "tokenizer.json", "tokenizer_config.json")
-VERSIONS = ("modellink-infer", "megatron-core", "torch", "tokenizers")
+LIBRARIES = ("megatron-core", "torch", "tokenizers")
 
 
 class LocalBackend:
@@ -59,17 +59,24 @@ class LocalBackend:
         self._engine: Engine | None = None
 
     def describe(self) -> Mapping[str, Any]:
+        import modellink.infer
         source, dtype = self._plan.source, str(self._plan.dtype).removeprefix("torch.")
         folders = dict.fromkeys((source.folder, source.companions, self._encode.tokenizer.folder))
         companions = {folder / name for folder in folders for name in MODEL_FILES if (folder / name).is_file()}
         return {"checkpoint": source.folder.name, "family": source.family, "stored as": source.describe(), "dtype": dtype,
                 "fingerprint": fingerprint({*source.files(), *companions}, dtype),
-                "versions": {name: version(name) for name in VERSIONS}}
+                "versions": {"modellink-infer": modellink.infer.__version__} | {name: version(name) for name in LIBRARIES}}
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
         pairs = [self._encode(request) for request in requests]
         found = self._compute(pairs)
         return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
+
+    def load(self) -> None:
+        """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
+        if self._engine is None:
+            from modellink.infer import Engine
+            self._engine = Engine(self._plan, show=True)
 
     def follow(self) -> None:
         """What every rank but the first does: compute what the first one asks for, until it closes."""
@@ -83,15 +90,13 @@ class LocalBackend:
 
     def _compute(self, pairs: list[Pair] | None) -> list[tuple[float, bool]]:
         """The likelihoods of pairs, or on a following rank (None) of those the first rank has. No pairs end the work."""
-        if self._engine is None:
-            from modellink.infer import Engine
-            self._engine = Engine(self._plan, show=pairs is not None)
+        self.load()
         if self.tp > 1:
             import torch.distributed as dist
             box = [pairs]
             dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)
             pairs = box[0]
-        return self._engine.loglikelihood([pair[:2] for pair in pairs]) if pairs else []
+        return self._engine.loglikelihood([pair[:2] for pair in pairs]) if self._engine and pairs else []
 
 
 def require_infer() -> None:
