@@ -1,6 +1,6 @@
 """The questions on disk: found by file name and content below the folders a user names, read strictly.
 
-A file counts as a task's when its name fits and its first row does. In a folder where one file fits, every file of that name
+A file counts as a task's when its name fits and its first rows do. In a folder where one file fits, every file of that name
 must: a broken first row is an error there, not a file of somebody else. Rows are never skipped.
 
 Not here: downloading anything.
@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from modellink.eval.task import Kind, Layout, Task
 from modellink.kernels.errors import ModelLinkError
 
 DEPTH = 4  # folders below the one that is named
+FIRST = 3  # rows that tell whose file it is: a header may look like a row, the rows after it do not
 SEEN = 4  # files listed in a message
 
 
@@ -86,7 +88,7 @@ def find_files(layout: Layout, task: str, folders: Sequence[Path]) -> dict[str, 
         if found:
             return dict(sorted(found.items()))
     looked = f"files named {' or '.join(layout.files)} ({layout.reader}: {', '.join(layout.columns)})"
-    seen = "".join(f"; {path} does not fit: {reason}" for path, reason in list(unfit.items())[:SEEN])
+    seen = "".join(f"; {reason}" for reason in list(unfit.values())[:SEEN])
     raise ModelLinkError(f"there is no data of {task}", where="--task-data-path " + " ".join(map(str, folders)),
                          fix=f"looked for {looked}, {DEPTH} folders deep{seen}")
 
@@ -158,11 +160,11 @@ def _value(value: Any, kind: Kind, name: str, where: str) -> Any:
 
 
 def _unfit(path: Path, layout: Layout) -> str | None:
-    """Why the first row of a file is none of this layout; an empty file is somebody else's."""
+    """Why the first rows of a file are none of this layout; an empty file is somebody else's."""
     try:
-        return None if next(read_rows(path, layout), None) else "it is empty"
+        return None if list(islice(read_rows(path, layout), FIRST)) else f"{path} is empty"
     except ModelLinkError as error:
-        return error.what
+        return f"{error.where} does not fit: {error.what}"
 
 
 def _examples(task: Task, subject: str, path: Path) -> list[Row]:
