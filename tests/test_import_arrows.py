@@ -24,7 +24,7 @@ ARROWS: dict[str, set[str]] = {
     "infer": {"kernels", "ckpt_convert", "data_prep", "core"},
     "eval": {"kernels", "data_prep"},
 }
-LATE_ARROWS = {"eval": {"infer"}}  # its [local] extra
+LATE_ARROWS = {"eval": {"infer", "core"}}  # its [local] extra brings both
 
 # Heavy packages that may not be imported anywhere in a package, and those that may not be at import time.
 NEVER = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from modellink.ckpt_convert import convert
 from modellink.kernels.parallel import ParallelLayout
 

@@ -1,0 +1,1 @@
+"""What is evaluated: the one protocol (backend.py), and a local model (local.py)."""

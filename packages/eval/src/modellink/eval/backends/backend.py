@@ -1,0 +1,55 @@
+"""The protocol between a benchmark and what it evaluates. It speaks in texts; tokens are the backend's own business."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+
+class Request(NamedTuple):
+    """A text and a continuation of it.
+
+    Attributes:
+        context: what stands before; it does not end with white space.
+        continuation: what follows. It owns the blank between the two: " A" after "Answer:".
+        alone: the continuation is tokenised by itself, and only its last token counts. Else its tokens are those that follow
+            the context's when both are tokenised as one text.
+    """
+
+    context: str
+    continuation: str
+    alone: bool = False
+
+
+class Likelihood(NamedTuple):
+    """How likely a continuation is.
+
+    Attributes:
+        logprob: sum of the natural log-probabilities of its tokens.
+        greedy: whether every token of it is the most likely one.
+        dropped: how many tokens were cut from the beginning of a context too long for the model.
+    """
+
+    logprob: float
+    greedy: bool
+    dropped: int = 0
+
+
+class Backend(Protocol):
+    """Something that knows how likely texts are."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """What it is, as values that JSON can hold.
+
+        `fingerprint` must be there: a text that is the same for as long as answers are, whatever the batch or the layout, and
+        another one for other weights or another precision. It is asked for before `loglikelihood` and must be cheap.
+        """
+        ...
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+        """The likelihood of each continuation after its context, in the order of the requests.
+
+        The choices of one question come one after the other and share their context. What an answer is must not depend on the
+        other requests.
+        """
+        ...

@@ -1,0 +1,107 @@
+"""A checkpoint on this machine, computed by modellink-infer, which is imported when the first model is opened.
+
+Of several ranks the first one drives: it hands every batch to the others, which do nothing but `follow`. So journals, files
+and progress are its business alone, and no rank can come to another opinion of what is left to do.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from modellink.eval.backends.backend import Likelihood, Request
+from modellink.eval.backends.fingerprint import fingerprint
+from modellink.eval.backends.tokens import Pair, PairEncoder
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from modellink.infer import Engine
+
+MODEL_FILES = ("config.json", "modellink.json", "tokenizer.json", "tokenizer_config.json")
+LIBRARIES = ("megatron-core", "torch", "tokenizers")
+
+
+class LocalBackend:
+    """Any checkpoint modellink-infer can open, at any layout.
+
+    Opening one checks files, layout and device; the weights are read when the first likelihood is asked for.
+
+    Args:
+        path: a Hugging Face folder, or a Megatron-Core or torch_dist checkpoint.
+        tp: tensor parallel size; there must be as many processes.
+        device: `auto` takes an NPU, else a CUDA GPU, else the CPU.
+        dtype: None takes what most of the checkpoint's weights have.
+        tokenizer: a Hugging Face folder, for a checkpoint that does not carry its own.
+        family: the family where the checkpoint does not say it.
+
+    Raises:
+        ModelLinkError: modellink-infer is not installed, the checkpoint cannot be opened or has no tokenizer, a layout that
+            does not fit.
+    """
+
+    def __init__(self, path: Path | str, *, tp: int = 1, device: Literal["auto", "cpu", "cuda", "npu"] = "auto",
+                 dtype: Literal["float32", "bfloat16", "float16"] | None = None, tokenizer: Path | str | None = None,
+                 family: str | None = None) -> None:
+        require_infer()
+        from modellink.infer.plan import make_plan
+        self._plan = make_plan(path, layout=ParallelLayout(tp=tp), device=device, index=int(os.environ.get("LOCAL_RANK", "0")),
+                               dtype=dtype, family=family, tokenizer=tokenizer)
+        if self._plan.tokenizer is None:
+            raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
+                                 fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
+        self.tp = tp
+        self._encode = PairEncoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings)
+        self._engine: Engine | None = None
+
+    def describe(self) -> Mapping[str, Any]:
+        import modellink.infer
+        source, dtype = self._plan.source, str(self._plan.dtype).removeprefix("torch.")
+        folders = dict.fromkeys((source.folder, source.companions, self._encode.tokenizer.folder))
+        companions = {folder / name for folder in folders for name in MODEL_FILES if (folder / name).is_file()}
+        return {"checkpoint": source.folder.name, "family": source.family, "stored as": source.describe(), "dtype": dtype,
+                "fingerprint": fingerprint({*source.files(), *companions}, dtype),
+                "versions": {"modellink-infer": modellink.infer.__version__} | {name: version(name) for name in LIBRARIES}}
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+        pairs = [self._encode(request) for request in requests]
+        found = self._compute(pairs)
+        return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
+
+    def load(self) -> None:
+        """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
+        if self._engine is None:
+            from modellink.infer import Engine
+            self._engine = Engine(self._plan, show=True)
+
+    def follow(self) -> None:
+        """What every rank but the first does: compute what the first one asks for, until it closes."""
+        while self._compute(None):
+            pass
+
+    def close(self) -> None:
+        """Let the other ranks go; the first rank calls it after its work."""
+        if self.tp > 1:
+            self._compute([])
+
+    def _compute(self, pairs: list[Pair] | None) -> list[tuple[float, bool]]:
+        """The likelihoods of pairs, or on a following rank (None) of those the first rank has. No pairs end the work."""
+        self.load()
+        if self.tp > 1:
+            import torch.distributed as dist
+            box = [pairs]
+            dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)
+            pairs = box[0]
+        return self._engine.loglikelihood([pair[:2] for pair in pairs]) if self._engine and pairs else []
+
+
+def require_infer() -> None:
+    """Raise a message with the command that helps where modellink-infer is not installed."""
+    if importlib.util.find_spec("modellink.infer") is None:
+        raise ModelLinkError("a local model needs modellink-infer, which is not installed", where="--load",
+                             fix='python -m pip install "modellink-eval[local]"; from a clone: python -m pip install '
+                             "./packages/kernels ./packages/ckpt-convert ./packages/data-prep ./packages/core ./packages/infer")

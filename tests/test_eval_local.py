@@ -1,0 +1,193 @@
+"""modellink-eval over modellink-infer: the likelihood of every choice is the one transformers gives, at one rank and at two.
+
+A small random llama whose heads and groups, head size and hidden size, feed-forward width differ; a byte-level tokenizer that
+puts a token before every text; the questions of the quickstart.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from modellink.eval import cli
+from modellink.eval.runner import prepare
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("modellink.infer")
+
+DATA = Path(__file__).resolve().parent.parent / "examples" / "quickstart" / "eval-data"
+TASKS = ("boolq", "mmlu")
+LONGEST = 475  # tokens; half of the prompts with five examples are longer
+VOCABULARY = 701
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*args: object) -> Done:
+    """The command in this process: megatron is imported once for all."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["modellink-eval", "run", *map(str, args)]
+    try:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as leaving:
+            cli.main()
+    finally:
+        sys.argv = before
+    return Done(int(leaving.value.code or 0), out.getvalue(), err.getvalue())
+
+
+def start(*args: object, **environment: str) -> Done:
+    """The command in a process of its own."""
+    program = Path(sys.executable).with_name("modellink-eval")
+    command = [str(program)] if program.exists() else [sys.executable, "-m", "modellink.eval.cli"]
+    done = subprocess.run([*command, "run", *map(str, args)], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=20,
+        vocab_size=VOCABULARY, max_position_embeddings=LONGEST, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            else:
+                parameter.mul_(6)  # so that choices are not close
+    model.save_pretrained(folder)
+    engine = tokenizers.Tokenizer(models.BPE())
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    engine.train_from_iterator(list(pydoc_data.topics.topics.values())[:20], trainers.BpeTrainer(
+        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=["<unk>", "<s>", "</s>"]))
+    engine.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
+    engine.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}))
+    return folder
+
+
+def by_hand(model: Any, tokenizer: Any, question: Any) -> list[float]:
+    """Log-probabilities of a question's choices, each in a pass of its own over the whole text."""
+    context = tokenizer(question.prompt).input_ids
+    assert context[0] == tokenizer.bos_token_id
+    found = []
+    for choice in question.choices:
+        if question.alone:
+            own = tokenizer(choice, add_special_tokens=False).input_ids[-1:]
+        else:
+            own = tokenizer(question.prompt + choice).input_ids[len(context):]
+        ids = context + own
+        if len(ids) - 1 > LONGEST:
+            ids = [ids[0], *ids[len(ids) - LONGEST:]]
+        with torch.inference_mode():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append(sum(float(logprobs[len(ids) - len(own) - 1 + place, token]) for place, token in enumerate(own)))
+    return found
+
+
+@pytest.fixture(scope="module", params=["original", "lm-eval"])
+def evaluated(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+    """Prompt style, output folder and printed text of a run at one rank."""
+    out = tmp_path_factory.mktemp(request.param) / "out"
+    done = run("--task", *TASKS, "--task-data-path", DATA, "--load", folder, "--output", out, "--prompt-style", request.param,
+               "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    return request.param, out, done.stdout
+
+
+def journal(out: Path, task: str) -> dict[str, list[float]]:
+    lines = [json.loads(line) for line in (out / f"{task}.journal.jsonl").read_text().splitlines()]
+    return {line["key"]: line["logprobs"] for line in lines[1:]}
+
+
+def results(out: Path) -> dict[str, Any]:
+    found = json.loads((out / "results.json").read_text())
+    del found["run"]
+    return found
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_likelihoods_are_those_of_transformers(folder: Path, evaluated: tuple[str, Path, str], task: str) -> None:
+    style, out, _ = evaluated
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    (job,) = prepare(task, DATA, style, None)
+    found = journal(out, task)
+    assert len(found) == 20
+    right = 0
+    for number, question in enumerate(job.questions):
+        mine = found[question.key(job.task)]
+        if number % 2 == 0:  # ten of the twenty
+            assert mine == pytest.approx(by_hand(model, tokenizer, question), abs=2e-4)
+        right += mine.index(max(mine)) == question.gold
+    assert results(out)["tasks"][task]["micro"]["correct"] == right
+
+
+def test_prompts_too_long_are_counted(evaluated: tuple[str, Path, str]) -> None:
+    _, out, printed = evaluated
+    tasks = results(out)["tasks"]
+    assert tasks["boolq"]["prompts_cut"] == 0 < tasks["mmlu"]["prompts_cut"] <= 20
+    assert f"{tasks['mmlu']['prompts_cut']} prompts were too long" in printed
+
+
+def test_the_originals_line_is_printed(evaluated: tuple[str, Path, str]) -> None:
+    _, out, printed = evaluated
+    micro = results(out)["tasks"]["mmlu"]["micro"]
+    assert f"mmlu acc = {micro['correct']}/20={micro['accuracy']}" in printed.splitlines()
+
+
+def test_a_killed_run_continues_on_two_ranks(folder: Path, tmp_path: Path) -> None:
+    words = ("--task", "mmlu", "--task-data-path", DATA, "--load", folder, "--device", "cpu")
+    assert run(*words, "--output", tmp_path / "whole").returncode == 0
+    words = (*words, "--output", tmp_path / "out")
+    assert start(*words, "--evaluation-batch-size", 6, MODELLINK_KILL_AT="after-batch").returncode < 0
+    assert len(journal(tmp_path / "out", "mmlu")) == 6
+    done = start(*words, "--tp", 2, "--evaluation-batch-size", 4)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("mmlu acc = ") == 1 and "6 answered before" in done.stdout
+    one, two = journal(tmp_path / "whole", "mmlu"), journal(tmp_path / "out", "mmlu")
+    assert one.keys() == two.keys()
+    assert all(two[key] == pytest.approx(one[key], abs=2e-4) for key in one)
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+def test_another_precision_is_another_model(folder: Path, evaluated: tuple[str, Path, str]) -> None:
+    style, out, _ = evaluated
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    done = run("--task", "boolq", "--task-data-path", DATA, "--load", folder, "--output", out, "--prompt-style", style,
+               "--device", "cpu", "--dtype", "bfloat16")
+    assert done.returncode == 2 and "answers of another model" in done.stderr and "dtype bfloat16" in done.stderr
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--tp", 4), "tensor parallel size 4 does not divide the 2 query groups"), (("--load", "nothing"), "nothing"),
+    (("--tokenizer-name-or-path", "nothing"), "nothing"),
+])
+def test_a_mistake_about_the_model(folder: Path, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
+    base = {"--task": "boolq", "--task-data-path": DATA, "--load": folder, "--output": tmp_path / "out", "--device": "cpu"}
+    given = base | {words[0]: words[1]}
+    done = run(*(word for pair in given.items() for word in pair))
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
