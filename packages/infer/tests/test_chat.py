@@ -55,17 +55,10 @@ def test_clear_forgets():
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_control_c_stops_the_answer_and_not_the_program(llama, tp):
-<<<<<<< HEAD
     command = [sys.executable, "-m", "modellink.infer.cli", "chat", "--load", str(llama), "--tp", str(tp), "--device", "cpu",
                "--max-new-tokens", "230", "--history-turns", "0", "--temperature", "2", "--seed", "1"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
-=======
-    process = subprocess.Popen(
-        [sys.executable, "-m", "modellink.infer.cli", "chat", "--load", str(llama), "--tp", str(tp), "--max-new-tokens", "230",
-         "--device", "cpu", "--history-turns", "0", "--temperature", "2", "--seed", "1"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
->>>>>>> eval
     streams: Any = process
     streams.stdin.write(b"hello\n")
     streams.stdin.flush()

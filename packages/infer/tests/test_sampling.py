@@ -73,14 +73,9 @@ def test_greedy_takes_the_most_likely(sampling):
 
 
 @pytest.mark.parametrize(("values", "name"), [
-<<<<<<< HEAD
     ({"temperature": math.nan}, "temperature"), ({"temperature": -1.0}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": -1}, "top-k"), ({"top_p": 0.0}, "top-p"),
     ({"top_p": 1.5}, "top-p"), ({"top_p": math.nan}, "top-p"),
-=======
-    ({"temperature": math.nan}, "temperature"), ({"temperature": -1.0}, "temperature"), ({"temperature": math.inf}, "temperature"),
-    ({"top_k": -1}, "top-k"), ({"top_p": 0.0}, "top-p"), ({"top_p": 1.5}, "top-p"), ({"top_p": math.nan}, "top-p"),
->>>>>>> eval
     ({"seed": -1}, "seed")])
 def test_numbers_without_a_meaning_are_refused(values, name):
     with pytest.raises(ModelLinkError) as refusal:
