@@ -68,7 +68,6 @@ def test_control_c_stops_the_answer_and_not_the_program(llama, tp):
         assert more, streams.stderr.read().decode()
         seen += more
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
-    out, err = process.communicate(b"again\n/quit\n", timeout=60)
+    out, err = process.communicate(b"/quit\n", timeout=60)
     assert process.returncode == 0, err.decode()
-    assert (seen + out).count(b"ModelLink:\n") == 2
-    assert b"(stopped)" in seen + out
+    assert (seen + out).endswith(b" (stopped)\n\nYou >> ")  # it went on to read what left it
