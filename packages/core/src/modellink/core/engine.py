@@ -97,6 +97,10 @@ class _Loader(importlib.machinery.SourceFileLoader):
     def exec_module(self, module: types.ModuleType) -> None:
         module.__dict__["_accel"] = self.namespace
         super().exec_module(module)
+        if module.__name__ == "megatron.core.jit":
+            # torch.compile over functions that kernels.ops replaces: it loads the compiler, which is seconds of every start,
+            # and needs a C++ compiler where such a function is called
+            module.disable_jit_fuser()
 
 
 class _Finder(importlib.abc.MetaPathFinder):
