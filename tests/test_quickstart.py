@@ -54,3 +54,14 @@ def test_every_command_of_the_main_job(weights, tmp_path):
     assert len(steps) == 14 and all(step["seconds"] > 0 for step in steps)
     kept = {path.name for path in (tmp_path / "tp3").iterdir()}
     assert kept == {"megatron", "straight", "resumed", "events", "hf", "eval-boolq", "eval-mmlu", "steps.json"}
+
+
+@pytest.mark.stress
+def test_every_layout_gives_the_same_losses(tmp_path):
+    """The main job itself, on real weights, at all four layouts; it compares their losses."""
+    for layout in ("tp3", "tp1pp2", "dp2", "tp3pp2"):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--folder", str(tmp_path), "--layout", layout],
+            cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.count("largest relative difference from") == 3

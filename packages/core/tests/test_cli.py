@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
+BARE = [sys.executable, "-m", "modellink.core.cli", "pretrain"]
 LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/ +3 \| consumed samples: +\d+ \| elapsed time per iteration \(ms\): "
     r"[\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| learning rate: \d\.\d{6}E[+-]\d\d \| global batch size: +2 \| "
@@ -17,8 +22,7 @@ LINE = re.compile(
 
 
 def command(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "modellink.core.cli", "pretrain", *args], capture_output=True, text=True,
-                          env=os.environ | environment)
+    return subprocess.run([*BARE, *args], capture_output=True, text=True, env=os.environ | environment)
 
 
 @pytest.fixture
@@ -71,6 +75,38 @@ def test_a_mistake_is_one_message_and_status_2(options, tmp_path, change, messag
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not save.exists()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.stress)])
+def test_kills_at_any_time_change_no_bit(options, tmp_path, kills):
+    """The launcher dies at random moments; its ranks die with it, and what is left goes on to the same end."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    moments, save = random.Random(seed), tmp_path / "save"
+    options = [*options, "--tp", "2", "--save-interval", "1"]
+    assert command(*options, "--save", str(tmp_path / "straight")).returncode == 0
+    for _ in range(kills):
+        start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
+        process = subprocess.Popen([*BARE, *options, *start, "--save", str(save)], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(moments.uniform(0, 15))
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while ranks_of(process.pid) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not ranks_of(process.pid)
+    start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
+    assert command(*options, *start, "--save", str(save)).returncode == 0
+    told = [[(line["iteration"], line["loss"], line["grad_norm"]) for line in map(json.loads, (folder / "metrics.jsonl").open())]
+            for folder in (tmp_path / "straight", save)]
+    assert told[0] == told[1]
+
+
+def ranks_of(session: int) -> list[int]:
+    """Processes of a session that are still there."""
+    return [process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE
+            and os.getsid(process.pid) == session]
 
 
 def test_a_failing_rank_ends_the_run(options, tmp_path):

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -26,6 +27,8 @@ from modellink.core import engine
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
+
+LIFELINE = "MODELLINK_LIFELINE"
 
 
 def under_launcher() -> bool:
@@ -57,12 +60,16 @@ def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
     environment = os.environ | {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    lifeline, ours = os.pipe()  # the ranks notice by its end that this process is gone, however it went
+    environment[LIFELINE] = str(lifeline)
     with contextlib.ExitStack() as stack:
+        stack.callback(os.close, ours)
         logs: list[IO[str] | None] = [None]
         logs += [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count - 1)]
-        ranks = [subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=log,
+        ranks = [subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=log, pass_fds=(lifeline,),
                                   env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
                  for number, log in enumerate(logs)]
+        os.close(lifeline)
         try:
             failed = _wait(ranks)
         finally:
@@ -80,6 +87,16 @@ def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
         if status < 0:
             print(f"rank {failed} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return status if status > 0 else 1
+
+
+def _end_with_the_launcher() -> None:
+    """In a rank that `spawn` started: leave at once when the process that did is gone, so that no rank goes on alone."""
+    def wait(lifeline: int) -> None:
+        os.read(lifeline, 1)
+        os._exit(1)
+
+    if lifeline := os.environ.pop(LIFELINE, None):
+        threading.Thread(target=wait, args=(int(lifeline),), daemon=True).start()
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
@@ -106,6 +123,7 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     if world_size() != layout.world_size:
         raise ModelLinkError(f"{world_size()} processes were started, {layout} needs {layout.world_size}",
                              where="--nproc-per-node", fix=f"use a multiple of {layout.tp * layout.pp * layout.cp}")
+    _end_with_the_launcher()
     device.activate()
     engine.start(device)
     from megatron.core import parallel_state, tensor_parallel
