@@ -15,12 +15,12 @@ from rich.table import Table
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes resident in a process and its descendants; memory they share counts once for each."""
+    """Bytes resident in a process and its descendants; on Linux what they share is divided among them (PSS)."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
-            total += one.memory_info().rss
-        except psutil.NoSuchProcess:
+            total += one.memory_full_info().pss if sys.platform == "linux" else one.memory_info().rss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
 
@@ -48,7 +48,7 @@ class Steps:
                 peak = max(peak, memory(process))
             except psutil.NoSuchProcess:
                 break
-            time.sleep(0.1)
+            time.sleep(0.25)
         status = process.wait()
         self.rows.append({"step": name, "seconds": round(time.monotonic() - start, 1), "peak_bytes": peak})
         if status != expect:
