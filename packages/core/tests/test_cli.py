@@ -6,9 +6,11 @@ import json
 import os
 import random
 import re
+import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -107,6 +109,35 @@ def ranks_of(session: int) -> list[int]:
     """Processes of a session that are still there."""
     return [process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE
             and os.getsid(process.pid) == session]
+
+
+def test_under_torchrun_every_process_is_a_rank(options):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *BARE[2:]]
+    done = subprocess.run([*torchrun, *options, "--tp", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(LINE.findall(done.stdout)) == 3
+
+
+def test_a_token_beyond_the_vocabulary_is_one_message_and_leaves_nothing(options, tmp_path):
+    prefix, save = tmp_path / "high_text_document", tmp_path / "save"
+    write_pair(prefix, [[5, 6, 7, 200] * 40] * 20)
+    options[options.index("--data-path") + 1] = str(prefix)
+    done = command(*options, "--tp", "2", "--save", str(save))
+    assert done.returncode == 2
+    assert "token id 200 is beyond the model's vocabulary of 131" in done.stderr and "Traceback" not in done.stderr
+    assert not save.exists()
+
+
+def write_pair(prefix: Path, documents: list[list[int]]) -> None:
+    """A .bin/.idx pair by the file format's description (Megatron's IndexedDataset, version 1)."""
+    lengths = [len(document) for document in documents]
+    starts = [2 * sum(lengths[:number]) for number in range(len(lengths))]
+    prefix.with_name(prefix.name + ".bin").write_bytes(
+        b"".join(struct.pack(f"<{len(document)}H", *document) for document in documents))
+    prefix.with_name(prefix.name + ".idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(lengths), len(lengths) + 1)
+        + struct.pack(f"<{len(lengths)}i", *lengths) + struct.pack(f"<{len(starts)}q", *starts)
+        + struct.pack(f"<{len(lengths) + 1}q", *range(len(lengths) + 1)))
 
 
 def test_a_failing_rank_ends_the_run(options, tmp_path):

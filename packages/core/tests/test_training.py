@@ -59,6 +59,30 @@ def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-4)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("layout", ["tp1", "tp2 sp", "pp2", "dp2 distributed optimizer"])
+def test_half_precision_follows_fp32(run, whole, layout, precision):
+    steps = run(layout, **{precision: True, "initial_loss_scale": 1024.0})
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], abs=2e-2)
+    assert [step[2] for step in steps] != [step[2] for step in whole]
+
+
+def test_from_random_weights_to_a_hugging_face_folder(pools, corpus, tmp_path):
+    """Architecture by options, no checkpoint and no tokenizer; what is saved continues, and converts once it is trained."""
+    import transformers
+
+    from modellink.ckpt_convert import convert
+
+    model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 52,
+             "vocab_size": 131, "max_position_embeddings": 64, "model_type_hf": "llama", "data_path": (str(corpus),)}
+    save = str(tmp_path / "a")
+    pools(1)(train, options=model | {"save": save, "exit_interval": 2})
+    steps = pools(1)(train, options={"data_path": (str(corpus),), "load": save, "save": save})[0]
+    assert [step[0] for step in steps] == [1, 2, 3, 4, 5]
+    convert(save, tmp_path / "hf", to="hf")
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.num_key_value_heads == 2
+
+
 def test_it_learns(run):
     losses = [step[2] for step in run("tp1", train_iters=40, lr=1e-2)]
     assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.4

@@ -25,6 +25,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
+from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.core.model.load import bare
 from modellink.core.train.progress import Progress, read_progress, write_progress
 from modellink.kernels.errors import ModelLinkError
@@ -45,8 +46,13 @@ class Training:
     consumed_samples: int = 0
 
 
-def save(training: Training, folder: Path) -> None:
-    """Write the checkpoint of the current iteration into `folder`; all ranks call it."""
+def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None) -> None:
+    """Write the checkpoint of the current iteration into `folder`; all ranks call it.
+
+    Args:
+        manifest: what the checkpoint says of itself.
+        companions: the folder whose config and tokenizer files travel with the weights.
+    """
     path = folder / iteration_folder(training.iteration)
     temporary = path.with_name(path.name + ".tmp")
     first = dist.get_rank() == 0
@@ -54,6 +60,7 @@ def save(training: Training, folder: Path) -> None:
         print(f"saving checkpoint at iteration {training.iteration:7d} to {folder} in torch_dist format", flush=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        write_companions(folder, manifest, companions)
     dist.barrier()
     state = _state(training, loading=False) | _random_state(training.layout)
     state["schedule"] = training.schedule.state_dict()

@@ -36,7 +36,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         if is_multiple(at, logging.eval_interval):
             evaluate(run, training, valid, metrics, f"iteration {at}")
         if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-            checkpoint.save(training, save)
+            checkpoint.save(training, save, run.manifest, run.companions)
         if leaving:
             break
         clock.lap()  # evaluating and saving are not part of an iteration

@@ -48,16 +48,19 @@ class Metrics:
         self.active, self.device = active, device
         self.train_iters, self.global_batch_size, self.log_interval = train_iters, global_batch_size, log_interval
         self.flops, self._first = flops, True
+        self.folder, self.tensorboard_dir, self.resumed = folder, tensorboard_dir, resumed
+        self._opened = False
         self.history: list[Step] = []
         self._window: list[Step] = []
         self._journal: Journal | None = None
         self._events: SummaryWriter | None = None
-        if not active:
-            return
-        if folder is not None:
-            self._open_journal(folder, resumed)
-        if tensorboard_dir is not None:
-            self._events = SummaryWriter(str(tensorboard_dir), purge_step=resumed + 1 if resumed else None)
+
+    def _open(self) -> None:
+        """Make the files, once there is something to write: a run that fails in its first iteration leaves none."""
+        if self.folder is not None:
+            self._open_journal(self.folder, self.resumed)
+        if self.tensorboard_dir is not None:
+            self._events = SummaryWriter(str(self.tensorboard_dir), purge_step=self.resumed + 1 if self.resumed else None)
 
     def _open_journal(self, folder: Path, resumed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,9 @@ class Metrics:
     def add(self, step: Step) -> None:
         if not self.active:
             return
+        if not self._opened:
+            self._opened = True
+            self._open()
         self.history.append(step)
         self._window.append(step)
         if self._journal:

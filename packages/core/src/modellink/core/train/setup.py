@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from modellink.ckpt_convert.manifest import write_companions
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.run import Run
@@ -38,6 +37,4 @@ def set_up(run: Run) -> Training:
         checkpoint.resume(training, run.resumed)
         if first:
             print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
-    if first and run.checkpoint.save is not None:
-        write_companions(run.checkpoint.save, run.manifest, run.companions)
     return training
