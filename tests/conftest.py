@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from modellink.core import engine
 from modellink.core.testing import Ranks
+from modellink.kernels.device import find
+
+engine.start(find("cpu"))  # before a test imports megatron on its own, which would then be on CUDA for the whole process
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "quickstart" / "SmolLM2-135M-Instruct"
