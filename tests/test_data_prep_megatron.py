@@ -1,7 +1,6 @@
 """data-prep and megatron-core write the same bytes and read each other's datasets."""
 
 import json
-import os
 import pydoc_data.topics
 from pathlib import Path
 
@@ -44,11 +43,9 @@ def test_we_read_what_megatron_writes(tmp_path: Path):
 
 @pytest.fixture(params=["trained", "SmolLM2"])
 def folder(request, tmp_path: Path) -> Path:
-    """A byte-level BPE trained on the spot; and the real one of a model, where MODELLINK_SMOLLM2 names its folder."""
+    """A byte-level BPE trained on the spot, and a real one."""
     if request.param == "SmolLM2":
-        if not (real := os.environ.get("MODELLINK_SMOLLM2")):
-            pytest.skip("MODELLINK_SMOLLM2 names no model folder")
-        return Path(real)
+        return Path(request.getfixturevalue("smollm2"))
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     engine.decoder = tokenizers.decoders.ByteLevel()

@@ -111,6 +111,20 @@ def ranks_of(session: int) -> list[int]:
             and os.getsid(process.pid) == session]
 
 
+def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(options, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("optimizer: {lr: 0.5, train-iters: 1}\nlogging:\n  log_throughput: true\n")
+    place = options.index("--train-iters")
+    done = command(*options[:place], *options[place + 2:], "--config", str(config))
+    assert done.returncode == 0, done.stderr
+    assert "  lr .............................................. 0.001" in done.stdout  # the command line wins
+    assert "iteration        1/       1" in done.stdout
+    config.write_text("optimizer: {learning-rate: 0.5}\n")
+    done = command(*options, "--config", str(config))
+    assert done.returncode == 2
+    assert "unknown key 'learning_rate'" in done.stderr and str(config) in done.stderr
+
+
 def test_under_torchrun_every_process_is_a_rank(options):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *BARE[2:]]
     done = subprocess.run([*torchrun, *options, "--tp", "2"], capture_output=True, text=True)
