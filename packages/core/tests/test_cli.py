@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -103,6 +104,24 @@ def test_kills_at_any_time_change_no_bit(options, tmp_path, kills):
     told = [[(line["iteration"], line["loss"], line["grad_norm"]) for line in map(json.loads, (folder / "metrics.jsonl").open())]
             for folder in (tmp_path / "straight", save)]
     assert told[0] == told[1]
+
+
+def test_ranks_do_not_outlive_their_launcher(options):
+    options[options.index("--train-iters") + 1] = "100000"
+    process = subprocess.Popen([*BARE, *options, "--tp", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               start_new_session=True)
+    assert process.stdout is not None
+    assert any("iteration        1/" in line for line in process.stdout)
+    assert len(ranks_of(process.pid)) == 3
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while ranks_of(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = ranks_of(process.pid)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left
 
 
 def ranks_of(session: int) -> list[int]:
