@@ -48,7 +48,7 @@ def test_every_command_of_the_main_job(weights, tmp_path):
          "--iterations", "10", "--seq-length", "48", "--lr", "1e-2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     for said in ("(status 2: refused, as it should be)", "iterations 6 to 10: losses and gradient norms are equal to the bit",
-                 "largest difference", "what it took", "boolq acc = ", "mmlu acc = ", "loss at tp3: "):
+                 "largest difference", "documents of the data: ", "what it took", "boolq acc = ", "mmlu acc = ", "loss at tp3: "):
         assert said in done.stdout
     steps = json.loads((tmp_path / "tp3" / "steps.json").read_text())
     assert len(steps) == 14 and all(step["seconds"] > 0 for step in steps)
