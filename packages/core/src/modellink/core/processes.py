@@ -79,10 +79,10 @@ def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
                 process.wait()
         if failed is None:
             return 0
-        log = logs[failed]
-        if log is not None:
-            log.seek(0)
-            print(f"rank {failed} failed:\n{log.read()[-4000:]}", file=sys.stderr)
+        for number, log in enumerate(logs):  # the cause may be another rank's: rank 0 then only says that it lost a peer
+            if log is not None and (number == failed or ranks[number].returncode == 1):
+                log.seek(0)
+                print(f"rank {number} failed:\n{log.read()[-4000:]}", file=sys.stderr)
         status = ranks[failed].returncode
         if status < 0:
             print(f"rank {failed} was killed by {signal.Signals(-status).name}", file=sys.stderr)
