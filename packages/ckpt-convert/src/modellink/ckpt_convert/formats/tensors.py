@@ -87,10 +87,6 @@ class Part:
     at: tuple[int, int]
 
 
-def all_of(stored: Stored, at: tuple[int, int] = (0, 0)) -> Part:
-    return Part(stored, range(stored.shape[0]), range(stored.columns), at)
-
-
 @dataclass(frozen=True)
 class Assembled:
     """A tensor [rows, columns] or [rows] put together from parts that do not overlap."""
