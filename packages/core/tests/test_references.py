@@ -1,0 +1,173 @@
+"""The plain-PyTorch references of `references/` are right: used whole, causal, and equal to transformers where it has an equal.
+
+transformers has no class for these families. A reference with some feature taken away or folded into the weights is a model that
+transformers does have; logits and gradients must then agree. What no class can confirm is said in the references themselves.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+FOLDER = Path(__file__).parent / "references"
+SPLIT = ("num_attention_heads", "num_key_value_heads", "multi_query_group_num", "intermediate_size", "ffn_hidden_size",
+         "num_experts")
+WHOLE = ("vocab_size", "padded_vocab_size", "hidden_size", "kv_channels", "max_position_embeddings", "seq_length")
+Tensors = dict[str, Tensor]
+
+
+def load(family: str) -> ModuleType:
+    """A reference by its path: tests are no importable package."""
+    spec = importlib.util.spec_from_file_location(f"reference_{family}", FOLDER / f"{family}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+MODULES = {path.stem: load(path.stem) for path in sorted(FOLDER.glob("*.py")) if path.stem != "blocks"}
+CASES = [(family, name) for family, module in MODULES.items() for name in module.TINY]
+
+
+def random_tensors(module: ModuleType, config: dict[str, Any], seed: int = 0) -> Tensors:
+    """Weights of which each one matters; norms around one, biases not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in module.shapes(config).items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 2:
+            value = noise * 2 / math.sqrt(shape[1])
+        else:
+            value = 0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise
+        tensors[name] = value.requires_grad_()
+    return tensors
+
+
+def tokens(length: int = 24) -> Tensor:
+    return torch.randint(0, 131, (2, length), generator=torch.Generator().manual_seed(4))
+
+
+def gradients(logits: Tensor, tensors: Tensors) -> Tensors:
+    """Of a random linear function of the logits."""
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
+    return dict(zip(tensors, torch.autograd.grad((logits * weights).sum(), list(tensors.values())), strict=True))
+
+
+def assert_equal(
+    module: ModuleType, config: dict[str, Any], model: torch.nn.Module, rename: Callable[[Tensors], Tensors], **arguments: Tensor
+) -> None:
+    """The reference and a transformers model fed with the renamed tensors agree in logits and in every gradient."""
+    tensors = random_tensors(module, config)
+    ours = module.logits(config, tensors, tokens())
+    renamed = rename(tensors)
+    wanted = {name for name, _ in model.named_parameters()}
+    assert set(renamed) == wanted
+    theirs = torch.func.functional_call(model, renamed, (tokens(),), arguments).logits
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    expected = gradients(theirs, tensors)
+    for name, gradient in gradients(ours, tensors).items():
+        torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def build(name: str, **sizes: Any) -> torch.nn.Module:
+    """A transformers causal model in fp32 with eager attention."""
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def llama(config: dict[str, Any], **changes: Any) -> torch.nn.Module:
+    """The Llama of a configuration that speaks Llama's words."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+            "num_key_value_heads", "max_position_embeddings", "rope_theta", "tie_word_embeddings")
+    return build("Llama", **{key: config[key] for key in keys if key in config} | changes)
+
+
+def unpacked(tensors: Tensors) -> Tensors:
+    """Baichuan's W_pack as query, key and value."""
+    renamed: Tensors = {}
+    for name, value in tensors.items():
+        if "W_pack" in name:
+            for letter, part in zip("qkv", value.chunk(3), strict=True):
+                renamed[name.replace("W_pack", f"{letter}_proj")] = part
+        else:
+            renamed[name] = value
+    return renamed
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_every_tensor_is_used(family: str, name: str) -> None:
+    module = MODULES[family]
+    config = module.TINY[name]
+    tensors = random_tensors(module, config)
+    logits = module.logits(config, tensors, tokens())
+    assert logits.shape == (2, 24, 131)
+    assert logits.dtype == torch.float32
+    for tensor, gradient in gradients(logits, tensors).items():
+        assert gradient.abs().max() > 1e-6, tensor
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_the_future_is_not_seen(family: str, name: str) -> None:
+    module = MODULES[family]
+    config = module.TINY[name]
+    tensors = random_tensors(module, config)
+    ids = tokens()
+    changed = ids.clone()
+    changed[:, 13] = (ids[:, 13] + 1) % 131
+    before, after = (module.logits(config, tensors, each).detach() for each in (ids, changed))
+    torch.testing.assert_close(before[:, :13], after[:, :13], atol=1e-6, rtol=0)
+    assert all((before[:, at] - after[:, at]).abs().max() > 1e-3 for at in (13, 14, 23))
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_no_two_sizes_coincide_and_each_splits_in_two(family: str, name: str) -> None:
+    config = MODULES[family].TINY[name]
+    split = [config[key] for key in SPLIT if key in config]
+    whole = [config[key] for key in WHOLE if key in config] + [config.get("num_layers") or config["num_hidden_layers"]]
+    assert len({*split, *whole}) == len(split + whole)
+    assert all(size % 2 == 0 for size in split)
+
+
+def test_baichuan_7b_is_a_llama_with_its_projections_packed() -> None:
+    module = MODULES["baichuan"]
+    config = module.TINY["baichuan-7b"]
+    assert_equal(module, config, llama(config), unpacked)
+
+
+def test_baichuan2_7b_is_that_llama_under_a_normalised_head() -> None:
+    module = MODULES["baichuan"]
+    config = module.TINY["baichuan2-7b"]
+
+    def rename(tensors: Tensors) -> Tensors:
+        return unpacked(tensors) | {"lm_head.weight": torch.nn.functional.normalize(tensors["lm_head.weight"])}
+
+    assert_equal(module, config, llama(config), rename)
+
+
+def test_baichuan_13b_is_that_llama_with_blooms_alibi_for_rotary_embedding() -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    module = MODULES["baichuan"]
+    config = module.TINY["baichuan-13b"]
+    heads = config["num_attention_heads"]
+    bias = build_alibi_tensor(torch.ones(2, 24), heads, torch.float32).view(2, heads, 1, 24)
+    mask = bias + torch.full((24, 24), float("-inf")).triu(1)
+    # Where every position is zero nothing is rotated.
+    assert_equal(module, config, llama(config), unpacked, attention_mask=mask, position_ids=torch.zeros(2, 24, dtype=torch.long))
+
+
+@pytest.mark.parametrize("heads", [6, 32, 40])
+def test_baichuans_slopes_are_blooms(heads: int) -> None:
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+
+    theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
+    torch.testing.assert_close(torch.tensor(MODULES["baichuan"].alibi_slopes(heads)), theirs)
