@@ -171,3 +171,34 @@ def test_baichuans_slopes_are_blooms(heads: int) -> None:
 
     theirs = build_alibi_tensor(torch.ones(1, 2), heads, torch.float32)[:, 0, 1]
     torch.testing.assert_close(torch.tensor(MODULES["baichuan"].alibi_slopes(heads)), theirs)
+
+
+@pytest.mark.parametrize("name", MODULES["chatglm"].TINY)
+def test_chatglm_is_a_glm_with_its_projections_packed(name: str) -> None:
+    module = MODULES["chatglm"]
+    config = module.TINY[name]
+    heads, groups, size = config["num_attention_heads"], config["multi_query_group_num"], config["kv_channels"]
+    model = build(
+        "Glm", vocab_size=131, hidden_size=config["hidden_size"], intermediate_size=config["ffn_hidden_size"],
+        num_hidden_layers=config["num_layers"], num_attention_heads=heads, num_key_value_heads=groups, head_dim=size,
+        rms_norm_eps=config["layernorm_epsilon"], attention_bias=True, tie_word_embeddings=False, pad_token_id=0,
+        rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0 * config.get("rope_ratio", 1), "partial_rotary_factor": 0.5})
+    names = {"transformer.embedding.word_embeddings": "model.embed_tokens", "transformer.encoder.final_layernorm": "model.norm",
+             "transformer.output_layer": "lm_head", "transformer.encoder": "model", "self_attention.dense": "self_attn.o_proj",
+             "self_attention": "self_attn", "dense_h_to_4h": "gate_up_proj", "dense_4h_to_h": "down_proj"}
+
+    def rename(tensors: Tensors) -> Tensors:
+        renamed: Tensors = {}
+        for name, value in tensors.items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            if "query_key_value" in name:
+                parts = value.split((heads * size, groups * size, groups * size))
+                renamed |= {name.replace("query_key_value", f"{letter}_proj"): part
+                            for letter, part in zip("qkv", parts, strict=True)}
+            else:
+                renamed[name] = value
+        return renamed
+
+    assert_equal(module, config, model, rename)
