@@ -202,3 +202,39 @@ def test_chatglm_is_a_glm_with_its_projections_packed(name: str) -> None:
         return renamed
 
     assert_equal(module, config, model, rename)
+
+
+@pytest.mark.parametrize("name", MODULES["internlm2"].TINY)
+def test_internlm2_is_a_llama_with_its_groups_packed(name: str) -> None:
+    module = MODULES["internlm2"]
+    config = module.TINY[name]
+    groups, queries = config["num_key_value_heads"], config["num_attention_heads"] // config["num_key_value_heads"]
+    rope = {"rope_type": "default", "rope_theta": float(config["rope_theta"])}
+    if config["rope_scaling"]:
+        rope |= {"rope_type": "dynamic", "factor": config["rope_scaling"]["factor"]}
+    model = llama(config, rope_parameters=rope, attention_bias=config["bias"])
+    names = {"tok_embeddings": "embed_tokens", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+             "attention.wo": "self_attn.o_proj", "attention": "self_attn", "feed_forward.w1": "mlp.gate_proj",
+             "feed_forward.w3": "mlp.up_proj", "feed_forward.w2": "mlp.down_proj", "output": "lm_head"}
+
+    def rename(tensors: Tensors) -> Tensors:
+        renamed: Tensors = {}
+        for name, value in tensors.items():
+            for old, new in names.items():
+                name = name if "post_attention" in name else name.replace(old, new)
+            if "wqkv" in name:
+                parts = value.unflatten(0, (groups, queries + 2, -1)).split((queries, 1, 1), dim=1)
+                renamed |= {name.replace("wqkv", f"{letter}_proj"): part.flatten(0, 2)
+                            for letter, part in zip("qkv", parts, strict=True)}
+            else:
+                renamed[name] = value
+        return renamed
+
+    assert_equal(module, config, model, rename)
+
+
+def test_dynamic_scaling_waits_for_a_longer_sequence() -> None:
+    module = MODULES["internlm2"]
+    config = module.TINY["internlm2 dynamic"]
+    assert module.rotary_base(config, 16) == 1000000
+    assert module.rotary_base(config, 24) == pytest.approx(1000000 * 2 ** (8 / 6))
