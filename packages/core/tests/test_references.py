@@ -238,3 +238,46 @@ def test_dynamic_scaling_waits_for_a_longer_sequence() -> None:
     config = module.TINY["internlm2 dynamic"]
     assert module.rotary_base(config, 16) == 1000000
     assert module.rotary_base(config, 24) == pytest.approx(1000000 * 2 ** (8 / 6))
+
+
+@pytest.mark.parametrize("name", MODULES["qwen"].TINY)
+def test_qwen_is_a_qwen2_with_its_projections_packed(name: str) -> None:
+    module = MODULES["qwen"]
+    config = module.TINY[name]
+    heads = config["num_attention_heads"]
+    model = build(
+        "Qwen2", vocab_size=131, hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"] // 2,
+        num_hidden_layers=config["num_hidden_layers"], num_attention_heads=heads, num_key_value_heads=heads,
+        rms_norm_eps=config["layer_norm_epsilon"], tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])})
+    names = {"transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "transformer.h": "model.layers",
+             "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+             "attn.c_attn": "self_attn.c_attn", "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj"}
+
+    def rename(tensors: Tensors) -> Tensors:
+        renamed: Tensors = {}
+        for name, value in tensors.items():
+            for old, new in names.items():
+                name = name.replace(old, new)
+            if "c_attn" in name:
+                renamed |= {name.replace("c_attn", f"{letter}_proj"): part
+                            for letter, part in zip("qkv", value.chunk(3), strict=True)}
+            else:
+                renamed[name] = value
+        return renamed
+
+    assert_equal(module, config, model, rename)
+
+
+def test_qwens_two_switches_act_in_evaluation_and_beyond_the_trained_length_alone() -> None:
+    module = MODULES["qwen"]
+    config = module.TINY["qwen-7b"]
+    assert [module.rotary_base(config, length, training=False) for length in (8, 16)] == [10000, 10000]
+    assert module.rotary_base(config, 17, training=False) == pytest.approx(10000 * 3 ** (8 / 6))
+    assert module.rotary_base(config, 33, training=False) == pytest.approx(10000 * 7 ** (8 / 6))
+    assert module.query_scale(config, 24, training=False)[:16].tolist() == [1] * 16
+    assert module.query_scale(config, 24, training=False)[23] == pytest.approx(math.log(24) / math.log(16))
+    tensors = random_tensors(module, config)
+    for length, same in ((16, True), (24, False)):
+        trained, evaluated = (module.logits(config, tensors, tokens(length), training=training) for training in (True, False))
+        assert torch.equal(trained, evaluated) is same
