@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from modellink.kernels import ops
+from modellink.kernels.ops.attention import Variant
 from modellink.kernels.ops.check import TOLERANCE, op_cases
 
 NAMES = ["rms_norm", "swiglu", "rotary", "attention", "cross_entropy", "adamw"]
@@ -36,15 +37,15 @@ def test_attention_is_the_textbook_formula(qkv):
             for head in range(6):
                 scores = torch.stack([query[i, batch, head] @ key[j, batch, head // 2] * 0.3 for j in range(i + 1)])
                 expected[i, batch, head] = scores.softmax(0) @ value[: i + 1, batch, head // 2]
-    torch.testing.assert_close(ops.attention(query, key, value, scale=0.3), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ops.attention(query, key, value, Variant(0.3)), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_attention_over_a_cache_sees_up_to_each_rows_position(qkv):
     query, key, value = qkv
-    whole = ops.attention(query, key, value, scale=0.3)
+    whole = ops.attention(query, key, value, Variant(0.3))
     positions = torch.tensor([[5], [3]])
     new = torch.stack([query[5, 0], query[3, 1]]).unsqueeze(0)
-    out = ops.attention(new, key, value, scale=0.3, positions=positions)
+    out = ops.attention(new, key, value, Variant(0.3), positions)
     torch.testing.assert_close(out[0], torch.stack([whole[5, 0], whole[3, 1]]), atol=1e-6, rtol=1e-5)
 
 

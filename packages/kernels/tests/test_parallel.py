@@ -102,13 +102,13 @@ def test_the_vocabulary_is_padded_as_little_as_possible(vocab: int, tp: int, div
 
 
 def test_tensor_parallel_sizes_that_work_are_named() -> None:
-    check_tensor_parallel(3, num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536)
+    check_tensor_parallel(3, num_attention_heads=9, num_query_groups=3, ffn_hidden_sizes=[1536])
     with pytest.raises(ModelLinkError) as caught:
-        check_tensor_parallel(2, num_attention_heads=9, num_query_groups=3, ffn_hidden_size=1536)
+        check_tensor_parallel(2, num_attention_heads=9, num_query_groups=3, ffn_hidden_sizes=[1536])
     assert "2 does not divide the 3 query groups (of 9 attention heads)" in str(caught.value)
     assert "use 1 or 3" in str(caught.value)
     with pytest.raises(ModelLinkError, match="FFN width 6"):
-        check_tensor_parallel(4, num_attention_heads=4, num_query_groups=4, ffn_hidden_size=6)
+        check_tensor_parallel(4, num_attention_heads=4, num_query_groups=4, ffn_hidden_sizes=[6])
 
 
 def test_experts_are_dealt_evenly() -> None:

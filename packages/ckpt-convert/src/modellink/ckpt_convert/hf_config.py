@@ -61,37 +61,62 @@ class Config:
     def model_type(self) -> str:
         return str(self.need("model_type"))
 
-    def rope(self) -> dict[str, Any]:
-        """The rotary part of ModelSpec.
 
-        Raises:
-            ModelLinkError: a kind of scaling that is not supported.
-        """
-        rope = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ModelLinkError(f"the rotary parameters are {rope!r}, not an object", where=self.path)
-        theta = rope.get("rope_theta") or self.get("rope_theta", 10000.0)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ModelLinkError(f"rotary scaling of type {kind!r} is not supported", where=self.path,
-                                 fix="supported: 'default', 'llama3'")
-        partial = rope.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
-        if partial != 1.0:
-            raise ModelLinkError(f"rotary positions on {partial} of a head are not supported", where=self.path)
-        values: dict[str, Any] = {"rotary_base": float(theta)}
-        if kind == "llama3":
-            scaling = Config(rope, self.path)
-            values |= {"rope_scaling_type": "llama3", "rope_scaling_factor": float(scaling.need("factor")),
-                       "low_freq_factor": float(scaling.need("low_freq_factor")),
-                       "high_freq_factor": float(scaling.need("high_freq_factor")),
-                       "original_max_position_embeddings": int(scaling.need("original_max_position_embeddings"))}
+
+def _yarn(rope: Config) -> dict[str, Any]:
+    """`attention_factor` replaces the scale that the two mscale values give; only its default is converted."""
+    rope.refuse("attention_factor", None)
+    rope.refuse("truncate", True)
+    return {"rope_scaling_beta_fast": float(rope.get("beta_fast", 32)), "rope_scaling_beta_slow": float(rope.get("beta_slow", 1)),
+            "rope_scaling_mscale": float(rope.get("mscale", 1.0)),
+            "rope_scaling_mscale_all_dim": float(rope.get("mscale_all_dim", 0.0))}
+
+
+def read_rope(config: Config) -> dict[str, Any]:
+    """The rotary part of ModelSpec.
+
+    Raises:
+        ModelLinkError: a kind of scaling that is not supported, or a key of it that is missing.
+    """
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelLinkError(f"the rotary parameters are {rope!r}, not an object", where=config.path)
+    inner = Config(rope, config.path)
+    values: dict[str, Any] = {"rotary_base": float(inner.get("rope_theta", config.get("rope_theta", 10000.0))),
+                              "rotary_percent": float(inner.get("partial_rotary_factor",
+                                                                config.get("partial_rotary_factor", 1.0)))}
+    kind = inner.get("rope_type", inner.get("type", "default"))
+    inner = Config(rope | {"rope_type": kind}, config.path)
+    inner.refuse("rope_type", "default", "linear", "dynamic", "llama3", "yarn")
+    if kind == "default":
         return values
+    values |= {"rope_scaling_type": kind, "rope_scaling_factor": float(inner.need("factor"))}
+    if kind == "linear":
+        return values
+    longest = config.get("max_position_embeddings")
+    original = inner.get("original_max_position_embeddings", longest if kind == "dynamic" else None)
+    values["original_max_position_embeddings"] = int(
+        inner.need("original_max_position_embeddings") if original is None else original)
+    if kind == "llama3":
+        values |= {"low_freq_factor": float(inner.need("low_freq_factor")),
+                   "high_freq_factor": float(inner.need("high_freq_factor"))}
+    return values | (_yarn(inner) if kind == "yarn" else {})
 
 
-def rope_entries(spec: ModelSpec) -> dict[str, Any]:
+def write_rope(spec: ModelSpec) -> dict[str, Any]:
     """The rotary part of a config.json."""
-    scaling = None if spec.rope_scaling_type is None else {
-        "rope_type": spec.rope_scaling_type, "factor": spec.rope_scaling_factor, "low_freq_factor": spec.low_freq_factor,
-        "high_freq_factor": spec.high_freq_factor,
-        "original_max_position_embeddings": spec.original_max_position_embeddings}
-    return {"rope_theta": spec.rotary_base, "rope_scaling": scaling}
+    partial = {} if spec.rotary_percent == 1 else {"partial_rotary_factor": spec.rotary_percent}
+    scaling: dict[str, Any] | None = None
+    if spec.rope_scaling_type is not None:
+        scaling = {"rope_type": spec.rope_scaling_type, "factor": spec.rope_scaling_factor}
+    if scaling and spec.rope_scaling_type != "linear":
+        scaling["original_max_position_embeddings"] = spec.original_max_position_embeddings
+    if scaling and spec.rope_scaling_type == "llama3":
+        scaling |= {"low_freq_factor": spec.low_freq_factor, "high_freq_factor": spec.high_freq_factor}
+    if scaling and spec.rope_scaling_type == "yarn":
+        scaling |= {"beta_fast": spec.rope_scaling_beta_fast, "beta_slow": spec.rope_scaling_beta_slow}
+        if (spec.rope_scaling_mscale, spec.rope_scaling_mscale_all_dim) != (1.0, 0.0):
+            scaling |= {"mscale": spec.rope_scaling_mscale, "mscale_all_dim": spec.rope_scaling_mscale_all_dim}
+    if scaling and spec.rope_scaling_type != "llama3":
+        scaling["type"] = spec.rope_scaling_type  # as it was called before
+    return {"rope_theta": spec.rotary_base, "rope_scaling": scaling, **partial}

@@ -14,12 +14,12 @@ from typing import IO, Literal
 
 import torch
 
+from modellink.ckpt_convert import rules
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import archive, huggingface, megatron, safetensors
 from modellink.ckpt_convert.formats.archive import Planned
 from modellink.ckpt_convert.iterations import iteration_folder
 from modellink.ckpt_convert.manifest import companion_files
-from modellink.ckpt_convert.rules import Rows, inverse
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import read_shard, stage_names, weights
 from modellink.kernels.errors import ModelLinkError
@@ -104,19 +104,21 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 def plan_huggingface(source: Checkpoint, *, dtype: torch.dtype | None = None,
                      shard_bytes: int = huggingface.SHARD_BYTES) -> Plan:
     """A Hugging Face folder from any source."""
-    targets = inverse(source.spec, family_of(source.family).rules(source.spec))
+    targets = rules.inverse(source.spec, family_of(source.family).rules(source.spec))
 
-    def planned(name: str, shape: tuple[int, ...], rows: Rows) -> Planned:
-        groups = [(canonical, [piece for _, piece in group]) for canonical, group in groupby(rows, key=lambda entry: entry[0])]
+    def planned(name: str, target: rules.Target) -> Planned:
+        groups = [(canonical, [piece for _, piece in group])
+                  for canonical, group in groupby(target.rows, key=lambda entry: entry[0])]
         kind = dtype or source.dtype(groups[0][0])
 
         def fetch() -> torch.Tensor:
             parts = [source.read(canonical, pieces, 0) for canonical, pieces in groups]
-            return cast(parts[0] if len(parts) == 1 else torch.cat(parts), kind, name)
+            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+            return cast(whole.T.contiguous() if target.transposed else whole, kind, name)
 
-        return Planned(kind, shape, fetch)
+        return Planned(kind, target.shape, fetch)
 
-    tensors = {name: planned(name, target.shape, target.rows) for name, target in targets.items()}
+    tensors = {name: planned(name, target) for name, target in targets.items()}
     shards = huggingface.deal_shards(tensors, shard_bytes)
 
     def file(name: str, shard: dict[str, Planned]) -> File:

@@ -8,6 +8,7 @@ Not here: Hugging Face names (rules.py, families/) and file layouts (formats/).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.parallel import ParallelLayout, Split, held, padded_vocab_size
 
 EMBEDDING, OUTPUT, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
+LAYERS, EXPERTS = "decoder.layers.", "experts.local_experts."
+IN_LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?:mlp\.experts\.local_experts\.(?P<expert>\d+))?(?P<rest>.+)")
+"""The number of a weight's layer and, where it belongs to one, of its expert; `rest` is its name inside."""
 
 
 @dataclass(frozen=True)
@@ -71,43 +75,100 @@ class Source(Protocol):
 
 def weights(spec: ModelSpec) -> dict[str, Weight]:
     """All weights of a model by canonical name, in the order of the forward pass."""
-    hidden, heads, ffn = spec.hidden_size, spec.num_attention_heads * spec.head_dim, spec.ffn
-    fused = heads + 2 * spec.groups * spec.head_dim
-    layer = {"input_layernorm.weight": Weight((hidden,), "replicated"),
-             "self_attention.linear_qkv.weight": Weight((fused, hidden), "column")}
-    if spec.add_qkv_bias:
-        layer["self_attention.linear_qkv.bias"] = Weight((fused,), "column")
-    layer["self_attention.linear_proj.weight"] = Weight((hidden, heads), "row")
-    if spec.add_dense_bias:
-        layer["self_attention.linear_proj.bias"] = Weight((hidden,), "replicated")
-    layer["pre_mlp_layernorm.weight"] = Weight((hidden,), "replicated")
-    layer["mlp.linear_fc1.weight"] = Weight((2 * ffn, hidden), "gated") if spec.swiglu else Weight((ffn, hidden), "column")
-    layer["mlp.linear_fc2.weight"] = Weight((hidden, ffn), "row")
-
+    hidden = spec.hidden_size
     found = {EMBEDDING: Weight((spec.vocab_size, hidden), "vocab")}
+    if spec.embed_layernorm:
+        found |= _norm(EMBEDDING.removesuffix("weight") + "norm", spec)
+    if spec.position_embedding_type == "learned_absolute":
+        found["embedding.position_embeddings.weight"] = Weight((spec.max_position_embeddings, hidden), "replicated")
     for number in range(spec.num_layers):
-        found |= {f"decoder.layers.{number}.{name}": weight for name, weight in layer.items()}
-    found[FINAL_NORM] = Weight((hidden,), "replicated")
+        found |= {f"{LAYERS}{number}.{name}": weight for name, weight in _layer(spec, number).items()}
+    found |= _norm(FINAL_NORM.removesuffix(".weight"), spec)
     if not spec.tied:
         found[OUTPUT] = Weight((spec.vocab_size, hidden), "vocab")
     return found
 
 
-def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0) -> dict[str, str]:
-    """The weights a pipeline stage's model chunk holds: its own name (layers numbered from 0) -> canonical name.
+def _layer(spec: ModelSpec, number: int) -> dict[str, Weight]:
+    """The weights of a layer (from 0)."""
+    attention = _latent_attention(spec) if spec.multi_head_latent_attention else _attention(spec)
+    found = _norm("input_layernorm", spec) | {f"self_attention.{name}": weight for name, weight in attention.items()}
+    if spec.post_norm:
+        found |= _norm("post_attn_norm", spec)
+    found |= _norm("pre_mlp_layernorm", spec)
+    feed_forward = _experts(spec) if spec.has_experts(number) else _feed_forward(spec, spec.ffn)
+    found |= {f"mlp.{name}": weight for name, weight in feed_forward.items()}
+    return found | (_norm("post_mlp_layernorm", spec) if spec.post_norm else {})
+
+
+def _norm(name: str, spec: ModelSpec) -> dict[str, Weight]:
+    kinds = ("weight", "bias") if spec.normalization == "LayerNorm" else ("weight",)
+    return {f"{name}.{kind}": Weight((spec.hidden_size,), "replicated") for kind in kinds}
+
+
+def _linear(name: str, rows: int, columns: int, split: Split, *, bias: bool = False) -> dict[str, Weight]:
+    found = {f"{name}.weight": Weight((rows, columns), split)}
+    if bias:
+        found[f"{name}.bias"] = Weight((rows,), "replicated" if split == "row" else split)
+    return found
+
+
+def _attention(spec: ModelSpec) -> dict[str, Weight]:
+    heads = spec.num_attention_heads * spec.head_dim
+    return (_linear("linear_qkv", heads + 2 * spec.groups * spec.head_dim, spec.hidden_size, "column", bias=spec.add_qkv_bias)
+            | _linear("linear_proj", spec.hidden_size, heads, "row", bias=spec.add_dense_bias))
+
+
+def _latent_attention(spec: ModelSpec) -> dict[str, Weight]:
+    """Compressed forms are small and whole on every rank; heads are cut."""
+    hidden, heads, keys = spec.hidden_size, spec.num_attention_heads, spec.kv_lora_rank or 0
+    query = heads * spec.head_dim
+    if spec.q_lora_rank is None:
+        found = _linear("linear_q_proj", query, hidden, "column")
+    else:
+        found = _linear("linear_q_down_proj", spec.q_lora_rank, hidden, "replicated")
+        found["q_layernorm.weight"] = Weight((spec.q_lora_rank,), "replicated")
+        found |= _linear("linear_q_up_proj", query, spec.q_lora_rank, "column")
+    found |= _linear("linear_kv_down_proj", keys + spec.rotary_dim, hidden, "replicated")
+    found["kv_layernorm.weight"] = Weight((keys,), "replicated")
+    found |= _linear("linear_kv_up_proj", heads * ((spec.qk_nope_head_dim or 0) + spec.value_dim), keys, "column")
+    return found | _linear("linear_proj", hidden, heads * spec.value_dim, "row", bias=spec.add_dense_bias)
+
+
+def _feed_forward(spec: ModelSpec, width: int) -> dict[str, Weight]:
+    gated, bias = spec.gated_linear_unit, spec.add_mlp_bias
+    return (_linear("linear_fc1", (2 if gated else 1) * width, spec.hidden_size, "gated" if gated else "column", bias=bias)
+            | _linear("linear_fc2", spec.hidden_size, width, "row", bias=bias))
+
+
+def _experts(spec: ModelSpec) -> dict[str, Weight]:
+    found = _linear("router", spec.num_experts or 0, spec.hidden_size, "replicated")
+    for number in range(spec.num_experts or 0):
+        found |= {f"{EXPERTS}{number}.{name}": weight for name, weight in _feed_forward(spec, spec.expert_ffn).items()}
+    if shared := spec.moe_shared_expert_intermediate_size:
+        found |= {f"shared_experts.{name}": weight for name, weight in _feed_forward(spec, shared).items()}
+        if spec.shared_expert_gate:
+            found["shared_experts.gate_weight"] = Weight((1, spec.hidden_size), "replicated")
+    return found
+
+
+def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0, expert_rank: int = 0) -> dict[str, str]:
+    """The weights a pipeline stage's model chunk holds: its own name (layers and experts numbered from 0) -> canonical name.
 
     The last of several stages holds a copy of tied embeddings as its output layer.
     """
     layers = layout.layers(spec.num_layers, stage, chunk)
+    experts = layout.experts(spec.num_experts, expert_rank) if spec.num_experts else range(0)
     first = stage == 0 and chunk == 0
     last = stage == layout.pp - 1 and chunk == layout.vpp - 1
     names = {}
     for name in weights(spec):
-        if name.startswith("decoder.layers."):
-            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            if int(number) in layers:
-                names[f"decoder.layers.{int(number) - layers.start}.{rest}"] = name
-        elif (name == EMBEDDING and first) or (name in (FINAL_NORM, OUTPUT) and last):
+        if found := IN_LAYER.match(name):
+            number, expert = int(found["layer"]), found["expert"]
+            if number in layers and (expert is None or int(expert) in experts):
+                rest = found["rest"] if expert is None else f"mlp.{EXPERTS}{int(expert) - experts.start}{found['rest']}"
+                names[f"{LAYERS}{number - layers.start}.{rest}"] = name
+        elif first if name.startswith("embedding.") else last:
             names[name] = name
     if spec.tied and last and layout.pp > 1:
         names[OUTPUT] = EMBEDDING

@@ -137,7 +137,8 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
         raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
     parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None)
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
     torch.manual_seed(seed)

@@ -12,14 +12,14 @@ from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import __version__
-from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, OptimizerConfig, ParallelConfig
+from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, CheckpointConfig, LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Run:
     parallel: ParallelConfig
     data: DataConfig
     optimizer: OptimizerConfig
+    moe: MoEConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     layout: ParallelLayout
@@ -75,7 +76,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     _check(spec, layout, parallel, data)
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    return Run(spec, parallel, data, resolved[OptimizerConfig], checkpoint, resolved[LoggingConfig], layout,
+    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], checkpoint, resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
 
 
@@ -124,6 +125,15 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
     if parallel.sequence_parallel and data.seq_length % layout.tp:
         raise ModelLinkError(f"sequence length {data.seq_length} is not a multiple of tensor parallel size {layout.tp}",
                              where="--seq-length, --sequence-parallel")
+    if layout.cp > 1 and data.seq_length % (2 * layout.cp * (layout.tp if parallel.sequence_parallel else 1)):
+        raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
+                             + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
+                             where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
+    if layout.ep > 1 and spec.num_experts is None:
+        raise ModelLinkError(f"the model has no experts to deal to {layout.ep} ranks", where="--expert-model-parallel-size")
+    if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
+        raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
+                             where="--sequence-parallel", fix="add --sequence-parallel")
     passes = data.num_microbatches(layout.dp)
     if layout.vpp > 1 and passes % layout.pp:
         raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",

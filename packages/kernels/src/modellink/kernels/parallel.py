@@ -89,17 +89,19 @@ def _choices(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes[:-1])) + (" or " if len(sizes) > 1 else "") + str(sizes[-1])
 
 
-def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups: int, ffn_hidden_size: int) -> None:
-    """Raise when `tp` does not divide the query groups (a group is never cut) or the FFN, naming sizes that would work."""
-    works = [size for size in divisors(num_query_groups) if ffn_hidden_size % size == 0]
+def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups: int,
+                          ffn_hidden_sizes: Sequence[int]) -> None:
+    """Raise when `tp` does not divide the query groups (a group is never cut) or a feed-forward width, naming what would work."""
+    works = [size for size in divisors(num_query_groups) if all(width % size == 0 for width in ffn_hidden_sizes)]
     if num_query_groups % tp:
         raise ModelLinkError(
             f"tensor parallel size {tp} does not divide the {num_query_groups} query groups "
             f"(of {num_attention_heads} attention heads)",
             where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
-    if ffn_hidden_size % tp:
-        raise ModelLinkError(f"tensor parallel size {tp} does not divide the FFN width {ffn_hidden_size}",
-                             where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
+    for width in ffn_hidden_sizes:
+        if width % tp:
+            raise ModelLinkError(f"tensor parallel size {tp} does not divide the FFN width {width}",
+                                 where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
 
 
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 1) -> int:

@@ -11,42 +11,14 @@ import importlib
 import pkgutil
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Protocol
 
+from modellink.ckpt_convert.family import Family
 from modellink.ckpt_convert.hf_config import Config
-from modellink.ckpt_convert.rules import Rules
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
 ORIGINALS_BASE = "llama2"  # the original's family for everything with Llama's tensor names: Llama, Qwen2, Mistral ...
-
-
-class Family(Protocol):
-    """What a family says of itself."""
-
-    model_type: str
-    """`model_type` of its config.json."""
-
-    def read(self, config: Config) -> dict[str, Any]:
-        """The fields of ModelSpec.
-
-        Raises:
-            ModelLinkError: a key is missing, or a feature is not supported.
-        """
-        ...
-
-    def write(self, spec: ModelSpec) -> dict[str, Any]:
-        """A config.json for a model that never had one.
-
-        Raises:
-            ModelLinkError: the family has no such model.
-        """
-        ...
-
-    def rules(self, spec: ModelSpec) -> Rules:
-        """Which Hugging Face rows make up each canonical weight."""
-        ...
 
 
 _families: dict[str, Family] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.families import family_of, read_spec
+from modellink.ckpt_convert.family import config_of
 from modellink.ckpt_convert.formats import safetensors
 from modellink.ckpt_convert.formats.archive import Planned
 from modellink.ckpt_convert.formats.tensors import Part, Stored, as_bytes
@@ -38,7 +39,7 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     """
     spec, family = read_spec(Config.load(folder), family)
     rules = family_of(family).rules(spec)
-    found = _stored(folder)
+    found = _weights(folder, family)
     if spec.tied:
         _drop_tied_copy(found, family, spec)
     targets = inverse(spec, rules)
@@ -50,10 +51,20 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     parts: dict[str, list[Part]] = {}
     for canonical, rows in rules.items():
         parts[canonical], row = [], 0
-        for name, piece in rows:
-            parts[canonical].append(Part(found[name], piece, range(found[name].columns), (row, 0)))
+        for name, piece, transposed in rows:
+            columns = found[name].shape[0] if transposed else found[name].columns
+            parts[canonical].append(Part(found[name], piece, range(columns), (row, 0), transposed))
             row += len(piece)
     return Checkpoint("Hugging Face", folder, spec, family, folder, assemble(spec, parts, folder))
+
+
+def _weights(folder: Path, family: str) -> dict[str, Stored]:
+    """The tensors of a folder under the names the family's class gives them, without its buffers."""
+    told = family_of(family)
+    found = {name: stored for name, stored in _stored(folder).items() if not name.endswith(told.buffers)}
+    if told.prefix and not any(name.startswith(told.prefix) for name in found):  # saved from the class without a head
+        found = {told.prefix + name: stored for name, stored in found.items()}
+    return found
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
@@ -80,7 +91,7 @@ def _drop_tied_copy(found: dict[str, Stored], family: str, spec: ModelSpec) -> N
     """A tied model may carry its embedding twice; equal copies count once, others mean that it is not tied."""
     untied = ModelSpec(**spec.to_dict() | {"untie_embeddings_and_output_weights": True})
     rules = family_of(family).rules(untied)
-    (embedding, _), (output, _) = rules[EMBEDDING][0], rules[OUTPUT][0]
+    embedding, output = rules[EMBEDDING][0].name, rules[OUTPUT][0].name
     if output not in found or embedding not in found:
         return
     first, second = found[embedding], found[output]
@@ -128,6 +139,6 @@ def config_for(spec: ModelSpec, family: str, companions: Path, dtype: str) -> di
         spec.refuse_contradiction(theirs, "the checkpoint", str(config.path))
         values = dict(config.values)
     else:
-        values = family_of(family).write(spec)
+        values = config_of(family_of(family), spec)
     key = "dtype" if "dtype" in values else "torch_dtype"
     return values | {key: dtype}

@@ -181,19 +181,17 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, di
     """Megatron's arguments as its loader wants to find them in a checkpoint."""
     per_chunk = spec.num_layers // (layout.pp * layout.vpp) if layout.vpp > 1 else None
     padded = padded_vocab_size(spec.vocab_size, layout.tp, divisible_by)
-    scaled = spec.rope_scaling_type is not None
-    return Namespace(
-        num_layers=spec.num_layers, hidden_size=spec.hidden_size, ffn_hidden_size=spec.ffn,
-        num_attention_heads=spec.num_attention_heads, num_query_groups=spec.groups,
-        group_query_attention=spec.groups != spec.num_attention_heads, kv_channels=spec.head_dim,
-        seq_length=spec.max_position_embeddings, max_position_embeddings=spec.max_position_embeddings,
-        position_embedding_type="rope", add_position_embedding=False, use_rotary_position_embeddings=True,
-        rotary_percent=1.0, rotary_interleaved=False, rotary_base=spec.rotary_base, use_rope_scaling=scaled,
-        rope_scaling_factor=spec.rope_scaling_factor, normalization=spec.normalization, norm_epsilon=spec.norm_epsilon,
-        apply_layernorm_1p=False, apply_query_key_layer_scaling=False, swiglu=spec.swiglu, add_bias_linear=False,
-        add_qkv_bias=spec.add_qkv_bias, add_dense_bias=spec.add_dense_bias,
-        untie_embeddings_and_output_weights=spec.untie_embeddings_and_output_weights, make_vocab_size_divisible_by=divisible_by,
-        padded_vocab_size=padded, tokenizer_type=None, num_experts=None, use_mcore_models=True,
+    rotary = spec.position_embedding_type == "rope"
+    architecture = {name: value for name, value in spec.to_dict().items() if name not in ("vocab_size", "activation_func")}
+    namespace = Namespace(**architecture)
+    vars(namespace).update(
+        ffn_hidden_size=spec.ffn, num_query_groups=spec.groups, group_query_attention=spec.groups != spec.num_attention_heads,
+        kv_channels=spec.head_dim, seq_length=spec.max_position_embeddings,
+        add_position_embedding=spec.position_embedding_type == "learned_absolute", use_rotary_position_embeddings=rotary,
+        use_rope_scaling=spec.rope_scaling_type == "llama3", apply_layernorm_1p=spec.layernorm_zero_centered_gamma,
+        apply_query_key_layer_scaling=False, swiglu=spec.gated_linear_unit and spec.activation_func == "silu",
+        add_bias_linear=spec.add_mlp_bias, make_vocab_size_divisible_by=divisible_by, padded_vocab_size=padded,
+        tokenizer_type=None, use_mcore_models=True,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=1,
         expert_model_parallel_size=1, sequence_parallel=False,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
@@ -201,3 +199,4 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, di
         num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
         params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, world_size=layout.tp * layout.pp,
         iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
+    return namespace

@@ -79,12 +79,23 @@ class Stored:
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column)."""
+    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column).
+
+    `rows` and `columns` are those of its transpose where it is stored [in, out].
+    """
 
     stored: Stored
     rows: range
     columns: range
     at: tuple[int, int]
+    transposed: bool = False
+
+    def read_into(self, out: torch.Tensor, rows: range, columns: range) -> None:
+        """Read a rectangle of it, given in the numbering of `rows` and `columns`."""
+        if self.transposed:
+            out.copy_(self.stored.read(columns, rows).T)
+        else:
+            self.stored.read_into(out, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -115,7 +126,7 @@ class Assembled:
         out = torch.empty(size, dtype=self.dtype)
         for place, part, rows, columns in self._overlaps(pieces, dim):
             view = out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)]
-            part.stored.read_into(view, rows, columns)
+            part.read_into(view, rows, columns)
         return out.view(-1) if len(self.shape) == 1 else out
 
     def _overlaps(self, pieces: Sequence[range], dim: int) -> Iterator[tuple[list[int], Part, range, range]]:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 from math import prod
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +22,13 @@ from modellink.ckpt_convert.formats.megatron import our_name
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import OUTPUT, Weight, weights
+from modellink.ckpt_convert.weights import EXPERTS, LAYERS, OUTPUT, Weight, weights
 from modellink.kernels.errors import ModelLinkError
 
 METADATA = ".metadata"
 MODEL = ("decoder.", "embedding.", "output_layer.")
-LAYERS = "decoder.layers."
-
+STACKED = "mlp.experts.experts."
+"""How Megatron-Core names the experts of a layer in such checkpoints."""
 
 KNOWN = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
     f"torch.{name}" for name in pickle.DTYPES} | {
@@ -70,21 +72,42 @@ def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
     parts: dict[str, list[Part]] = {}
     left_over = []
     for name, entry in entries.items():
-        single, stacked = name, not name.removeprefix(LAYERS).split(".")[0].isdigit() and name.startswith(LAYERS)
-        if stacked:
-            single = f"{LAYERS}0.{name.removeprefix(LAYERS)}"
-        if single == OUTPUT and spec.tied:
+        place = Place.of(name)
+        first = place.canonical((0, 0))
+        if first == OUTPUT and spec.tied:
             continue
-        if single not in known:
+        if first not in known:
             left_over.append(name)
             continue
-        _check_shape(name, entry, known[single], spec.num_layers if stacked else None, folder)
+        axes = [spec.num_layers] * place.layers + [spec.num_experts or 0] * place.experts
+        _check_shape(name, entry, known[first], axes, folder)
         for chunk in entry.chunks:
-            for layer, part in _parts(name, chunk, known[single], stacked):
-                canonical = single.replace(f"{LAYERS}0.", f"{LAYERS}{layer}.", 1) if stacked else single
-                parts.setdefault(canonical, []).append(part)
+            for index, part in _parts(name, chunk, known[first], len(axes)):
+                layer = index[0] if place.layers else 0
+                parts.setdefault(place.canonical((layer, index[-1] if place.experts else 0)), []).append(part)
     refuse_left_over(left_over, folder)
     return assemble(spec, parts, folder)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A name in the metadata: its canonical form, and whether layers and experts are leading axes of its tensor."""
+
+    name: str
+    layers: bool
+    experts: bool
+
+    @classmethod
+    def of(cls, name: str) -> Place:
+        layers = name.startswith(LAYERS) and not name.removeprefix(LAYERS).split(".")[0].isdigit()
+        if layers:
+            name = f"{LAYERS}{{layer}}.{name.removeprefix(LAYERS)}"
+        experts = STACKED in name and not name.partition(STACKED)[2].split(".")[0].isdigit()
+        return cls(name.replace(STACKED, f"mlp.{EXPERTS}" + "{expert}." * experts), layers, experts)
+
+    def canonical(self, numbers: tuple[int, int]) -> str:
+        """The canonical name of the tensor of a layer and an expert, where these are axes."""
+        return self.name.replace("{layer}", str(numbers[0])).replace("{expert}", str(numbers[1]))
 
 
 def _entries(folder: Path) -> dict[str, Entry]:
@@ -120,8 +143,8 @@ def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, 
     return Chunk(offsets, sizes, folder / file, place["offset"], place["length"])
 
 
-def _check_shape(name: str, entry: Entry, weight: Weight, layers: int | None, folder: Path) -> None:
-    expected = weight.shape if layers is None else (layers, *weight.shape)
+def _check_shape(name: str, entry: Entry, weight: Weight, axes: list[int], folder: Path) -> None:
+    expected = (*axes, *weight.shape)
     found = entry.shape
     if weight.split == "vocab" and found[1:] == expected[1:] and found[0] >= expected[0]:
         return  # padded
@@ -130,19 +153,19 @@ def _check_shape(name: str, entry: Entry, weight: Weight, layers: int | None, fo
                              fix="the configuration and the weights belong to different models")
 
 
-def _parts(name: str, chunk: Chunk, weight: Weight, stacked: bool) -> Iterator[tuple[int, Part]]:
-    """(layer, part) of each layer a chunk covers; layer 0 where layers are not stacked."""
+def _parts(name: str, chunk: Chunk, weight: Weight, axes: int) -> Iterator[tuple[tuple[int, ...], Part]]:
+    """(index along the leading axes, part) of each tensor a chunk covers."""
     stored = pickle.load(chunk.file, chunk.start, chunk.length)
     if not isinstance(stored, Stored) or prod(stored.shape) != prod(chunk.sizes):
         raise ModelLinkError(f"a piece of {name} should have the shape {list(chunk.sizes)}", where=chunk.file)
-    first, count = (chunk.offsets[0], chunk.sizes[0]) if stacked else (0, 1)
-    offsets, sizes = (chunk.offsets[1:], chunk.sizes[1:]) if stacked else (chunk.offsets, chunk.sizes)
-    for index in range(count):
-        shift = index * prod(sizes) * stored.dtype.itemsize
+    offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
+    for number, index in enumerate(product(*map(range, chunk.sizes[:axes]))):
+        shift = number * prod(sizes) * stored.dtype.itemsize
         single = Stored(stored.path, stored.offset + shift, stored.dtype, sizes)
         rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))  # the padding of a vocabulary is left out
         if len(rows):
-            yield first + index, Part(single, rows, range(single.columns), (offsets[0], offsets[1] if len(sizes) > 1 else 0))
+            at = (offsets[0], offsets[1] if len(sizes) > 1 else 0)
+            yield tuple(map(add, chunk.offsets, index)), Part(single, rows, range(single.columns), at)
 
 
 def refuse_unknown_names(folder: Path) -> None:

@@ -16,6 +16,9 @@ class ParallelConfig:
 
     tensor_model_parallel_size: int = option(1, "Ranks each weight matrix is cut over.", alias="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
+    context_parallel_size: int = option(1, "Ranks each sequence is cut over.", alias="--cp", minimum=1)
+    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to, within data parallelism.",
+                                             alias="--ep", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Layers of a model chunk when a stage holds several, interleaved.", minimum=1)
@@ -23,20 +26,29 @@ class ParallelConfig:
     use_distributed_optimizer: bool = option(False, "Cut the optimizer state over the data-parallel ranks.")
     make_vocab_size_divisible_by: int = option(128, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
     nproc_per_node: int | None = option(
-        None, "Processes to start on this machine; TP x PP where nothing is said. Not used under torchrun.", minimum=1)
+        None, "Processes to start on this machine; TP x PP x CP x EP where nothing is said. Not used under torchrun.",
+        minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     distributed_timeout_minutes: int = option(45, "How long a collective may take.", unit="minutes", minimum=1)
 
     def processes(self) -> int:
         """How many processes to start where no launcher did."""
-        return self.nproc_per_node or self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        return self.nproc_per_node or self._model_ranks * self.expert_model_parallel_size
+
+    @property
+    def _model_ranks(self) -> int:
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     def layout(self, num_layers: int, world_size: int) -> ParallelLayout:
         """The layout of `world_size` processes; what TP and PP leave over is data parallel."""
-        tp, pp = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
-        if world_size % (tp * pp):
-            raise ModelLinkError(f"{world_size} processes are not a multiple of TP {tp} x PP {pp}",
-                                 where="--nproc-per-node", fix=f"use {tp * pp}, {2 * tp * pp} or another multiple")
+        tp, pp, cp, ep = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size,
+                          self.expert_model_parallel_size)
+        if world_size % (unit := self._model_ranks):
+            raise ModelLinkError(f"{world_size} processes are not a multiple of TP {tp} x PP {pp}" + f" x CP {cp}" * (cp > 1),
+                                 where="--nproc-per-node", fix=f"use {unit}, {2 * unit} or another multiple")
+        if (dp := world_size // unit) * cp % ep:
+            raise ModelLinkError(f"experts cannot be dealt to {ep} of {dp * cp} data-parallel ranks",
+                                 where="--expert-model-parallel-size", fix=f"use a divisor of {dp * cp}, or more processes")
         vpp, chunk = 1, self.num_layers_per_virtual_pipeline_stage
         if chunk is not None:
             if pp < 2 or num_layers % (pp * chunk):
@@ -45,7 +57,7 @@ class ParallelConfig:
                     where="--num-layers-per-virtual-pipeline-stage", fix="use two stages or more, and a chunk that divides "
                     "the layers of a stage")
             vpp = num_layers // pp // chunk
-        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, dp=world_size // (tp * pp), num_layer_list=self.num_layer_list)
+        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list)
 
     def check(self) -> None:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:

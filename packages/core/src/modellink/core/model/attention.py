@@ -1,4 +1,4 @@
-"""Self-attention over megatron-core's parallel linears: rotary by position, a cache where there is one, one fused op.
+"""Self-attention over megatron-core's parallel linears: positions, a cache where there is one, one fused op.
 
 megatron-core's own forward ignores position ids, so its parameters and split into heads are kept and the way between is ours.
 """
@@ -6,21 +6,47 @@ megatron-core's own forward ignores position ids, so its parameters and split in
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
-from megatron.core.tensor_parallel import RowParallelLinear
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from torch import Tensor, nn
 
+from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.rotary import RotaryTable
 from modellink.core.model.state import SequenceState
 from modellink.kernels import ops
+from modellink.kernels.ops.attention import Variant, alibi_slopes
+from modellink.kernels.ops.rotary import yarn_scale
+
+
+class Rotary:
+    """Turns queries and keys by their positions; one object serves all layers of a stage."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._table = RotaryTable(spec) if spec.position_embedding_type == "rope" else None
+        self._interleaved = spec.rotary_interleaved
+
+    def __call__(self, state: SequenceState, *heads: Tensor) -> list[Tensor]:
+        """Heads [seq, batch, heads, dim], rotated; the angles of a pass are looked up once."""
+        if self._table is None:
+            return list(heads)
+        if state.angles is None:
+            length = state.length
+            if length is None:
+                length = heads[0].size(0) if state.positions is None else int(state.positions.max()) + 1
+            state.angles = self._table(length, state.positions, heads[0].device, heads[0].dtype)
+        cos, sin = state.angles
+        return [ops.rotary(x, cos, sin, interleaved=self._interleaved) for x in heads]
 
 
 class SelfAttention(MegatronSelfAttention):
     """hidden [seq (/ tp with sequence parallel), batch, hidden] -> the same."""
 
-    def __init__(self, *args: Any, rotary: RotaryTable, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, rotary: Rotary, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rotary = rotary
 
@@ -28,10 +54,7 @@ class SelfAttention(MegatronSelfAttention):
                 packed_seq_params: SequenceState | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         state = packed_seq_params or SequenceState()
         query, key, value = self.get_query_key_value_tensors(hidden_states)
-        if state.angles is None:
-            state.angles = self._angles(state, query)
-        cos, sin = state.angles
-        query, key = ops.rotary(query, cos, sin), ops.rotary(key, cos, sin)
+        query, key = self.rotary(state, query, key)
         if state.cache is not None:
             key, value = state.cache.update(self.layer_number, key, value, state.positions)
         if self.checkpoint_core_attention and self.training:
@@ -41,30 +64,52 @@ class SelfAttention(MegatronSelfAttention):
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
         return output
 
-    def _angles(self, state: SequenceState, query: Tensor) -> tuple[Tensor, Tensor]:
-        length = state.length
-        if length is None:
-            length = query.size(0) if state.positions is None else int(state.positions.max()) + 1
-        return self.rotary(length, state.positions, query.device, query.dtype)
+
+def softmax_scale(spec: ModelSpec) -> float:
+    """What scores are multiplied by; DeepSeek-V2 makes up for yarn's stretching there."""
+    scale = 1 / math.sqrt(spec.query_pre_attn_scalar or spec.head_dim)
+    if spec.multi_head_latent_attention and spec.rope_scaling_type == "yarn":
+        scale *= yarn_scale(spec.rope_scaling_factor, spec.rope_scaling_mscale_all_dim) ** 2
+    return scale
 
 
 class CoreAttention(nn.Module):
-    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp]."""
+    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp].
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+    With context parallelism every rank holds some tokens of each sequence, and the keys and values of all are gathered.
+    """
+
+    def __init__(self, config: Any, layer_number: int, spec: ModelSpec, **_: Any) -> None:
         super().__init__()
-        self.scale = softmax_scale or 1 / math.sqrt(config.kv_channels)
         self.dropout = config.attention_dropout
+        slopes = None
+        if spec.position_embedding_type == "alibi":
+            tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+            slopes = alibi_slopes(spec.num_attention_heads).chunk(tp)[rank]
+        self.variant = Variant(softmax_scale(spec), window=spec.window(layer_number - 1), softcap=spec.attn_logit_softcapping,
+                               slopes=slopes)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> Tensor:
         state = packed_seq_params or SequenceState()
-        return ops.attention(query, key, value, scale=self.scale, dropout=self.dropout if self.training else 0.0,
-                             positions=state.positions if state.cache is not None else None).flatten(2)
+        variant = self.variant
+        if variant.slopes is not None and variant.slopes.device != query.device:
+            self.variant = variant = replace(variant, slopes=variant.slopes.to(query.device))
+        if self.training and self.dropout:
+            variant = replace(variant, dropout=self.dropout)
+        positions = state.positions if state.cache is not None else None
+        if parallel_state.get_context_parallel_world_size() > 1:
+            positions = state.positions
+            key, value = _all_tokens(key), _all_tokens(value)
+        return ops.attention(query, key, value, variant, positions).flatten(2)
 
 
-class BiasedRowParallelLinear(RowParallelLinear):
-    """The output projection of models that have a bias there but in no other linear."""
+def _all_tokens(x: Tensor) -> Tensor:
+    """[seq / cp, ...] of every context-parallel rank, in the order of their positions [seq, ...].
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **(kwargs | {"bias": True}))
+    Rank r holds chunks r and 2 cp - 1 - r of 2 cp, so that causal attention is as much work on each.
+    """
+    cp = parallel_state.get_context_parallel_world_size()
+    gathered = gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
+    chunks = gathered.chunk(2 * cp)
+    return torch.cat([chunks[2 * number if number < cp else 2 * (2 * cp - 1 - number) + 1] for number in range(2 * cp)])

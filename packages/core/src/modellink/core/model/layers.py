@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -9,42 +12,70 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-from torch import Tensor
+from torch import Tensor, nn
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.model.attention import BiasedRowParallelLinear, CoreAttention, SelfAttention
+from modellink.core.model.attention import CoreAttention, Rotary, SelfAttention
+from modellink.core.model.feed_forward import Experts, FeedForward, SharedExpert, linears
+from modellink.core.model.latent import LatentAttention
+from modellink.core.model.linear import BiasedRowParallelLinear
 from modellink.core.model.norm import Norm
-from modellink.core.model.rotary import RotaryTable
-from modellink.kernels import ops
+from modellink.core.model.router import Router
 
 
-class GatedMLP(MLP):
-    """fc1 (gate and up in one), SwiGLU, fc2."""
+class Layer(TransformerLayer):
+    """megatron-core's layer, with a norm and a factor on what is added to the residual where the model has them."""
 
-    def forward(self, hidden_states: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
-        gate_and_up, _bias = self.linear_fc1(hidden_states)
-        output: tuple[Tensor, Tensor | None] = self.linear_fc2(ops.swiglu(gate_and_up))
-        return output
+    def __init__(self, config: Any, submodules: Any, *args: Any, spec: ModelSpec, **kwargs: Any) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        scale = 1.0 if spec.scale_depth is None else spec.scale_depth / math.sqrt(spec.num_layers)
+        norms: list[Norm | None] = [None, None]
+        if spec.post_norm:
+            self.post_attn_norm = Norm(config, spec.hidden_size, spec.norm_epsilon)
+            self.post_mlp_layernorm = Norm(config, spec.hidden_size, spec.norm_epsilon)
+            norms = [self.post_attn_norm, self.post_mlp_layernorm]
+        self.self_attn_bda, self.mlp_bda = (_adder(norm, scale) for norm in norms)
 
 
-def block_spec(spec: ModelSpec, layers: int) -> TransformerBlockSubmodules:
-    """The spec of a pipeline stage of `layers` layers and, on the last one, the final norm."""
+def _adder(norm: Norm | None, scale: float) -> Callable[[bool, bool], Callable[..., Tensor]]:
+    """The step behind attention and feed-forward, in megatron-core's form (training, fused) -> function."""
+    def add(training: bool, branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
+        x, bias = branch
+        x = x if bias is None else x + bias
+        x = x if norm is None else norm(x)
+        x = x if scale == 1.0 else x * scale
+        return residual + nn.functional.dropout(x, dropout, training)
+    return lambda training, fused: partial(add, training)
+
+
+def layer_spec(spec: ModelSpec, number: int, rotary: Rotary) -> ModuleSpec:
+    """The spec of a layer (from 0, over all stages)."""
+    core = ModuleSpec(module=CoreAttention, params={"spec": spec})
     projection = BiasedRowParallelLinear if spec.add_dense_bias else RowParallelLinear
+    latent = {"spec": spec} if spec.multi_head_latent_attention else {}
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal, "rotary": RotaryTable(spec)},
-        submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=CoreAttention,
-                                           linear_proj=projection, q_layernorm=IdentityOp, k_layernorm=IdentityOp))
-    layer = ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(
-        input_layernorm=Norm,
-        self_attention=attention,
-        self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=Norm,
-        mlp=ModuleSpec(module=GatedMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear,
-                                                                 linear_fc2=RowParallelLinear)),
-        mlp_bda=get_bias_dropout_add))
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=Norm)
+        module=LatentAttention if latent else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary, **latent},
+        submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=projection,
+                                           q_layernorm=IdentityOp, k_layernorm=IdentityOp))
+    return ModuleSpec(module=Layer, params={"spec": spec}, submodules=TransformerLayerSubmodules(
+        input_layernorm=Norm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
+        pre_mlp_layernorm=Norm, mlp=_feed_forward(spec, number), mlp_bda=get_bias_dropout_add))
+
+
+def _feed_forward(spec: ModelSpec, number: int) -> ModuleSpec:
+    if not spec.has_experts(number):
+        return ModuleSpec(module=FeedForward, params={"ffn_hidden_size": spec.ffn}, submodules=linears(spec))
+    experts = ModuleSpec(module=Experts, submodules=linears(spec))
+    shared = ModuleSpec(module=SharedExpert, submodules=linears(spec))
+    return ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts, shared_experts=shared))
+
+
+def block_spec(spec: ModelSpec, layers: range) -> TransformerBlockSubmodules:
+    """The spec of a model chunk with these layers and, on the last one, the final norm."""
+    rotary = Rotary(spec)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec, number, rotary) for number in layers], layer_norm=Norm)

@@ -29,8 +29,10 @@ def load_weights(models: Sequence[nn.Module], source: Source, settings: BuildSet
     table = weights(spec)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
     stage = parallel_state.get_pipeline_model_parallel_rank()
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
     chunks: list[tuple[dict[str, Any], dict[str, str]]] = [
-        (dict(bare(model).named_parameters()), stage_names(spec, layout, stage, chunk)) for chunk, model in enumerate(models)]
+        (dict(bare(model).named_parameters()), stage_names(spec, layout, stage, chunk, expert_rank))
+        for chunk, model in enumerate(models)]
     with Work("loading weights", sum(len(names) for _, names in chunks), unit="tensors", show=show) as work:
         for params, names in chunks:
             if params.keys() != names.keys():

@@ -1,4 +1,4 @@
-"""The norm in a transformer layer, over kernels.ops."""
+"""The norms of a transformer, over kernels.ops."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from modellink.kernels import ops
 
 
 class Norm(nn.Module):
-    """RMSNorm; with sequence parallelism its gradient is summed over tensor-parallel ranks, which each see other tokens."""
+    """RMSNorm or LayerNorm over the last dimension, as the config says.
+
+    With sequence parallelism gradients are summed over tensor-parallel ranks, which each see other tokens.
+    """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
-        self.epsilon = eps
-        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.epsilon, self.offset = eps, 1.0 if config.layernorm_zero_centered_gamma else 0.0
+        start = torch.full((hidden_size,), 1.0 - self.offset, dtype=config.params_dtype)
+        self.weight = nn.Parameter(start)
+        self.bias = nn.Parameter(torch.zeros_like(start)) if config.normalization == "LayerNorm" else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None:
+            return nn.functional.layer_norm(x, self.weight.shape, self.offset + self.weight, self.bias, self.epsilon)
+        if self.offset:  # 1 + weight in fp32: in bf16 a small weight would be rounded away
+            return ops.rms_norm(x.float(), self.offset + self.weight.float(), self.epsilon).to(x.dtype)
         return ops.rms_norm(x, self.weight, self.epsilon)

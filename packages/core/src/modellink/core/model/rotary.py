@@ -6,33 +6,49 @@ import torch
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.kernels.ops.rotary import inverse_frequencies
+from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
 
 class RotaryTable:
     """cos and sin for positions; grows by doubling when a longer sequence comes."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._frequencies = inverse_frequencies(
-            spec.head_dim, spec.rotary_base, scaling=spec.rope_scaling_type, factor=spec.rope_scaling_factor,
-            low_freq_factor=spec.low_freq_factor, high_freq_factor=spec.high_freq_factor,
-            original_length=spec.original_max_position_embeddings)
+        self._spec, self._scaling, self._scale = spec, None, 1.0
+        if spec.rope_scaling_type is not None:
+            self._scaling = Scaling(
+                spec.rope_scaling_type, spec.rope_scaling_factor, spec.original_max_position_embeddings or 0,
+                spec.low_freq_factor, spec.high_freq_factor, spec.rope_scaling_beta_fast, spec.rope_scaling_beta_slow)
+        if spec.rope_scaling_type == "yarn":
+            self._scale = (yarn_scale(spec.rope_scaling_factor, spec.rope_scaling_mscale)
+                           / yarn_scale(spec.rope_scaling_factor, spec.rope_scaling_mscale_all_dim))
         self._cos = self._sin = torch.empty(0)
+        self._made_for = 0
 
     def __call__(self, length: int, positions: Tensor | None, device: torch.device, dtype: torch.dtype,
                  ) -> tuple[Tensor, Tensor]:
-        """cos and sin [seq, batch or 1, 1, head dim].
+        """cos and sin [seq, batch or 1, 1, rotated dim].
 
         Args:
             length: one more than the largest position.
             positions: [batch, seq]; None for 0 .. length - 1.
         """
-        if len(self._cos) < length or self._cos.device != device or self._cos.dtype != dtype:
-            size = max(length, 2 * len(self._cos))
-            angles = torch.outer(torch.arange(size, dtype=torch.float32), self._frequencies)
-            angles = torch.cat([angles, angles], dim=-1)
-            self._cos, self._sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+        if len(self._cos) < length or self._cos.device != device or self._cos.dtype != dtype or self._stale(length):
+            self._make(length, device, dtype)
         if positions is None:
             return self._cos[:length, None, None], self._sin[:length, None, None]
         index = positions.t()
         return self._cos[index].unsqueeze(2), self._sin[index].unsqueeze(2)
+
+    def _stale(self, length: int) -> bool:
+        """Whether the length of the sequence changes the angles of all its positions."""
+        if self._scaling is None or self._scaling.kind != "dynamic":
+            return False
+        return max(length, self._scaling.original_length) != max(self._made_for, self._scaling.original_length)
+
+    def _make(self, length: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._made_for = length
+        frequencies = inverse_frequencies(self._spec.rotary_dim, self._spec.rotary_base, self._scaling, length=length)
+        angles = torch.outer(torch.arange(max(length, 2 * len(self._cos)), dtype=torch.float32), frequencies)
+        angles = angles.repeat_interleave(2, -1) if self._spec.rotary_interleaved else torch.cat([angles, angles], dim=-1)
+        self._cos = (angles.cos() * self._scale).to(device, dtype)
+        self._sin = (angles.sin() * self._scale).to(device, dtype)

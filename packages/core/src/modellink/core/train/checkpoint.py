@@ -128,7 +128,7 @@ def _random_state(layout: ParallelLayout) -> dict[str, Any]:
     """The random generators of this rank, as byte tensors of their own place in a [pp, tp, dp, ...] tensor."""
     place = [(0, parallel_state.get_pipeline_model_parallel_rank(), layout.pp),
              (1, parallel_state.get_tensor_model_parallel_rank(), layout.tp),
-             (2, parallel_state.get_data_parallel_rank(), layout.dp)]
+             (2, parallel_state.get_data_parallel_rank(with_context_parallel=True), layout.dp * layout.cp)]
     states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     return {f"random.{name}": ShardedTensor.from_rank_offsets(f"random.{name}", state.cpu(), *place, prepend_axis_num=3)
             for name, state in states.items()}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
@@ -91,12 +92,13 @@ def _sizes(run: Run) -> dict[str, Any]:
 
 def flops_per_rank(run: Run) -> float:
     """Floating point operations of an iteration's forward and backward passes on one rank (backward counts twice): the
-    matrix products of the layers and the output layer, and causal attention at half of its square (as in the appendix of
-    Narayanan et al. 2021, with grouped queries and a gated feed-forward)."""
+    matrix products a token takes part in, and causal attention at half of its square (as in the appendix of Narayanan et al.
+    2021)."""
     spec, seq = run.spec, run.data.seq_length
-    heads = spec.num_attention_heads * spec.head_dim
-    projections = spec.hidden_size * (2 * heads + 2 * spec.groups * spec.head_dim)
-    ffn = (3 if spec.swiglu else 2) * spec.hidden_size * spec.ffn
-    token = 2 * (spec.num_layers * (projections + ffn + seq * heads) + spec.hidden_size * spec.vocab_size)
+    used = spec.hidden_size * spec.vocab_size + spec.num_layers * seq * spec.num_attention_heads * (
+        spec.head_dim + spec.value_dim) / 2
+    for name, weight in weights(spec).items():
+        if name.startswith("decoder.") and len(weight.shape) == 2:
+            used += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
     tokens = seq * run.data.samples_per_iteration(run.layout.dp)
-    return 3.0 * token * tokens / math.prod((run.layout.tp, run.layout.pp, run.layout.dp))
+    return 6.0 * used * tokens / run.layout.world_size

@@ -19,7 +19,7 @@ def build_settings(run: Run) -> BuildSettings:
         layout=run.layout, dtype=run.optimizer.dtype, sequence_parallel=run.parallel.sequence_parallel,
         make_vocab_size_divisible_by=run.parallel.make_vocab_size_divisible_by,
         attention_dropout=run.optimizer.attention_dropout, hidden_dropout=run.optimizer.hidden_dropout,
-        init_method_std=run.optimizer.init_method_std)
+        init_method_std=run.optimizer.init_method_std, moe=run.moe)
 
 
 def set_up(run: Run) -> Training:

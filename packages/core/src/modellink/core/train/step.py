@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor
 
 from modellink.core.data.pretrain import Batch
+from modellink.core.parallel.context import local_part
 from modellink.kernels import ops
 
 
@@ -20,11 +21,14 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
     batch = next(batches)
 
     def loss_of(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = ops.cross_entropy(logits, batch.labels, parallel_state.get_tensor_model_parallel_group())
-        loss = (losses * batch.loss_mask).sum() / batch.loss_mask.sum().clamp(min=1)
-        return loss, {"loss": loss.detach().clone()}  # the schedule divides the loss itself in place
+        losses = ops.cross_entropy(logits, local_part(batch.labels), parallel_state.get_tensor_model_parallel_group())
+        loss = (losses * local_part(batch.loss_mask)).sum() / batch.loss_mask.sum().clamp(min=1)
+        whole = loss.detach().clone()  # the schedule divides the loss itself in place
+        if parallel_state.get_context_parallel_world_size() > 1:  # each rank has the tokens it holds, of all in the count
+            dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+        return loss, {"loss": whole}
 
-    return model(batch.tokens), loss_of
+    return model(local_part(batch.tokens)), loss_of
 
 
 def run_schedule(models: Sequence[Any], batches: Callable[[], Iterator[Batch]], *, num_microbatches: int, seq_length: int,

@@ -1,60 +1,108 @@
 """Scaled dot-product attention with grouped queries, causal or over a cache.
 
-Two uses: a whole sequence (causal), and new tokens against cached keys, where `positions` says how far each query sees.
-Not here yet: packed documents, soft caps and biases on the scores.
+Two uses: a whole sequence (causal), and queries at given positions against keys 0 .. n - 1 (a cache, or keys gathered from other
+ranks). Variants: a sliding window, ALiBi, a soft cap on the scores. Not here yet: packed documents.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_NPU_MASK = 2048  # npu_fusion_attention wants its compressed causal mask in this size
+_NPU_MASK = 2048  # npu_fusion_attention wants its compressed masks in this size
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float, positions: Tensor | None = None,
-              dropout: float = 0.0) -> Tensor:
-    """softmax(query key^T * scale) value.
+@dataclass(frozen=True)
+class Variant:
+    """What is done beside softmax(query key^T * scale) value.
+
+    Attributes:
+        scale: of the scores.
+        dropout: probability with which a weight is dropped.
+        window: a query at position i sees keys i - window + 1 to i; None: all up to i.
+        softcap: scores become softcap x tanh(scores / softcap).
+        slopes: [heads]; slope x (j - i) is added to the score of key j (ALiBi, Press et al. 2022). Added is the same for every
+            form in use: a form with slope x j differs by a constant per query, which softmax does not see.
+    """
+
+    scale: float
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    slopes: Tensor | None = None
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None = None) -> Tensor:
+    """softmax(query key^T * scale) value, with what `variant` adds.
 
     Args:
         query: [seq, batch, heads, dim].
-        key, value: [key seq, batch, groups, dim]; a group of keys serves heads / groups query heads.
+        key: [key seq, batch, groups, dim]; a group of keys serves heads / groups query heads.
+        value: [key seq, batch, groups, value dim].
         positions: [batch, seq] of the queries; key j is seen by a query at position >= j. None: causal over one sequence,
             which needs key seq == seq.
-        dropout: probability with which a weight is dropped.
 
     Returns:
-        [seq, batch, heads, dim].
+        [seq, batch, heads, value dim].
     """
-    return FORMS.get(query.device.type, torch_fused)(query, key, value, scale, positions, dropout)
+    return FORMS.get(query.device.type, torch_fused)(query, key, value, variant, positions)
 
 
-def _hidden(positions: Tensor, keys: int) -> Tensor:
-    """[batch, 1, seq, keys], True where a query must not see a key."""
-    return torch.arange(keys, device=positions.device) > positions[:, None, :, None]
+def alibi_slopes(heads: int) -> Tensor:
+    """[heads] slopes of ALiBi: powers of 2^(-8 / n) for the largest power of two n <= heads, then every second of those of 2n."""
+    closest = 2 ** math.floor(math.log2(heads))
+    slopes = [2 ** (-8 / closest * (head + 1)) for head in range(closest)]
+    slopes += [2 ** (-4 / closest * (2 * head + 1)) for head in range(heads - closest)]
+    return torch.tensor(slopes)
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, positions: Tensor | None, dropout: float) -> Tensor:
+def _distance(query: Tensor, keys: int, positions: Tensor | None) -> Tensor:
+    """[batch or 1, 1, seq, keys]: position of the query minus that of the key."""
+    if positions is None:
+        positions = torch.arange(query.size(0), device=query.device)[None]
+    return positions[:, None, :, None] - torch.arange(keys, device=query.device)
+
+
+def _hidden(distance: Tensor, window: int | None) -> Tensor:
+    """True where a query must not see a key."""
+    return (distance < 0) if window is None else (distance < 0) | (distance >= window)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
     heads, groups = query.size(2), key.size(2)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
-    if positions is None:
-        positions = torch.arange(query.size(0), device=query.device).expand(query.size(1), -1)
-    scores = (q @ k.transpose(-1, -2)).float() * scale
-    weights = scores.masked_fill(_hidden(positions, key.size(0)), float("-inf")).softmax(-1)
-    weights = torch.nn.functional.dropout(weights, dropout)
+    scores = (q @ k.transpose(-1, -2)).float() * variant.scale
+    if variant.softcap is not None:
+        scores = variant.softcap * torch.tanh(scores / variant.softcap)
+    distance = _distance(query, key.size(0), positions)
+    if variant.slopes is not None:
+        scores = scores - variant.slopes[:, None, None] * distance
+    weights = scores.masked_fill(_hidden(distance, variant.window), float("-inf")).softmax(-1)
+    weights = torch.nn.functional.dropout(weights, variant.dropout)
     return (weights.to(v.dtype) @ v).permute(2, 0, 1, 3)
 
 
-def torch_fused(query: Tensor, key: Tensor, value: Tensor, scale: float, positions: Tensor | None,
-                dropout: float) -> Tensor:
+def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
+    if variant.softcap is not None:  # scaled_dot_product_attention has no place for it
+        return plain(query, key, value, variant, positions)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    mask = None if positions is None else ~_hidden(positions, key.size(0))
+    mask = None
+    windowed = variant.window is not None and variant.window < key.size(0)
+    if positions is not None or windowed or variant.slopes is not None:
+        distance = _distance(query, key.size(0), positions)
+        mask = ~_hidden(distance, variant.window)
+        if variant.slopes is not None:
+            bias = -variant.slopes.to(q.dtype)[:, None, None] * distance
+            mask = bias.masked_fill(~mask, float("-inf"))
     out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scale, dropout_p=variant.dropout,
+        enable_gqa=q.size(1) != k.size(1))
     return out.permute(2, 0, 1, 3)
 
 
@@ -63,15 +111,22 @@ def _compressed_causal_mask(device: torch.device) -> Tensor:
     return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
 
 
-def npu(query: Tensor, key: Tensor, value: Tensor, scale: float, positions: Tensor | None, dropout: float) -> Tensor:
+def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
+    if variant.softcap is not None or variant.slopes is not None or key.size(-1) != value.size(-1):
+        return plain(query, key, value, variant, positions)
     q, k, v = (t.transpose(0, 1).contiguous() for t in (query, key, value))  # BSND
-    if positions is None:
-        mask, mode = _compressed_causal_mask(query.device), 2
+    options: dict[str, object] = {}
+    if positions is not None:
+        mask, mode = _hidden(_distance(query, key.size(0), positions), variant.window), 1
+    elif variant.window is not None:
+        mask, mode = _compressed_causal_mask(query.device), 4
+        options = {"pre_tockens": variant.window - 1, "next_tockens": 0}
     else:
-        mask, mode = _hidden(positions, key.size(0)), 1
+        mask, mode = _compressed_causal_mask(query.device), 2
     out: Tensor = torch.ops.npu.npu_fusion_attention(
-        q, k, v, q.size(2), "BSND", atten_mask=mask, scale=scale, keep_prob=1 - dropout, sparse_mode=mode)[0]
+        q, k, v, q.size(2), "BSND", atten_mask=mask, scale=variant.scale, keep_prob=1 - variant.dropout, sparse_mode=mode,
+        **options)[0]
     return out.transpose(0, 1)
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, float, Tensor | None, float], Tensor]] = {"npu": npu}
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {"npu": npu}

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from modellink.kernels.device import Device, find
 from modellink.kernels.ops.adamw import Settings
+from modellink.kernels.ops.attention import Variant
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
@@ -74,7 +75,7 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
         "rms_norm": lambda form: run(form, x, w, epsilon=1e-5),
         "swiglu": lambda form: run(form, x),
         "rotary": lambda form: run(form, q, cos, sin),
-        "attention": lambda form: run(form, q, k, v, scale=0.25, positions=None, dropout=0.0),
+        "attention": lambda form: run(form, q, k, v, variant=Variant(0.25), positions=None),
         "cross_entropy": lambda form: run(form, x, labels),
         "adamw": stepped,
     }

@@ -1,27 +1,29 @@
-"""Rotary position embedding (Su et al. 2021), the half-split form: dimension i is paired with i + dim / 2.
+"""Rotary position embedding (Su et al. 2021): pairs of dimensions are turned by an angle that grows with the position.
 
-The op turns heads by given angles; `inverse_frequencies` says by how much a position turns each pair, with the published
-ways to stretch that for longer sequences.
+The op turns heads by given angles, with pairs half a head apart or neighbouring; `inverse_frequencies` says by how much a
+position turns each pair, with the published ways to stretch that for longer sequences.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first `cos.size(-1)` dimensions of every head and leave the others.
 
     Args:
         x: [seq, batch, heads, dim].
-        cos, sin: [seq, batch or 1, 1, rotated dim], each angle twice (once per half).
+        cos, sin: [seq, batch or 1, 1, rotated dim], each angle once per dimension of its pair.
+        interleaved: dimension 2i is paired with 2i + 1, not dimension i with i + rotated dim / 2.
     """
     size = cos.size(-1)
-    form = FORMS.get(x.device.type, plain)
+    form = plain_interleaved if interleaved else FORMS.get(x.device.type, plain)
     if size == x.size(-1):
         return form(x, cos, sin)
     return torch.cat([form(x[..., :size], cos, sin), x[..., size:]], dim=-1)
@@ -32,6 +34,11 @@ def plain(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def plain_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    swapped = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return x * cos + swapped * sin
+
+
 def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     result: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin)
     return result
@@ -40,19 +47,59 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"npu": npu}
 
 
-def inverse_frequencies(dim: int, base: float, *, scaling: str | None = None, factor: float = 1.0, low_freq_factor: float = 1.0,
-                        high_freq_factor: float = 4.0, original_length: int | None = None) -> Tensor:
-    """[dim / 2] angles a position, in fp32.
+@dataclass(frozen=True)
+class Scaling:
+    """How frequencies are stretched beyond the original length (in tokens); field names are those of Hugging Face configs.
 
-    Args:
-        base: theta; pair i turns by base^(-2i / dim).
-        scaling: None, or `llama3` (Llama 3.1's recipe): waves longer than `original_length` / `low_freq_factor` are stretched
-            by `factor`, those shorter than `original_length` / `high_freq_factor` kept, those between blended.
+    - `linear`: all by `factor` (Chen et al. 2023).
+    - `dynamic`: a larger base once a sequence is longer than the original length (NTK-aware, as in transformers).
+    - `llama3`: waves longer than original length / `low_freq_factor` by `factor`, those shorter than original length /
+      `high_freq_factor` not, those between blended (Llama 3.1).
+    - `yarn`: pairs that turn more than `beta_fast` times in the original length not, those that turn less than `beta_slow`
+      times by `factor`, those between blended linearly (Peng et al. 2023).
     """
+
+    kind: str
+    factor: float = 1.0
+    original_length: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+def inverse_frequencies(dim: int, base: float, scaling: Scaling | None = None, *, length: int = 0) -> Tensor:
+    """[dim / 2] angles a position, in fp32: pair i turns by base^(-2i / dim), stretched by `scaling`.
+
+    `length` is that of the sequence, in tokens; only `dynamic` asks for it.
+    """
+    if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_length:
+        stretched = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
+        base = base * stretched ** (dim / (dim - 2))
     frequencies = 1.0 / base ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return frequencies
-    assert scaling == "llama3" and original_length is not None  # ModelSpec knows no other
-    turns = original_length * frequencies / (2 * math.pi)  # how often a wave fits into the original length
-    keep = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
-    return frequencies * (keep + (1 - keep) / factor)
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    keep = _kept_llama3(frequencies, scaling) if scaling.kind == "llama3" else _kept_yarn(dim, base, scaling)
+    return frequencies * (keep + (1 - keep) / scaling.factor)
+
+
+def _kept_llama3(frequencies: Tensor, scaling: Scaling) -> Tensor:
+    turns = scaling.original_length * frequencies / (2 * math.pi)  # how often a wave fits into the original length
+    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+
+
+def _kept_yarn(dim: int, base: float, scaling: Scaling) -> Tensor:
+    def pair(turns: float) -> float:
+        """The pair that turns so often in the original length."""
+        return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+    return 1 - ramp.clamp(0, 1)
+
+
+def yarn_scale(factor: float, mscale: float) -> float:
+    """How much larger yarn makes what it stretches: 0.1 mscale ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

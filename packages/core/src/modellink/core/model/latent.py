@@ -1,0 +1,80 @@
+"""Multi-head latent attention (DeepSeek-V2): keys and values, and queries where the model does so, come from a compressed form.
+
+Compressing matrices are whole on every tensor-parallel rank, expanding ones are cut by heads. Part of every query and key head is
+rotated; the rotated part of the key is one for all heads. Not here: keeping only the compressed form in a cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import build_module
+from torch import Tensor
+
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core.model.attention import Rotary
+from modellink.core.model.linear import ReplicatedLinear
+from modellink.core.model.norm import Norm
+from modellink.core.model.state import SequenceState
+
+
+class LatentAttention(MegatronModule):
+    """hidden [seq (/ tp with sequence parallel), batch, hidden] -> the same."""
+
+    def __init__(self, config: Any, submodules: Any, layer_number: int, spec: ModelSpec, rotary: Rotary,
+                 attn_mask_type: Any = None, **kwargs: Any) -> None:
+        super().__init__(config)
+        self.layer_number, self.rotary, self.spec = layer_number, rotary, spec
+        self.nope, self.rope, self.value_dim = spec.head_dim - spec.rotary_dim, spec.rotary_dim, spec.value_dim
+        hidden, heads, latent = spec.hidden_size, spec.num_attention_heads, spec.kv_lora_rank or 0
+        if spec.q_lora_rank is None:
+            self.linear_q_proj = self._column(hidden, heads * spec.head_dim)
+        else:
+            self.linear_q_down_proj = ReplicatedLinear(config, hidden, spec.q_lora_rank)
+            self.q_layernorm = Norm(config, spec.q_lora_rank, spec.norm_epsilon)
+            self.linear_q_up_proj = self._column(spec.q_lora_rank, heads * spec.head_dim)
+        self.linear_kv_down_proj = ReplicatedLinear(config, hidden, latent + self.rope)
+        self.kv_layernorm = Norm(config, latent, spec.norm_epsilon)
+        self.linear_kv_up_proj = self._column(latent, heads * (self.nope + self.value_dim))
+        self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number, **kwargs)
+        self.linear_proj = build_module(
+            submodules.linear_proj, heads * self.value_dim, hidden, config=config, init_method=config.output_layer_init_method,
+            bias=False, input_is_parallel=True, skip_bias_add=True, is_expert=False)
+
+    def _column(self, inputs: int, outputs: int) -> ColumnParallelLinear:
+        return ColumnParallelLinear(inputs, outputs, config=self.config, init_method=self.config.init_method, bias=False,
+                                    gather_output=False)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
+                packed_seq_params: SequenceState | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
+        state = packed_seq_params or SequenceState()
+        query, key, value = self._heads(hidden_states, state)
+        if state.cache is not None:
+            key, value = state.cache.update(self.layer_number, key, value, state.positions)
+        context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
+        output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
+        return output
+
+    def _heads(self, hidden_states: Tensor, state: SequenceState) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key [seq, batch, heads / tp, nope + rope] and value [seq, batch, heads / tp, value dim]."""
+        if self.spec.q_lora_rank is None:
+            query, _ = self.linear_q_proj(hidden_states)
+        else:
+            query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
+        latent, rotated = self.linear_kv_down_proj(hidden_states).split([self.spec.kv_lora_rank or 0, self.rope], dim=-1)
+        expanded, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
+        # the rotated part is used by the heads of every rank: its gradient is the sum over ranks
+        rotated = gather_from_sequence_parallel_region(rotated) if self.config.sequence_parallel else (
+            copy_to_tensor_model_parallel_region(rotated))
+        query = query.unflatten(-1, (-1, self.nope + self.rope))
+        key, value = expanded.unflatten(-1, (-1, self.nope + self.value_dim)).split([self.nope, self.value_dim], dim=-1)
+        turned, rotated = self.rotary(state, query[..., self.nope:], rotated.unsqueeze(2))
+        query = torch.cat([query[..., :self.nope], turned], dim=-1)
+        return query, torch.cat([key, rotated.expand(-1, -1, key.size(2), -1)], dim=-1), value

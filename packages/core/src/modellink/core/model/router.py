@@ -1,0 +1,90 @@
+"""Which experts see a token, and the losses that keep them evenly used.
+
+The choice follows ModelSpec: the best k of all experts, or of the best groups; scores are a softmax over all experts or over the
+chosen ones. The losses are megatron-core's (a micro batch or a sequence at a time) and, for grouped experts, those of
+DeepSeek-V2 (section 2.1.4 of its report): how much the groups compute, and how much is sent to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from modellink.ckpt_convert.spec import ModelSpec
+
+
+def choose(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen experts (0 elsewhere) and which are chosen, both [tokens, experts], from logits of that shape.
+
+    A group is as good as its best expert.
+    """
+    all_scores = logits.float().softmax(-1)
+    candidates = all_scores
+    if spec.moe_router_num_groups and spec.topk_group:
+        best = all_scores.unflatten(-1, (spec.moe_router_num_groups, -1)).amax(-1)
+        kept = torch.zeros_like(best).scatter(-1, best.topk(spec.topk_group, sorted=False).indices, 1.0)
+        candidates = all_scores * kept.repeat_interleave(all_scores.size(-1) // best.size(-1), -1)
+    index = candidates.topk(spec.moe_router_topk).indices
+    scores = all_scores.gather(-1, index) if spec.moe_router_pre_softmax else logits.float().gather(-1, index).softmax(-1)
+    scores = (scores * spec.routed_scaling_factor).to(logits.dtype)
+    chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, index, True)
+    return torch.zeros_like(logits).scatter(-1, index, scores), chosen
+
+
+def group_losses(all_scores: Tensor, chosen: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V2's device-level and communication losses (equations 24 to 31 of its report), without their factors.
+
+    Args:
+        all_scores, chosen: [tokens, experts].
+        groups: D, how many groups (devices) the experts are in.
+    """
+    tokens, experts = chosen.shape
+    each = chosen.sum(-1, keepdim=True).float()  # K, experts of a token
+    used = (experts * chosen / each).mean(0).unflatten(0, (groups, -1)).mean(-1)  # f' of a group
+    share = all_scores.mean(0).unflatten(0, (groups, -1)).sum(-1)  # P'
+    touched = chosen.unflatten(-1, (groups, -1)).any(-1)
+    limit = touched.sum(-1).max().clamp(min=1)  # M
+    sent = groups * touched.float().sum(0) / (limit * tokens)  # f''
+    return (used * share).sum(), (sent * share).sum()
+
+
+class Router(TopKRouter):
+    """megatron-core's router with the choice of `choose`."""
+
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        super().__init__(config, pg_collection)
+        self.spec: ModelSpec = config.spec
+        self.balance = config.balance
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits [seq, batch, experts] -> scores and choice, both [tokens, experts]."""
+        seq, batch = logits.shape[:2]
+        logits = self.apply_z_loss(logits.view(-1, logits.size(-1)))
+        scores, chosen = choose(logits, self.spec)
+        for_loss = chosen
+        if self.config.moe_expert_capacity_factor is not None:
+            scores, chosen = apply_router_token_dropping(
+                scores, chosen, router_topk=self.topk, capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy, pad_to_capacity=self.config.moe_pad_expert_input_to_capacity)
+        if self.training and torch.is_grad_enabled():
+            all_scores = logits.float().softmax(-1)
+            scores = self._apply_aux_loss(scores, all_scores, for_loss)
+            scores = self._apply_seq_aux_loss(scores, all_scores, for_loss, seq, batch)
+            scores = self._apply_group_losses(scores, all_scores, for_loss)
+        return scores, chosen
+
+    def _apply_group_losses(self, scores: Tensor, all_scores: Tensor, chosen: Tensor) -> Tensor:
+        factors = (self.balance.moe_device_level_aux_loss_coeff, self.balance.moe_comm_aux_loss_coeff)
+        if not any(factors) or not self.spec.moe_router_num_groups:
+            return scores
+        names = ("device_level_loss", "communication_loss")
+        for name, factor, loss in zip(names, factors, group_losses(all_scores, chosen, self.spec.moe_router_num_groups),
+                                      strict=True):
+            if factor:
+                share = factor * loss / self.tp_cp_group.size()  # every rank adds the loss of its tokens
+                scores = self.attach_and_log_load_balancing_loss(scores, factor, share, name, self.tp_cp_group)
+        return scores
