@@ -57,9 +57,10 @@ def tokens(length: int = 24) -> Tensor:
 
 
 def gradients(logits: Tensor, tensors: Tensors) -> Tensors:
-    """Of a random linear function of the logits."""
+    """Of a random linear function of the logits; zeros where a tensor has no part in it."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
-    return dict(zip(tensors, torch.autograd.grad((logits * weights).sum(), list(tensors.values())), strict=True))
+    found = torch.autograd.grad((logits * weights).sum(), list(tensors.values()), materialize_grads=True)
+    return dict(zip(tensors, found, strict=True))
 
 
 def assert_equal(
@@ -281,3 +282,42 @@ def test_qwens_two_switches_act_in_evaluation_and_beyond_the_trained_length_alon
     for length, same in ((16, True), (24, False)):
         trained, evaluated = (module.logits(config, tensors, tokens(length), training=training) for training in (True, False))
         assert torch.equal(trained, evaluated) is same
+
+
+def scaled_llama(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """MiniCPM's three scales worked into the weights of a Llama or Mixtral with a head of its own."""
+    depth = config["scale_depth"] / config["num_hidden_layers"] ** 0.5
+    embedding = tensors["model.embed_tokens.weight"]
+    head = tensors.get("lm_head.weight", embedding) / (config["hidden_size"] / config["dim_model_base"])
+    scaled = {name: depth * value if "o_proj" in name or "down_proj" in name or "w2" in name else value
+              for name, value in tensors.items()}
+    return scaled | {"model.embed_tokens.weight": embedding * config["scale_emb"], "lm_head.weight": head}
+
+
+@pytest.mark.parametrize("name", ["minicpm-2b", "minicpm untied"])
+def test_minicpm_is_a_llama_with_its_scales_in_the_weights(name: str) -> None:
+    module = MODULES["minicpm"]
+    config = module.TINY[name]
+    model = llama(config, tie_word_embeddings=False, rope_theta=config.get("rope_theta", 10000.0))
+    assert_equal(module, config, model, lambda tensors: scaled_llama(config, tensors))
+
+
+def test_minicpm_moe_is_a_mixtral_with_its_scales_in_the_weights() -> None:
+    module = MODULES["minicpm"]
+    config = module.TINY["minicpm-moe-8x2b"]
+    model = build(
+        "Mixtral", vocab_size=131, hidden_size=48, intermediate_size=112, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, rms_norm_eps=1e-5, num_local_experts=config["num_experts"], num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False, sliding_window=None)
+
+    def rename(tensors: Tensors) -> Tensors:
+        scaled = scaled_llama(config, tensors)
+        renamed = {name: value for name, value in scaled.items() if "experts" not in name}
+        for layer in range(4):
+            name = f"model.layers.{layer}.mlp.experts."
+            gate, down, up = ([scaled[f"{name}{e}.{part}.weight"] for e in range(10)] for part in ("w1", "w2", "w3"))
+            pairs = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+            renamed |= {name + "gate_up_proj": torch.stack(pairs), name + "down_proj": torch.stack(down)}
+        return renamed
+
+    assert_equal(module, config, model, rename)
