@@ -321,3 +321,54 @@ def test_minicpm_moe_is_a_mixtral_with_its_scales_in_the_weights() -> None:
         return renamed
 
     assert_equal(module, config, model, rename)
+
+
+def test_grok_with_one_expert_is_a_gemma2_with_its_scales_in_the_weights() -> None:
+    """Gemma2 has the four norms, the capped scores and the gated GELU; one expert always has the weight one."""
+    module = MODULES["grok"]
+    config = module.TINY["grok-1"] | {"num_experts": 1, "num_experts_per_tok": 1}
+    hidden = config["hidden_size"]
+    model = build(
+        "Gemma2", vocab_size=131, hidden_size=hidden, intermediate_size=112, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, hidden_activation="gelu", rms_norm_eps=config["rms_norm_eps"],
+        query_pre_attn_scalar=int(config["attn_output_multiplier"] ** -2), attn_logit_softcapping=config["max_attn_value"],
+        final_logit_softcapping=None, tie_word_embeddings=False, layer_types=["full_attention"] * 4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    names = {"pre_attn_norm.scale": "input_layernorm.weight", "post_attn_norm.scale": "post_attention_layernorm.weight",
+             "pre_moe_norm.scale": "pre_feedforward_layernorm.weight", "norm.scale": "norm.weight",
+             "post_moe_norm.weight": "post_feedforward_layernorm.weight", "attn.": "self_attn.",
+             "moe_block.experts.0.linear.": "mlp.gate_proj.", "moe_block.experts.0.linear_v.": "mlp.up_proj.",
+             "moe_block.experts.0.linear_1.": "mlp.down_proj."}
+
+    def rename(tensors: Tensors) -> Tensors:
+        renamed: Tensors = {}
+        for name, value in tensors.items():
+            value = value - 1 if name.endswith("scale") else value  # Gemma adds one to the weight of a norm
+            for old, new in names.items():
+                name = name.replace(old, new)
+            renamed |= {} if "gate.weight" in name else {name: value}
+        embedding = tensors["model.embed_tokens.weight"]
+        return renamed | {
+            "model.embed_tokens.weight": embedding * config["embedding_multiplier_scale"] / hidden**0.5,
+            "lm_head.weight": embedding * config["output_multiplier_scale"]}
+
+    assert_equal(module, config, model, rename)
+
+
+def test_groks_router_keeps_the_two_largest_probabilities_as_they_are() -> None:
+    weights, chosen = MODULES["grok"].route(torch.tensor([2.0, 1.0, 4.0, 3.0]).log(), 2)
+    assert chosen.tolist() == [2, 3]
+    torch.testing.assert_close(weights, torch.tensor([0.4, 0.3]))
+
+
+def test_groks_mixture_adds_its_two_experts_by_those_weights() -> None:
+    module = MODULES["grok"]
+    config = {"num_experts": 4, "num_experts_per_tok": 2}
+    one = torch.ones(1, 1)
+    tensors = {"gate.weight": torch.tensor([[2.0], [1.0], [4.0], [3.0]]).log()}
+    for e in range(4):
+        tensors |= {f"experts.{e}.linear.weight": one * (e + 1), f"experts.{e}.linear_v.weight": 2 * one,
+                    f"experts.{e}.linear_1.weight": 5 * one}
+    gelu = [z * 0.5 * (1 + math.erf(z / 2**0.5)) for z in (3.0, 4.0)]
+    torch.testing.assert_close(
+        module.mixture(config, tensors, "", torch.ones(1, 1, 1)).squeeze(), torch.tensor(10 * (0.4 * gelu[0] + 0.3 * gelu[1])))
