@@ -45,7 +45,7 @@ def random_tensors(module: ModuleType, config: dict[str, Any], seed: int = 0) ->
     for name, shape in module.shapes(config).items():
         noise = torch.randn(shape, generator=generator)
         if len(shape) == 2:
-            value = noise * 2 / math.sqrt(shape[1])
+            value = noise / math.sqrt(shape[1])
         else:
             value = 0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise
         tensors[name] = value.requires_grad_()
@@ -109,8 +109,8 @@ def test_every_tensor_is_used(family: str, name: str) -> None:
     module = MODULES[family]
     config = module.TINY[name]
     tensors = random_tensors(module, config)
-    logits = module.logits(config, tensors, tokens())
-    assert logits.shape == (2, 24, 131)
+    logits = module.logits(config, tensors, tokens(60))  # enough of them for every expert to be chosen
+    assert logits.shape == (2, 60, 131)
     assert logits.dtype == torch.float32
     for tensor, gradient in gradients(logits, tensors).items():
         assert gradient.abs().max() > 1e-6, tensor
@@ -372,3 +372,13 @@ def test_groks_mixture_adds_its_two_experts_by_those_weights() -> None:
     gelu = [z * 0.5 * (1 + math.erf(z / 2**0.5)) for z in (3.0, 4.0)]
     torch.testing.assert_close(
         module.mixture(config, tensors, "", torch.ones(1, 1, 1)).squeeze(), torch.tensor(10 * (0.4 * gelu[0] + 0.3 * gelu[1])))
+
+
+@pytest.mark.parametrize("name", MODULES["internlm"].TINY)
+def test_internlm_is_a_llama_with_biases_in_attention(name: str) -> None:
+    module = MODULES["internlm"]
+    config = module.TINY[name]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if config.get("rotary", {}).get("type") == "dynamic":
+        rope |= {"rope_type": "dynamic", "factor": 1.0}
+    assert_equal(module, config, llama(config, rope_parameters=rope, attention_bias=config["bias"]), lambda tensors: tensors)
