@@ -45,7 +45,7 @@ def random_tensors(module: ModuleType, config: dict[str, Any], seed: int = 0) ->
     for name, shape in module.shapes(config).items():
         noise = torch.randn(shape, generator=generator)
         if len(shape) == 2:
-            value = noise * 2 / math.sqrt(shape[1])
+            value = noise / math.sqrt(shape[1])
         else:
             value = 0.3 * noise if name.endswith("bias") else 1 + 0.3 * noise
         tensors[name] = value.requires_grad_()
@@ -57,9 +57,10 @@ def tokens(length: int = 24) -> Tensor:
 
 
 def gradients(logits: Tensor, tensors: Tensors) -> Tensors:
-    """Of a random linear function of the logits."""
+    """Of a random linear function of the logits; zeros where a tensor has no part in it."""
     weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(5)) / logits.numel() ** 0.5
-    return dict(zip(tensors, torch.autograd.grad((logits * weights).sum(), list(tensors.values())), strict=True))
+    found = torch.autograd.grad((logits * weights).sum(), list(tensors.values()), materialize_grads=True)
+    return dict(zip(tensors, found, strict=True))
 
 
 def assert_equal(
@@ -108,8 +109,8 @@ def test_every_tensor_is_used(family: str, name: str) -> None:
     module = MODULES[family]
     config = module.TINY[name]
     tensors = random_tensors(module, config)
-    logits = module.logits(config, tensors, tokens())
-    assert logits.shape == (2, 24, 131)
+    logits = module.logits(config, tensors, tokens(60))  # enough of them for every expert to be chosen
+    assert logits.shape == (2, 60, 131)
     assert logits.dtype == torch.float32
     for tensor, gradient in gradients(logits, tensors).items():
         assert gradient.abs().max() > 1e-6, tensor
@@ -281,3 +282,103 @@ def test_qwens_two_switches_act_in_evaluation_and_beyond_the_trained_length_alon
     for length, same in ((16, True), (24, False)):
         trained, evaluated = (module.logits(config, tensors, tokens(length), training=training) for training in (True, False))
         assert torch.equal(trained, evaluated) is same
+
+
+def scaled_llama(config: dict[str, Any], tensors: Tensors) -> Tensors:
+    """MiniCPM's three scales worked into the weights of a Llama or Mixtral with a head of its own."""
+    depth = config["scale_depth"] / config["num_hidden_layers"] ** 0.5
+    embedding = tensors["model.embed_tokens.weight"]
+    head = tensors.get("lm_head.weight", embedding) / (config["hidden_size"] / config["dim_model_base"])
+    scaled = {name: depth * value if "o_proj" in name or "down_proj" in name or "w2" in name else value
+              for name, value in tensors.items()}
+    return scaled | {"model.embed_tokens.weight": embedding * config["scale_emb"], "lm_head.weight": head}
+
+
+@pytest.mark.parametrize("name", ["minicpm-2b", "minicpm untied"])
+def test_minicpm_is_a_llama_with_its_scales_in_the_weights(name: str) -> None:
+    module = MODULES["minicpm"]
+    config = module.TINY[name]
+    model = llama(config, tie_word_embeddings=False, rope_theta=config.get("rope_theta", 10000.0))
+    assert_equal(module, config, model, lambda tensors: scaled_llama(config, tensors))
+
+
+def test_minicpm_moe_is_a_mixtral_with_its_scales_in_the_weights() -> None:
+    module = MODULES["minicpm"]
+    config = module.TINY["minicpm-moe-8x2b"]
+    model = build(
+        "Mixtral", vocab_size=131, hidden_size=48, intermediate_size=112, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, rms_norm_eps=1e-5, num_local_experts=config["num_experts"], num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=False, sliding_window=None)
+
+    def rename(tensors: Tensors) -> Tensors:
+        scaled = scaled_llama(config, tensors)
+        renamed = {name: value for name, value in scaled.items() if "experts" not in name}
+        for layer in range(4):
+            name = f"model.layers.{layer}.mlp.experts."
+            gate, down, up = ([scaled[f"{name}{e}.{part}.weight"] for e in range(10)] for part in ("w1", "w2", "w3"))
+            pairs = [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+            renamed |= {name + "gate_up_proj": torch.stack(pairs), name + "down_proj": torch.stack(down)}
+        return renamed
+
+    assert_equal(module, config, model, rename)
+
+
+def test_grok_with_one_expert_is_a_gemma2_with_its_scales_in_the_weights() -> None:
+    """Gemma2 has the four norms, the capped scores and the gated GELU; one expert always has the weight one."""
+    module = MODULES["grok"]
+    config = module.TINY["grok-1"] | {"num_experts": 1, "num_experts_per_tok": 1}
+    hidden = config["hidden_size"]
+    model = build(
+        "Gemma2", vocab_size=131, hidden_size=hidden, intermediate_size=112, num_hidden_layers=4, num_attention_heads=6,
+        num_key_value_heads=2, head_dim=8, hidden_activation="gelu", rms_norm_eps=config["rms_norm_eps"],
+        query_pre_attn_scalar=int(config["attn_output_multiplier"] ** -2), attn_logit_softcapping=config["max_attn_value"],
+        final_logit_softcapping=None, tie_word_embeddings=False, layer_types=["full_attention"] * 4,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0})
+    names = {"pre_attn_norm.scale": "input_layernorm.weight", "post_attn_norm.scale": "post_attention_layernorm.weight",
+             "pre_moe_norm.scale": "pre_feedforward_layernorm.weight", "norm.scale": "norm.weight",
+             "post_moe_norm.weight": "post_feedforward_layernorm.weight", "attn.": "self_attn.",
+             "moe_block.experts.0.linear.": "mlp.gate_proj.", "moe_block.experts.0.linear_v.": "mlp.up_proj.",
+             "moe_block.experts.0.linear_1.": "mlp.down_proj."}
+
+    def rename(tensors: Tensors) -> Tensors:
+        renamed: Tensors = {}
+        for name, value in tensors.items():
+            value = value - 1 if name.endswith("scale") else value  # Gemma adds one to the weight of a norm
+            for old, new in names.items():
+                name = name.replace(old, new)
+            renamed |= {} if "gate.weight" in name else {name: value}
+        embedding = tensors["model.embed_tokens.weight"]
+        return renamed | {
+            "model.embed_tokens.weight": embedding * config["embedding_multiplier_scale"] / hidden**0.5,
+            "lm_head.weight": embedding * config["output_multiplier_scale"]}
+
+    assert_equal(module, config, model, rename)
+
+
+def test_groks_router_keeps_the_two_largest_probabilities_as_they_are() -> None:
+    weights, chosen = MODULES["grok"].route(torch.tensor([2.0, 1.0, 4.0, 3.0]).log(), 2)
+    assert chosen.tolist() == [2, 3]
+    torch.testing.assert_close(weights, torch.tensor([0.4, 0.3]))
+
+
+def test_groks_mixture_adds_its_two_experts_by_those_weights() -> None:
+    module = MODULES["grok"]
+    config = {"num_experts": 4, "num_experts_per_tok": 2}
+    one = torch.ones(1, 1)
+    tensors = {"gate.weight": torch.tensor([[2.0], [1.0], [4.0], [3.0]]).log()}
+    for e in range(4):
+        tensors |= {f"experts.{e}.linear.weight": one * (e + 1), f"experts.{e}.linear_v.weight": 2 * one,
+                    f"experts.{e}.linear_1.weight": 5 * one}
+    gelu = [z * 0.5 * (1 + math.erf(z / 2**0.5)) for z in (3.0, 4.0)]
+    torch.testing.assert_close(
+        module.mixture(config, tensors, "", torch.ones(1, 1, 1)).squeeze(), torch.tensor(10 * (0.4 * gelu[0] + 0.3 * gelu[1])))
+
+
+@pytest.mark.parametrize("name", MODULES["internlm"].TINY)
+def test_internlm_is_a_llama_with_biases_in_attention(name: str) -> None:
+    module = MODULES["internlm"]
+    config = module.TINY[name]
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if config.get("rotary", {}).get("type") == "dynamic":
+        rope |= {"rope_type": "dynamic", "factor": 1.0}
+    assert_equal(module, config, llama(config, rope_parameters=rope, attention_bias=config["bias"]), lambda tensors: tensors)
