@@ -382,3 +382,28 @@ def test_internlm_is_a_llama_with_biases_in_attention(name: str) -> None:
     if config.get("rotary", {}).get("type") == "dynamic":
         rope |= {"rope_type": "dynamic", "factor": 1.0}
     assert_equal(module, config, llama(config, rope_parameters=rope, attention_bias=config["bias"]), lambda tensors: tensors)
+
+
+@pytest.mark.parametrize("name", MODULES["aquila"].TINY)
+def test_aquila_is_a_llama(name: str) -> None:
+    module = MODULES["aquila"]
+    config = module.TINY[name]
+    assert_equal(module, config, llama(config), lambda tensors: tensors)
+
+
+def test_aquila_clamps_scores_that_a_llama_would_not() -> None:
+    module = MODULES["aquila"]
+    config = module.TINY["aquila-7b"]
+    tensors = {name: value * (1000 if "q_proj" in name or "k_proj" in name else 1)
+               for name, value in random_tensors(module, config).items()}
+    theirs = torch.func.functional_call(llama(config), tensors, (tokens(),)).logits
+    assert (module.logits(config, tensors, tokens()) - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("family", "name"), CASES)
+def test_constants_of_released_files_are_no_parameters(family: str, name: str) -> None:
+    module = MODULES[family]
+    config = module.TINY[name]
+    constants = module.buffers(config) if hasattr(module, "buffers") else {}
+    assert not constants.keys() & module.shapes(config).keys()
+    assert all(name.endswith("inv_freq") for name in constants)
