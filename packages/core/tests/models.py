@@ -69,7 +69,7 @@ def reference(family: str) -> ModuleType:
 
 def cases() -> list[str]:
     """Names of all models: those of transformers' classes, then `family: variant` of the references."""
-    files = [path.stem for path in sorted(REFERENCES.glob("*.py")) if path.stem != "blocks"]
+    files = [path.stem for path in sorted(REFERENCES.glob("*.py")) if path.stem not in ("blocks", "checks")]
     return [*TRANSFORMERS, *(f"{family}: {name}" for family in files for name in reference(family).TINY)]
 
 
@@ -92,7 +92,7 @@ def _from_transformers(case: str, folder: Path) -> None:
     name, values = TRANSFORMERS[case]
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**values)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()  # no dropout
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             small = parameter.dim() < 2
@@ -116,7 +116,7 @@ def _from_reference(family: str, name: str, folder: Path) -> None:
     weights = {}
     for key, shape in module.shapes(config).items():
         noise = torch.randn(shape, generator=generator)
-        large = noise * 2 / math.sqrt(shape[-1])
+        large = noise * 1.3 / math.sqrt(shape[-1])
         weights[key] = (large if len(shape) > 1 else 0.2 * noise + (0 if key.endswith("bias") else 1)).requires_grad_()
     ids = tokens()
     logits = module.logits(config, weights, ids[:, :-1])

@@ -77,6 +77,8 @@ class Family:
     """`model_type` of its config.json."""
     architecture: ClassVar[str]
     """The class named in its `architectures`."""
+    others: ClassVar[tuple[str, ...]] = ()
+    """Other model types and classes that mean the same."""
     keys: ClassVar[Mapping[str, Key]] = LLAMA_KEYS
     """ModelSpec field -> key."""
     features: ClassVar[Mapping[str, Any]] = {}

@@ -35,9 +35,14 @@ Maker = Callable[[ModelSpec, Weight, Callable[[str], str]], Rows]
 """(model, canonical weight, module -> full tensor name) -> its rows."""
 
 
-def same(module: str, *, transposed: bool = False) -> Maker:
-    """The same rows under another name."""
-    return stack(module, transposed=transposed)
+def same(module: str, *, transposed: bool = False, kind: str | None = None) -> Maker:
+    """The same rows under another name; `kind` where the tensor is not called `weight` or `bias`, e.g. `scale`."""
+    if kind is None:
+        return stack(module, transposed=transposed)
+
+    def make(spec: ModelSpec, weight: Weight, name: Callable[[str], str]) -> Rows:
+        return [Piece(f"{name(module).rpartition('.')[0]}.{kind}", range(weight.shape[0]))]
+    return make
 
 
 def stack(*modules: str, transposed: bool = False) -> Maker:
@@ -45,13 +50,6 @@ def stack(*modules: str, transposed: bool = False) -> Maker:
     def make(spec: ModelSpec, weight: Weight, name: Callable[[str], str]) -> Rows:
         share = range(weight.shape[0] // len(modules))
         return [Piece(name(module), share, transposed and len(weight.shape) > 1) for module in modules]
-    return make
-
-
-def concatenated(*modules: tuple[str, Callable[[ModelSpec], int]]) -> Maker:
-    """Tensors of their own numbers of rows, one below the other."""
-    def make(spec: ModelSpec, weight: Weight, name: Callable[[str], str]) -> Rows:
-        return [Piece(name(module), range(rows(spec))) for module, rows in modules]
     return make
 
 

@@ -114,6 +114,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
+_groups_of: ParallelLayout | None = None
+"""The layout the process groups stand for."""
+
+
 def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45) -> None:
     """Put megatron-core on the device and make its process groups; all ranks of a run call it once.
 
@@ -135,14 +139,22 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
             dist.init_process_group(device.backend, store=store, rank=0, world_size=1)
     elif dist.get_world_size() != layout.world_size:
         raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
-    parallel_state.destroy_model_parallel()
+    global _groups_of
+    if _groups_of != layout or not parallel_state.model_parallel_is_initialized():  # every group has threads of its own
+        parallel_state.destroy_model_parallel()
+        _make_groups(layout)
+        _groups_of = layout
+    atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _make_groups(layout: ParallelLayout) -> None:
+    from megatron.core import parallel_state
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None)
-    atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def leave() -> None:

@@ -48,17 +48,18 @@ def family_names() -> list[str]:
 
 
 def family_of(model_type: str, where: object = None) -> Family:
-    """The family of a `model_type`.
+    """The family of a `model_type`, or of the class that `architectures` names.
 
     Raises:
         ModelLinkError: nobody registered it; near names are listed.
     """
     names = family_names()
-    if model_type not in names:
-        hint = near(model_type, names)
-        raise ModelLinkError(f"the model type {model_type!r} is not known", where=where,
-                             fix=f"{hint + ' ' if hint else ''}known: {', '.join(names)}")
-    return _families[model_type]
+    for family in _families.values():
+        if model_type in (family.model_type, family.architecture, *family.others):
+            return family
+    hint = near(model_type, names)
+    raise ModelLinkError(f"the model type {model_type!r} is not known", where=where,
+                         fix=f"{hint + ' ' if hint else ''}known: {', '.join(names)}")
 
 
 def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str]:
@@ -67,12 +68,21 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
     Raises:
         ModelLinkError: unknown model type, missing key, unsupported feature, or `family` contradicts the config.
     """
-    stated = config.get("model_type")
+    stated = _stated(config)
     if family == ORIGINALS_BASE:
-        family = None if stated in family_names() else "llama"
-    if family and stated in family_names() and stated != family:
+        family = stated or "llama"
+    if family and stated and family_of(family, "--model-type-hf").model_type != stated:
         raise ModelLinkError(f"the configuration is of the family {stated}, not {family}",
                              where=f"{config.path}, --model-type-hf")
-    name = family or config.model_type
-    values = family_of(name, "--model-type-hf" if family else config.path).read(config)
-    return spec_from(values, str(config.path)), name
+    found = family_of(family, "--model-type-hf") if family else family_of(stated or config.model_type, config.path)
+    return spec_from(found.read(config), str(config.path)), found.model_type
+
+
+def _stated(config: Config) -> str | None:
+    """The family that a config.json names; early public ones name a class and no model type."""
+    for name in (config.get("model_type"), *config.get("architectures", ())):
+        try:
+            return family_of(name).model_type
+        except ModelLinkError:
+            continue
+    return None

@@ -14,6 +14,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 class Llama(Family):
     model_type = "llama"
     architecture = "LlamaForCausalLM"
+    others = ("Yi", "YiForCausalLM", "LLaMAForCausalLM")
     keys = LLAMA_KEYS | {"add_dense_bias": Key("attention_bias", False), "add_mlp_bias": Key("mlp_bias", False)}
 
     def read(self, config: Config) -> dict[str, Any]:

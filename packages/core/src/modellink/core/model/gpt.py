@@ -38,8 +38,10 @@ class Model(GPTModel):
         With context parallelism seq counts the tokens of this rank. With `state.wanted` the logits are
         [batch, n, vocabulary / tp]: those of a whole prompt are large and rarely asked for.
         """
-        if (state is None or state.positions is None) and parallel_state.get_context_parallel_world_size() > 1:
+        cp = parallel_state.get_context_parallel_world_size()
+        if cp > 1 and (state is None or state.positions is None):
             state = state or SequenceState()
+            state.length = cp * input_ids.size(1)
             state.positions = local_positions(input_ids.size(1), input_ids.device).expand(len(input_ids), -1)
         positions = None
         if self.pre_process and self.position_embedding_type == "learned_absolute":
