@@ -94,7 +94,7 @@ def load_preset(name: str) -> Preset:
     """
     known = _presets()
     if name not in known:
-        raise ModelLinkError(f"there is no preset {name!r}", where="--model",
+        raise ModelLinkError(f"there is no preset {name!r}",
                              fix=near(name.lower(), list(known)) or "see `modellink-train models` for what there is")
     return known[name]
 
@@ -111,5 +111,5 @@ def _presets() -> dict[str, Preset]:
 
 def _preset(name: str, series: Mapping[str, Any], row: Mapping[str, Any]) -> Preset:
     common = series.get("common", {})
-    sections = {section: common.get(section, {}) | row.get(section, {}) for section in SECTIONS}
+    sections = {section: row.get(section, {}) | common.get(section, {}) | row.get(section, {}) for section in SECTIONS}
     return Preset(**{"family": series["family"]} | dict(row) | sections | {"name": name, "notes": tuple(row.get("notes", ()))})
