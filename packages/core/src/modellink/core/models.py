@@ -1,0 +1,167 @@
+"""`modellink-train models`: the presets as a table, and one of them with the commands that use it.
+
+Not here: what the presets say (presets/) and how a run takes one (`--model` of the training commands).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from math import prod
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.weights import weights
+from modellink.core.presets import SECTIONS, Preset, load_preset, preset_names
+
+COLUMNS = ("name", "size", "seq", "TP", "PP", "VPP", "CP", "EP", "layers", "MBS/GBS", "cluster", "tok/s")
+HELP = {"help_option_names": ["-h", "--help"]}
+DEVICES = 8
+"""Of one machine of the original's clusters; larger runs are started on each machine."""
+
+
+@click.group(invoke_without_command=True, context_settings=HELP)
+@click.option("--json", "as_json", is_flag=True, help="As JSON, with every option.")
+@click.pass_context
+def models(context: click.Context, as_json: bool) -> None:
+    """List the presets: model, layout and batch of each, and what the original measured (tokens a second and device)."""
+    if context.invoked_subcommand is not None:
+        return
+    presets = [load_preset(name) for name in preset_names()]
+    if as_json:
+        print(json.dumps([facts(preset) for preset in presets], indent=2))
+    else:
+        print_table([row(preset) for preset in presets])
+
+
+@models.command(context_settings=HELP)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def show(name: str, as_json: bool) -> None:
+    """Show the preset NAME, with its notes and the commands that use it."""
+    preset = load_preset(name)
+    if as_json:
+        print(json.dumps(facts(preset) | {"commands": dict(commands(preset))}, indent=2))
+        return
+    print(f"{preset.name}: row {preset.row}, {billions(preset.spec)} parameters, {preset.layout}\n")
+    for section in SECTIONS:
+        print(section)
+        for option, value in getattr(preset, section).items():
+            print(f"  {option:<37} {_text(value)}")
+    print("original")
+    for what, value in preset.original.items():
+        print(f"  {what:<37} {' '.join(value) if isinstance(value, list) else _text(value)}")
+    print(f"\npublic configuration: {preset.public or f'none: {preset.public_missing}'}")
+    for note in preset.notes:
+        print(f"note: {note}")
+    for step, words in commands(preset).items():
+        print(f"\n# {step}\n{words if isinstance(words, str) else command_line(words)}")
+
+
+def parameters(spec: ModelSpec) -> int:
+    """How many numbers its weights are, the vocabulary not padded."""
+    return sum(prod(weight.shape) for weight in weights(spec).values())
+
+
+def billions(spec: ModelSpec) -> str:
+    return f"{parameters(spec) / 1e9:.2f}B"
+
+
+def row(preset: Preset) -> tuple[str, ...]:
+    """The cells of the table, one a column."""
+    layout, data, speed = preset.layout, preset.data, preset.original["tokens_per_second"]
+    return (preset.name, billions(preset.spec), str(data["seq_length"]),
+            *(str(size) for size in (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep)),
+            _text(list(layout.num_layer_list or ())), f"{data['micro_batch_size']}/{data['global_batch_size']}",
+            preset.original["cluster"], "" if speed is None else str(speed))
+
+
+def print_table(rows: list[tuple[str, ...]]) -> None:
+    """Boxed on a terminal, plain columns elsewhere."""
+    if sys.stdout.isatty():
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
+        for name in COLUMNS:
+            if name == "layers":
+                table.add_column(name, overflow="fold")  # the one that gives way on a narrow terminal
+            else:
+                table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
+        for cells in rows:
+            table.add_row(*cells)
+        Console().print(table)
+        return
+    widths = [max(map(len, cells)) for cells in zip(COLUMNS, *rows, strict=True)]
+    for cells in (COLUMNS, *rows):
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+
+
+def facts(preset: Preset) -> dict[str, Any]:
+    """A preset and what follows from it, for JSON."""
+    return dataclasses.asdict(preset) | {"parameters": parameters(preset.spec), "layout": dataclasses.asdict(preset.layout)}
+
+
+def commands(preset: Preset) -> dict[str, list[str] | str]:
+    """Step -> the words of its command, or why there is none. Folders, prompt and learning rate are examples.
+
+    A published model is converted, and trained on from its weights. Others start from random weights and a tokenizer; what
+    comes out has a Hugging Face form where the family has one.
+    """
+    hf, made, run = f"./{preset.public}-hf" if preset.public else "./tokenizer", f"./{preset.name}-mcore", f"./{preset.name}"
+    text = ["modellink-preprocess", "--input", "./text.jsonl", "--output-prefix", "./data/text", "--tokenizer-name-or-path", hf,
+            "--append-eod"]
+    train = [*_trainer(preset), "--model", preset.name, "--data-path", "./data/text_text_document", "--train-iters", "2000",
+             "--lr", "1e-6", "--lr-decay-style", "cosine"]
+    if preset.family is None:
+        why = "none: the model has no Hugging Face form"
+        return {"convert": why, "preprocess": text, "train": train, "infer": why, "eval": why}
+    tp = ["--tensor-model-parallel-size", str(preset.layout.tp)]
+    ask = ["modellink-infer", "generate", "--load", run, *tp, "--prompt", "The capital of France is"]
+    score = ["modellink-eval", "run", "--task", "mmlu", "--task-data-path", "./mmlu", "--load", run, *tp,
+             "--output", f"{run}-mmlu"]
+    if preset.public:
+        return {"convert": ["modellink-convert", hf, made, "--to", "megatron-core", *_cut(preset)], "preprocess": text,
+                "train": [*train, "--load", made, "--save", run], "infer": ask, "eval": score}
+    return {"preprocess": text, "train": [*train, "--tokenizer-name-or-path", hf, "--save", run],
+            "convert": ["modellink-convert", run, f"{run}-hf", "--to", "hf"], "infer": ask, "eval": score}
+
+
+def _trainer(preset: Preset) -> list[str]:
+    """What starts the ranks: the command itself on one machine, torchrun on each of several."""
+    size = preset.layout.world_size
+    if size <= DEVICES:
+        return ["modellink-train", "pretrain", "--nproc-per-node", str(size)]
+    return ["torchrun", "--nnodes", str(size // DEVICES), "--nproc-per-node", str(DEVICES), "--node-rank", "0", "--master-addr",
+            "HOST", "--master-port", "6000", "-m", "modellink.core.cli", "pretrain"]
+
+
+def _cut(preset: Preset) -> list[str]:
+    """Options of the converter for a preset's layout."""
+    names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "num_layer_list",
+             "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by")
+    given = {name: preset.parallel[name] for name in names if preset.parallel.get(name, 1) != 1}
+    return [word for name, value in given.items() for word in ("--" + name.replace("_", "-"), _text(value))]
+
+
+def command_line(words: list[str]) -> str:
+    """For a shell, broken before an option where it gets long."""
+    lines = [""]
+    for position, word in enumerate(words):
+        piece = shlex.quote(word)
+        option_and_value = len(piece) + 1 + (len(shlex.quote(words[position + 1])) if position + 1 < len(words) else 0)
+        if word.startswith("--") and len(lines[-1]) + option_and_value > 110:
+            lines.append("   ")
+        lines[-1] += (" " if lines[-1] else "") + piece
+    return " \\\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    """As one writes it on a command line."""
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

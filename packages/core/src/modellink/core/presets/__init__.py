@@ -1,0 +1,115 @@
+"""The original's 76 model rows: architecture, layout, batch and precision of each, and what it measured with them.
+
+The data are the YAML files of this folder, one a series: `common` is what all presets of the file share, `presets` what each
+adds to it. Where a script of the original contradicts the public configuration of the model, the public one wins and a note
+of the preset says so.
+
+Not here: learning rate, iterations and data, which a run says for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from modellink.ckpt_convert.spec import ModelSpec, spec_from
+from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.options import Layer
+from modellink.kernels.parallel import ParallelLayout
+
+SECTIONS = ("model", "parallel", "data", "optimizer")
+"""What of a preset are options."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row of the original's table.
+
+    Attributes:
+        name: `<model>-<size>-<sequence>`.
+        row: its place in the table, from 1.
+        family: `model_type` of its Hugging Face form; None where it has none.
+        model, parallel, data, optimizer: values of options.
+        original: how the original ran it: `implementation`, `cluster` (machines x devices), `tokens_per_second` (of one device;
+            None where it gives none), `context_parallel_algo`, and further `switches` of its script.
+        public: name of the public configuration it is; None where there is none, and `public_missing` says why.
+        notes: where this preset differs from the original's script, and why.
+    """
+
+    name: str
+    row: int
+    family: str | None
+    model: Mapping[str, Any]
+    parallel: Mapping[str, Any]
+    data: Mapping[str, Any]
+    optimizer: Mapping[str, Any]
+    original: Mapping[str, Any]
+    public: str | None = None
+    public_missing: str | None = None
+    notes: tuple[str, ...] = ()
+
+    def layer(self) -> Layer:
+        """All its option values, flat, for `resolve`; the family too, which a model from random weights has to be told."""
+        values = {name: value for section in SECTIONS for name, value in getattr(self, section).items()}
+        family = {} if self.family is None else {"model_type_hf": self.family}
+        return Layer(f"preset {self.name}", values | family)
+
+    @cached_property
+    def spec(self) -> ModelSpec:
+        return spec_from(self.model, f"preset {self.name}")
+
+    @property
+    def devices(self) -> int:
+        """How many devices the original's cluster has."""
+        machines, each = self.original["cluster"].split("x")
+        return int(machines) * int(each)
+
+    @cached_property
+    def layout(self) -> ParallelLayout:
+        """The original's layout; what TP, PP and CP leave of its cluster is data parallel, where they divide it."""
+        tp, pp, cp, ep = (self.parallel.get(f"{name}_parallel_size", 1)
+                          for name in ("tensor_model", "pipeline_model", "context", "expert_model"))
+        chunk, uneven = (self.parallel.get(name) for name in ("num_layers_per_virtual_pipeline_stage", "num_layer_list"))
+        each = tp * pp * cp
+        return ParallelLayout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=self.spec.num_layers // (pp * chunk) if chunk else 1,
+                              dp=1 if self.devices % each else self.devices // each,
+                              num_layer_list=tuple(uneven) if uneven else None)
+
+
+def preset_names() -> list[str]:
+    """All of them, in the order of the original's table."""
+    return list(_presets())
+
+
+def load_preset(name: str) -> Preset:
+    """The preset of that name.
+
+    Raises:
+        ModelLinkError: there is none; near names are listed.
+    """
+    known = _presets()
+    if name not in known:
+        raise ModelLinkError(f"there is no preset {name!r}",
+                             fix=near(name.lower(), list(known)) or "see `modellink-train models` for what there is")
+    return known[name]
+
+
+@cache
+def _presets() -> dict[str, Preset]:
+    found = []
+    for file in resources.files(__name__).iterdir():
+        if file.name.endswith(".yaml"):
+            series = yaml.safe_load(file.read_text(encoding="utf-8"))
+            found += [_preset(name, series, row) for name, row in series["presets"].items()]
+    return {preset.name: preset for preset in sorted(found, key=lambda preset: preset.row)}
+
+
+def _preset(name: str, series: Mapping[str, Any], row: Mapping[str, Any]) -> Preset:
+    common = series.get("common", {})
+    sections = {section: row.get(section, {}) | common.get(section, {}) | row.get(section, {}) for section in SECTIONS}
+    return Preset(**{"family": series["family"]} | dict(row) | sections | {"name": name, "notes": tuple(row.get("notes", ()))})
