@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from modellink.ckpt_convert.cli import main
 
+sys.path.append(str(Path(__file__).parent))  # for tiny_models: tests are no importable package
 torch.set_num_threads(1)  # a fork must not find a thread pool
 
 LLAMA: dict[str, Any] = {

@@ -80,7 +80,8 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
 
 def _stated(config: Config) -> str | None:
     """The family that a config.json names; early public ones name a class and no model type."""
-    for name in (config.get("model_type"), *config.get("architectures", ())):
+    stated = config.get("model_type")
+    for name in (stated,) if stated else config.get("architectures", ()):
         try:
             return family_of(name).model_type
         except ModelLinkError:
