@@ -56,6 +56,12 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) ->
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
 
 
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test cuts the power, and a killed process leaves the page cache: waiting for a shared disk would prove nothing."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Path]:
     """make_model("llama" or "qwen2", name=..., dtype=..., **changes of the config): a Hugging Face folder."""

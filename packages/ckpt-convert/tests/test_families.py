@@ -70,6 +70,19 @@ def test_an_unknown_model_type_names_near_ones() -> None:
         spec_of("llama", model_type="qwen3")  # though `architectures` names a class that is known
 
 
+def test_a_missing_key_names_the_families_that_would_do() -> None:
+    with pytest.raises(ModelLinkError, match=r"'num_layers' is missing.*family chatglm[\s\S]*all their keys in it:.* llama"):
+        spec_of("llama", model_type="chatglm")
+
+
+def test_tensors_of_another_family_name_it(make_model: Make) -> None:
+    folder = make_model("qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama", "use_sliding_window": False}))
+    with pytest.raises(ModelLinkError, match=r"are not part of this model: .*q_proj.bias[\s\S]*read as llama.*family qwen2"):
+        open_checkpoint(folder)
+
+
 def test_a_family_that_the_user_names() -> None:
     config = Config(family_of("llama").write(SPEC) | {"model_type": "unheard"}, Path("config.json"))
     assert read_spec(config, "llama") == (SPEC, "llama")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MODELS, make_folder, spec_of
 from safetensors.torch import load_file
+from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
 from modellink.kernels.errors import ModelLinkError

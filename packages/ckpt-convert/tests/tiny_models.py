@@ -51,6 +51,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("gemma", SIZES | TIED | FOUR_NORMS),
     "gemma2": ("gemma2", SIZES | TIED | FOUR_NORMS | {
         "post_norm": True, "sliding_window": 7, "window_attn_skip_freq": 2, "query_pre_attn_scalar": 11.0}),
+    "glm": ("glm", SIZES | {"add_qkv_bias": True, "kv_channels": 8, "rotary_percent": 0.5, "rotary_interleaved": True}),
     "gpt2": ("gpt2", SQUARE | LAYER_NORM | TIED | {"position_embedding_type": "learned_absolute"}),
     "grok": ("grok-1", GROUPED | EXPERTS | TIED | {
         "post_norm": True, "activation_func": "gelu", "moe_router_pre_softmax": True, "attn_logit_softcapping": 30.0,

@@ -227,6 +227,7 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, di
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         num_layers_per_virtual_pipeline_stage=per_chunk,
         num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
-        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, world_size=layout.tp * layout.pp * layout.ep,
+        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+        world_size=layout.tp * layout.pp * layout.ep,
         iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
     return namespace
