@@ -56,7 +56,7 @@ def test_config_made_from_a_spec_reads_back(family: str) -> None:
     ("llama", {"hidden_size": ...}, "'hidden_size' is missing"),
     ("llama", {"num_hidden_layers": "many"}, "'num_hidden_layers' is 'many'"),
     ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
-    ("llama", {"model_type": ...}, "'model_type' is missing"),
+    ("llama", {"model_type": ..., "architectures": ...}, "'model_type' is missing"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
 ])
 def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
