@@ -54,7 +54,8 @@ def build(name: str, stage: int) -> str:
 
     preset = load_preset(name)
     spec, layout, divisor = preset.spec, preset.layout, preset.parallel.get("make_vocab_size_divisible_by", 1)
-    dist.init_process_group("fake", store=FakeStore(), rank=stage * (layout.world_size // layout.pp), world_size=layout.world_size)
+    rank = stage * (layout.world_size // layout.pp)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     processes.make_groups(layout, gloo=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = BuildSettings(layout=layout, dtype=torch.bfloat16, sequence_parallel=layout.tp > 1,
