@@ -6,7 +6,6 @@ converter from a folder that holds gradients in the place of weights, so that bo
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable
 from functools import cache
@@ -16,17 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
-
-
-def load_models() -> Any:
-    """models.py beside this file: tests are no importable package."""
-    spec = importlib.util.spec_from_file_location("models", Path(__file__).with_name("models.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 LAYOUTS = {
     "tp1": ParallelLayout(), "tp2": ParallelLayout(tp=2), "pp2": ParallelLayout(pp=2), "cp2": ParallelLayout(cp=2),
@@ -96,7 +86,7 @@ def on_rank(folder: str, layout: ParallelLayout) -> dict[str, Any]:
     return {"logits": logits, "loss": loss.item(), "worst": worst}
 
 
-MODELS = load_models()
+MODELS = beside(__file__, "models")
 MIXTURES = ("mixtral", "moe", "deepseek", "grok")
 CASES = [(case, layout) for layout in LAYOUTS for case in MODELS.cases()  # process groups are made once a layout
          if "ep2" not in layout or any(word in case for word in MIXTURES)]

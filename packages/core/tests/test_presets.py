@@ -61,7 +61,7 @@ def test_a_preset_is_made_of_legal_options(name: str) -> None:
     assert layer.source == f"preset {name}"
     assert dict(preset.model) | dict(preset.parallel) | dict(preset.data) | dict(preset.optimizer) == {
         option: value for option, value in layer.values.items() if option != "model_type_hf"}
-    assert layer.values.get("model_type_hf") == preset.family
+    assert layer.values["model_type_hf"] == (preset.family or "none")
     assert "model_type_hf" in {field.name for field in fields_of(CheckpointConfig)}
 
 

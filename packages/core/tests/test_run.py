@@ -40,7 +40,7 @@ def test_a_good_run_is_settled(options):
     ({"data_path": ()}, "there is no data", "modellink-preprocess"),
     ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
     ({"split": "a,b"}, "not three shares", "969,30,1"),
-    ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "leave the option out"),
+    ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "the checkpoint is of another model"),
     ({"bf16": True, "fp16": True}, "one precision", "--bf16"),
     ({"min_lr": 1.0}, "above the peak", "--min-lr"),
     ({"lr_warmup_iters": 2}, "does not end within the decay", "--lr-warmup-iters"),

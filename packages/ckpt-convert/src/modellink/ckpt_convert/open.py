@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.families import ORIGINALS_BASE, read_spec
+from modellink.ckpt_convert.families import NO_FORM, ORIGINALS_BASE, read_spec
 from modellink.ckpt_convert.formats import huggingface, megatron, torch_dist
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.hf_config import Config
@@ -102,7 +102,7 @@ def _description(root: Path, family: str | None, hf: Path | None) -> _Descriptio
     if family not in (None, ORIGINALS_BASE, found.family):
         raise ModelLinkError(f"the checkpoint is of the family {found.family}, not {family}",
                              where=f"{root / manifest.FILE}, --model-type-hf")
-    if (companions / "config.json").is_file():
+    if found.family != NO_FORM and (companions / "config.json").is_file():
         config = Config.load(companions)
         theirs, _ = read_spec(config, found.family)
         found.spec.refuse_contradiction(theirs, str(root / manifest.FILE), str(config.path))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
-from modellink.ckpt_convert.families import family_names, family_of
+from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
@@ -103,15 +104,17 @@ def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
     """The architecture: of the checkpoint, which options may repeat but not contradict; else of the options."""
     if source is None:
         return resolve([ModelSpec], *layers)[ModelSpec]
-    known = source.spec.to_dict()
+    known = source.spec.explicit()
     for layer in layers:
         for field in fields_of(ModelSpec):
-            if field.name in layer.values:
-                value = field.convert(layer.values[field.name], layer.source)
-                if value != known[field.name] and field.name != "max_position_embeddings":
-                    raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {known[field.name]} in the checkpoint",
-                                         where=f"{layer.source}, {source.folder}",
-                                         fix="leave the option out: the checkpoint says what it is")
+            if layer.values.get(field.name) is None or field.name == "max_position_embeddings":
+                continue
+            value, theirs = field.convert(layer.values[field.name], layer.source), known[field.name]
+            if value != theirs and not (isinstance(value, float) and isclose(value, theirs or 0.0, rel_tol=1e-6)):
+                raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {theirs} in the checkpoint",
+                                     where=f"{layer.source}, {source.folder}",
+                                     fix="leave it out: the checkpoint says what it is" if layer.source == "command line" else
+                                     "the checkpoint is of another model")
     return source.spec
 
 
@@ -144,5 +147,7 @@ def _check_family(config: CheckpointConfig) -> None:
     """A model that starts from random weights belongs to no family until somebody says to which."""
     if config.model_type_hf is None:
         raise ModelLinkError("the family of the model is not known, and its checkpoints could not become a Hugging Face folder",
-                             where="--model-type-hf", fix=f"give one of {', '.join(family_names())}")
-    family_of(config.model_type_hf, "--model-type-hf")
+                             where="--model-type-hf",
+                             fix=f"give one of {', '.join(family_names())}, or {NO_FORM} for a model that has no such form")
+    if config.model_type_hf != NO_FORM:
+        family_of(config.model_type_hf, "--model-type-hf")

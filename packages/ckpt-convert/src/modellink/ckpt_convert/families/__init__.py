@@ -7,6 +7,7 @@ other file.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Collection
@@ -20,6 +21,7 @@ from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
+NO_FORM = "none"  # the family of a model that has no Hugging Face form
 ORIGINALS_BASE = "llama2"  # the original's family for everything with Llama's tensor names: Llama, Qwen2, Mistral ...
 
 
@@ -56,6 +58,8 @@ def family_of(model_type: str, where: object = None) -> Family:
         ModelLinkError: nobody registered it; near names are listed.
     """
     names = family_names()
+    if model_type == NO_FORM:
+        raise ModelLinkError("the model has no Hugging Face form", where=where, fix="name its family, if it belongs to one")
     for family in _families.values():
         if model_type in (family.model_type, family.architecture, *family.others):
             return family
@@ -101,11 +105,9 @@ def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
 
 
 def _stated(config: Config) -> str | None:
-    """The family that a config.json names; early public ones name a class and no model type."""
-    stated = config.get("model_type")
-    for name in (stated,) if stated else config.get("architectures", ()):
-        try:
+    """The family that a config.json names, where it is known; early public ones name a class and no model type."""
+    names = [config.get("model_type")] if config.get("model_type") else config.get("architectures", ())
+    for name in names:
+        with contextlib.suppress(ModelLinkError):
             return family_of(name).model_type
-        except ModelLinkError:
-            continue
     return None

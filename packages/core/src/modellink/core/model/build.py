@@ -73,7 +73,8 @@ def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
     return {"num_moe_experts": spec.num_experts, "moe_router_topk": spec.moe_router_topk,
             "moe_ffn_hidden_size": spec.expert_ffn, "moe_grouped_gemm": False,
             "moe_shared_expert_intermediate_size": spec.moe_shared_expert_intermediate_size,
-            "moe_shared_expert_gate": spec.shared_expert_gate, "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+            "moe_shared_expert_gate": spec.shared_expert_gate, "moe_router_dtype": "fp32",
+            "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
             "moe_router_load_balancing_type": "seq_aux_loss" if moe.seq_aux else "aux_loss",
             "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from modellink.ckpt_convert.families import NO_FORM
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.options import Layer
@@ -56,8 +57,7 @@ class Preset:
     def layer(self) -> Layer:
         """All its option values, flat, for `resolve`; the family too, which a model from random weights has to be told."""
         values = {name: value for section in SECTIONS for name, value in getattr(self, section).items()}
-        family = {} if self.family is None else {"model_type_hf": self.family}
-        return Layer(f"preset {self.name}", values | family)
+        return Layer(f"preset {self.name}", values | {"model_type_hf": self.family or NO_FORM})
 
     @cached_property
     def spec(self) -> ModelSpec:
