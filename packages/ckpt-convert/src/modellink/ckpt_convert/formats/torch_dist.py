@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.formats import pickle
-from modellink.ckpt_convert.formats.megatron import our_name
+from modellink.ckpt_convert.formats.dialects import our_name
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec
