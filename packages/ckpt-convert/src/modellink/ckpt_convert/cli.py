@@ -30,7 +30,7 @@ NEEDLESS = ("--model-type", "--tokenizer-model", "--vocab-file", "--max-queue-si
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    to: Literal["hf", "megatron-core", "megatron-legacy"] | None = option(None, "Format of the output.")
+    to: Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"] | None = option(None, "Format of the output.")
     tensor_model_parallel_size: int = option(1, "Tensor-parallel size of the output.", minimum=1,
                                              alias=("--tp", "--target-tensor-parallel-size"))
     pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
@@ -53,7 +53,7 @@ class ConvertOptions:
     tokenizer_name_or_path: Path | None = option(
         None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
     iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
-    max_shard_size: float = option(5.0, "Largest safetensors file.", unit="GB", minimum=0.000001)
+    max_shard_size: float = option(5.0, "Largest safetensors or distcp file.", unit="GB", minimum=0.000001)
     workers: int = option(WORKERS, "Threads that read and write.", minimum=1)
     overwrite: bool = option(False, "Replace the output when it exists.")
     verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")

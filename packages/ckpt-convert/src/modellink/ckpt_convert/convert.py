@@ -23,7 +23,7 @@ from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
 from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, size
+from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_torch_dist, size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
 from modellink.kernels.errors import ModelLinkError
@@ -60,7 +60,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
-        to: `hf`, `megatron-core` or `megatron-legacy`.
+        to: `hf`, `megatron-core`, `megatron-legacy` or `torch_dist`.
         layout: tp, pp, vpp, ep and num_layer_list of the output; one rank where nothing is said.
         dialect: of Megatron-Core's names; `modellink-1.0` is the original's.
         moe_grouped_gemm: the experts of a rank are two tensors, not several each.
@@ -70,7 +70,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         verify: read the output back and compare every tensor bit by bit before it appears as `dst`.
         dry_run: only plan.
         family, hf, iteration: see `open_checkpoint`.
-        max_shard_bytes: of one safetensors file.
+        max_shard_bytes: of one safetensors or distcp file.
         workers: threads that read and write; each holds one block in memory.
 
     Raises:
@@ -79,11 +79,12 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     dst = Path(dst)
     source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
     layout = layout or ParallelLayout()
-    if to == "hf":
+    if to in ("hf", "torch_dist"):
         if layout != ParallelLayout():
-            raise ModelLinkError(f"a Hugging Face folder is not cut over ranks, {layout} was asked for",
+            kind = "Hugging Face folder" if to == "hf" else "distributed checkpoint"
+            raise ModelLinkError(f"a {kind} is not cut over ranks, {layout} was asked for",
                                  where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
-        plan = plan_huggingface(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
+        plan = (plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
     else:
         style = Style(to == "megatron-legacy", dialect, moe_grouped_gemm, make_vocab_size_divisible_by)
         plan = plan_megatron(source, layout, style, dtype=params_dtype)

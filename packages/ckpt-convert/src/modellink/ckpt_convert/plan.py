@@ -16,7 +16,7 @@ import torch
 
 from modellink.ckpt_convert import blocks, rules
 from modellink.ckpt_convert.families import family_of
-from modellink.ckpt_convert.formats import archive, huggingface, rank_state, ranks, safetensors
+from modellink.ckpt_convert.formats import archive, huggingface, rank_state, ranks, safetensors, torch_dist_state
 from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.formats.writing import FileLayout, Planned
 from modellink.ckpt_convert.iterations import iteration_folder
@@ -25,8 +25,9 @@ from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import stage_names, weights
 from modellink.kernels.parallel import ParallelLayout
 
-Target = Literal["hf", "megatron-core", "megatron-legacy"]
-TARGETS: dict[Target, str] = {"hf": "Hugging Face", "megatron-core": "Megatron-Core", "megatron-legacy": "Megatron-Legacy"}
+Target = Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"]
+TARGETS: dict[Target, str] = {"hf": "Hugging Face", "megatron-core": "Megatron-Core", "megatron-legacy": "Megatron-Legacy",
+                              "torch_dist": "torch_dist"}
 PROGRAM_BYTES = 250 << 20  # resident size of Python with torch before any weight is read
 
 
@@ -149,3 +150,15 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *, d
 
     files = tuple(file(*place) for place in product(range(layout.pp), range(layout.tp), range(layout.ep)))
     return Plan(source, "megatron-legacy" if style.legacy else "megatron-core", layout, main, files, iteration=iteration)
+
+
+def plan_torch_dist(source: Checkpoint, *, dtype: torch.dtype | None = None,
+                    shard_bytes: int = huggingface.SHARD_BYTES) -> Plan:
+    """A distributed checkpoint, which has no layout, from any source."""
+    spec, main, iteration = source.spec, dtype or source.main_dtype, source.iteration or 1
+    tensors = {name: blocks.shard(source, name, weight, dtype or source.dtype(name), tp=1, rank=0)
+               for name, weight in weights(spec).items()}
+    arguments = rank_state.arguments(spec, ParallelLayout(), Style(), dtype=main, iteration=iteration)
+    made = torch_dist_state.files(tensors, spec, arguments, iteration=iteration, shard_bytes=shard_bytes)
+    files = tuple(File(f"{iteration_folder(iteration)}/{name}", layout) for name, layout in made.items())
+    return Plan(source, "torch_dist", ParallelLayout(), main, files, iteration=iteration)

@@ -66,12 +66,12 @@ def named(value: Any, prefix: str = "") -> dict[int, str]:
     return found
 
 
-def layout(value: Any) -> FileLayout:
-    """The archive of `value`, in which tensors are `Planned`."""
+def layout(value: Any, name: str = "") -> FileLayout:
+    """The archive of `value`, in which tensors are `Planned`; `name` is what a tensor is called that is not in a mapping."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
-    names = named(value)
+    names = named(value, name)
     made = _Archive()
     made.add("archive/data.pkl", body.getvalue())
     made.add("archive/byteorder", b"little")
