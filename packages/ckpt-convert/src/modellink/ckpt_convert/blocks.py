@@ -17,7 +17,7 @@ from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import Weight, shard_pieces
 from modellink.kernels.errors import ModelLinkError
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 2 << 20  # small enough for a cache to hold it from the read to the write
 CROSSED_BYTES = 256 << 20  # of a block whose rows are columns of the source
 
 

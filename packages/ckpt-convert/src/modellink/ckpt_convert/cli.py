@@ -136,15 +136,15 @@ def diff_command(first: str, second: str, given: Layer) -> None:
     print(f"{len(one.tensors)} tensors, all bit-equal")
 
 
-def _give_memory_back() -> None:
-    """Have glibc return blocks of 1 MB and more to the system when they are freed; it would keep some for each thread."""
+def give_memory_back() -> None:
+    """Have glibc return blocks of 4 MB and more to the system when they are freed; it would keep some for each thread."""
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 20)
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 << 20)
 
 
 def main() -> None:
     """Entry point of `modellink-convert`."""
-    _give_memory_back()
+    give_memory_back()
     args = sys.argv[1:]
     if args[:1] == ["inspect"]:
         run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect", standalone_mode=False))
