@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from modellink.ckpt_convert.convert import convert, free_bytes
+from modellink.ckpt_convert.convert import WORKERS, convert, free_bytes
 from modellink.ckpt_convert.formats.huggingface import GIGABYTE
 from modellink.ckpt_convert.formats.ranks import is_megatron
 from modellink.ckpt_convert.inspect import inspect, inspect_ranks, table
@@ -53,13 +53,14 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
         print(f"note: the output goes to {target}", file=sys.stderr)
     source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
     _check(source, options)
+    workers = options.workers or WORKERS
     done = convert(source, target, to=to, layout=options.layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    params_dtype=DTYPES[options.params_dtype] if options.params_dtype else None, dry_run=options.dry_run,
-                   max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=options.workers)
+                   max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
-        print(done.plan.describe(options.workers, free_bytes(target)))
+        print(done.plan.describe(workers, free_bytes(target)))
         return
     print(f"wrote {target}: {len(done.plan.files)} files, {size(done.plan.nbytes)} of weights")
     if done.verified is not None:

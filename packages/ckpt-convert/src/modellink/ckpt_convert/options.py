@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modellink.ckpt_convert.convert import WORKERS
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.plan import Target
 from modellink.kernels.errors import ModelLinkError
@@ -44,7 +43,8 @@ class ConvertOptions:
         None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
     iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
     max_shard_size: float = option(5.0, "Largest safetensors or distcp file.", unit="GB", minimum=0.000001)
-    workers: int = option(WORKERS, "Threads that read and write.", minimum=1)
+    workers: int | None = option(None, "Threads that read and write; one a processor, at most 4, where nothing is said.",
+                                 minimum=1)
     overwrite: bool = option(False, "Replace the output when it exists.")
     verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")
     dry_run: bool = option(False, "Say what would be written, and stop.")
