@@ -35,6 +35,9 @@ class ConvertOptions:
                                              alias=("--tp", "--target-tensor-parallel-size"))
     pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
                                                alias=("--pp", "--target-pipeline-parallel-size"))
+    expert_model_parallel_size: int = option(
+        1, "Expert-parallel size of the output.", minimum=1,
+        alias=("--ep", "--target-expert-parallel-size", "--target-expert-model-parallel-size"))
     num_layer_list: tuple[int, ...] = option((), "Layers of each pipeline stage where they are uneven, e.g. 7,8,8,7.")
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Layers of a model chunk where a stage holds several.", minimum=1)
@@ -137,7 +140,7 @@ def _layout(options: ConvertOptions, num_layers: int) -> ParallelLayout:
             raise ModelLinkError(f"{num_layers} layers cannot be dealt to {pp} stages in chunks of {per_chunk}",
                                  where="--num-layers-per-virtual-pipeline-stage")
         vpp = num_layers // (pp * per_chunk)
-    return ParallelLayout(tp=options.tensor_model_parallel_size, pp=pp, vpp=vpp,
+    return ParallelLayout(tp=options.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=options.expert_model_parallel_size,
                           num_layer_list=options.num_layer_list or None)
 
 

@@ -53,7 +53,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
 
     Args:
         to: `hf` or `megatron-core`.
-        layout: tp, pp, vpp and num_layer_list of the output; one rank where nothing is said.
+        layout: tp, pp, vpp, ep and num_layer_list of the output; one rank where nothing is said.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this x tp.
         params_dtype: of the output; each tensor keeps its own where nothing is said.
         overwrite: replace `dst`, once the new one is whole.
@@ -69,7 +69,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
     layout = layout or ParallelLayout()
     if to == "hf":
-        if layout.world_size > 1:
+        if layout != ParallelLayout():
             raise ModelLinkError(f"a Hugging Face folder is not cut over ranks, {layout} was asked for",
                                  where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
         plan = plan_huggingface(source, dtype=params_dtype, shard_bytes=max_shard_bytes)

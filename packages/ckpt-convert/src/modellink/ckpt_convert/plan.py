@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import IO, Literal
 
 import torch
@@ -152,13 +152,13 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, *, divisible_by: i
 
         return Planned(kind, tuple(shape), fetch)
 
-    def file(stage: int, rank: int) -> File:
-        models = [{ours: planned(name, rank) for ours, name in stage_names(spec, layout, stage, chunk).items()}
+    def file(stage: int, rank: int, expert_rank: int) -> File:
+        models = [{ours: planned(name, rank) for ours, name in stage_names(spec, layout, stage, chunk, expert_rank).items()}
                   for chunk in range(layout.vpp)]
         state = megatron.rank_state(spec, layout, models, iteration=iteration, dtype=main, divisible_by=divisible_by)
-        name = f"{iteration_folder(iteration)}/{megatron.rank_folder(layout, rank, stage)}/{megatron.FILE}"
+        name = f"{iteration_folder(iteration)}/{megatron.rank_folder(layout, rank, stage, expert_rank)}/{megatron.FILE}"
         return File(name, tuple(planned for model in models for planned in model.values()),
                     lambda handle, wrote: archive.save(handle, state, wrote))
 
-    files = tuple(file(stage, rank) for stage in range(layout.pp) for rank in range(layout.tp))
+    files = tuple(file(*place) for place in product(range(layout.pp), range(layout.tp), range(layout.ep)))
     return Plan(source, "megatron-core", layout, main, files, iteration=iteration)

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import entry_points
 
 from modellink.ckpt_convert.family import Family
-from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.hf_config import Config, MissingKey
+from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
@@ -79,13 +81,33 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
         raise ModelLinkError(f"the configuration is of the family {stated}, not {family}",
                              where=f"{config.path}, --model-type-hf")
     found = family_of(family, "--model-type-hf") if family else family_of(stated or config.model_type, config.path)
-    return spec_from(found.read(config), str(config.path)), found.model_type
+    try:
+        return spec_from(found.read(config), str(config.path)), found.model_type
+    except MissingKey as error:
+        others = fitting(config)
+        near_ones = f"; families that find all their keys in it: {', '.join(others)}" if others else ""
+        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where,
+                             fix=f"{error.fix}{near_ones}") from None
+
+
+def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
+    """The families that accept this configuration and, where `names` are given, have exactly these tensors."""
+    found = []
+    for name in family_names():
+        family = _families[name]
+        try:
+            spec = spec_from(family.read(config), str(config.path))
+            if names is None or inverse(spec, family.rules(spec)).keys() == set(names):
+                found.append(name)
+        except ModelLinkError:
+            continue
+    return found
 
 
 def _stated(config: Config) -> str | None:
-    """The family that a config.json names, where it is known; early public ones name a class and no model type."""
-    names = [config.get("model_type")] if config.get("model_type") else config.get("architectures", ())
-    for name in names:
+    """The family that a config.json names; early public ones name a class and no model type."""
+    stated = config.get("model_type")
+    for name in (stated,) if stated else config.get("architectures", ()):
         with contextlib.suppress(ModelLinkError):
             return family_of(name).model_type
     return None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modellink.ckpt_convert.families import family_of, read_spec
+from modellink.ckpt_convert.families import family_of, fitting, read_spec
 from modellink.ckpt_convert.family import config_of
 from modellink.ckpt_convert.formats import safetensors
 from modellink.ckpt_convert.formats.archive import Planned
@@ -43,8 +43,14 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     if spec.tied:
         _drop_tied_copy(found, family, spec)
     targets = inverse(spec, rules)
-    refuse_missing((name for name in targets if name not in found), folder)
-    refuse_left_over((name for name in found if name not in targets), folder)
+    try:
+        refuse_missing((name for name in targets if name not in found), folder)
+        refuse_left_over((name for name in found if name not in targets), folder)
+    except ModelLinkError as error:
+        if others := fitting(Config.load(folder), found):
+            raise ModelLinkError(error.what, where=folder, fix=f"it was read as {family}; these are the weights of the family "
+                                                               f"{' or '.join(others)}") from None
+        raise
     known = weights(spec)
     for name, target in targets.items():
         refuse_shape(name, known[target.rows[0][0]], found[name].shape, target.shape, found[name].path)

@@ -1,9 +1,10 @@
-"""Megatron-Core checkpoints of the `torch` kind: one pickle a rank, `iter_N/mp_rank_TT[_PPP]/model_optim_rng.pt`.
+"""Megatron-Core checkpoints of the `torch` kind: one pickle a rank, `iter_N/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`.
 
-Read and written at any tensor, pipeline and virtual pipeline size. The layout of what is read is found in folder names and
-tensor shapes, not believed from the arguments in the file. Weights only: optimizer and random states stay behind.
+Read and written at any tensor, pipeline, virtual pipeline and expert-parallel size; what is not an expert is in the folders of
+all expert-parallel ranks. The layout of what is read is found in folder names and tensor shapes, not believed from the
+arguments in the file. Weights only: optimizer and random states stay behind.
 
-Not here: Megatron-Legacy names, expert parallelism, `torch_dist` (a module of its own).
+Not here: Megatron-Legacy names, `torch_dist` (a module of its own).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import re
 from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,11 @@ from modellink.ckpt_convert.formats.archive import Planned
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_missing, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import OUTPUT, Weight, stage_names, weights
+from modellink.ckpt_convert.weights import EMBEDDING, FINAL_NORM, LAYERS, OUTPUT, Weight, stage_names, weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout, held, padded_vocab_size
 
-RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(_\d{3})?$")
+RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")
 FILE = "model_optim_rng.pt"
 ALIASES = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
            "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
@@ -48,8 +51,21 @@ def our_name(name: str) -> str:
     return name
 
 
-def rank_folder(layout: ParallelLayout, rank: int, stage: int) -> str:
-    return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.pp > 1 else "")
+def rank_folder(layout: ParallelLayout, rank: int, stage: int, expert_rank: int = 0) -> str:
+    """The numbers of stage and expert rank are there only where there are several; one alone may be either."""
+    stages = f"_{stage:03d}" if layout.pp > 1 else ""
+    return f"mp_rank_{rank:02d}{stages}" + (f"_{expert_rank:03d}" if layout.ep > 1 else "")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The model chunks of every rank, by (stage, expert rank, tensor rank)."""
+
+    tp: int
+    pp: int
+    ep: int
+    chunks: Mapping[tuple[int, int, int], list[dict[str, Stored]]]
+    arguments: Any
 
 
 def read(folder: Path, spec: ModelSpec) -> tuple[dict[str, Assembled], ParallelLayout]:
@@ -58,44 +74,58 @@ def read(folder: Path, spec: ModelSpec) -> tuple[dict[str, Assembled], ParallelL
     Raises:
         ModelLinkError: a rank is missing or damaged, or the weights are not those of `spec`.
     """
-    tp, pp = _grid(folder)
-    ranks = {(stage, rank): _load(folder, rank, stage, pp) for stage in range(pp) for rank in range(tp)}
-    _refuse_other_model(ranks[0, 0][0], spec, folder)
-    chunks = {place: content[1] for place, content in ranks.items()}
-    layout = _layout(spec, chunks, tp, pp, folder)
+    ranks = _load_ranks(folder)
+    _refuse_other_model(ranks.arguments, spec, folder)
+    layout = _layout(spec, ranks, folder)
     known = weights(spec)
     parts: dict[str, list[Part]] = {}
-    for stage in range(pp):
-        for chunk in range(layout.vpp):
-            names = stage_names(spec, layout, stage, chunk)
-            models = [chunks[stage, rank][chunk] for rank in range(tp)]
-            where = folder / f"*/{FILE} of pipeline stage {stage}"
-            for model in models:
-                refuse_missing((name for name in names if name not in model), where)
-                refuse_left_over((name for name in model if name not in names), where)
-            for name, canonical in names.items():
-                if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                    parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
+    for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
+        names = stage_names(spec, layout, stage, chunk, expert_rank)
+        models = [ranks.chunks[stage, expert_rank, rank][chunk] for rank in range(layout.tp)]
+        where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE
+        for model in models:
+            refuse_missing((name for name in names if name not in model), where)
+            refuse_left_over((name for name in model if name not in names), where)
+        for name, canonical in names.items():
+            if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
+                parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
     return assemble(spec, parts, folder), layout
 
 
-def _grid(folder: Path) -> tuple[int, int]:
-    found = [match for path in folder.iterdir() if (match := RANK.match(path.name))]
-    if any(match[3] for match in found):
-        raise ModelLinkError("the checkpoint is cut over expert-parallel ranks, which is not supported", where=folder)
-    places = {(int(match[2] or 0), int(match[1])) for match in found}
-    pp, tp = (max(place[axis] for place in places) + 1 for axis in range(2))
-    for stage in range(pp):
-        for rank in range(tp):
-            if (stage, rank) not in places:
-                raise ModelLinkError(f"tensor-parallel rank {rank} of pipeline stage {stage} is missing", where=folder,
-                                     fix=f"there are {len(places)} of {tp} x {pp} folders mp_rank_*; copy the others here too")
-    return tp, pp
+def _load_ranks(folder: Path) -> Ranks:
+    """Read what every rank's file holds, without its numbers."""
+    paths = {(int(match[1]), match[2], match[3]): path for path in folder.iterdir() if (match := RANK.match(path.name))}
+    loaded: dict[str, tuple[Any, list[dict[str, Stored]]]] = {}
+
+    def content(path: Path) -> tuple[Any, list[dict[str, Stored]]]:
+        if path.name not in loaded:
+            loaded[path.name] = _load(path / FILE)
+        return loaded[path.name]
+
+    first = paths[min(paths, key=lambda key: (key[0], key[1] or "", key[2] or ""))]
+    alone = all(third is None for _, _, third in paths) and _is_whole(content(first)[1])  # no stages: a number is of experts
+    places = {}
+    for (rank, second, third), path in paths.items():
+        stage, expert_rank = (0, int(second or 0)) if alone else (int(second or 0), int(third or 0))
+        places[stage, expert_rank, rank] = path
+    pp, ep, tp = (max(place[axis] for place in places) + 1 for axis in range(3))
+    for stage, expert_rank, rank in product(range(pp), range(ep), range(tp)):
+        if (stage, expert_rank, rank) not in places:
+            where = f"pipeline stage {stage}" + (f", expert-parallel rank {expert_rank}" if ep > 1 else "")
+            raise ModelLinkError(
+                f"tensor-parallel rank {rank} of {where} is missing", where=folder,
+                fix=f"there are {len(places)} of {pp * ep * tp} folders mp_rank_*; copy the others here too")
+    return Ranks(tp, pp, ep, {place: content(path)[1] for place, path in places.items()}, content(first)[0])
 
 
-def _load(folder: Path, rank: int, stage: int, pp: int) -> tuple[Any, list[dict[str, Stored]]]:
+def _is_whole(chunks: list[dict[str, Stored]]) -> bool:
+    """Whether one rank holds both ends of the model."""
+    names = {name for chunk in chunks for name in chunk}
+    return FINAL_NORM in names and EMBEDDING in names
+
+
+def _load(path: Path) -> tuple[Any, list[dict[str, Stored]]]:
     """(arguments, the model chunks) of one rank's file."""
-    path = folder / rank_folder(ParallelLayout(pp=pp), rank, stage) / FILE
     content = pickle.load(path)
     if not isinstance(content, Mapping):
         raise ModelLinkError("the file holds no state of a model", where=path)
@@ -122,19 +152,19 @@ def _refuse_other_model(args: object, spec: ModelSpec, folder: Path) -> None:
                                  where=folder, fix="the checkpoint and the configuration belong to different models")
 
 
-def _layout(spec: ModelSpec, chunks: Mapping[tuple[int, int], list[dict[str, Stored]]], tp: int, pp: int,
-            folder: Path) -> ParallelLayout:
+def _layout(spec: ModelSpec, ranks: Ranks, folder: Path) -> ParallelLayout:
     """Count the layers that each stage and chunk has."""
     counts = []
-    for stage in range(pp):
-        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith("decoder.layers.")), default=-1)
-                       for chunk in chunks[stage, 0]])
+    for stage in range(ranks.pp):
+        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith(LAYERS)), default=-1)
+                       for chunk in ranks.chunks[stage, 0, 0]])
     vpp, flat = len(counts[0]), [count for stage in counts for count in stage]
     if sum(flat) != spec.num_layers or any(len(stage) != vpp for stage in counts):
         raise ModelLinkError(f"the stages have {counts} layers, the configuration says {spec.num_layers} in all",
                              where=folder)
     even = len(set(flat)) == 1
-    layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, num_layer_list=None if even or vpp > 1 else tuple(flat))
+    layout = ParallelLayout(tp=ranks.tp, pp=ranks.pp, vpp=vpp, ep=ranks.ep,
+                            num_layer_list=None if even or vpp > 1 else tuple(flat))
     layout.check_layers(spec.num_layers)
     return layout
 
@@ -193,10 +223,11 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, di
         add_bias_linear=spec.add_mlp_bias, make_vocab_size_divisible_by=divisible_by, padded_vocab_size=padded,
         tokenizer_type=None, use_mcore_models=True,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=1,
-        expert_model_parallel_size=1, sequence_parallel=False,
+        expert_model_parallel_size=layout.ep, sequence_parallel=False,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         num_layers_per_virtual_pipeline_stage=per_chunk,
         num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
-        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, world_size=layout.tp * layout.pp,
+        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+        world_size=layout.tp * layout.pp * layout.ep,
         iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
     return namespace
