@@ -132,8 +132,6 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
         raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
                              + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
                              where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
-    if layout.ep > 1 and spec.num_experts is None:
-        raise ModelLinkError(f"the model has no experts to deal to {layout.ep} ranks", where="--expert-model-parallel-size")
     if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
         raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
                              where="--sequence-parallel", fix="add --sequence-parallel")
