@@ -29,7 +29,7 @@ from modellink.kernels.options import fields_of
 from modellink.kernels.parallel import padded_vocab_size
 
 SECTIONS = {"model": ModelSpec, "parallel": ParallelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
-ORIGINAL = {"implementation", "cluster", "tokens_per_second", "context_parallel_algo", "switches"}
+ORIGINAL = {"implementation", "cluster", "tokens_per_second", "switches"}
 COMMANDS = {"modellink-convert": ("modellink.ckpt_convert.cli", "modellink_convert"),
             "modellink-preprocess": ("modellink.data_prep.cli", "preprocess_command"),
             "modellink-train": ("modellink.core.cli", "train"), "modellink-infer": ("modellink.infer.cli", "infer"),

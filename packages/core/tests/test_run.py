@@ -47,9 +47,15 @@ def test_a_good_run_is_settled(options):
     ({"lr_warmup_iters": 2}, "does not end within the decay", "--lr-warmup-iters"),
     ({"save_interval": 2}, "no folder to save in", "--save"),
     ({"device": "npu"}, "no npu device", "modellink-doctor"),
-    ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-parallel-size"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-"),
     ({"expert_model_parallel_size": 2, "nproc_per_node": 3}, "cannot be dealt to 2 of 3 data-parallel ranks", "divisor of 3"),
     ({"context_parallel_size": 3, "seq_length": 28}, "28 cannot be cut into 6 chunks", "two chunks"),
+    ({"context_parallel_size": 4, "seq_length": 24, "tensor_model_parallel_size": 1}, "6 heads on 1 tensor-parallel ranks",
+     "megatron_cp_algo"),
+    ({"context_parallel_size": 4, "context_parallel_algo": "hybrid_cp_algo"}, "a ring of 4 ranks", "--ulysses-degree-in-cp"),
+    ({"ulysses_degree_in_cp": 2}, "a degree is for hybrid_cp_algo", "--context-parallel-algo"),
+    ({"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo", "attention_dropout": 0.1}, "drops no weights",
+     "ulysses_cp_algo"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from modellink.kernels import ops
-from modellink.kernels.ops.attention import Variant, alibi_slopes
+from modellink.kernels.ops.attention import Variant, alibi_slopes, scores_of
 from modellink.kernels.ops.check import TOLERANCE, op_cases
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
-NAMES = ["rms_norm", "swiglu", "rotary", "attention", "cross_entropy", "adamw"]
+NAMES = ["rms_norm", "swiglu", "rotary", "attention", "ring_update", "cross_entropy", "adamw"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -128,3 +128,21 @@ def test_adamw_follows_torch(decoupled):
         ops.adamw([mine], [grad.clone()], [mean], [variance], importlib.import_module("modellink.kernels.ops.adamw").Settings(
             step=step, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, decoupled=decoupled))
         torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_ring_update_joins_attention_over_parts(qkv):
+    query, key, value = qkv
+    variant, positions = Variant(0.3), torch.full((2, 7), 6)
+    scores = scores_of(query, key, variant, positions=positions)
+    parts = []
+    for keys in (slice(0, 3), slice(3, 7)):
+        lse = scores[..., keys].logsumexp(-1)
+        weights = (scores[..., keys] - lse.unsqueeze(-1)).exp()
+        out = weights @ value[keys].permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
+        parts += [out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)]
+    joined, lse = ops.ring_update(*parts)
+    torch.testing.assert_close(joined, ops.attention(query, key, value, variant, positions), atol=1e-6, rtol=1e-5)
+    nothing = torch.zeros_like(joined), torch.full_like(lse, float("-inf"))
+    for a, b in zip(ops.ring_update(*nothing, joined, lse), (joined, lse), strict=True):
+        assert torch.equal(a, b)
+    assert not ops.ring_update(*nothing, *nothing)[0].isnan().any()

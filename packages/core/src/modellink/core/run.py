@@ -74,7 +74,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
-    _check(spec, layout, parallel, data)
+    _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
     return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], checkpoint, resolved[LoggingConfig], layout,
@@ -118,7 +118,8 @@ def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
     return source.spec
 
 
-def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig) -> None:
+def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
+           optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
@@ -132,6 +133,9 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
         raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
                              + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
                              where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
+    if optimizer.attention_dropout and layout.cp // layout.ulysses > 1:
+        raise ModelLinkError("ring attention drops no weights", where="--attention-dropout, --context-parallel-algo",
+                             fix="use --context-parallel-algo ulysses_cp_algo, or no attention dropout")
     if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
         raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
                              where="--sequence-parallel", fix="add --sequence-parallel")

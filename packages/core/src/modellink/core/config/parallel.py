@@ -17,6 +17,13 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "Ranks each weight matrix is cut over.", alias="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     context_parallel_size: int = option(1, "Ranks each sequence is cut over.", alias="--cp", minimum=1)
+    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = option(
+        "ulysses_cp_algo", "How attention sees a whole sequence: ranks exchange heads for tokens, pass keys and values round a "
+        "ring, or the first inside the second.")
+    ulysses_degree_in_cp: int | None = option(None, "hybrid_cp_algo: ranks that exchange heads for tokens.", minimum=2)
+    use_cp_send_recv_overlap: bool = option(True, "Pass keys and values on while computing with them.")
+    kv_head_repeat_before_uly_alltoall: bool = option(
+        False, "Repeat keys and values for every query head before the exchange, not only until they can be dealt.")
     expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to, within data parallelism.",
                                              alias="--ep", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
@@ -39,6 +46,12 @@ class ParallelConfig:
     def _model_ranks(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
+    @property
+    def _ulysses(self) -> int:
+        """How many ranks exchange heads for tokens."""
+        cp = self.context_parallel_size
+        return {"ulysses_cp_algo": cp, "megatron_cp_algo": 1}.get(self.context_parallel_algo, self.ulysses_degree_in_cp or 1)
+
     def layout(self, num_layers: int, world_size: int) -> ParallelLayout:
         """The layout of `world_size` processes; what TP and PP leave over is data parallel."""
         tp, pp, cp, ep = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size,
@@ -57,9 +70,18 @@ class ParallelConfig:
                     where="--num-layers-per-virtual-pipeline-stage", fix="use two stages or more, and a chunk that divides "
                     "the layers of a stage")
             vpp = num_layers // pp // chunk
-        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list)
+        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list,
+                              ulysses=self._ulysses)
 
     def check(self) -> None:
+        cp, degree, hybrid = self.context_parallel_size, self.ulysses_degree_in_cp, self.context_parallel_algo == "hybrid_cp_algo"
+        if hybrid and cp > 1 and (degree is None or cp % degree or degree == cp):
+            raise ModelLinkError(f"a ring of {cp} ranks cannot be made of sets of {degree} ranks",
+                                 where="--ulysses-degree-in-cp, --context-parallel-size",
+                                 fix="the degree divides the context parallel size and is smaller")
+        if degree is not None and not hybrid:
+            raise ModelLinkError(f"a degree is for hybrid_cp_algo, the algorithm is {self.context_parallel_algo}",
+                                 where="--ulysses-degree-in-cp, --context-parallel-algo")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ModelLinkError("sequence parallelism cuts over the tensor-parallel ranks, and there is one",
                                  where="--sequence-parallel", fix="leave it out, or use --tensor-model-parallel-size 2 or more")

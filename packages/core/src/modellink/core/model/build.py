@@ -15,6 +15,7 @@ from modellink.core.config import MoEConfig
 from modellink.core.model.feed_forward import ACTIVATIONS
 from modellink.core.model.gpt import Model
 from modellink.core.model.layers import block_spec
+from modellink.core.parallel.attention import SequenceCut
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
 
@@ -30,21 +31,23 @@ class BuildSettings:
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
     moe: MoEConfig = MoEConfig()
+    sequence_cut: SequenceCut | None = None
     initialise: bool = True
 
 
 @dataclass
 class Config(TransformerConfig):
-    """megatron-core's config, and what our router reads beside it."""
+    """megatron-core's config, and what our router and attention read beside it."""
 
     spec: ModelSpec | None = None
     balance: MoEConfig = MoEConfig()
+    sequence_cut: SequenceCut = SequenceCut()
 
 
 def transformer_config(spec: ModelSpec, settings: BuildSettings) -> Config:
     layout = settings.layout
     return Config(
-        spec=spec, balance=settings.moe,
+        spec=spec, balance=settings.moe, sequence_cut=settings.sequence_cut or SequenceCut(layout.ulysses),
         num_layers=spec.num_layers, hidden_size=spec.hidden_size, num_attention_heads=spec.num_attention_heads,
         num_query_groups=spec.groups, kv_channels=spec.head_dim, ffn_hidden_size=spec.ffn,
         normalization=spec.normalization, layernorm_epsilon=spec.norm_epsilon,
