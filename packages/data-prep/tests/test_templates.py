@@ -222,8 +222,9 @@ def test_a_template_of_ones_own(tmp_path, all_tokens):
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ("[]", "an object of slots"), ("{", "not a JSON"), ('{"usr": []}', "unknown key 'usr'"), ('{"user": "x"}', "user is not a list"),
-    ('{"user": [{"special": "pad"}]}', "user is not a list"), ('{"replace_eos": true}', "needs a stop word")])
+    ("[]", "an object of slots"), ("{", "not a JSON"), ('{"usr": []}', "unknown key 'usr'"),
+    ('{"user": "x"}', "user is not a list"), ('{"user": [{"special": "pad"}]}', "user is not a list"),
+    ('{"replace_eos": true}', "needs a stop word")])
 def test_wrong_templates_are_named(tmp_path, content, message):
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(ModelLinkError, match=message):

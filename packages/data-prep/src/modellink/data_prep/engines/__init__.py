@@ -57,7 +57,11 @@ def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
     Raises:
         ModelLinkError: the folder holds nothing that the choice can read, or a library is missing.
     """
-    if choice in ("tokenizers", "gigatoken") or (choice == "auto" and (folder / "tokenizer.json").is_file()):
+    if choice == "gigatoken":
+        from modellink.data_prep.engines.gigatoken import GigaToken
+
+        return GigaToken(folder)
+    if choice == "tokenizers" or (choice == "auto" and (folder / "tokenizer.json").is_file()):
         from modellink.data_prep.engines.huggingface import HuggingFace
 
         return HuggingFace(folder)
