@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -133,12 +134,13 @@ def _backend(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler,
     else:
         try:
             engine = GigaToken(tokenizer.folder)
-            problem = engine.difference([*engine.hard_texts(), *_sample(handler, sources)])
         except ModelLinkError as error:
-            problem = error.what
-        if not problem:
-            return "gigatoken", engine.why
-        why = f"gigatoken differs {problem}" if problem.startswith("at ") else problem
+            why = error.what
+        else:
+            difference = engine.difference([*engine.hard_texts(), *_sample(handler, sources)])
+            if not difference:
+                return "gigatoken", engine.why
+            why = f"gigatoken differs {difference}"
     if asked == "gigatoken":
         raise ModelLinkError(f"gigatoken cannot be used: {why}", where="--tokenizer-backend", fix="leave it out")
     return "tokenizers", why
@@ -152,8 +154,8 @@ def _sample(handler: Handler, sources: list[Source]) -> list[str]:
         spans = source.cut(MIB)[:1]
         for _, row in islice((item for span in spans for item in source.rows(span, [*reader.columns, *reader.optional])),
                              SAMPLE_ROWS):
-            if not isinstance(row, BadRow):
-                texts += [text for column in reader.columns if isinstance(text := row.get(column), str)]
+            with suppress(ValueError):  # a bad row is told of when its turn comes
+                texts += [] if isinstance(row, BadRow) else reader.parse(row)
             if sum(map(len, texts)) > SAMPLE_CHARACTERS:
                 return texts
     return texts

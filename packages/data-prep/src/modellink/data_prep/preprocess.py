@@ -111,8 +111,7 @@ def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -
         if not sum(item.documents[name] for item in done.values()):
             dropped = sum(item.dropped for item in done.values())
             why = f"all {dropped:,} samples are longer than --seq-length" if dropped else "the input is empty"
-            raise ModelLinkError(f"no tokens came out for {name!r}", where=", ".join(sorted({
-                str(path) for piece in plan.pieces for path, _ in piece.spans})[:5]) or "--input", fix=why)
+            raise ModelLinkError(f"no tokens came out for {name!r}", where=", ".join(options.input[:5]), fix=why)
     parts = {name: [part_prefix(plan.job.parts, index, name) for index in sorted(done)] for name in plan.outputs}
     if options.packs:
         assert options.seq_length is not None

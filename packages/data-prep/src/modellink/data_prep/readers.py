@@ -175,11 +175,13 @@ class JsonArray(_Whole):
                 for number, value in enumerate(_elements(file), 1):
                     yield number, _object(value)
         except UnicodeDecodeError as error:
-            raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}") from None
+            raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}",
+                                 fix="write the file anew as UTF-8") from None
         except UNREADABLE as error:
             raise _broken(self.path, error) from None
         except _NotJson as error:
-            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1)) from None
+            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1),
+                                 fix="mend or write the file anew") from None
 
 
 class _NotJson(Exception):
@@ -245,7 +247,8 @@ class Csv(_Whole):
                     else:
                         yield number, dict(zip(names, values, strict=True))
             except csv.Error as error:
-                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}") from None
+                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
+                                     fix="mend or write the file anew") from None
             except UNREADABLE as error:
                 raise _broken(self.path, error) from None
 
