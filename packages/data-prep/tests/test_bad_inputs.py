@@ -69,7 +69,7 @@ BAD = {
     "broken UTF-8 in parquet": ("a.parquet", parquet(not_utf8()), {}, "not UTF-8", "row 2"),
     "numbers in parquet": ("a.parquet", parquet(pyarrow.array([1, 2])), {}, "'text' is a int", "row 1"),
     "not Arrow": ("a.arrow", b"ARROW1 and so on", {}, "not an Arrow file", "a.arrow"),
-    "null in Arrow": ("a.arrow", arrow([TEXT] * 6 + [{"text": None}]), {"piece_size": 0.001}, "'text' is empty", "row 7"),
+    "null in Arrow": ("a.arrow", arrow([TEXT] * 600 + [{"text": None}]), {"piece_size": 0.001}, "'text' is empty", "row 601"),
     "gzip cut off": ("a.jsonl.gz", gzip.compress(lines(*[TEXT] * 99))[:-9], {}, "cannot be read to its end", "a.jsonl.gz"),
     "not gzip": ("a.jsonl.gz", b"\x1f\x8b\x08 nonsense", {}, "cannot be read", "a.jsonl.gz"),
     "zstd cut off": ("a.jsonl.zst", pyarrow.compress(lines(*[TEXT] * 999), "zstd", asbytes=True)[:-9], {},

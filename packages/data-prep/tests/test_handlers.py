@@ -1,6 +1,7 @@
 """Instruction and pairwise sets: what rows of each style become, which tokens are learned, and what happens to long samples."""
 
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -242,3 +243,18 @@ def test_real_sets(make, real_text, byte_tokenizer, name):
     first = rows[0]
     answer = first.get("output") or (first["chosen"] if "chosen" in first else first["conversations"][-1])["value"]
     assert said(byte_tokenizer, data, ids=ids, labels=labels)[-1] == answer + "<|im_end|>"
+
+
+def test_inspect_shows_what_is_learned(make, command, byte_folder, tmp_path):
+    make([ALPACA, ALPACA | {"output": "word " * 40}], "AlpacaStyleInstructionHandler")
+    seen = command("inspect", "out/set", "--tokenizer-name-or-path", byte_folder, "--histogram", "lengths.svg", "--shown", "200",
+                   "--summary", "seen.json")
+    found = json.loads((tmp_path / "seen.json").read_text())
+    assert seen.returncode == 0, seen.stderr
+    assert "assistant\\n⟦2<|im_end|>⟧" in found["samples"]["0"] and found["documents"] == 2
+    assert 0 < found["learned"] < found["tokens"] and "learned tokens" in seen.stdout
+    bars = [rect for rect in ElementTree.parse(tmp_path / "lengths.svg").iter("{http://www.w3.org/2000/svg}rect") if len(rect)]
+    assert sum(int(rect[0].text.rsplit(": ")[-1].replace(",", "")) for rect in bars) == 2
+    (tmp_path / "out" / "set_packed_labels_document.idx").unlink()
+    assert command("inspect", "out/set_packed_input_ids_document.bin").returncode == 0
+    assert command("inspect", "out/absent").returncode == 2

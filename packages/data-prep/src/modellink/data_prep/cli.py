@@ -79,7 +79,8 @@ def inspect_command(prefix: str, given: Layer) -> None:
         write_json(options.summary, asdict(found))
     _print_table(found.prefix, [
         ("documents", found.documents), ("sequences", found.sequences), ("tokens", found.tokens),
-        ("token type", found.dtype), ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
+        *([("learned tokens", found.learned)] if found.learned is not None else []), ("token type", found.dtype),
+        ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
         (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
         *((f"document {index}", text) for index, text in found.samples.items())])
 

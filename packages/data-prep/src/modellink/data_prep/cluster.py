@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.data_prep.inputs import Piece
-from modellink.data_prep.tokenise import Done, Job, tokenise_piece
+from modellink.data_prep.tokenise import Done, Job, WorkerDied, tokenise_piece
 from modellink.kernels.errors import ModelLinkError
 
 AHEAD = 4  # pieces a processor that are handed out at a time
@@ -34,7 +34,7 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int) -> Iterator[Don
     if started:
         ray.init(log_to_driver=False)
     try:
-        remote: Any = ray.remote(max_retries=0)(_tokenise_there)
+        remote: Any = ray.remote(max_retries=0, scheduling_strategy="SPREAD")(_tokenise_there)
         todo, waiting, failed = list(reversed(pieces)), dict[Any, int](), dict[int, Exception]()
         ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while todo or waiting:
@@ -49,6 +49,9 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int) -> Iterator[Don
                 yield ray.get(ready[0])
             except ray.exceptions.RayTaskError as error:
                 failed[index] = error.cause if isinstance(error.cause, ModelLinkError) else error
+            except ray.exceptions.RayError as error:
+                failed[index] = WorkerDied(f"a node or process died near piece {index}: {str(error).splitlines()[0]}",
+                                           where="--executor", fix="what is finished is kept, run the command again")
         if failed:
             raise failed[min(failed)]
     finally:
