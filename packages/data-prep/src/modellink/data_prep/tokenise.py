@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from modellink.data_prep.handlers import Handler, make_handler
+from modellink.data_prep.engines import Choice
+from modellink.data_prep.engines.gigatoken import GigaToken
+from modellink.data_prep.handlers import Handler, Reading, make_handler
 from modellink.data_prep.indexed import IndexedWriter, files_of
 from modellink.data_prep.inputs import Piece, open_source
-from modellink.data_prep.readers import BadRow
+from modellink.data_prep.rows import BadRow
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError
 from modellink.kernels.files import kill_point
@@ -44,9 +46,9 @@ class Job:
     """What is the same for all pieces."""
 
     tokenizer: Path
-    handler: str
-    keys: tuple[str, ...]
-    append_eod: bool
+    backend: Choice
+    verify: bool
+    reading: Reading
     dtype: str
     skip_bad_rows: bool
     vocab_size: int | None
@@ -57,12 +59,16 @@ class Job:
 class Done:
     """What came of a piece; it is noted in the journal.
 
-    `tokens` and `documents` count by output; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
+    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
+    label; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
     """
 
     piece: int
     rows: int = 0
     skipped: int = 0
+    cut: int = 0
+    dropped: int = 0
+    learned: int = 0
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -85,9 +91,12 @@ def tokenise_piece(job: Job, piece: Piece) -> Done:
         writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
                    for output in handler.outputs}
         for batch in _batches(job, piece, handler, done):
-            samples = handler.encode([sample for _, sample in batch])
-            for (place, _), encoded in zip(batch, samples, strict=True):
-                for output, ids in encoded.items():
+            records = handler.encode([sample for _, sample in batch])
+            for (place, _), record in zip(batch, records, strict=True):
+                done.cut += record.note == "cut"
+                done.dropped += record.note == "dropped"
+                done.learned += record.learned
+                for output, ids in record.fields.items():
                     if ids:
                         tokens = np.asarray(ids)
                         if job.vocab_size is not None and tokens.max() >= job.vocab_size:
@@ -102,7 +111,10 @@ def tokenise_piece(job: Job, piece: Piece) -> Done:
 
 @lru_cache(maxsize=1)
 def _handler(job: Job) -> Handler:
-    return make_handler(job.handler, Tokenizer.from_folder(job.tokenizer), job.keys, job.append_eod)
+    tokenizer = Tokenizer.from_folder(job.tokenizer, job.backend)
+    if job.verify and isinstance(tokenizer.engine, GigaToken):
+        tokenizer.engine.verify = True
+    return make_handler(tokenizer, job.reading)
 
 
 Place = tuple[Path, int]
@@ -116,11 +128,13 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
     batch: list[tuple[Place, Any]] = []
     weight = 0
     for path, span in piece.spans:
-        for at, row in open_source(path).rows(span, handler.columns):
+        reader = handler.rows_of(path)
+        columns = [*reader.columns, *reader.optional]
+        for at, row in open_source(path).rows(span, columns):
             try:
                 if isinstance(row, BadRow):
                     raise ValueError(row.why)
-                sample = handler.parse(row)
+                sample = reader.parse(row)
             except ValueError as error:
                 if not job.skip_bad_rows:
                     raise ModelLinkError(f"a row cannot be used: {error}", where=_place((path, at)),
@@ -130,7 +144,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
                     done.bad.append(f"{_place((path, at))}: {error}")
                 continue
             batch.append(((path, at), sample))
-            size = sum(len(row[column].encode()) for column in handler.columns if isinstance(row[column], str))
+            size = sum(_text_bytes(row.get(column)) for column in columns)
             done.rows += 1
             done.text_bytes += size
             weight += size
@@ -139,6 +153,15 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
                 batch, weight = [], 0
     if batch:
         yield batch
+
+
+def _text_bytes(value: object) -> int:
+    """UTF-8 bytes of the texts in a value."""
+    if isinstance(value, str):
+        return len(value.encode("utf-8", "replace"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
 
 
 def _beyond(job: Job, token: int, where: str) -> ModelLinkError:

@@ -1,0 +1,77 @@
+"""`tokenizer.json`, whole texts run by `gigatoken` (extra `gigatoken`), which is many times faster; all else by `tokenizers`.
+
+It is used when it gives the same ids as `tokenizers` on texts chosen to be hard and on a sample of the corpus; `verify` compares
+every text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from modellink.data_prep.engines import library
+from modellink.data_prep.engines.huggingface import HuggingFace
+from modellink.kernels.errors import ModelLinkError
+
+HARD = ("", " ", "a", "  two  spaces ", "\n\n\ttab\r\n", "naïve café", "你好，世界！", "🤗👩\u200d👧", "١٢٣ 12345678",
+        "don't WON'T", "\u200b\ufeff", "e\u0301", "日本語と한국어", "def f(x):\n        return x**2\n", "https://a.b/c?d=e&f",
+        "$1,234.56", "____", "\x00\x01")
+RENEWED = 64 << 20  # bytes of text after which the library is loaded anew: what it remembers of words grows without bound
+
+
+class GigaToken(HuggingFace):
+    """See `Engine`.
+
+    Raises:
+        ModelLinkError: the library is missing or does not know this kind of tokenizer.
+    """
+
+    verify = False
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._library: Any = library("gigatoken", folder)
+        self.name = f"gigatoken {metadata.version('gigatoken')} ({self.name})"
+        self.why = "it gives the same ids as tokenizers here"
+        self._seen = 0
+        self._fast = self._load()
+        alone, around = (super(GigaToken, self).encode_batch(["a"], wrap=wrap)[0] for wrap in (False, True))
+        start = next((at for at in range(len(around)) if around[at:at + len(alone)] == alone), None)
+        if start is None:
+            raise ModelLinkError("gigatoken cannot be used: what is put around a text changes it", where=folder)
+        self._head, self._tail = around[:start], around[start + len(alone):]
+
+    def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
+        self._seen += sum(map(len, texts))
+        if self._seen > RENEWED:
+            self._fast, self._seen = self._load(), 0
+        found: list[list[int]] = self._fast.encode_batch_list(list(texts))
+        if wrap and (self._head or self._tail):
+            found = [[*self._head, *ids, *self._tail] for ids in found]
+        if self.verify and (problem := self.difference(texts, found, wrap=wrap)):
+            raise ModelLinkError(f"gigatoken and tokenizers differ: {problem}", where="--verify-tokenizer",
+                                 fix="use --tokenizer-backend tokenizers")
+        return found
+
+    def difference(self, texts: Sequence[str], found: Sequence[list[int]] | None = None, *, wrap: bool = True) -> str:
+        """The first text for which the libraries differ, in words, or nothing."""
+        found = self.encode_batch(texts, wrap=wrap) if found is None else found
+        for text, ours, theirs in zip(texts, found, super().encode_batch(texts, wrap=wrap), strict=True):
+            if ours != theirs:
+                at = next((at for at, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1]),
+                          min(len(ours), len(theirs)))
+                return f"at token {at} of {text[:60]!r}"
+        return ""
+
+    def hard_texts(self) -> list[str]:
+        """Texts that tell two tokenizers apart, with this one's control tokens in them."""
+        return [*HARD, *(f"a {token} b{token}" for token in list(self.control)[:20])]
+
+    def _load(self) -> Any:
+        try:
+            return self._library.Tokenizer.from_json(self.source)
+        except Exception as error:  # whatever the library raises over a kind it does not know
+            raise ModelLinkError(f"gigatoken does not know this tokenizer: {str(error).splitlines()[0]}",
+                                 fix="use --tokenizer-backend tokenizers") from None
