@@ -175,19 +175,6 @@ def test_half_precision_runs(llama, engine):
     assert sum(answer.logprobs) == pytest.approx(expected[0][0], abs=0.5)
 
 
-@pytest.fixture
-def make_cache(engine):
-    from modellink.infer.cache import KeyValueCache  # imports megatron-core, which the engine has put on its device
-    return KeyValueCache
-
-
-def test_a_cache_refuses_more_than_it_holds(make_cache):
-    cache = make_cache(range(2), 8, 2, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
-    cache.state([0, 0], 8)
-    with pytest.raises(ModelLinkError, match="9 tokens does not fit into a cache of 8"):
-        cache.state([3, 8], 1)
-
-
 def test_memory_that_held_something_else_does_no_harm(engine):
     """A short row's slots beside a long row's newest tokens were never written."""
     rows = [[5] * 30, [300, 7]]
@@ -197,18 +184,3 @@ def test_memory_that_held_something_else_does_no_harm(engine):
         assert [answer.token_ids for answer in engine.generate(rows, max_new_tokens=25)] == expected
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def test_a_cache_puts_each_row_in_its_place(make_cache):
-    cache = make_cache(range(3, 5), 6, 2, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
-    first = torch.arange(6.0).view(3, 2, 1, 1)  # row 0: 0 2 4, row 1: 1 3 5 (its last one is padding)
-    cache.state([0, 0], 3)
-    cache.update(5, first, -first, None)
-    state = cache.state([3, 2], 1)
-    keys, values = cache.update(5, torch.tensor([10.0, 11.0]).view(1, 2, 1, 1), first[:1], state.positions)
-    assert state.positions.tolist() == [[3], [2]]
-    assert keys[:, 0].flatten().tolist() == [0, 2, 4, 10]
-    assert keys[:3, 1].flatten().tolist() == [1, 3, 11]
-    assert values[:3, 1].flatten().tolist() == [-1, -3, 1]
-    cache.keep([1])
-    assert cache.keys[1, :3, :, 0, 0].flatten().tolist() == [1, 3, 11]

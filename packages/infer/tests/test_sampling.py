@@ -56,7 +56,7 @@ def test_the_first_token_always_stays():
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
     chooser = Chooser(Sampling(True, 1.0, 0, 1.0, seed=3), CPU)
-    drawn = torch.stack([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
+    drawn = torch.tensor([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
     assert drawn.tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
 
 

@@ -20,7 +20,12 @@ class ModelOptions:
 
     load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core or torch_dist, written at any layout.")
     tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Only 1: generation has no pipeline stages.", alias="--pp", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
+    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
+    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
+    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; as many as "
+                                      "fit into half of the free memory where nothing is said, and no more than can be used.",
+                                      unit="tokens", minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
@@ -30,7 +35,9 @@ class ModelOptions:
 
     @property
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size)
+        ep = self.expert_model_parallel_size
+        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
+                              num_layer_list=self.num_layer_list)
 
     def plan(self, index: int) -> Plan:
         """Open and check the checkpoint; imports torch."""
