@@ -70,7 +70,8 @@ def on_rank(folders: dict[str, str], layout: ParallelLayout) -> dict[str, Any]:
         found[case] = {"batch": run(network, ROWS, budget=7 if layout.world_size == 1 else 24)}
         if layout.world_size == 1:
             found[case]["alone"] = [run(network, [row], budget=64)[0] for row in ROWS]
-            found[case]["whole"] = [whole(network, row, tokens) for row, (tokens, _) in zip(ROWS, found[case]["batch"], strict=True)]
+            found[case]["whole"] = [whole(network, row, tokens)
+                                    for row, (tokens, _) in zip(ROWS, found[case]["batch"], strict=True)]
     return found
 
 

@@ -65,7 +65,7 @@ class Batch:
             raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
                                  where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
         row = Row([*answer.request.prompt, *answer.token_ids])
-        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, self.network.spec.vocab_size)
+        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids)
         self.waiting.append(Member(answer, row, chooser))
 
     def remove(self, answer: Answer) -> None:
@@ -145,7 +145,6 @@ class Batch:
                 piece += answer.end("cancelled")
             pieces.append((answer, piece))
             member.row.tokens.append(token)
-            member.chooser.note(token)
             if answer.finish_reason is not None:
                 self._leave(member)
             elif self._moving(member.row):

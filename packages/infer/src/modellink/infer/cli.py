@@ -170,7 +170,7 @@ def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
     from modellink.core import processes
     from modellink.infer.engine import Engine
     first = processes.rank() == 0
-    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, show=True)
+    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens, show=True)
 
 
 def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:
@@ -189,18 +189,20 @@ def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], fir
 
 
 def _print(prompts: list[Any], answers: list[Generation], *, as_json: bool) -> None:
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+    each = len(answers) // len(prompts)
+    for number, answer in enumerate(answers, 1):
+        prompt = prompts[(number - 1) // each]
         if as_json:
             print(json.dumps({"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids,
                               "finish_reason": answer.finish_reason}, ensure_ascii=False))
         else:
-            _heading(number, len(prompts))
+            _heading(number, len(answers), "answer" if each > 1 else "prompt")
             print(answer.text)
 
 
-def _heading(number: int, count: int) -> None:
+def _heading(number: int, count: int, what: str = "prompt") -> None:
     if count > 1:
-        print(f"--- prompt {number} of {count} ---")
+        print(f"--- {what} {number} of {count} ---")
 
 
 def main() -> None:

@@ -92,8 +92,7 @@ class Engine:
 
         Args:
             prompts: a text, token ids, a chat, or a list of any of these.
-            options: max_new_tokens, do_sample, temperature, top_k, top_p, seed, stop, ignore_eos, logprobs; see
-                `prompts.make_requests`.
+            options: see `prompts.Options`. With `num_return_sequences` a prompt has so many answers, one after the other.
 
         Raises:
             ModelLinkError: see `prompts.make_requests`; nothing was computed.
@@ -101,9 +100,10 @@ class Engine:
         return self.answer(self.requests(prompts, **options))
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
-        """`generate` for requests that are made already, each with options of its own."""
+        """`generate` for requests that are made already, each with options of its own; one with beams has several answers."""
         batch = self.batch()
-        answers = [Answer.to(request, self.tokenizer) for request in requests]
+        asked = [(request, Answer.to(request, self.tokenizer)) for request in requests]
+        answers = [answer for request, answer in asked if request.beams is None]
         try:
             for answer in answers:
                 batch.add(answer)
@@ -112,13 +112,22 @@ class Engine:
         finally:
             for answer in answers:
                 batch.remove(answer)
-        return [answer.generation() for answer in answers]
+        return [found for request, answer in asked for found in self._search(request) or [answer.generation()]]
+
+    def _search(self, request: Request) -> list[Generation]:
+        if request.beams is None:
+            return []
+        from modellink.infer.beam import search
+        return search(self.network, self.cache, request, self.tokenizer)
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """The answer to one prompt in pieces of text, as they come."""
         requests = self.requests(prompt, **options)
         if len(requests) != 1:
-            raise ModelLinkError(f"{len(requests)} prompts were given, a stream has one", fix="use generate, or several streams")
+            raise ModelLinkError(f"{len(requests)} answers were asked for, a stream has one",
+                                 fix="use generate, or several streams")
+        if requests[0].beams is not None:
+            raise ModelLinkError("beams are known when they have come to their end; they cannot be streamed", fix="use generate")
         return Stream(self, requests[0])
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, show: bool = False,

@@ -52,15 +52,26 @@ class AnswerOptions:
 
     max_new_tokens: int | None = option(None, "Longest answer; where nothing is said 128, or what the model has room for.",
                                         unit="tokens", minimum=1)
+    max_length: int | None = option(None, "Longest prompt and answer together, in the place of --max-new-tokens.", unit="tokens",
+                                    minimum=1)
     do_sample: bool | None = option(None, "Draw tokens instead of taking the most likely one; on by itself in chat, and "
                                     "when --temperature, --top-k or --top-p is given.")
     temperature: float = option(0.7, "Drawing: the logits are divided by it; 0 takes the most likely token.", minimum=0)
     top_k: int = option(50, "Drawing: only among that many most likely tokens; 0 for all.", minimum=0)
     top_p: float = option(0.95, "Drawing: only among the most likely tokens that have this probability together.", minimum=0,
                           maximum=1)
+    min_p: float = option(0.0, "Drawing: only tokens that have this share of the most likely one's probability.", minimum=0,
+                          maximum=1)
+    repetition_penalty: float = option(1.0, "Logits of tokens in prompt and answer are divided by it (multiplied, below 0).")
+    presence_penalty: float = option(0.0, "Taken from the logit of tokens that the answer holds already.")
+    frequency_penalty: float = option(0.0, "The same, times how often it holds them.")
     seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
                               minimum=0)
     stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
+
+    num_beams: int = option(1, "Texts that grow side by side; the best as a whole is the answer.", minimum=1)
+    length_penalty: float = option(1.0, "Beams: scores are divided by tokens ^ this.")
+    num_return_sequences: int = option(1, "Answers to each prompt: the best beams, or so many draws.", minimum=1)
 
     def arguments(self, given: set[str], *, draws: bool) -> dict[str, Any]:
         """For `Engine.generate`. `given` are the names that stood on the command line; `draws` what is done when nothing is said.
@@ -68,13 +79,19 @@ class AnswerOptions:
         Raises:
             ModelLinkError: an option that would do nothing.
         """
-        drawing = sorted({"temperature", "top_k", "top_p", "seed"} & given)
+        drawing = sorted({"temperature", "top_k", "top_p", "min_p", "seed"} & given)
         sample = self.do_sample if self.do_sample is not None else draws or bool(set(drawing) - {"seed"})
         if drawing and not sample:
             raise ModelLinkError(f"--{drawing[0].replace('_', '-')} is for drawing tokens, but the most likely one is taken",
                                  where="command line", fix="add --do-sample, or leave it out")
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": sample, "temperature": self.temperature,
-                "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed, "stop": self.stop}
+        if self.num_return_sequences > 1 and not sample and self.num_beams == 1:
+            raise ModelLinkError(f"the most likely token gives one answer, not {self.num_return_sequences}",
+                                 where="--num-return-sequences", fix="add --do-sample, or beams with --num-beams")
+        values = {name: getattr(self, name) for name in (
+            "max_new_tokens", "max_length", "seed", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "num_beams", "length_penalty", "num_return_sequences")}
+        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")} if sample else {}
+        return {**values, **drawn, "do_sample": sample}
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class Request:
     logprobs: bool = False
     top_logprobs: int = 0  # how many alternatives to report for each token, with `logprobs`
     beams: Beams | None = None
+    before: str = ""  # what the text of the answer begins with: the prompt, where it is to be shown too
+    detokenize: bool = True
 
 
 @dataclass
@@ -76,7 +78,8 @@ class Answer:
 
     @classmethod
     def to(cls, request: Request, tokenizer: Tokenizer | None) -> Answer:
-        return cls(request, GrowingText(tokenizer, request.stop_strings))
+        wanted = request.detokenize or request.stop_strings
+        return cls(request, GrowingText(tokenizer if wanted else None, request.stop_strings))
 
     def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> str:
         """Add a token; the piece of text that became certain. Sets `finish_reason` when it was the last one."""
@@ -97,8 +100,10 @@ class Answer:
         self.finish_reason = "stop" if self.text.stopped else reason
         return piece
 
-    def generation(self) -> Generation:
+    def generation(self, score: float | None = None) -> Generation:
         assert self.finish_reason is not None
         asked = self.request
-        return Generation(self.text.text, self.token_ids, self.finish_reason, self.logprobs if asked.logprobs else None,
-                          len(asked.prompt), self.top_logprobs if asked.logprobs and asked.top_logprobs else None)
+        return Generation(asked.before + self.text.text, self.token_ids, self.finish_reason,
+                          self.logprobs if asked.logprobs else None, len(asked.prompt),
+                          self.top_logprobs if asked.logprobs and asked.top_logprobs else None,
+                          score)

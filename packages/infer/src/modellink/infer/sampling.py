@@ -78,24 +78,34 @@ def narrow(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits
 
 
+def penalise(logits: Tensor, sampling: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """Logits [vocabulary] with the penalties on what was said already."""
+    said = torch.tensor([*answer], dtype=torch.long, device=logits.device)
+    if (penalty := sampling.repetition_penalty) != 1:
+        seen = torch.cat([torch.tensor([*prompt], dtype=torch.long, device=logits.device), said]).unique()
+        values = logits[seen]
+        logits = logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
+    if len(said) and (sampling.presence_penalty or sampling.frequency_penalty):
+        counts = said.bincount(minlength=len(logits))
+        logits = logits - sampling.presence_penalty * (counts > 0) - sampling.frequency_penalty * counts
+    return logits
+
+
 class Chooser:
     """Chooses the tokens of one request; its generator is its own, so that a batch draws what each request draws alone.
 
     Args:
         prompt: its tokens, which only the repetition penalty looks at.
+        answer: its tokens so far; the list that grows.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (), vocab_size: int = 0) -> None:
-        self.sampling = sampling
-        self.generator = torch.Generator(device)
+    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> None:
+        self.sampling, self._prompt, self._answer = sampling, prompt, answer
+        self._generator = torch.Generator(device)
         if sampling.seed is None:
-            self.generator.seed()
+            self._generator.seed()
         else:
-            self.generator.manual_seed(sampling.seed)
-        if sampling.penalised:
-            self._seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._seen[list(prompt)] = True
-            self._counts = torch.zeros(vocab_size, device=device)
+            self._generator.manual_seed(sampling.seed)
 
     @property
     def plain(self) -> bool:
@@ -105,19 +115,7 @@ class Chooser:
     def __call__(self, logits: Tensor) -> int:
         """Logits [vocabulary] in fp32 -> a token id."""
         if self.sampling.penalised:
-            logits = self._penalise(logits)
+            logits = penalise(logits, self.sampling, self._prompt, self._answer)
         if self.sampling.greedy:
             return int(logits.argmax())
-        return int(torch.multinomial(narrow(logits, self.sampling).softmax(-1), 1, generator=self.generator)[0])
-
-    def note(self, token: int) -> None:
-        """The token that was chosen in the end."""
-        if self.sampling.penalised:
-            self._seen[token] = True
-            self._counts[token] += 1
-
-    def _penalise(self, logits: Tensor) -> Tensor:
-        rules = self.sampling
-        if (penalty := rules.repetition_penalty) != 1:
-            logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        return logits - rules.presence_penalty * (self._counts > 0) - rules.frequency_penalty * self._counts
+        return int(torch.multinomial(narrow(logits, self.sampling).softmax(-1), 1, generator=self._generator)[0])

@@ -58,7 +58,8 @@ class RotaryTable:
     def _by_length(self, positions: Tensor, lengths: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin where every token has the angles of its own sequence's length."""
         distinct, which = lengths.unique(return_inverse=True)
-        frequencies = torch.stack([inverse_frequencies(self._spec.rotary_dim, self._spec.rotary_base, self._scaling, length=length)
+        size, base = self._spec.rotary_dim, self._spec.rotary_base
+        frequencies = torch.stack([inverse_frequencies(size, base, self._scaling, length=length)
                                    for length in distinct.tolist()]).to(positions.device)
         cos, sin = self._turn(positions.t().unsqueeze(-1).float() * frequencies[which.t()], device, dtype)
         return cos.unsqueeze(2), sin.unsqueeze(2)
