@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modellink.infer.cache import SIZE, PagedCache, Piece, Row
 from modellink.infer.network import Network
-from modellink.infer.request import Answer
+from modellink.infer.request import Answer, Request
 from modellink.infer.sampling import Chooser
 from modellink.kernels.errors import ModelLinkError
 
@@ -60,13 +60,17 @@ class Batch:
         Raises:
             ModelLinkError: the cache will never hold it.
         """
-        need = len(answer.request.prompt) + answer.request.max_new_tokens
-        if need > self.cache.tokens:
-            raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
-                                 where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
+        self.check(answer.request)
         row = Row([*answer.request.prompt, *answer.token_ids])
         chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids)
         self.waiting.append(Member(answer, row, chooser))
+
+    def check(self, request: Request) -> None:
+        """Raise where the cache will never hold a request."""
+        need = len(request.prompt) + request.max_new_tokens
+        if need > self.cache.tokens:
+            raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
+                                 where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, finished or not."""

@@ -2,7 +2,7 @@
 
 With several ranks each calls the same methods with the same arguments and gets the same results; the processes are
 torchrun's, or those that `modellink-infer --tp N` starts. One engine lives in a process at a time, because megatron-core's
-groups do.
+groups do, and one thread uses it at a time; the server has a thread for that.
 """
 
 from __future__ import annotations

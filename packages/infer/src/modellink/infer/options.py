@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -124,3 +126,27 @@ class ChatOptions:
 
     system: str | None = option(None, "System message at its beginning.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The server."""
+
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
+    port: int = option(8000, "Port to listen at.", minimum=1, maximum=65535)
+    served_model_name: str | None = option(None, "What the model is called in requests; the name of its folder where nothing is "
+                                           "said.")
+    api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
+                                 "environment says the same.")
+    batch_size: int = option(16, "Answers computed together at most.", minimum=1)
+    max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
+    max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
+
+    def check(self) -> None:
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key:
+            print(f"note: listening at {self.host} without an API key: everybody who reaches it can use the model",
+                  file=sys.stderr)
+
+    @property
+    def key(self) -> str | None:
+        return self.api_key or os.environ.get("MODELLINK_API_KEY") or None
