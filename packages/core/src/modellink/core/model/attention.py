@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class Rotary:
             length = state.length
             if length is None:
                 length = heads[0].size(0) if state.positions is None else int(state.positions.max()) + 1
-            state.angles = self._table(length, state.positions, heads[0].device, heads[0].dtype)
+            state.angles = self._table(length, state.positions, heads[0].device, heads[0].dtype, state.lengths)
         cos, sin = state.angles
         return [ops.rotary(x, cos, sin, interleaved=self._interleaved) for x in heads]
 
@@ -55,8 +56,8 @@ class SelfAttention(MegatronSelfAttention):
         query, key, value = self.get_query_key_value_tensors(hidden_states)
         query, key = self.rotary(state, query, key)
         if state.cache is not None:
-            key, value = state.cache.update(self.layer_number, key, value, state.positions)
-        if self.checkpoint_core_attention and self.training:
+            context = state.cache.attend(self.layer_number, query, key, value, self.core_attention.on(query.device)).flatten(2)
+        elif self.checkpoint_core_attention and self.training:
             context = self._checkpointed_attention_forward(query, key, value, attention_mask, packed_seq_params=state)
         else:
             context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
@@ -86,15 +87,17 @@ class CoreAttention(nn.Module):
                                slopes=slopes)
         self.cut = ContextParallel(config.sequence_cut) if config.context_parallel_size > 1 else None
 
+    def on(self, device: torch.device) -> Variant:
+        """The variant, with its tensor on the device."""
+        if self.variant.slopes is not None and self.variant.slopes.device != device:
+            self.variant = replace(self.variant, slopes=self.variant.slopes.to(device))
+        return self.variant
+
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> Tensor:
-        state = packed_seq_params or SequenceState()
-        variant = self.variant
-        if variant.slopes is not None and variant.slopes.device != query.device:
-            self.variant = variant = replace(variant, slopes=variant.slopes.to(query.device))
+        variant = self.on(query.device)
         if self.training and self.dropout:
             variant = replace(variant, dropout=self.dropout)
         if self.cut is not None:
             return self.cut(query, key, value, variant).flatten(2)
-        positions = state.positions if state.cache is not None else None
-        return ops.attention(query, key, value, variant, positions).flatten(2)
+        return ops.attention(query, key, value, variant).flatten(2)
