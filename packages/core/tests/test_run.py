@@ -56,6 +56,17 @@ def test_a_good_run_is_settled(options):
     ({"ulysses_degree_in_cp": 2}, "a degree is for hybrid_cp_algo", "--context-parallel-algo"),
     ({"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo", "attention_dropout": 0.1}, "drops no weights",
      "ulysses_cp_algo"),
+    ({"recompute_granularity": "full"}, "needs a method and a number", "--recompute-num-layers 4"),
+    ({"recompute_num_layers": 2}, "belong to full recomputation", "--recompute-granularity full"),
+    ({"recompute_granularity": "selective", "recompute_method": "block"}, "not to selective", "--recompute-granularity full"),
+    ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+      "enable_recompute_layers_per_pp_rank": True}, "with the block method alone", "--recompute-method block"),
+    ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1,
+      "enable_recompute_layers_per_pp_rank": True}, "one model chunk", "--num-layers-per-virtual-pipeline-stage"),
+    ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5}, "5 layers cannot", "at most 4"),
+    ({"recompute_granularity": "selective", "recompute_activation_function": True}, "recomputed alone or beside", "one of them"),
+    ({"recompute_activation_function_num_layers": 1}, "nothing to recompute", "--recompute-activation-function"),
+    ({"overlap_param_gather": True}, "gathered ahead only for the distributed optimizer", "--overlap-grad-reduce"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):

@@ -50,7 +50,7 @@ def _train(run: Run) -> None:
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
     values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.checkpoint, run.logging):
+    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.memory, run.checkpoint, run.logging):
         values |= vars(config)
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):

@@ -13,14 +13,22 @@ from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import __version__
-from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from modellink.core.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    MemoryConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig, LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Run:
     data: DataConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
+    memory: MemoryConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     layout: ParallelLayout
@@ -74,10 +83,12 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
+    resolved[MemoryConfig].check_layers(layout, spec.num_layers)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], checkpoint, resolved[LoggingConfig], layout,
+    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
+               resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
 
 

@@ -31,6 +31,8 @@ class ParallelConfig:
         None, "Layers of a model chunk when a stage holds several, interleaved.", minimum=1)
     sequence_parallel: bool = option(False, "Cut norms and dropouts by sequence over the tensor-parallel ranks.")
     use_distributed_optimizer: bool = option(False, "Cut the optimizer state over the data-parallel ranks.")
+    overlap_grad_reduce: bool = option(False, "Sum gradients over the data-parallel ranks while the backward pass goes on.")
+    overlap_param_gather: bool = option(False, "Gather the distributed optimizer's parameters while the forward pass goes on.")
     make_vocab_size_divisible_by: int = option(128, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
     nproc_per_node: int | None = option(
         None, "Processes to start on this machine; TP x PP x CP x EP where nothing is said. Not used under torchrun.",
@@ -79,6 +81,10 @@ class ParallelConfig:
             raise ModelLinkError(f"a ring of {cp} ranks cannot be made of sets of {degree} ranks",
                                  where="--ulysses-degree-in-cp, --context-parallel-size",
                                  fix="the degree divides the context parallel size and is smaller")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ModelLinkError("parameters are gathered ahead only for the distributed optimizer with overlapped gradients",
+                                 where="--overlap-param-gather",
+                                 fix="add --use-distributed-optimizer and --overlap-grad-reduce")
         if degree is not None and not hybrid:
             raise ModelLinkError(f"a degree is for hybrid_cp_algo, the algorithm is {self.context_parallel_algo}",
                                  where="--ulysses-degree-in-cp, --context-parallel-algo")
