@@ -17,7 +17,7 @@ from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import Weight, shard_pieces
 from modellink.kernels.errors import ModelLinkError
 
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 8 << 20
 CROSSED_BYTES = 256 << 20  # of a block whose rows are columns of the source
 
 
@@ -28,9 +28,19 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         ModelLinkError: a finite value becomes infinite.
     """
     made = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and bool((made.isinf() & ~tensor.isinf()).any()):
+    if dtype == torch.float16 and tensor.dtype != dtype and _overflows(tensor, made):
         raise ModelLinkError(f"{name} has values too large for {dtype}", where="--params-dtype", fix="use bf16 or fp32")
     return made
+
+
+def _overflows(tensor: torch.Tensor, made: torch.Tensor) -> bool:
+    """Whether a finite number became infinite; the extremes answer it without another copy, unless one is no number."""
+    if not tensor.numel():
+        return False
+    extremes = torch.stack(torch.aminmax(tensor)).double()
+    if extremes.isfinite().all():
+        return bool(torch.stack(torch.aminmax(made)).isinf().any())
+    return bool((made.isinf() & ~tensor.isinf()).any())
 
 
 def batches(pieces: Sequence[range], limit: int) -> Iterator[list[range]]:

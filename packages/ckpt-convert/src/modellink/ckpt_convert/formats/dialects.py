@@ -135,7 +135,9 @@ def _grouped(chunk: Mapping[str, Planned]) -> dict[str, Planned]:
         if not inside:
             found[name] = planned
             continue
-        kind = next(kind for kind, own in GROUPED.items() if ending.partition(".")[2] == own)
+        kind = next((kind for kind, own in GROUPED.items() if ending.partition(".")[2] == own), None)
+        if kind is None:
+            raise ModelLinkError(f"grouped experts have no place for {name}", where="--moe-grouped-gemm", fix="leave it out")
         experts.setdefault(start + kind, []).append(blocks.transposed(planned))
     for name, parts in experts.items():
         rows, columns = parts[0].shape

@@ -102,6 +102,7 @@ def _fill(handle: int, slot: Slot, wrote: Callable[[int], None], stop: threading
         crc = zlib.crc32(view, crc) if slot.crcs else 0
         offset += len(view)
         wrote(len(view))
+        del view, block  # before the next one is made
     else:
         assert offset - slot.offset == slot.planned.nbytes, (slot.name, offset - slot.offset, slot.planned)
     for place in slot.crcs:
