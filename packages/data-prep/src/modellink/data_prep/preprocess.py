@@ -96,7 +96,7 @@ def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOp
     if options.executor == "ray":
         from modellink.data_prep.cluster import tokenise_on_ray as run
     with Work(what, sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:
-        for item in run(plan.job, todo, min(options.workers, len(todo))):
+        for item in run(plan.job, todo, min(options.workers, len(todo)), plan.handler):
             journal.append(asdict(item))
             done[item.piece] = item
             kill_point("piece-noted")
