@@ -69,7 +69,7 @@ def test_every_document_is_compared_when_asked(run, monkeypatch):
 
 @needs("gigatoken")
 def test_what_gigatoken_remembers_is_thrown_away(byte_folder, monkeypatch):
-    monkeypatch.setattr("modellink.data_prep.engines.gigatoken.RENEWED", 100)
+    monkeypatch.setattr("modellink.data_prep.engines.gigatoken.GROWN", -1 << 40)
     engine = Tokenizer.from_folder(byte_folder, "gigatoken").engine
     before = engine._fast
     first, _ = engine.encode_flat(["a b c" * 30], wrap=True)

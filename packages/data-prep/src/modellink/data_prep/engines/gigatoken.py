@@ -6,6 +6,7 @@ every text.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,10 +18,11 @@ from modellink.data_prep.engines import Flat, library, surrounded
 from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.kernels.errors import ModelLinkError
 
+PAGE = resource.getpagesize()
 HARD = ("", " ", "a", "  two  spaces ", "\n\n\ttab\r\n", "naïve café", "你好，世界！", "🤗👩\u200d👧", "١٢٣ 12345678",
         "don't WON'T", "\u200b\ufeff", "e\u0301", "日本語と한국어", "def f(x):\n        return x**2\n", "https://a.b/c?d=e&f",
         "$1,234.56", "____", "\x00\x01")
-RENEWED = 64 << 20  # bytes of text after which the library is loaded anew: what it remembers of words grows without bound
+GROWN = 256 << 20  # bytes by which the process may grow before the library, which remembers every word, is loaded anew
 
 
 class GigaToken(HuggingFace):
@@ -43,7 +45,6 @@ class GigaToken(HuggingFace):
         self._library: Any = library("gigatoken", folder)
         self.name = f"gigatoken {metadata.version('gigatoken')} ({HuggingFace.name})"
         self.why = "it gives the same ids as tokenizers here"
-        self._seen = 0
         self._fast = self._load()
         alone, around = (self.encode_batch(["a"], wrap=wrap)[0] for wrap in (False, True))
         start = next((at for at in range(len(around)) if around[at:at + len(alone)] == alone), None)
@@ -52,9 +53,8 @@ class GigaToken(HuggingFace):
         self._head, self._tail = around[:start], around[start + len(alone):]
 
     def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
-        self._seen += sum(map(len, texts))
-        if self._seen > RENEWED:
-            self._fast, self._seen = self._load(), 0
+        if _resident() - self._floor > GROWN:
+            self._fast = self._load()
         layout = self._fast.encode_batch(list(texts)).layout
         offsets = np.asarray(layout.offsets.data, np.int64)
         flat: Flat = np.asarray(layout.content.data)[offsets[0]:offsets[-1]].astype(np.int64), np.diff(offsets)
@@ -84,7 +84,15 @@ class GigaToken(HuggingFace):
 
     def _load(self) -> Any:
         try:
-            return self._library.Tokenizer.from_json(self.source)
+            found = self._library.Tokenizer.from_json(self.source)
         except Exception as error:  # whatever the library raises over a kind it does not know
             raise ModelLinkError(f"gigatoken does not know this tokenizer: {str(error).splitlines()[0]}",
                                  fix="use --tokenizer-backend tokenizers") from None
+        self._floor = _resident()
+        return found
+
+
+def _resident() -> int:
+    """Bytes of this process in memory (Linux)."""
+    with Path("/proc/self/statm").open() as file:
+        return int(file.read().split()[1]) * PAGE
