@@ -114,7 +114,8 @@ def _load(folder: Path) -> None:
     import transformers
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer: Any = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    fast: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_file=str(folder / "tokenizer.json"))
     WORKER[:] = [tokenizer, Tokenizer.from_folder(folder).eod_token_id]
 
 
