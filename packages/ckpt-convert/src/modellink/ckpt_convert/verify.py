@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from modellink.ckpt_convert.blocks import cast
 from modellink.ckpt_convert.formats.tensors import as_bytes
-from modellink.ckpt_convert.plan import cast
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import InternalError

@@ -3,22 +3,20 @@
 Format: 8 bytes little-endian length, a JSON header of that length, the tensors end to end
 (https://github.com/huggingface/safetensors#format). The safetensors library checks a file (hostile headers, wrong lengths,
 holes); only the offsets are taken from the header here, because the library's memory map would make the whole file count as
-ours. Its writer wants all tensors of a file in memory; ours is told names, dtypes and shapes first and then asks for one at
-a time.
+ours. Its writer wants all tensors of a file in memory; what is made here from names, dtypes and shapes is filled in later.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from modellink.ckpt_convert.formats.archive import Planned
-from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
+from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.ckpt_convert.formats.writing import FileLayout, Planned, Slot
 from modellink.kernels.errors import ModelLinkError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -53,18 +51,17 @@ def stored(path: Path) -> dict[str, Stored]:
     return found
 
 
-def save(file: IO[bytes], tensors: Mapping[str, Planned], wrote: Callable[[int], None] = lambda count: None) -> None:
-    """Write `tensors` to `file`, those with wider numbers first so that all are aligned; `wrote` is told the bytes of each."""
+def layout(tensors: Mapping[str, Planned]) -> FileLayout:
+    """The file of `tensors`, those with wider numbers first so that all are aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offsets, at = [], 0
     for name, planned in ordered.items():
-        header[name] = {"dtype": NAMES[planned.dtype], "shape": planned.shape,
-                        "data_offsets": [offset, offset + planned.nbytes]}
-        offset += planned.nbytes
+        header[name] = {"dtype": NAMES[planned.dtype], "shape": planned.shape, "data_offsets": [at, at + planned.nbytes]}
+        offsets.append(at)
+        at += planned.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for planned in ordered.values():
-        file.write(as_bytes(planned.made()))
-        wrote(planned.nbytes)
+    start = 8 + len(text)
+    slots = tuple(Slot(name, start + offset, ordered[name]) for name, offset in zip(ordered, offsets, strict=True))
+    return FileLayout(start + at, ((0, len(text).to_bytes(8, "little") + text),), slots)
