@@ -67,10 +67,12 @@ def train(folder: Path, some: list[str]) -> Path:
 def measure(what: str, folder: Path, source: Path, workers: int, out: Path) -> None:
     """Print seconds, a digest of what was written and the peak memory of one run as JSON. Runs in a process of its own."""
     seconds = RUNS[what](folder, source, workers, out)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     digest = hashlib.sha256()
     for path in sorted(out.glob("set_text_document.*")):
-        digest.update(path.read_bytes())
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
     print(json.dumps({"seconds": seconds, "rate": source.stat().st_size / 1e6 / seconds, "peak": peak * 1024,
                       "digest": digest.hexdigest()}))
 
