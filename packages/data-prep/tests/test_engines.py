@@ -47,9 +47,8 @@ def test_gigatoken_is_not_chosen_where_it_differs(run, monkeypatch):
         def __init__(self, inner):
             self.inner = inner
 
-        def encode_batch_list(self, texts):
-            return [[*ids, 0] if "part" in text or "he" in text else ids
-                    for text, ids in zip(texts, self.inner.encode_batch_list(texts), strict=True)]
+        def encode_batch(self, texts):
+            return self.inner.encode_batch([text.replace("part", "prat").replace("he", "eh") for text in texts])
 
     monkeypatch.setattr(GigaToken, "_load", lambda self: Wrong(load(self)))
     summary = run()
@@ -62,18 +61,19 @@ def test_gigatoken_is_not_chosen_where_it_differs(run, monkeypatch):
 def test_every_document_is_compared_when_asked(run, monkeypatch):
     from modellink.data_prep.engines.gigatoken import GigaToken
 
-    monkeypatch.setattr(GigaToken, "difference", lambda self, texts, found=None, wrap=True: "" if found is None else "at token 3")
+    monkeypatch.setattr(GigaToken, "difference", lambda self, texts: "")
+    monkeypatch.setattr(GigaToken, "_compare", lambda self, texts, flat, wrap: "at token 3")
     with pytest.raises(ModelLinkError, match="gigatoken and tokenizers differ: at token 3"):
         run(verify_tokenizer=True)
 
 
 @needs("gigatoken")
 def test_what_gigatoken_remembers_is_thrown_away(byte_folder, monkeypatch):
-    monkeypatch.setattr("modellink.data_prep.engines.gigatoken.RENEWED", 100)
+    monkeypatch.setattr("modellink.data_prep.engines.gigatoken.GROWN", -1 << 40)
     engine = Tokenizer.from_folder(byte_folder, "gigatoken").engine
     before = engine._fast
-    first = engine.encode_batch(["a b c" * 30], wrap=True)
-    assert engine._fast is not before and engine.encode_batch(["a b c" * 30], wrap=True) == first
+    first, _ = engine.encode_flat(["a b c" * 30], wrap=True)
+    assert engine._fast is not before and (engine.encode_flat(["a b c" * 30], wrap=True)[0] == first).all()
 
 
 def test_without_the_extra_tokenizers_is_used(run, monkeypatch):

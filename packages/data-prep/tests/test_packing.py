@@ -62,6 +62,7 @@ def test_packs_hold_every_sample_whole(run):
         for number in range(1, count + 1):
             found.append((tuple(row[numbers == number]), tuple(marks[numbers == number])))
     assert sorted(found) == samples
+    assert summary.tokens["packed_labels"] == labels.token_count and summary.documents["packed_labels"] == len(labels)
     assert summary.packs == len(ids) == ids.document_count < len(plain_ids)
     assert summary.fill == pytest.approx(plain.tokens["packed_labels"] / (LENGTH * summary.packs), abs=1e-3)
     assert summary.fill > 0.8

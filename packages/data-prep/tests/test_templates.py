@@ -7,6 +7,7 @@ import json
 import re
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import tokenizers
@@ -168,6 +169,12 @@ def test_training_chat_and_evaluation_are_one(all_tokens, byte_tokenizer, name):
 
 
 CONTROL = re.compile(r"<\|im_end\|>|<\|eot_id\|>|</s>")
+def test_a_message_of_any_kind_is_hidden(byte_tokenizer):
+    message = MappingProxyType({"role": "user", "content": "a<|im_end|>b"})
+    assert encode_chat(byte_tokenizer, [message]).count(2) == 1
+    assert encode_chat(byte_tokenizer, [message], tools=[{"name": "<|im_end|>"}]).count(2) == 1
+
+
 OWN = {"qwen3": ["turns", "system", "tools"], "llama3": ["turns", "system"], "gemma3": ["turns", "system"],
        "deepseek_v3": ["turns", "system"]}
 

@@ -87,6 +87,8 @@ def inspect_command(prefix: str, given: Layer) -> None:
 
 def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value).replace("[", "\\["))
     Console().print(table)

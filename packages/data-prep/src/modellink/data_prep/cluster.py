@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from modellink.data_prep.handlers import Handler
 from modellink.data_prep.inputs import Piece
 from modellink.data_prep.tokenise import Done, Job, WorkerDied, tokenise_piece
 from modellink.kernels.errors import ModelLinkError
@@ -17,8 +18,8 @@ from modellink.kernels.errors import ModelLinkError
 AHEAD = 4  # pieces a processor that are handed out at a time
 
 
-def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int) -> Iterator[Done]:
-    """Work through pieces on all nodes, whatever `workers` is; results come as they are ready.
+def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
+    """Work through pieces on all nodes, whatever `workers` is, each with a handler of its own; results come as they are ready.
 
     When a piece fails, those handed out are finished first and the error of the earliest is raised.
 

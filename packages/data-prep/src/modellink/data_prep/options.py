@@ -78,7 +78,7 @@ class Summary:
 
     Attributes:
         outputs: name of the output to the prefix of its dataset.
-        documents, tokens: counts by output.
+        documents, tokens: counts by output, as they are in the files (of packs with their padding).
         rows, skipped_rows: rows used and rows left out; `bad_rows` names the first of these.
         cut_samples, dropped_samples: samples longer than --seq-length, by what became of them.
         learned_tokens: tokens with a label, of instruction sets.

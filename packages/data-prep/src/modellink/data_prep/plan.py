@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from modellink.data_prep import inputs
-from modellink.data_prep.engines import Choice
+from modellink.data_prep.engines import Choice, Engine
 from modellink.data_prep.engines.gigatoken import GigaToken
+from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, make_handler, trains_on_chats
 from modellink.data_prep.indexed import existing, token_dtype
 from modellink.data_prep.options import PreprocessOptions
@@ -32,11 +33,13 @@ class Plan:
     """The work, checked.
 
     Attributes:
+        handler: what reads and encodes here; other processes make their own.
         made_from: what the parts depend on; parts made from something else are not used.
         why: why this library tokenises.
     """
 
     job: Job
+    handler: Handler
     pieces: list[inputs.Piece]
     outputs: dict[str, Path]
     made_from: dict[str, Any]
@@ -60,15 +63,17 @@ def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
         _check_columns(source, handler.rows_of(source.path).columns, options.handler_name)
     if options.packs and handler.ranking:
         raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
-    backend, why = _backend(options, tokenizer, handler, sources)
+    engine, why = _engine(options, tokenizer, handler, sources)
+    if engine is not tokenizer.engine:
+        tokenizer = Tokenizer(tokenizer.folder, engine)
+        handler = make_handler(tokenizer, reading)
+    backend: Choice = "gigatoken" if isinstance(engine, GigaToken) else _before_check(options.tokenizer_backend)
     small = handler.small_ids and options.output_dtype == "auto"
     dtype = token_dtype(tokenizer.vocab_size if small else None).name
     parts = Path(f"{options.output_prefix}.parts")
     job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
               options.vocab_size, parts)
-    if backend == "gigatoken":
-        tokenizer = Tokenizer.from_folder(tokenizer.folder, backend)
-    plan = Plan(job, inputs.cut(sources, int(options.piece_size * MIB)),
+    plan = Plan(job, handler, inputs.cut(sources, int(options.piece_size * MIB)),
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
                 _made_from(options, paths, tokenizer, reading, dtype), tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
@@ -120,30 +125,31 @@ def _before_check(choice: Choice) -> Choice:
     return "tokenizers" if choice == "gigatoken" else choice
 
 
-def _backend(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, sources: list[Source]) -> tuple[Choice, str]:
-    """Which library tokenises, and why."""
+def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, sources: list[Source]) -> tuple[Engine, str]:
+    """What tokenises, and why."""
     asked = options.tokenizer_backend
     if asked not in ("auto", "gigatoken"):
-        return asked, "--tokenizer-backend asks for it"
-    if not tokenizer.backend.startswith("tokenizers "):
-        return asked, tokenizer.engine.why
+        return tokenizer.engine, "--tokenizer-backend asks for it"
+    if not isinstance(tokenizer.engine, HuggingFace):
+        return tokenizer.engine, tokenizer.engine.why
     if trains_on_chats(options.handler_name):
         why = "conversations are tokenised part by part"
     elif find_spec("gigatoken") is None:
         why = "gigatoken is not installed"
     else:
         try:
-            engine = GigaToken(tokenizer.folder)
+            engine = GigaToken(tokenizer.folder, tokenizer.engine)
         except ModelLinkError as error:
             why = error.what
         else:
             difference = engine.difference([*engine.hard_texts(), *_sample(handler, sources)])
             if not difference:
-                return "gigatoken", engine.why
+                engine.verify = options.verify_tokenizer
+                return engine, engine.why
             why = f"gigatoken differs {difference}"
     if asked == "gigatoken":
         raise ModelLinkError(f"gigatoken cannot be used: {why}", where="--tokenizer-backend", fix="leave it out")
-    return "tokenizers", why
+    return tokenizer.engine, why
 
 
 def _sample(handler: Handler, sources: list[Source]) -> list[str]:

@@ -96,7 +96,7 @@ def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOp
     if options.executor == "ray":
         from modellink.data_prep.cluster import tokenise_on_ray as run
     with Work(what, sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:
-        for item in run(plan.job, todo, min(options.workers, len(todo))):
+        for item in run(plan.job, todo, min(options.workers, len(todo)), plan.handler):
             journal.append(asdict(item))
             done[item.piece] = item
             kill_point("piece-noted")
@@ -127,10 +127,13 @@ def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -
 def _summarise(plan: Plan, found: Pieces, done: Pieces, packed: Packed | None, seconds: float) -> Summary:
     items = [done[index] for index in sorted(done)]
     new = sum(sum(item.tokens.values()) for item in items if item.piece not in found)
+    documents = {name: sum(item.documents[name] for item in items) for name in plan.outputs}
+    tokens = {name: sum(item.tokens[name] for item in items) for name in plan.outputs}
+    if packed:
+        documents = dict.fromkeys(documents, packed.packs)
+        tokens = dict.fromkeys(tokens, packed.packs * packed.length)
     return Summary(
-        outputs={name: str(prefix) for name, prefix in plan.outputs.items()},
-        documents={name: sum(item.documents[name] for item in items) for name in plan.outputs},
-        tokens={name: sum(item.tokens[name] for item in items) for name in plan.outputs},
+        outputs={name: str(prefix) for name, prefix in plan.outputs.items()}, documents=documents, tokens=tokens,
         rows=sum(item.rows for item in items), skipped_rows=sum(item.skipped for item in items),
         bad_rows=[text for item in items for text in item.bad][:20], cut_samples=sum(item.cut for item in items),
         dropped_samples=sum(item.dropped for item in items), learned_tokens=sum(item.learned for item in items),

@@ -80,28 +80,27 @@ def part_prefix(parts: Path, piece: int, output: str) -> Path:
     return parts / f"{piece:06d}_{output}"
 
 
-def tokenise_piece(job: Job, piece: Piece) -> Done:
+def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Done:
     """Make the part of a piece and say what is in it.
 
     Raises:
         ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
     """
-    handler, done = _handler(job), Done(piece.index)
+    handler, done = handler or _handler(job), Done(piece.index)
     with ExitStack() as stack:
         writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
                    for output in handler.outputs}
         for batch in _batches(job, piece, handler, done):
-            records = handler.encode([sample for _, sample in batch])
-            for (place, _), record in zip(batch, records, strict=True):
-                done.cut += record.note == "cut"
-                done.dropped += record.note == "dropped"
-                done.learned += record.learned
-                for output, ids in record.fields.items():
-                    if ids:
-                        tokens = np.asarray(ids)
-                        if job.vocab_size is not None and tokens.max() >= job.vocab_size:
-                            raise _beyond(job, int(tokens.max()), _place(place))
-                        writers[output].add_document(tokens)
+            encoded = handler.encode([sample for _, sample in batch])
+            done.cut += encoded.cut
+            done.dropped += encoded.dropped
+            done.learned += encoded.learned
+            for output, (ids, lengths) in encoded.fields.items():
+                if job.vocab_size is not None and len(ids) and ids.max() >= job.vocab_size:
+                    first = int((ids >= job.vocab_size).argmax())
+                    sample = int(np.searchsorted(np.cumsum(lengths), first, "right"))
+                    raise _beyond(job, int(ids[first]), _place(batch[sample][0]))
+                writers[output].add_documents(ids, lengths)
     for output, writer in writers.items():
         done.documents[output], done.tokens[output] = writer.documents, writer.tokens
         done.sizes |= {path.name: path.stat().st_size for path in files_of(writer.prefix)}
@@ -112,8 +111,8 @@ def tokenise_piece(job: Job, piece: Piece) -> Done:
 @lru_cache(maxsize=1)
 def _handler(job: Job) -> Handler:
     tokenizer = Tokenizer.from_folder(job.tokenizer, job.backend)
-    if job.verify and isinstance(tokenizer.engine, GigaToken):
-        tokenizer.engine.verify = True
+    if isinstance(tokenizer.engine, GigaToken):
+        tokenizer.engine.verify = job.verify
     return make_handler(tokenizer, job.reading)
 
 
@@ -158,7 +157,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
 def _text_bytes(value: object) -> int:
     """UTF-8 bytes of the texts in a value."""
     if isinstance(value, str):
-        return len(value.encode("utf-8", "replace"))
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):
         return sum(map(_text_bytes, value.values()))
     return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
@@ -169,14 +168,14 @@ def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
                           fix="use the tokenizer that belongs to the model, or correct --vocab-size")
 
 
-def tokenise(job: Job, pieces: list[Piece], workers: int) -> Iterator[Done]:
-    """Work through pieces, here or in `workers` processes; results come as they are ready.
+def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None) -> Iterator[Done]:
+    """Work through pieces, here (with `handler`) or in `workers` processes; results come as they are ready.
 
     When pieces fail, those under way are finished first and the error of the earliest one is raised, so that the same input
     gives the same message for any number of workers.
     """
     if workers <= 1:
-        yield from (tokenise_piece(job, piece) for piece in pieces)
+        yield from (tokenise_piece(job, piece, handler) for piece in pieces)
         return
     todo = iter(pieces)
     waiting: dict[Future[Done], int] = {}

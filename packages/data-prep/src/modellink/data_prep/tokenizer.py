@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import Choice, Engine, Span, open_engine
+from modellink.data_prep.engines import Choice, Engine, Flat, Span, open_engine
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
@@ -95,6 +95,10 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
         return self.engine.encode_batch(texts, wrap=add_special_tokens)
+
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = True) -> Flat:
+        """`encode_batch` as one array of ids and one of their number, by the fastest way there is."""
+        return self.engine.encode_flat(texts, wrap=add_special_tokens)
 
     def encode_literal(self, text: str, *, at_start: bool = True) -> list[int]:
         """Ids of a text in which control tokens are text."""

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from modellink.kernels.errors import ModelLinkError
 
 Choice = Literal["auto", "tokenizers", "gigatoken", "sentencepiece", "tiktoken", "transformers"]
 Span = tuple[int, int]  # characters
+Flat = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids of several texts in one row, and how many each has
 
 
 class Engine(Protocol):
@@ -39,6 +44,9 @@ class Engine(Protocol):
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
         """Ids of each text; control tokens in it are recognised, `wrap` adds what belongs around a text (often bos)."""
+
+    def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
+        """`encode_batch` as one array."""
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
         """Ids of a text in which control tokens are text; `at_start` says whether it is the beginning of what is encoded."""
@@ -79,6 +87,31 @@ def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
         return Transformers(folder)
     raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="it may also hold tokenizer.model or a .tiktoken "
                          "file (extras sentencepiece, tiktoken); names on a hub are not downloaded")
+
+
+def flatten(lists: Sequence[Sequence[int]]) -> Flat:
+    """Lists of ids as `Flat`."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
+
+
+def surrounded(flat: Flat, head: Sequence[int], tail: Sequence[int], *, empty: bool = True) -> Flat:
+    """The same with `head` and `tail` around each text; without `empty` only around texts that have ids."""
+    if not head and not tail:
+        return flat
+    ids, lengths = flat
+    added = np.where((lengths > 0) | empty, len(head) + len(tail), 0)
+    ends = np.cumsum(lengths + added)
+    found = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
+    fresh = np.zeros(len(found), bool)
+    for at, index in enumerate(head):
+        places = (ends - lengths - added)[added > 0] + at
+        found[places], fresh[places] = index, True
+    for at, index in enumerate(reversed(tail), 1):
+        places = ends[added > 0] - at
+        found[places], fresh[places] = index, True
+    found[~fresh] = ids
+    return found, lengths + added
 
 
 def library(name: str, folder: Path) -> Any:

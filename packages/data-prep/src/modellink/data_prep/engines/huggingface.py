@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from modellink.data_prep.engines import Span
+from modellink.data_prep.engines import Flat, Span, flatten
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -43,6 +43,9 @@ class HuggingFace:
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
         return [item.ids for item in self._main.encode_batch_fast(list(texts), add_special_tokens=wrap)]
+
+    def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
+        return flatten(self.encode_batch(texts, wrap=wrap))
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
         engine = self._literal if at_start else self._literal_later

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import Span, library
+from modellink.data_prep.engines import Flat, Span, flatten, library
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
@@ -50,6 +50,9 @@ class Tiktoken:
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
         return [self._encoding.encode(text, allowed_special="all") for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
+        return flatten(self.encode_batch(texts, wrap=wrap))
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
         ids: list[int] = self._encoding.encode_ordinary(text)

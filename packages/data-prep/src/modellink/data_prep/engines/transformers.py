@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import Span, library
+from modellink.data_prep.engines import Flat, Span, flatten, library
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -37,6 +37,9 @@ class Transformers:
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
         return [self._inner.encode(text, add_special_tokens=wrap) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
+        return flatten(self.encode_batch(texts, wrap=wrap))
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
         ids: list[int] = self._inner.encode(text, add_special_tokens=False, split_special_tokens=True)

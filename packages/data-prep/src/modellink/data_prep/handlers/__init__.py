@@ -11,11 +11,11 @@ from modellink.data_prep.handlers.dataset_info import find_datasets
 from modellink.data_prep.handlers.fields import field_map, known_handlers
 from modellink.data_prep.handlers.instruction import InstructionHandler
 from modellink.data_prep.handlers.pretrain import GeneralPretrainHandler, TextHandler
-from modellink.data_prep.handlers.reading import Reading, Record
+from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-__all__ = ["Handler", "Reading", "Record", "Rows", "choose_maps", "make_handler", "trains_on_chats"]
+__all__ = ["Batch", "Handler", "Reading", "Rows", "choose_maps", "make_handler", "trains_on_chats"]
 
 PLAIN = ("columns", "text")  # styles without conversations
 
@@ -45,7 +45,7 @@ class Handler(Protocol):
 
     def rows_of(self, path: Path) -> Rows: ...
 
-    def encode(self, samples: Sequence[Any]) -> Sequence[Record]:
+    def encode(self, samples: Sequence[Any]) -> Batch:
         """Token ids of each sample for each output, in the order of the samples."""
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from modellink.data_prep.engines import flatten
 from modellink.data_prep.handlers.fields import FieldMap
-from modellink.data_prep.handlers.reading import Reading, Record
+from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.handlers.rows import STYLES, Sample
 from modellink.data_prep.templates.encoded import IGNORED, Encoded, Turn, share
 from modellink.data_prep.templates.formats import ChatFormat, chat_format
@@ -21,6 +22,14 @@ from modellink.kernels.errors import ModelLinkError
 
 INSTRUCTION = ("packed_input_ids", "packed_attention_mask", "packed_labels")
 PAIRWISE = ("packed_chosen_input_ids", "packed_chosen_labels", "packed_rejected_input_ids", "packed_rejected_labels")
+
+
+class Record(NamedTuple):
+    """A sample: ids by output, none when it was dropped. `learned` counts the tokens with a label."""
+
+    fields: dict[str, list[int]]
+    note: str = ""
+    learned: int = 0
 
 
 class InstructionHandler:
@@ -48,8 +57,10 @@ class InstructionHandler:
     def rows_of(self, path: Path) -> _Rows:
         return self._readers.get(str(path)) or self._readers[""]
 
-    def encode(self, samples: Sequence[Record]) -> Sequence[Record]:
-        return samples
+    def encode(self, samples: Sequence[Record]) -> Batch:
+        return Batch({name: flatten([sample.fields.get(name, []) for sample in samples]) for name in self.outputs},
+                     sum(sample.note == "cut" for sample in samples), sum(sample.note == "dropped" for sample in samples),
+                     sum(sample.learned for sample in samples))
 
 
 class _Rows:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.handlers.reading import Reading, Record
+from modellink.data_prep.engines import surrounded
+from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.handlers.rows import text_of
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError
@@ -43,10 +44,9 @@ class GeneralPretrainHandler:
             texts.append(text_of(row[key], key))
         return texts
 
-    def encode(self, samples: Sequence[list[str]]) -> Sequence[Record]:
-        columns = [self.tokenizer.encode_batch(texts) for texts in zip(*samples, strict=True)]
-        return [Record({key: ids + self._end if ids else ids for key, ids in zip(self.outputs, row, strict=True)})
-                for row in zip(*columns, strict=True)]
+    def encode(self, samples: Sequence[list[str]]) -> Batch:
+        return Batch({output: surrounded(self.tokenizer.encode_flat(texts), [], self._end, empty=False)
+                      for output, texts in zip(self.outputs, zip(*samples, strict=True), strict=True)})
 
 
 class TextHandler(GeneralPretrainHandler):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
+
+from modellink.data_prep.engines import Flat
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,14 @@ class Reading:
     long_samples: Literal["cut", "drop"] = "cut"
 
 
-class Record(NamedTuple):
-    """Ids by output; none when the sample was dropped. `learned` counts the tokens with a label."""
+@dataclass
+class Batch:
+    """Ids of several samples by output, a sample without ids being none; `cut`, `dropped` count long samples.
 
-    fields: dict[str, list[int]]
-    note: Literal["", "cut", "dropped"] | str = ""
+    `learned` counts the tokens with a label.
+    """
+
+    fields: dict[str, Flat]
+    cut: int = 0
+    dropped: int = 0
     learned: int = 0

@@ -104,7 +104,7 @@ def text_of(value: object, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name!r} is {'empty (null)' if value is None else f'a {type(value).__name__}'}, not a text")
     try:
-        value.encode()
+        value.isascii() or value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{name!r} is not UTF-8") from None
     return value

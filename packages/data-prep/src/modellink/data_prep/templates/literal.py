@@ -8,7 +8,7 @@ still spelt out afterwards was written by the template and is a control token. T
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -32,7 +32,7 @@ class Literals:
         """`value` (texts in lists and objects) with stand-ins for what would become control tokens."""
         if isinstance(value, str):
             return self._risky.sub(self._stand_in, value)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             return {key: self.hide(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.hide(item) for item in value]
