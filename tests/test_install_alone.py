@@ -36,18 +36,21 @@ LIGHT = ("kernels", "data-prep", "eval")
 WHEELS = os.environ.get("MODELLINK_WHEELS")
 pytestmark = pytest.mark.skipif(WHEELS is None, reason="the wheels are built by `nox -s e2e`")
 
-# Imports every module of a package but those of ops/ and device.py where torch is not there: they are the `torch` extra.
+# Imports every module of a package but those of ops/ and device.py where torch is not there (the `torch` extra), and infer's
+# web application where fastapi is not (the `server` extra).
 IMPORT_ALL = """
 import importlib, importlib.util, json, pathlib, sys
 top = importlib.import_module(sys.argv[1])
 folder = pathlib.Path(top.__file__).parent
 assert "site-packages" in folder.parts, folder
 torch = importlib.util.find_spec("torch") is not None
+extras = () if torch else ("modellink.kernels.ops", "modellink.kernels.device")
+extras += () if importlib.util.find_spec("fastapi") else ("modellink.infer.server.app",)
 names = []
 for path in sorted(folder.rglob("*.py")):
     parts = path.relative_to(folder).with_suffix("").parts
     name = ".".join([top.__name__, *(part for part in parts if part != "__init__")])
-    if parts[-1] != "__main__" and (torch or not name.startswith(("modellink.kernels.ops", "modellink.kernels.device"))):
+    if parts[-1] != "__main__" and not (extras and name.startswith(extras)):
         importlib.import_module(name)
         names.append(name)
 print(json.dumps({"names": names, "torch": torch, "loaded": "torch" in sys.modules}))

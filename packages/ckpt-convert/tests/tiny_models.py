@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", SIZES | EXPERTS),
     "qwen": ("qwen", SQUARE | {"add_qkv_bias": True}),
     "qwen2": ("qwen2", SIZES | {"add_qkv_bias": True}),
+    "qwen2 tied": ("qwen2", SIZES | TIED | {"add_qkv_bias": True}),
     "qwen2_moe": ("qwen2_moe", SIZES | WIDE_EXPERTS | SHARED | {
         "add_qkv_bias": True, "shared_expert_gate": True, "moe_router_pre_softmax": True}),
 }

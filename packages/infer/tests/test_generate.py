@@ -175,19 +175,6 @@ def test_half_precision_runs(llama, engine):
     assert sum(answer.logprobs) == pytest.approx(expected[0][0], abs=0.5)
 
 
-@pytest.fixture
-def make_cache(engine):
-    from modellink.infer.cache import KeyValueCache  # imports megatron-core, which the engine has put on its device
-    return KeyValueCache
-
-
-def test_a_cache_refuses_more_than_it_holds(make_cache):
-    cache = make_cache(range(2), 8, 2, 1, 4, dtype=torch.float32, device=torch.device("cpu"))
-    cache.state([0, 0], 8)
-    with pytest.raises(ModelLinkError, match="9 tokens does not fit into a cache of 8"):
-        cache.state([3, 8], 1)
-
-
 def test_memory_that_held_something_else_does_no_harm(engine):
     """A short row's slots beside a long row's newest tokens were never written."""
     rows = [[5] * 30, [300, 7]]
@@ -199,16 +186,39 @@ def test_memory_that_held_something_else_does_no_harm(engine):
         torch.use_deterministic_algorithms(False)
 
 
-def test_a_cache_puts_each_row_in_its_place(make_cache):
-    cache = make_cache(range(3, 5), 6, 2, 1, 1, dtype=torch.float32, device=torch.device("cpu"))
-    first = torch.arange(6.0).view(3, 2, 1, 1)  # row 0: 0 2 4, row 1: 1 3 5 (its last one is padding)
-    cache.state([0, 0], 3)
-    cache.update(5, first, -first, None)
-    state = cache.state([3, 2], 1)
-    keys, values = cache.update(5, torch.tensor([10.0, 11.0]).view(1, 2, 1, 1), first[:1], state.positions)
-    assert state.positions.tolist() == [[3], [2]]
-    assert keys[:, 0].flatten().tolist() == [0, 2, 4, 10]
-    assert keys[:3, 1].flatten().tolist() == [1, 3, 11]
-    assert values[:3, 1].flatten().tolist() == [-1, -3, 1]
-    cache.keep([1])
-    assert cache.keys[1, :3, :, 0, 0].flatten().tolist() == [1, 3, 11]
+def test_penalties_work_in_a_batch(engine, theirs):
+    rows = [[7] * 30, [300, 7, 8]]
+    found = engine.generate(rows, max_new_tokens=20, repetition_penalty=1.4, ignore_eos=True)
+    for row, answer in zip(rows, found, strict=True):
+        with torch.inference_mode():
+            out = theirs.generate(torch.tensor([row]), max_new_tokens=20, min_new_tokens=20, do_sample=False, pad_token_id=0,
+                                  repetition_penalty=1.4)
+        assert answer.token_ids == out[0, len(row):].tolist()
+
+
+def test_several_answers_to_a_prompt(engine):
+    options = {"temperature": 1.5, "max_new_tokens": 8, "ignore_eos": True}
+    found = engine.generate(["The", "Köln"], num_return_sequences=3, seed=4, **options)
+    assert found == [engine.generate(prompt, seed=seed, **options)[0] for prompt in ("The", "Köln") for seed in (4, 5, 6)]
+
+
+def test_names_of_the_original(engine):
+    ids = engine.tokenizer.encode("The quick")
+    whole = engine.generate("The quick", max_new_tokens=6, ignore_eos=True, logprobs=True)
+    assert engine.generate("The quick", max_length=len(ids) + 6, max_new_tokens=0, ignore_eos=True,
+                           return_output_log_probs=True) == whole
+    (answer,) = engine.generate("The quick", max_new_tokens=6, ignore_eos=True, include_input=True)
+    assert answer.text == "The quick" + whole[0].text
+    assert engine.generate("The quick", max_new_tokens=6, ignore_eos=True, detokenize=False)[0].text == ""
+    stopped = engine.generate("The quick", max_new_tokens=6, eos_token_id=whole[0].token_ids[2])[0]
+    assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3
+
+
+def test_top_logprobs_are_the_best_of_the_distribution(engine, full_logits):
+    (answer,) = engine.generate([7, 8, 9], max_new_tokens=5, top_logprobs=3, ignore_eos=True)
+    whole = full_logits([7, 8, 9, *answer.token_ids])[2:-1]
+    for step, expected in zip(answer.top_logprobs, whole, strict=True):
+        values, ids = expected.topk(3)
+        assert [token for token, _ in step] == ids.tolist()
+        assert [value for _, value in step] == pytest.approx(values.tolist(), abs=1e-4)
+    assert answer.logprobs == pytest.approx([step[0][1] for step in answer.top_logprobs])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modellink.infer.sampling import Chooser, Sampling, narrow
+from modellink.infer.sampling import Chooser, Sampling, narrow, penalise
 from modellink.kernels.errors import ModelLinkError
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def test_the_first_token_always_stays():
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
     chooser = Chooser(Sampling(True, 1.0, 0, 1.0, seed=3), CPU)
-    drawn = torch.stack([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
+    drawn = torch.tensor([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
     assert drawn.tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
 
 
@@ -76,8 +76,33 @@ def test_greedy_takes_the_most_likely(sampling):
     ({"temperature": math.nan}, "temperature"), ({"temperature": -1.0}, "temperature"),
     ({"temperature": math.inf}, "temperature"), ({"top_k": -1}, "top-k"), ({"top_p": 0.0}, "top-p"),
     ({"top_p": 1.5}, "top-p"), ({"top_p": math.nan}, "top-p"),
-    ({"seed": -1}, "seed")])
+    ({"seed": -1}, "seed"), ({"min_p": 1.5}, "min-p"), ({"repetition_penalty": 0.0}, "repetition-penalty"),
+    ({"presence_penalty": math.nan}, "presence-penalty"), ({"frequency_penalty": math.inf}, "frequency-penalty")])
 def test_numbers_without_a_meaning_are_refused(values, name):
     with pytest.raises(ModelLinkError) as refusal:
         Sampling(True, **values)
     assert refusal.value.where == f"--{name}"
+
+
+def test_min_p_and_repetition_are_those_of_transformers():
+    from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(2)) * 3
+    for share in (0.01, 0.3, 1.0):
+        expected = MinPLogitsWarper(share)(None, logits[None])[0]
+        assert torch.equal(narrow(logits, Sampling(True, top_k=0, min_p=share)) > -math.inf, expected > -math.inf)
+    for penalty in (1.3, 0.7):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 7, 7, 9, 11]]), logits[None])[0]
+        torch.testing.assert_close(penalise(logits, Sampling(repetition_penalty=penalty), [3, 7, 7], [9, 11]), expected)
+
+
+def test_presence_and_frequency_look_at_the_answer_alone():
+    found = penalise(torch.zeros(6), Sampling(presence_penalty=1.0, frequency_penalty=0.25), [0, 1], [1, 3, 3, 3])
+    assert found.tolist() == [0, -1.25, 0, -1.75, 0, 0]
+    assert penalise(torch.zeros(3), Sampling(presence_penalty=1.0), [0], []).tolist() == [0, 0, 0]
+
+
+def test_a_penalty_changes_what_greedy_takes():
+    chooser = Chooser(Sampling(presence_penalty=5.0), CPU, [2], answer := [1])
+    assert chooser(torch.tensor([0.1, 3.0, 2.0])) == 2
+    answer.append(2)
+    assert chooser(torch.tensor([0.1, 3.0, 2.0])) == 0

@@ -19,6 +19,7 @@ from modellink.core.presets import load_preset
 from modellink.core.run import CONFIGS, Run, prepare
 from modellink.kernels.errors import run_command
 from modellink.kernels.options import Layer, command, yaml_layer
+from modellink.kernels.original import original_flags, translate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -50,7 +51,7 @@ def _train(run: Run) -> None:
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
     values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.checkpoint, run.logging):
+    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.memory, run.checkpoint, run.logging):
         values |= vars(config)
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):
@@ -63,7 +64,13 @@ train.add_command(models)
 
 
 def main() -> None:
-    run_command(lambda: train(standalone_mode=False))
+    run_command(_run)
+
+
+def _run() -> None:
+    if sys.argv[1:2] == ["pretrain"]:
+        sys.argv[2:] = translate(sys.argv[2:], original_flags("modellink.core"))  # also for the ranks that are started with it
+    train(standalone_mode=False)
 
 
 if __name__ == "__main__":

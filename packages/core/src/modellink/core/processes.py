@@ -50,11 +50,11 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
+def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[signal.Signals] = ()) -> int:
     """Run `python -m module arguments` as `count` ranks on this machine and wait; the status of the first that failed.
 
     Rank 0 keeps the terminal; what the others print as errors is shown when they fail and rank 0 does not. When one rank
-    dies the others are stopped, so that nobody waits for it.
+    dies the others are stopped, so that nobody waits for it. The signals of `forward` go to rank 0 instead of ending us.
     """
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {
@@ -70,6 +70,8 @@ def spawn(count: int, module: str, arguments: Sequence[str]) -> int:
                                   env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
                  for number, log in enumerate(logs)]
         os.close(lifeline)
+        for number in forward:
+            signal.signal(number, lambda number, _: ranks[0].send_signal(number))
         try:
             failed = _wait(ranks)
         finally:
@@ -152,7 +154,9 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
 def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> None:
     """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU."""
     from megatron.core import parallel_state
+    nested = 1 < layout.ulysses < layout.cp
     parallel_state.initialize_model_parallel(
+        hierarchical_context_parallel_sizes=[layout.ulysses, layout.cp // layout.ulysses] if nested else None,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)

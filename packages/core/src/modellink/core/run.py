@@ -13,14 +13,22 @@ from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import __version__
-from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from modellink.core.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    MemoryConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig, LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Run:
     data: DataConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
+    memory: MemoryConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     layout: ParallelLayout
@@ -74,10 +83,12 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
-    _check(spec, layout, parallel, data)
+    resolved[MemoryConfig].check_layers(layout, spec.num_layers)
+    _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], checkpoint, resolved[LoggingConfig], layout,
+    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
+               resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
 
 
@@ -118,7 +129,8 @@ def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
     return source.spec
 
 
-def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig) -> None:
+def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
+           optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
@@ -132,8 +144,9 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
         raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
                              + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
                              where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
-    if layout.ep > 1 and spec.num_experts is None:
-        raise ModelLinkError(f"the model has no experts to deal to {layout.ep} ranks", where="--expert-model-parallel-size")
+    if optimizer.attention_dropout and layout.cp // layout.ulysses > 1:
+        raise ModelLinkError("ring attention drops no weights", where="--attention-dropout, --context-parallel-algo",
+                             fix="use --context-parallel-algo ulysses_cp_algo, or no attention dropout")
     if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
         raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
                              where="--sequence-parallel", fix="add --sequence-parallel")

@@ -1,70 +1,187 @@
-"""The keys and values of the tokens a batch has seen, in memory that is taken once.
+"""The keys and values of the tokens a model has seen, in pages of memory that is taken once.
 
-Slot j of a row holds position j. Rows may be of different lengths: prompts stand at the left, what comes after the end of a
-shorter one is padding that no token of that row looks at (attention sees positions up to its own) and that is overwritten as
-the row grows. Not here: pages, sharing between requests, sliding windows.
+A pass is one line of tokens: single new tokens of some rows, then pieces of the prompts of others. Single tokens are attended
+together, over keys gathered from their pages; a piece attends alone, and where it starts a row needs nothing but itself. Latent
+attention keeps its compressed form: one key for all heads, whose first part is the value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.state import SequenceState
-from modellink.kernels.errors import ModelLinkError
+from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
+from modellink.kernels import ops
+from modellink.kernels.ops.attention import Variant
 
 
-class KeyValueCache:
+@dataclass(frozen=True)
+class Piece:
+    """`count` tokens of a row from `start`, that a pass computes."""
+
+    row: Row
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Tokens of a pass that attend together: queries [rows x count] to gathered keys [keys, rows]."""
+
+    tokens: slice
+    rows: int
+    slots: Tensor | slice | None  # None: causal over the tokens themselves
+    positions: Tensor | None  # [rows, count], counted from the first key
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A pass, for the layers of one pool."""
+
+    slots: Tensor  # [tokens] where the new keys go
+    parts: list[_Part]
+
+
+def bytes_per_token(spec: ModelSpec, layers: int, tp: int, dtype: torch.dtype) -> int:
+    return layers * dtype.itemsize * sum(groups * dim for groups, dim in _shapes(spec, tp) if dim)
+
+
+def _shapes(spec: ModelSpec, tp: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(groups, size) of a key and of a value as they are kept on a rank."""
+    if spec.multi_head_latent_attention:
+        return (1, (spec.kv_lora_rank or 0) + spec.rotary_dim), (1, 0)
+    return (spec.groups // tp, spec.head_dim), (spec.groups // tp, spec.value_dim)
+
+
+class PagedCache:
     """core's `Cache` for the layers of this rank.
 
     Args:
         layers: global numbers (from 0) of the layers this rank holds.
-        slots: the longest a row may become, in tokens.
-        batch: number of rows.
-        groups, dim: query groups of this rank and the size of a head.
+        tokens: room for so many, over all rows.
+        rows: how many rows there may be at once, each of which gets at most `piece` tokens in a pass; this bounds what
+            layers with a window need.
     """
 
-    def __init__(self, layers: range, slots: int, batch: int, groups: int, dim: int, *, dtype: torch.dtype,
+    def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, rows: int, piece: int, tp: int, dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.layers, self.slots = layers, slots
-        # Zeros, because a slot that a row has not reached takes part with weight 0, and 0 x NaN is NaN.
-        self.keys = torch.zeros(len(layers), slots, batch, groups, dim, dtype=dtype, device=device)
-        self.values = torch.zeros_like(self.keys)
-        self._end = 0  # one more than the last slot in use
+        self.spec, self.device = spec, device
+        pages = -(-tokens // SIZE)
+        windows = sorted({spec.window(layer) for layer in range(spec.num_layers)}, key=lambda window: window or 0)
+        self.pools = [Pool(pages if window is None else min(pages, rows * -(-(window + piece + 2 * SIZE) // SIZE)), window)
+                      for window in windows]
+        self.tables = Tables(self.pools)
+        self._pool_of = {layer + 1: windows.index(spec.window(layer)) for layer in layers}
+        self._latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
+        key, value = _shapes(spec, tp)
+        self._keys, self._values = ({
+            layer: torch.empty(self.pools[pool].pages * SIZE, *shape, dtype=dtype, device=device)
+            for layer, pool in self._pool_of.items()} for shape in (key, value))
+        self._plans: list[_Plan] = []
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens a single row may have."""
+        return min((pool.pages * SIZE for pool in self.pools if pool.window is None), default=1 << 62)
 
     @property
     def bytes(self) -> int:
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(held.nbytes for side in (self._keys, self._values) for held in side.values())
 
-    def state(self, starts: Sequence[int], count: int, wanted: Tensor | None = None) -> SequenceState:
-        """What the model is told for a pass over the next `count` tokens of every row, row i standing at `starts[i]`.
+    def state(self, pieces: Sequence[Piece], wanted: Sequence[int] | None = None) -> SequenceState:
+        """What the model is told for a pass over these pieces; their pages are there (`tables.grow`).
 
-        Raises:
-            ModelLinkError: a row would outgrow the cache.
+        Args:
+            pieces: those of one token first.
+            wanted: which tokens of the pass logits are computed for; None: the last of each piece.
         """
-        self._end = max(starts) + count
-        if self._end > self.slots:
-            raise ModelLinkError(f"a sequence of {self._end} tokens does not fit into a cache of {self.slots}",
-                                 fix="make the cache larger or the sequence shorter")
-        if not any(starts):
-            return SequenceState(length=count, cache=self, wanted=wanted)
-        device = self.keys.device
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(count, device=device)
-        self._rows = torch.arange(len(starts), device=device)
-        return SequenceState(positions=positions, length=self._end, cache=self, wanted=wanted)
+        positions = torch.cat([torch.arange(piece.start, piece.start + piece.count) for piece in pieces])
+        if wanted is None:
+            wanted = torch.tensor([piece.count for piece in pieces]).cumsum(0).sub(1).tolist()
+        self._plans = [self._plan(number, pieces, positions) for number in range(len(self.pools))]
+        lengths = None
+        if self.spec.rope_scaling_type == "dynamic":
+            lengths = torch.cat([torch.full((piece.count,), len(piece.row.tokens)) for piece in pieces])[None].to(self.device)
+        return SequenceState(positions=positions[None].to(self.device), length=int(positions.max()) + 1, lengths=lengths,
+                             cache=self, wanted=torch.tensor([wanted], dtype=torch.long, device=self.device))
 
-    def update(self, layer_number: int, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        keys, values = (held[layer_number - 1 - self.layers.start] for held in (self.keys, self.values))
-        if positions is None:
-            keys[:len(key)], values[:len(key)] = key, value
-            return key, value
-        index = positions.t()
-        keys[index, self._rows], values[index, self._rows] = key, value
-        return keys[:self._end], values[:self._end]
+    def _plan(self, number: int, pieces: Sequence[Piece], positions: Tensor) -> _Plan:
+        pool = self.pools[number]
+        tables = [torch.tensor(piece.row.tables[number]) for piece in pieces]
+        pages = torch.cat([table[torch.arange(piece.start, piece.start + piece.count) // SIZE]
+                           for piece, table in zip(pieces, tables, strict=True)])
+        slots = pages * SIZE + positions % SIZE
+        single = sum(piece.count == 1 for piece in pieces)
+        parts = []
+        if single:
+            parts.append(self._part(pool, slice(0, single), pieces[:single], tables[:single]))
+        place = single
+        for piece, table in zip(pieces[single:], tables[single:], strict=True):
+            tokens = slice(place, place := place + piece.count)
+            parts.append(_Part(tokens, 1, None, None) if piece.start == 0 else self._part(pool, tokens, [piece], [table]))
+        return _Plan(slots.to(self.device), parts)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows alone, in this order."""
-        index = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values = self.keys.index_select(2, index), self.values.index_select(2, index)
+    def _part(self, pool: Pool, tokens: slice, pieces: Sequence[Piece], tables: Sequence[Tensor]) -> _Part:
+        """The keys that the tokens of rows see, each row's from the page of its first one."""
+        firsts = torch.tensor([pool.first_seen(piece.start) // SIZE * SIZE for piece in pieces])
+        starts = torch.tensor([piece.start for piece in pieces])
+        ends = starts + pieces[0].count
+        keys = torch.arange(int((ends - firsts).max()))[:, None] + firsts
+        keys = keys.minimum(ends - 1)  # behind a row's end its last key stands in, which nothing sees: no stale memory is read
+        slots = torch.stack([table[column // SIZE] * SIZE + column % SIZE
+                             for table, column in zip(tables, keys.t(), strict=True)], dim=1).flatten()
+        positions = ((starts - firsts)[:, None] + torch.arange(pieces[0].count)).to(self.device)
+        first, last = int(slots[0]), int(slots[-1])
+        if len(pieces) == 1 and last - first == len(slots) - 1 and bool((slots.diff() == 1).all()):
+            return _Part(tokens, 1, slice(first, last + 1), positions)
+        return _Part(tokens, len(pieces), slots.to(self.device), positions)
+
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None, variant: Variant) -> Tensor:
+        plan = self._plans[self._pool_of[layer_number]]
+        keys, values = self._keys[layer_number], self._values[layer_number]
+        keys[plan.slots] = key.squeeze(1)
+        if value is None:
+            value, values = key[..., :self._latent], keys[..., :self._latent]
+        else:
+            values[plan.slots] = value.squeeze(1)
+        found = []
+        for part in plan.parts:
+            q = query[part.tokens]
+            if part.slots is None:
+                found.append(ops.attention(q, key[part.tokens], value[part.tokens], variant))
+                continue
+            q = q.view(part.rows, -1, *q.shape[2:]).transpose(0, 1)
+            k, v = (held[part.slots].unflatten(0, (-1, part.rows)) for held in (keys, values))
+            out = ops.attention(q, k, v, variant, part.positions)
+            found.append(out.transpose(0, 1).flatten(0, 1).unsqueeze(1))
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def fork(self, row: Row, tokens: list[int]) -> Row:
+        """Another row with what `row` has, that goes on with `tokens`: full pages are shared, the page in work is copied.
+
+        There must be a page free in every pool.
+        """
+        tables = []
+        for pool, table in zip(self.pools, row.tables, strict=True):
+            whole = row.computed // SIZE
+            copy = [pool.share(page) for page in table[:whole]]
+            for page in table[whole:]:
+                copy.append(pool.take())
+                self._copy(pool, page, copy[-1])
+            tables.append(copy)
+        return Row(tokens, row.computed, tables, list(row.digests[:row.computed // SIZE]))
+
+    def _copy(self, pool: Pool, source: int, target: int) -> None:
+        old, new = (slice(page * SIZE, (page + 1) * SIZE) for page in (source, target))
+        for layer, number in self._pool_of.items():
+            if self.pools[number] is pool:
+                for side in (self._keys, self._values):
+                    side[layer][new] = side[layer][old]
+
+
+__all__ = ["GONE", "SIZE", "PagedCache", "Piece", "Row", "bytes_per_token"]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from modellink.infer.options import AnswerOptions, ChatOptions, ModelOptions, PromptOptions
+from modellink.infer.options import AnswerOptions, ChatOptions, ModelOptions, PromptOptions, ServeOptions
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, resolve
 
@@ -86,8 +86,28 @@ def chat(given: Layer) -> None:
     talk(engine, Conversation(options.system, options.history_turns), first_rank=first, **arguments)
 
 
-infer.add_command(generate)
-infer.add_command(chat)
+@command(ModelOptions, ServeOptions, name="serve")
+def serve(given: Layer) -> None:
+    """Serve a model over HTTP, with OpenAI's API and a page to chat with."""
+    resolved = resolve([ModelOptions, ServeOptions], given)
+    model, options = resolved[ModelOptions], resolved[ServeOptions]
+    from modellink.infer.server import run
+    run.check_installed()
+    plan = model.plan(_local_rank())
+    if _to_start(model):
+        _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
+    first, engine = _engine(model, options.batch_size)
+    if first:
+        print(f"serving at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
+    run.serve(engine, host=options.host, port=options.port, name=options.served_model_name or plan.source.folder.resolve().name,
+              api_key=options.key, most_waiting=options.max_waiting, largest_body=options.max_body)
+
+
+for each in (generate, chat, serve):
+    infer.add_command(each)
 
 
 def _prompts(asked: PromptOptions) -> list[Any]:
@@ -143,10 +163,10 @@ def _to_start(model: ModelOptions) -> bool:
     return model.layout.world_size > 1 and not processes.under_launcher()
 
 
-def _start(model: ModelOptions, more: list[str]) -> None:
+def _start(model: ModelOptions, more: list[str], forward: tuple[signal.Signals, ...] = ()) -> None:
     """Run this very command on every rank, and leave with their status."""
     from modellink.core import processes
-    sys.exit(processes.spawn(model.layout.world_size, MODULE, [*sys.argv[1:], *more]))
+    sys.exit(processes.spawn(model.layout.world_size, MODULE, [*sys.argv[1:], *more], forward=forward))
 
 
 @contextmanager
@@ -170,7 +190,7 @@ def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
     from modellink.core import processes
     from modellink.infer.engine import Engine
     first = processes.rank() == 0
-    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, show=True)
+    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens, show=True)
 
 
 def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:
@@ -189,18 +209,20 @@ def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], fir
 
 
 def _print(prompts: list[Any], answers: list[Generation], *, as_json: bool) -> None:
-    for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True), 1):
+    each = len(answers) // len(prompts)
+    for number, answer in enumerate(answers, 1):
+        prompt = prompts[(number - 1) // each]
         if as_json:
             print(json.dumps({"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids,
                               "finish_reason": answer.finish_reason}, ensure_ascii=False))
         else:
-            _heading(number, len(prompts))
+            _heading(number, len(answers), "answer" if each > 1 else "prompt")
             print(answer.text)
 
 
-def _heading(number: int, count: int) -> None:
+def _heading(number: int, count: int, what: str = "prompt") -> None:
     if count > 1:
-        print(f"--- prompt {number} of {count} ---")
+        print(f"--- {what} {number} of {count} ---")
 
 
 def main() -> None:

@@ -1,14 +1,15 @@
 """`load` and `Engine`: generation and likelihoods as a library.
 
-With tensor parallelism every rank calls the same methods with the same arguments and gets the same results; the processes are
+With several ranks each calls the same methods with the same arguments and gets the same results; the processes are
 torchrun's, or those that `modellink-infer --tp N` starts. One engine lives in a process at a time, because megatron-core's
-groups do.
+groups do, and one thread uses it at a time; the server has a thread for that.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
@@ -23,22 +24,28 @@ from modellink.kernels.parallel import ParallelLayout
 from modellink.kernels.progress import Work
 
 if TYPE_CHECKING:
+    from modellink.infer.batch import Batch
+    from modellink.infer.cache import PagedCache
     from modellink.infer.score import Likelihood
+
+PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers that are under way wait
 
 
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
-         family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16, show: bool = False) -> Engine:
+         family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16,
+         cache_tokens: int | None = None, show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
         path: the checkpoint.
-        layout: the tensor parallel size to run at; there must be as many processes.
+        layout: the tensor, pipeline and expert parallel sizes to run at; there must be as many processes.
         device: `auto` takes an NPU, else a CUDA GPU, else the CPU.
         dtype: float32, bfloat16 or float16; None takes what most of the checkpoint's weights have.
         family: the family where the checkpoint does not say it.
         tokenizer: a Hugging Face folder with config.json and tokenizer, for a checkpoint that does not carry its own.
         batch_size: how many prompts are computed together at most.
+        cache_tokens: how many tokens the cache holds; None is `batch_size` of the longest sequences, if memory allows.
         show: show progress on stderr.
 
     Raises:
@@ -46,7 +53,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
     """
     index = int(os.environ.get("LOCAL_RANK", "0"))
     plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
-    return Engine(plan, batch_size=batch_size, show=show)
+    return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, show=show)
 
 
 class Engine:
@@ -57,13 +64,24 @@ class Engine:
         tokenizer: None where the checkpoint has none; token ids work without.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 16, show: bool = False) -> None:
+    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")
         processes.join(plan.device, plan.layout, seed=0)
         from modellink.infer.network import Network  # imports megatron, which only now is on its device
         self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
         self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0)
+        self._cache_tokens = cache_tokens
+
+    @cached_property
+    def cache(self) -> PagedCache:
+        """Where all answers of this engine have their keys and values; made when the first one is asked for."""
+        return self.network.cache(rows=self.batch_size, piece=PASS_TOKENS, tokens=self._cache_tokens)
+
+    def batch(self) -> Batch:
+        """An empty batch over the cache; who adds answers to it steps it."""
+        from modellink.infer.batch import Batch
+        return Batch(self.network, self.cache, rows=self.batch_size, budget=PASS_TOKENS)
 
     def requests(self, prompts: Prompts, **options: Unpack[Options]) -> list[Request]:
         """Checked requests of prompts; see `prompts.make_requests` for what the options mean."""
@@ -74,8 +92,7 @@ class Engine:
 
         Args:
             prompts: a text, token ids, a chat, or a list of any of these.
-            options: max_new_tokens, do_sample, temperature, top_k, top_p, seed, stop, ignore_eos, logprobs; see
-                `prompts.make_requests`.
+            options: see `prompts.Options`. With `num_return_sequences` a prompt has so many answers, one after the other.
 
         Raises:
             ModelLinkError: see `prompts.make_requests`; nothing was computed.
@@ -83,20 +100,34 @@ class Engine:
         return self.answer(self.requests(prompts, **options))
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
-        """`generate` for requests that are made already, each with options of its own."""
-        from modellink.infer.decode import decode
-        answers = [Answer.to(request, self.tokenizer) for request in requests]
-        alike = sorted(answers, key=lambda answer: len(answer.request.prompt))  # little padding
-        for start in range(0, len(alike), self.batch_size):
-            for _ in decode(self.network, alike[start:start + self.batch_size]):
-                pass
-        return [answer.generation() for answer in answers]
+        """`generate` for requests that are made already, each with options of its own; one with beams has several answers."""
+        batch = self.batch()
+        asked = [(request, Answer.to(request, self.tokenizer)) for request in requests]
+        answers = [answer for request, answer in asked if request.beams is None]
+        try:
+            for answer in answers:
+                batch.add(answer)
+            while not batch.idle:
+                batch.step()
+        finally:
+            for answer in answers:
+                batch.remove(answer)
+        return [found for request, answer in asked for found in self._search(request) or [answer.generation()]]
+
+    def _search(self, request: Request) -> list[Generation]:
+        if request.beams is None:
+            return []
+        from modellink.infer.beam import search
+        return search(self.network, self.cache, request, self.tokenizer)
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """The answer to one prompt in pieces of text, as they come."""
         requests = self.requests(prompt, **options)
         if len(requests) != 1:
-            raise ModelLinkError(f"{len(requests)} prompts were given, a stream has one", fix="use generate, or several streams")
+            raise ModelLinkError(f"{len(requests)} answers were asked for, a stream has one",
+                                 fix="use generate, or several streams")
+        if requests[0].beams is not None:
+            raise ModelLinkError("beams are known when they have come to their end; they cannot be streamed", fix="use generate")
         return Stream(self, requests[0])
 
     def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], *, show: bool = False,
@@ -135,20 +166,24 @@ class Stream(Iterator[str]):
     """Pieces of an answer. They join to its text, split no character and hold no part of a stop string."""
 
     def __init__(self, engine: Engine, request: Request) -> None:
-        from modellink.infer.decode import decode
         self._answer = Answer.to(request, engine.tokenizer)
-        self._cancelled = False
-        self._pieces = decode(engine.network, [self._answer], lambda: self._cancelled)
+        self._pieces = self._run(engine.batch())
+
+    def _run(self, batch: Batch) -> Iterator[str]:
+        batch.add(self._answer)
+        try:
+            while not batch.idle:
+                for _, piece in batch.step():
+                    yield piece
+        finally:
+            batch.remove(self._answer)
 
     def __next__(self) -> str:
-        for _, piece in self._pieces:
-            if piece:
-                return piece
-        raise StopIteration
+        return next(piece for piece in self._pieces if piece)
 
     def cancel(self) -> None:
         """Let the next token be the last; may be called from a signal handler. Of several ranks the first one's call counts."""
-        self._cancelled = True
+        self._answer.cancelled = True
 
     @property
     def generation(self) -> Generation:

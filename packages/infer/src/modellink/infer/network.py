@@ -1,9 +1,12 @@
 """The model on this rank, as generation sees it: token ids in, logits of the whole vocabulary out on every rank.
 
-Importing this module imports megatron-core, so it comes after `processes.join`. Not here: pipeline stages.
+Pipeline stages hand hidden states on and the last one shares its logits; ranks that hold other experts compute the same tokens.
+Importing this module imports megatron-core, so it comes after `processes.join`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,49 +18,80 @@ from modellink.ckpt_convert.weights import Source
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.model.state import SequenceState
-from modellink.infer.cache import KeyValueCache
+from modellink.infer.cache import SIZE, PagedCache, bytes_per_token
 from modellink.kernels.device import Device
 from modellink.kernels.parallel import ParallelLayout
 
+CACHE_SHARE = 0.5  # of the memory that is free once the weights are there
+
 
 class Network:
-    """The model of a checkpoint, cut over the tensor-parallel ranks, with its weights."""
+    """The model of a checkpoint, cut over ranks, with its weights."""
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
+        self._on = device
         settings = BuildSettings(layout=layout, dtype=dtype)
         models = build_models(source.spec, settings)
         load_weights(models, source, settings, show=show)
         (model,) = models
         self._model = model.eval().requires_grad_(False)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        self._layers = layout.layers(self.spec.num_layers, stage)
+        self._first, self._last = stage == 0, stage == layout.pp - 1
 
-    def cache(self, batch: int, slots: int) -> KeyValueCache:
+    def cache(self, *, rows: int, piece: int, tokens: int | None = None) -> PagedCache:
+        """A cache for so many rows; without `tokens` for rows of the longest length, or what half of the free memory holds."""
         spec = self.spec
-        return KeyValueCache(range(spec.num_layers), slots, batch, spec.groups // self.layout.tp, spec.head_dim,
-                             dtype=self.dtype, device=self.device)
+        per_token = bytes_per_token(spec, len(self._layers), self.layout.tp, self.dtype)
+        room = int(CACHE_SHARE * self._on.available() // per_token // SIZE * SIZE)
+        wanted = min(tokens or rows * (spec.max_position_embeddings + SIZE), max(room, SIZE))
+        (wanted,) = self._smallest(wanted)
+        return PagedCache(spec, self._layers, tokens=wanted, rows=rows, piece=piece, tp=self.layout.tp, dtype=self.dtype,
+                          device=self.device)
 
     def logits(self, ids: Tensor, state: SequenceState | None = None) -> Tensor:
         """Token ids [batch, seq] -> logits [batch, seq (or n of `state.wanted`), vocabulary] in fp32."""
-        logits = self._model(ids.to(self.device), state)
-        if self.layout.tp > 1:
-            logits = gather_from_tensor_model_parallel_region(logits)
-        full: Tensor = logits[..., :self.spec.vocab_size].float()
+        if not self._first:
+            hidden = torch.empty(ids.size(1), ids.size(0), self.spec.hidden_size, dtype=self.dtype, device=self.device)
+            dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
+            model: Any = self._model
+            model.set_input_tensor([hidden])
+        output = self._model(ids.to(self.device), state)
+        if not self._last:
+            dist.send(output.contiguous(), dst=parallel_state.get_pipeline_model_parallel_next_rank())
+            count = ids.size(1) if state is None or state.wanted is None else state.wanted.size(1)
+            full = torch.empty(len(ids), count, self.spec.vocab_size, device=self.device)
+        else:
+            if self.layout.tp > 1:
+                output = gather_from_tensor_model_parallel_region(output)
+            full = output[..., :self.spec.vocab_size].float()
+        if self.layout.pp > 1:
+            full = full.contiguous()
+            dist.broadcast(full, src=parallel_state.get_pipeline_model_parallel_last_rank(),
+                           group=parallel_state.get_pipeline_model_parallel_group())
         return full
+
+    def _smallest(self, *values: int) -> list[int]:
+        """The smallest of what the ranks have, on every rank."""
+        if self.layout.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return tensor.tolist()
 
     def agree(self, values: list[int]) -> list[int]:
         """The values of the first rank, on every rank."""
-        if self.layout.tp == 1:
+        if self.layout.world_size == 1:
             return values
         tensor = torch.tensor(values, device=self.device)
-        dist.broadcast(tensor, group=parallel_state.get_tensor_model_parallel_group(),
-                       src=parallel_state.get_tensor_model_parallel_src_rank())
+        dist.broadcast(tensor, src=0)
         return tensor.tolist()
 
-    def share(self, value: str | None) -> str | None:
-        """The text of the first rank, on every rank."""
-        if self.layout.tp == 1:
+    def share(self, value: Any) -> Any:
+        """An object of the first rank, on every rank."""
+        if self.layout.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group=parallel_state.get_tensor_model_parallel_group(),
-                                   src=parallel_state.get_tensor_model_parallel_src_rank())
+        dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]

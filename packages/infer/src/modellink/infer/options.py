@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +22,12 @@ class ModelOptions:
 
     load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core or torch_dist, written at any layout.")
     tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Only 1: generation has no pipeline stages.", alias="--pp", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
+    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
+    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
+    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; as many as "
+                                      "fit into half of the free memory where nothing is said, and no more than can be used.",
+                                      unit="tokens", minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
@@ -30,7 +37,9 @@ class ModelOptions:
 
     @property
     def layout(self) -> ParallelLayout:
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size)
+        ep = self.expert_model_parallel_size
+        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
+                              num_layer_list=self.num_layer_list)
 
     def plan(self, index: int) -> Plan:
         """Open and check the checkpoint; imports torch."""
@@ -45,15 +54,26 @@ class AnswerOptions:
 
     max_new_tokens: int | None = option(None, "Longest answer; where nothing is said 128, or what the model has room for.",
                                         unit="tokens", minimum=1)
+    max_length: int | None = option(None, "Longest prompt and answer together, in the place of --max-new-tokens.", unit="tokens",
+                                    minimum=1)
     do_sample: bool | None = option(None, "Draw tokens instead of taking the most likely one; on by itself in chat, and "
                                     "when --temperature, --top-k or --top-p is given.")
     temperature: float = option(0.7, "Drawing: the logits are divided by it; 0 takes the most likely token.", minimum=0)
     top_k: int = option(50, "Drawing: only among that many most likely tokens; 0 for all.", minimum=0)
     top_p: float = option(0.95, "Drawing: only among the most likely tokens that have this probability together.", minimum=0,
                           maximum=1)
+    min_p: float = option(0.0, "Drawing: only tokens that have this share of the most likely one's probability.", minimum=0,
+                          maximum=1)
+    repetition_penalty: float = option(1.0, "Logits of tokens in prompt and answer are divided by it (multiplied, below 0).")
+    presence_penalty: float = option(0.0, "Taken from the logit of tokens that the answer holds already.")
+    frequency_penalty: float = option(0.0, "The same, times how often it holds them.")
     seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
                               minimum=0)
     stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
+
+    num_beams: int = option(1, "Texts that grow side by side; the best as a whole is the answer.", minimum=1)
+    length_penalty: float = option(1.0, "Beams: scores are divided by tokens ^ this.")
+    num_return_sequences: int = option(1, "Answers to each prompt: the best beams, or so many draws.", minimum=1)
 
     def arguments(self, given: set[str], *, draws: bool) -> dict[str, Any]:
         """For `Engine.generate`. `given` are the names that stood on the command line; `draws` what is done when nothing is said.
@@ -61,13 +81,19 @@ class AnswerOptions:
         Raises:
             ModelLinkError: an option that would do nothing.
         """
-        drawing = sorted({"temperature", "top_k", "top_p", "seed"} & given)
+        drawing = sorted({"temperature", "top_k", "top_p", "min_p", "seed"} & given)
         sample = self.do_sample if self.do_sample is not None else draws or bool(set(drawing) - {"seed"})
         if drawing and not sample:
             raise ModelLinkError(f"--{drawing[0].replace('_', '-')} is for drawing tokens, but the most likely one is taken",
                                  where="command line", fix="add --do-sample, or leave it out")
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": sample, "temperature": self.temperature,
-                "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed, "stop": self.stop}
+        if self.num_return_sequences > 1 and not sample and self.num_beams == 1:
+            raise ModelLinkError(f"the most likely token gives one answer, not {self.num_return_sequences}",
+                                 where="--num-return-sequences", fix="add --do-sample, or beams with --num-beams")
+        values = {name: getattr(self, name) for name in (
+            "max_new_tokens", "max_length", "seed", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
+            "num_beams", "length_penalty", "num_return_sequences")}
+        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")} if sample else {}
+        return {**values, **drawn, "do_sample": sample}
 
 
 @dataclass(frozen=True)
@@ -100,3 +126,27 @@ class ChatOptions:
 
     system: str | None = option(None, "System message at its beginning.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """The server."""
+
+    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
+    port: int = option(8000, "Port to listen at.", minimum=1, maximum=65535)
+    served_model_name: str | None = option(None, "What the model is called in requests; the name of its folder where nothing is "
+                                           "said.")
+    api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
+                                 "environment says the same.")
+    batch_size: int = option(16, "Answers computed together at most.", minimum=1)
+    max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
+    max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
+
+    def check(self) -> None:
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key:
+            print(f"note: listening at {self.host} without an API key: everybody who reaches it can use the model",
+                  file=sys.stderr)
+
+    @property
+    def key(self) -> str | None:
+        return self.api_key or os.environ.get("MODELLINK_API_KEY") or None

@@ -13,7 +13,7 @@ from modellink.ckpt_convert.source import Checkpoint
 from modellink.data_prep import Tokenizer
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.parallel import ParallelLayout, divisors
+from modellink.kernels.parallel import ParallelLayout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,11 +53,10 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
-    """Raise unless the layout is tensor parallelism alone, at a size that fits the model."""
-    if layout.world_size != layout.tp or layout.ep > 1:
-        works = [size for size in divisors(spec.groups) if spec.ffn % size == 0]
-        raise ModelLinkError(f"generation runs over tensor-parallel ranks alone, not over {layout}",
-                             where="--pipeline-model-parallel-size, --tensor-model-parallel-size",
-                             fix=f"leave all sizes but --tp at 1; this model can run at --tp {', '.join(map(str, works))}, "
-                             "whatever the layout its checkpoint was written at")
+    """Raise unless the layout is one that generation runs at and that fits the model."""
+    if layout.cp > 1 or layout.vpp > 1 or layout.dp != layout.ep or (layout.ep > 1 and spec.num_experts is None):
+        raise ModelLinkError(f"generation runs at tensor, pipeline and (for mixtures) expert parallel sizes, not at {layout}",
+                             where="--tp, --pp, --ep", fix="leave the others at 1, whatever the layout the checkpoint was "
+                             "written at")
     spec.check_layout(layout)
+    layout.check_layers(spec.num_layers)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from dataclasses import replace
+from typing import Any, TypedDict, Unpack
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.data_prep import Tokenizer, encode_chat
-from modellink.infer.request import Request
+from modellink.infer.request import Beams, Request
 from modellink.infer.sampling import Sampling
 from modellink.kernels.errors import ModelLinkError
 
@@ -17,59 +19,125 @@ DEFAULT_NEW_TOKENS = 128
 
 
 class Options(TypedDict, total=False):
-    """How `generate` and `stream` answer; what is left out has the default of `make_requests`."""
+    """How `generate` and `stream` answer. What is left out has the default in brackets.
+
+    - `max_new_tokens` (128, or what fits), `max_length`: longest answer, or prompt and answer together.
+    - `do_sample`: draw tokens; by itself when temperature, top_k, top_p or min_p is given.
+    - `temperature` (1.0), `top_k` (50), `top_p` (1.0), `min_p` (0), `repetition_penalty` (1), `presence_penalty` (0),
+      `frequency_penalty` (0): see `Sampling`.
+    - `seed`: of each request, whatever else is in the batch; of several answers to one prompt each has the next number.
+    - `num_beams` (1), `length_penalty` (1.0), `early_stopping` (False): beam search; see beam.py.
+    - `num_return_sequences` (1): answers to each prompt: the best beams, or so many draws.
+    - `stop`: strings or token ids that end an answer, beside the end tokens of the checkpoint, in whose place `eos_token_id`
+      stands where it is given; `ignore_eos` (False): the end tokens end nothing.
+    - `logprobs` (False): give the log-probability of each token; `top_logprobs` (0): and of the most likely ones in its place.
+      `return_output_log_probs` is another name of `logprobs`.
+    - `include_input` (False): the text begins with the prompt. `detokenize` (True): make text of the tokens.
+    """
 
     max_new_tokens: int | None
+    max_length: int | None
     do_sample: bool | None
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
     seed: int | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool
+    num_return_sequences: int
     stop: str | int | Sequence[str | int]
+    eos_token_id: int | Sequence[int] | None
     ignore_eos: bool
     logprobs: bool
+    top_logprobs: int
+    return_output_log_probs: bool
+    include_input: bool
+    detokenize: bool
 
 
-def make_requests(
-    prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, *, max_new_tokens: int | None = None,
-    do_sample: bool | None = None, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None,
-    seed: int | None = None, stop: str | int | Sequence[str | int] = (), ignore_eos: bool = False, logprobs: bool = False,
-) -> list[Request]:
+def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, **options: Unpack[Options]) -> list[Request]:
     """Requests of one prompt or a list of them.
 
     Args:
         prompts: a text, token ids, a chat (messages with role and content, which go through the tokenizer's chat template), or
             a list of texts, of token ids, of chats.
-        max_new_tokens: None stands for 128, or less where the model's longest sequence leaves less room.
-        do_sample: draw tokens; False takes the most likely one, None draws when temperature, top_k or top_p is given.
-        temperature, top_k, top_p: see `Sampling`; None stands for 1.0, 50, 1.0.
-        seed: of each request, whatever else is in the batch.
-        stop: strings or token ids that end an answer, beside the end tokens of the checkpoint.
-        ignore_eos: the end tokens of the checkpoint end nothing.
-        logprobs: give the log-probability of each token.
 
     Raises:
-        ModelLinkError: an empty or too long prompt, a token id beyond the vocabulary, a number out of range, text or chats
-            where the checkpoint has no tokenizer.
+        ModelLinkError: an empty or too long prompt, a token id beyond the vocabulary, a number out of range, an unknown option,
+            text or chats where the checkpoint has no tokenizer.
     """
-    if do_sample is None:
-        do_sample = any(value is not None for value in (temperature, top_k, top_p))
-    sampling = Sampling(do_sample, 1.0 if temperature is None else temperature, 50 if top_k is None else top_k,
-                        1.0 if top_p is None else top_p, seed)
-    stops = [stop] if isinstance(stop, (str, int)) else list(stop)
+    unknown = next((name for name in options if name not in Options.__annotations__), None)
+    if unknown:
+        raise ModelLinkError(f"there is no option {unknown}", where="generate",
+                             fix=f"there are {', '.join(Options.__annotations__)}")
+    sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
+    beams, count = _beams(options), options.get("num_return_sequences", 1)
+    top = options.get("top_logprobs", 0)
+    if not 0 <= top <= spec.vocab_size:
+        raise ModelLinkError(f"top-logprobs is {top}, it must be between 0 and {spec.vocab_size}", where="--top-logprobs")
+    requests = []
+    for prompt in _each(prompts):
+        ids = _ids(prompt, tokenizer)
+        check_ids(ids, spec)
+        before = tokenizer.decode(ids) if options.get("include_input") and tokenizer else ""
+        request = Request(ids, _room(len(ids), options, spec), sampling, stop_ids, strings,
+                          bool(options.get("logprobs") or options.get("return_output_log_probs") or top), top, beams, before,
+                          options.get("detokenize", True))
+        requests += [request] if beams else [_draw(request, number) for number in range(count)]
+    return requests
+
+
+def _draw(request: Request, number: int) -> Request:
+    """The request for the next of several answers to one prompt."""
+    seed = request.sampling.seed
+    return request if not number or seed is None else replace(request, sampling=replace(request.sampling, seed=seed + number))
+
+
+def _sampling(options: Options) -> Sampling:
+    drawing = {name: value for name in ("temperature", "top_k", "top_p", "min_p") if (value := options.get(name)) is not None}
+    penalties = {name: value for name in ("repetition_penalty", "presence_penalty", "frequency_penalty")
+                 if (value := options.get(name)) is not None}
+    do_sample = options.get("do_sample")
+    return Sampling(bool(drawing) if do_sample is None else do_sample, seed=options.get("seed"), **drawing, **penalties)  # type: ignore[arg-type]
+
+
+def _beams(options: Options) -> Beams | None:
+    beams, count = options.get("num_beams", 1), options.get("num_return_sequences", 1)
+    for name, value in (("num-beams", beams), ("num-return-sequences", count)):
+        if value < 1:
+            raise ModelLinkError(f"{name} is {value}, it must be at least 1", where=f"--{name}")
+    if beams == 1:
+        return None
+    if count > beams:
+        raise ModelLinkError(f"{count} answers cannot come from {beams} beams", where="--num-return-sequences",
+                             fix=f"use at most {beams}")
+    if not math.isfinite(penalty := options.get("length_penalty", 1.0)):
+        raise ModelLinkError(f"length-penalty is {penalty}", where="--length-penalty")
+    return Beams(beams, count, penalty, options.get("early_stopping", False))
+
+
+def _stops(options: Options, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Token ids and strings that end an answer."""
+    stops, ends = _list(options.get("stop")), _list(options.get("eos_token_id"))
     strings = tuple(item for item in stops if isinstance(item, str))
     if "" in strings:
         raise ModelLinkError("a stop string is empty", where="--stop")
     if strings and tokenizer is None:
         raise _no_tokenizer("a stop string")
-    ends = () if ignore_eos or tokenizer is None else tokenizer.eos_token_ids
-    stop_ids = frozenset(item for item in stops if isinstance(item, int)) | frozenset(ends)
-    requests = []
-    for prompt in _each(prompts):
-        ids = _ids(prompt, tokenizer)
-        check_ids(ids, spec)
-        requests.append(Request(ids, _room(len(ids), max_new_tokens, spec), sampling, stop_ids, strings, logprobs))
-    return requests
+    if options.get("ignore_eos"):
+        ends = []
+    elif options.get("eos_token_id") is None and tokenizer is not None:
+        ends = list(tokenizer.eos_token_ids)
+    return frozenset(item for item in [*stops, *ends] if isinstance(item, int)), strings
+
+
+def _list(value: Any) -> list[Any]:
+    return [] if value is None else [value] if isinstance(value, (str, int)) else list(value)
 
 
 def check_ids(ids: Sequence[int], spec: ModelSpec, what: str = "the prompt") -> None:
@@ -102,17 +170,27 @@ def _no_tokenizer(what: str) -> ModelLinkError:
                           fix="give the Hugging Face folder of the model with its tokenizer.json")
 
 
-def _room(prompt: int, max_new_tokens: int | None, spec: ModelSpec) -> int:
+def longest(spec: ModelSpec) -> int | float:
+    """How many tokens a sequence may have; angles that follow its length have no end."""
+    return math.inf if spec.rope_scaling_type == "dynamic" else spec.max_position_embeddings
+
+
+def _room(prompt: int, options: Options, spec: ModelSpec) -> int:
     """How many tokens may come after a prompt of that many."""
-    room = spec.max_position_embeddings - prompt
+    wanted, limit = options.get("max_new_tokens"), options.get("max_length")
+    room = longest(spec) - prompt
     if room < 1:
         raise ModelLinkError(f"the prompt has {prompt} tokens; the model's longest sequence is {spec.max_position_embeddings}",
                              fix="shorten the prompt")
-    if max_new_tokens is None:
-        return min(DEFAULT_NEW_TOKENS, room)
-    if max_new_tokens < 1:
-        raise ModelLinkError(f"max-new-tokens is {max_new_tokens}, it must be at least 1", where="--max-new-tokens")
-    if max_new_tokens > room:
-        raise ModelLinkError(f"the prompt has {prompt} tokens, with {max_new_tokens} new ones it outgrows the model's longest "
+    if not wanted and limit is not None:  # the original's 0 says that the other one counts
+        wanted = limit - prompt
+        if wanted < 1:
+            raise ModelLinkError(f"the prompt has {prompt} tokens, max-length is {limit}", where="--max-length")
+    if wanted is None:
+        return int(min(DEFAULT_NEW_TOKENS, room))
+    if wanted < 1:
+        raise ModelLinkError(f"max-new-tokens is {wanted}, it must be at least 1", where="--max-new-tokens")
+    if wanted > room:
+        raise ModelLinkError(f"the prompt has {prompt} tokens, with {wanted} new ones it outgrows the model's longest "
                              f"sequence of {spec.max_position_embeddings}", where="--max-new-tokens", fix=f"use at most {room}")
-    return max_new_tokens
+    return wanted

@@ -25,6 +25,8 @@ class Generation:
         logprobs: natural log of the probability of each token under the model, before temperature and filters; None
             unless they were asked for.
         prompt_tokens: how many tokens the prompt has.
+        top_logprobs: for each token the most likely ones in its place, as (token id, log-probability), where asked for.
+        score: of a beam: the sum of its log-probabilities over (its tokens ^ length penalty).
     """
 
     text: str
@@ -32,6 +34,18 @@ class Generation:
     finish_reason: FinishReason
     logprobs: list[float] | None = None
     prompt_tokens: int = 0
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Beams:
+    """Beam search: `beams` texts grow side by side and the best `count` are given back."""
+
+    beams: int
+    count: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +58,10 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0  # how many alternatives to report for each token, with `logprobs`
+    beams: Beams | None = None
+    before: str = ""  # what the text of the answer begins with: the prompt, where it is to be shown too
+    detokenize: bool = True
 
 
 @dataclass
@@ -54,22 +72,21 @@ class Answer:
     text: GrowingText
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    cancelled: bool = False  # a wish; of several ranks the first one's counts
     finish_reason: FinishReason | None = None
 
     @classmethod
     def to(cls, request: Request, tokenizer: Tokenizer | None) -> Answer:
-        return cls(request, GrowingText(tokenizer, request.stop_strings))
+        wanted = request.detokenize or request.stop_strings
+        return cls(request, GrowingText(tokenizer if wanted else None, request.stop_strings))
 
-    @property
-    def length(self) -> int:
-        """Tokens of the prompt and the answer together."""
-        return len(self.request.prompt) + len(self.token_ids)
-
-    def push(self, token_id: int, logprob: float | None = None) -> str:
+    def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> str:
         """Add a token; the piece of text that became certain. Sets `finish_reason` when it was the last one."""
         self.token_ids.append(token_id)
         if logprob is not None:
             self.logprobs.append(logprob)
+            self.top_logprobs.append(list(top))
         piece = self.text.push(token_id)
         if token_id in self.request.stop_ids or self.text.stopped:
             return piece + self.end("stop")
@@ -83,7 +100,10 @@ class Answer:
         self.finish_reason = "stop" if self.text.stopped else reason
         return piece
 
-    def generation(self) -> Generation:
+    def generation(self, score: float | None = None) -> Generation:
         assert self.finish_reason is not None
-        return Generation(self.text.text, self.token_ids, self.finish_reason,
-                          self.logprobs if self.request.logprobs else None, len(self.request.prompt))
+        asked = self.request
+        return Generation(asked.before + self.text.text, self.token_ids, self.finish_reason,
+                          self.logprobs if asked.logprobs else None, len(asked.prompt),
+                          self.top_logprobs if asked.logprobs and asked.top_logprobs else None,
+                          score)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modellink.core.model.state import SequenceState
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row
 from modellink.infer.network import Network
 
 PASS_TOKENS = 2048  # of all rows of one pass, padding included
@@ -87,14 +88,31 @@ def _passes(network: Network, rows: Sequence[tuple[int, ...]], first: int) -> It
     One pass where its logits fit into memory, else several over a cache.
     """
     longest = max(map(len, rows))
-    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
     step = max(1, PASS_LOGITS // network.spec.vocab_size // len(rows))
-    cache = network.cache(len(rows), longest) if longest - first > step else None
+    if longest - first <= step:
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        wanted = torch.arange(first, longest, device=network.device).expand(len(rows), -1)
+        yield first, network.logits(padded, SequenceState(length=longest, wanted=wanted)).log_softmax(-1)
+        return
+    cache = network.cache(rows=len(rows), piece=longest, tokens=len(rows) * (longest + SIZE))
+    held = [Row([*row, *[0] * (longest - len(row))]) for row in rows]
+    for row in held:
+        cache.tables.admit(row, shared=False)
     begin = 0
     for low in range(first, longest, step):
         high = min(low + step, longest)
-        wanted = torch.arange(low - begin, high - begin, device=network.device).expand(len(rows), -1)
-        count = high - begin
-        state = cache.state([begin] * len(rows), count, wanted) if cache else SequenceState(length=count, wanted=wanted)
-        yield low, network.logits(padded[:, begin:high], state).log_softmax(-1)
+        yield low, _piece(network, cache, held, begin, low, high).log_softmax(-1)
         begin = high
+
+
+def _piece(network: Network, cache: PagedCache, rows: Sequence[Row], begin: int, low: int, high: int) -> Tensor:
+    """Logits [rows, high - low, vocabulary] after tokens low .. high - 1, where those before `begin` are in the cache."""
+    count = high - begin
+    for row in rows:
+        cache.tables.grow(row, high)
+    wanted = [number * count + place for number in range(len(rows)) for place in range(low - begin, count)]
+    state = cache.state([Piece(row, begin, count) for row in rows], wanted)
+    logits = network.logits(torch.tensor([[token for row in rows for token in row.tokens[begin:high]]]), state)
+    for row in rows:
+        cache.tables.advance(row, count, shared=False)
+    return logits.view(len(rows), high - low, -1)

@@ -7,6 +7,7 @@ on a device (core's engine.py) and the fused ops (ops/).
 from __future__ import annotations
 
 import importlib.util
+import os
 import resource
 import sys
 from dataclasses import dataclass
@@ -63,6 +64,20 @@ class Device:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak if (now := _resident()) is None else now, peak
+
+    def available(self) -> int:
+        """Bytes that can still be allocated."""
+        if self.module:
+            return int(self.module.mem_get_info(self.index)[0])
+        return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _available() -> int | None:
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux
+        return None
 
 
 def _resident() -> int | None:

@@ -105,9 +105,9 @@ def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
 
 
 def _stated(config: Config) -> str | None:
-    """The family that a config.json names, where it is known; early public ones name a class and no model type."""
-    names = [config.get("model_type")] if config.get("model_type") else config.get("architectures", ())
-    for name in names:
+    """The family that a config.json names; early public ones name a class and no model type."""
+    stated = config.get("model_type")
+    for name in (stated,) if stated else config.get("architectures", ()):
         with contextlib.suppress(ModelLinkError):
             return family_of(name).model_type
     return None

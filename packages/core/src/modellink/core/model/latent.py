@@ -1,7 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2): keys and values, and queries where the model does so, come from a compressed form.
 
 Compressing matrices are whole on every tensor-parallel rank, expanding ones are cut by heads. Part of every query and key head is
-rotated; the rotated part of the key is one for all heads. Not here: keeping only the compressed form in a cache.
+rotated; the rotated part of the key is one for all heads. A cache holds the compressed form and the rotated part alone: the
+expanding matrices then work on queries and on what attention gives, which is the same product in another order.
 """
 
 from __future__ import annotations
@@ -55,26 +56,40 @@ class LatentAttention(MegatronModule):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         state = packed_seq_params or SequenceState()
-        query, key, value = self._heads(hidden_states, state)
+        query, (latent, rotated) = self._query(hidden_states), self._compressed(hidden_states)
+        turned, rotated = self.rotary(state, query[..., self.nope:], rotated.unsqueeze(2))
         if state.cache is not None:
-            key, value = state.cache.update(self.layer_number, key, value, state.positions)
-        context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
+            context = self._cached(query[..., :self.nope], turned, latent, rotated, state)
+        else:
+            expanded, _ = self.linear_kv_up_proj(latent)
+            key, value = expanded.unflatten(-1, (-1, self.nope + self.value_dim)).split([self.nope, self.value_dim], dim=-1)
+            query = torch.cat([query[..., :self.nope], turned], dim=-1)
+            key = torch.cat([key, rotated.expand(-1, -1, key.size(2), -1)], dim=-1)
+            context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
         return output
 
-    def _heads(self, hidden_states: Tensor, state: SequenceState) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key [seq, batch, heads / tp, nope + rope] and value [seq, batch, heads / tp, value dim]."""
+    def _query(self, hidden_states: Tensor) -> Tensor:
+        """[seq, batch, heads / tp, nope + rope], not rotated yet."""
         if self.spec.q_lora_rank is None:
             query, _ = self.linear_q_proj(hidden_states)
         else:
             query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
+        return query.unflatten(-1, (-1, self.nope + self.rope))  # type: ignore[no-any-return]
+
+    def _compressed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """[seq (/ tp), batch, latent], and [seq, batch, rope] that is still to be rotated."""
         latent, rotated = self.linear_kv_down_proj(hidden_states).split([self.spec.kv_lora_rank or 0, self.rope], dim=-1)
-        expanded, _ = self.linear_kv_up_proj(self.kv_layernorm(latent))
         # the rotated part is used by the heads of every rank: its gradient is the sum over ranks
         rotated = gather_from_sequence_parallel_region(rotated) if self.config.sequence_parallel else (
             copy_to_tensor_model_parallel_region(rotated))
-        query = query.unflatten(-1, (-1, self.nope + self.rope))
-        key, value = expanded.unflatten(-1, (-1, self.nope + self.value_dim)).split([self.nope, self.value_dim], dim=-1)
-        turned, rotated = self.rotary(state, query[..., self.nope:], rotated.unsqueeze(2))
-        query = torch.cat([query[..., :self.nope], turned], dim=-1)
-        return query, torch.cat([key, rotated.expand(-1, -1, key.size(2), -1)], dim=-1), value
+        return self.kv_layernorm(latent), rotated
+
+    def _cached(self, plain: Tensor, turned: Tensor, latent: Tensor, rotated: Tensor, state: SequenceState) -> Tensor:
+        """Attention over a cache of the compressed form, as if it were one key for all heads."""
+        assert state.cache is not None
+        expand = self.linear_kv_up_proj.weight.unflatten(0, (-1, self.nope + self.value_dim))
+        query = torch.cat([torch.einsum("sbhd,hdl->sbhl", plain, expand[:, :self.nope]), turned], dim=-1)
+        key = torch.cat([latent.unsqueeze(2), rotated], dim=-1)
+        context = state.cache.attend(self.layer_number, query, key, None, self.core_attention.on(query.device))
+        return torch.einsum("sbhl,hvl->sbhv", context, expand[:, self.nope:]).flatten(2)

@@ -11,15 +11,24 @@ from typing import Protocol
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from modellink.kernels.ops.attention import Variant
+
 
 class Cache(Protocol):
     """Keys and values of earlier tokens; infer owns the one in use."""
 
-    def update(self, layer_number: int, key: Tensor, value: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values [seq, batch, groups, dim] of a layer (from 1) at `positions` [batch, seq]; return
-        all of its keys and values [key seq, batch, groups, dim], where slot j holds position j.
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None, variant: Variant) -> Tensor:
+        """Store the keys and values of the tokens of a pass and let the queries attend to them and to those before.
 
-        Without positions the new tokens are the first ones: they are stored at 0 .. seq - 1 and are all there is."""
+        Args:
+            layer_number: from 1, over all stages.
+            query: [seq, batch, heads, dim] of this rank.
+            key: [seq, batch, groups, dim].
+            value: [seq, batch, groups, value dim]; None where it is the first part of the key (latent attention).
+            variant: what this layer's attention is.
+
+        Returns:
+            [seq, batch, heads, value dim]."""
         ...
 
 
@@ -29,6 +38,7 @@ class SequenceState(PackedSeqParams):
 
     positions: Tensor | None = None  # [batch, seq]; None: 0 .. seq - 1
     length: int | None = None  # one more than the largest position, where it is known without asking the device
+    lengths: Tensor | None = None  # [batch, seq] of the sequence a token belongs to, where the batch mixes several
     cache: Cache | None = None
     wanted: Tensor | None = None  # [batch, n] which tokens of the pass logits are computed for; None: all
     angles: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions, kept by the first layer for the others

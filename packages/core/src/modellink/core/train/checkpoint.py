@@ -27,6 +27,7 @@ from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.core.model.load import bare
+from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
 from modellink.kernels.errors import ModelLinkError
@@ -63,9 +64,11 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         temporary.mkdir(parents=True)
         write_companions(folder, manifest, companions)
     dist.barrier()
-    state, optimizer = _state(training, loading=False)
-    state |= _random_state(training.layout) | {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
-    dist_checkpointing.save(state, str(temporary))
+    with whole_parameters(training.models):
+        state, optimizer = _state(training, loading=False)
+        state |= _random_state(training.layout)
+        state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
+        dist_checkpointing.save(state, str(temporary))
     dist.barrier()
     if first:
         write_progress(temporary, Progress(

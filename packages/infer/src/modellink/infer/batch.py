@@ -1,0 +1,177 @@
+"""Continuous batching: requests join and leave a running batch, a pass at a time.
+
+A pass takes the newest token of every row that is being answered, and with what is left of its budget pieces of prompts. A row
+for which there are no pages any more goes back to the queue and is computed anew later. Every rank runs the same steps; the first
+one's choice of tokens, and its wishes to stop, hold for all. Not here: beams.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.network import Network
+from modellink.infer.request import Answer, Request
+from modellink.infer.sampling import Chooser
+from modellink.kernels.errors import ModelLinkError
+
+
+@dataclass(eq=False)
+class Member:
+    """An answer in the batch."""
+
+    answer: Answer
+    row: Row
+    chooser: Chooser
+
+    @property
+    def left(self) -> int:
+        """Tokens still to compute before the next one can be chosen."""
+        return len(self.row.tokens) - self.row.computed
+
+
+class Batch:
+    """Answers that are computed together.
+
+    Args:
+        rows: how many at most.
+        budget: tokens of a pass at most, where prompts are computed; single new tokens of all rows always fit.
+    """
+
+    def __init__(self, network: Network, cache: PagedCache, *, rows: int, budget: int) -> None:
+        self.network, self.cache, self.rows, self.budget = network, cache, rows, max(budget, rows)
+        self.waiting: deque[Member] = deque()
+        self.running: list[Member] = []
+        spec = network.spec
+        self._fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, answer: Answer) -> None:
+        """Let an answer join at the next step.
+
+        Raises:
+            ModelLinkError: the cache will never hold it.
+        """
+        self.check(answer.request)
+        row = Row([*answer.request.prompt, *answer.token_ids])
+        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids)
+        self.waiting.append(Member(answer, row, chooser))
+
+    def check(self, request: Request) -> None:
+        """Raise where the cache will never hold a request."""
+        need = len(request.prompt) + request.max_new_tokens
+        if need > self.cache.tokens:
+            raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
+                                 where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
+
+    def remove(self, answer: Answer) -> None:
+        """Take an answer out, finished or not."""
+        self.waiting = deque(member for member in self.waiting if member.answer is not answer)
+        for member in [member for member in self.running if member.answer is answer]:
+            self._leave(member)
+
+    @torch.inference_mode()
+    def step(self) -> list[tuple[Answer, str]]:
+        """One pass; the answers that got a token, each with the new piece of its text (which may be empty)."""
+        self._join()
+        pieces = self._pieces()
+        if not pieces:
+            return []
+        ready = [place for place, (member, piece) in enumerate(pieces) if piece.count == member.left]
+        ends = torch.tensor([piece.count for _, piece in pieces]).cumsum(0).sub(1).tolist()
+        ids = [token for _, piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
+        state = self.cache.state([piece for _, piece in pieces], [ends[place] for place in ready])
+        logits = self.network.logits(torch.tensor([ids]), state)[0]
+        for _, piece in pieces:
+            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
+        return self._push([pieces[place][0] for place in ready], logits) if ready else []
+
+    def _moving(self, row: Row) -> bool:
+        """Whether every further token changes the angles of all (dynamic rotary scaling beyond the original length)."""
+        return self._fixed is not None and len(row.tokens) > self._fixed
+
+    def _join(self) -> None:
+        """Let those that wait join, in their order, as long as there is room for their prompts."""
+        while self.waiting and len(self.running) < self.rows:
+            row = self.waiting[0].row
+            pages = -(-(len(row.tokens) + 1) // SIZE)
+            if self.running and any(pages > pool.available for pool in self.cache.pools if pool.window is None):
+                return
+            self.cache.tables.admit(row, shared=not self._moving(row))
+            self.running.append(self.waiting.popleft())
+
+    def _pieces(self) -> list[tuple[Member, Piece]]:
+        """What the next pass computes, single tokens first."""
+        budget = self.budget
+        singles: list[tuple[Member, Piece]] = []
+        longer: list[tuple[Member, Piece]] = []
+        for member in sorted(self.running, key=lambda member: member.left > 1):
+            count = min(member.left, budget)
+            if count == 0 or member not in self.running or not self._room(member, count):
+                continue
+            budget -= count
+            (singles if count == 1 else longer).append((member, Piece(member.row, member.row.computed, count)))
+        return [(member, piece) for member, piece in [*singles, *longer] if member in self.running]
+
+    def _room(self, member: Member, count: int) -> bool:
+        """Pages for the next tokens of a row, at the cost of those that joined later; False where it was itself the last."""
+        while not self.cache.tables.grow(member.row, member.row.computed + count):
+            last = self.running[-1]
+            self._leave(last)
+            self.waiting.appendleft(last)
+            if last is member:
+                return False
+        return True
+
+    def _leave(self, member: Member) -> None:
+        self.running.remove(member)
+        self.cache.tables.release(member.row)
+
+    def _push(self, members: Sequence[Member], logits: Tensor) -> list[tuple[Answer, str]]:
+        """Choose a token for each of them."""
+        wishes = [int(member.answer.cancelled) for member in self.running]
+        agreed = self.network.agree([*choose(logits, [member.chooser for member in members]), *wishes])
+        chosen, stopped = agreed[:len(members)], dict(zip(self.running, agreed[len(members):], strict=True))
+        details = _logprobs(logits, chosen, [member.answer for member in members])
+        pieces = []
+        for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
+            answer = member.answer
+            piece = answer.push(token, logprob, top)
+            if stopped[member] and answer.finish_reason is None:
+                piece += answer.end("cancelled")
+            pieces.append((answer, piece))
+            member.row.tokens.append(token)
+            if answer.finish_reason is not None:
+                self._leave(member)
+            elif self._moving(member.row):
+                self.cache.tables.release(member.row)
+                self.cache.tables.admit(member.row, shared=False)
+        return pieces
+
+
+def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    """Logits [n, vocabulary] -> a token for each row."""
+    best: list[int] = logits.argmax(-1).tolist()
+    return [token if chooser.plain else chooser(row) for token, chooser, row in zip(best, choosers, logits, strict=True)]
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[int], answers: Sequence[Answer],
+              ) -> list[tuple[float | None, list[tuple[int, float]]]]:
+    """For each row the log-probability of its token and of the most likely ones, as far as they were asked for."""
+    found: list[tuple[float | None, list[tuple[int, float]]]] = [(None, [])] * len(tokens)
+    rows = [row for row, answer in enumerate(answers) if answer.request.logprobs]
+    if not rows:
+        return found
+    logprobs = logits[rows].log_softmax(-1)
+    for place, row in enumerate(rows):
+        values, ids = logprobs[place].topk(min(answers[row].request.top_logprobs, logprobs.size(1)))
+        found[row] = logprobs[place, tokens[row]].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+    return found

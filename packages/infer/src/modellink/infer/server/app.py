@@ -1,0 +1,222 @@
+"""The endpoints. A handler lets the requests of a body join the batch and sends what comes; when its client goes, they leave.
+
+A client that reads slowly holds back nobody: its pieces wait in a queue that is no longer than its answer. Not here: TLS, users.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+
+from modellink.infer.request import Answer
+from modellink.infer.server import protocol
+from modellink.infer.server.service import Busy, Event, Service, Submission
+from modellink.kernels.errors import ModelLinkError
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+
+
+def make_app(service: Service, *, name: str, api_key: str | None, largest_body: int) -> FastAPI:
+    """The application around a service that is started with it and stopped after it.
+
+    Args:
+        name: of the model; a request may name another only if it is empty.
+        api_key: what `Authorization: Bearer` must say; None asks for none.
+        largest_body: in bytes.
+    """
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+        await asyncio.to_thread(service.stop)
+
+    app = FastAPI(title="ModelLink", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "modellink"}
+
+    @app.middleware("http")
+    async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
+        path = request.url.path
+        if api_key is not None and path.startswith("/v1/"):
+            given = request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), api_key.encode()):
+                return _failure(401, "the API key is missing or wrong", "authentication_error")
+        response: Response = await go_on(request)
+        known = path if response.status_code != 404 else "other"
+        service.metrics.request(known, response.status_code)
+        return response
+
+    @app.exception_handler(404)
+    async def missing(request: Request, _: Exception) -> Response:
+        return _failure(404, f"there is nothing at {request.method} {request.url.path}", "not_found_error")
+
+    @app.exception_handler(405)
+    async def method(request: Request, _: Exception) -> Response:
+        return _failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        text = files("modellink.infer.server").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers={"Content-Security-Policy": POLICY})
+
+    @app.get("/health")
+    async def health() -> Response:
+        if service.failure is not None:
+            return JSONResponse({"status": "failed", "reason": service.failure}, 503)
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(_gauges(service)), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{wanted:path}")
+    async def one_model(wanted: str) -> Response:
+        return JSONResponse(model) if wanted == name else _no_model(wanted, name)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, request, name, largest_body, chat=False)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _answer(service, request, name, largest_body, chat=True)
+
+    return app
+
+
+def _gauges(service: Service) -> dict[str, tuple[str, float]]:
+    batch = service.batch
+    return {"running": ("Answers in the batch.", len(batch.running)), "waiting": ("Answers that wait.", len(batch.waiting)),
+            "cache_pages_used": ("Pages of the cache in use.", sum(pool.used for pool in batch.cache.pools)),
+            "cache_pages": ("Pages of the cache.", sum(pool.pages for pool in batch.cache.pools))}
+
+
+async def _answer(service: Service, request: Request, name: str, largest_body: int, *, chat: bool) -> Response:
+    """From a body to its response."""
+    content = await _content(request, largest_body)
+    if content is None:
+        return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+    queue: asyncio.Queue[Event] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    tokenizer = service.engine.tokenizer
+
+    def notify(event: Event) -> None:
+        loop.call_soon_threadsafe(queue.put_nowait, event)
+    try:
+        body = protocol.read_body(content)
+        wanted = protocol.field(body, "model", str, name)
+        if wanted != name:
+            return _no_model(wanted, name)
+        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name)
+        asked = await asyncio.to_thread(read)
+        submission = service.submit(asked.requests, notify)
+    except Busy as error:
+        service.metrics.count("refused")
+        return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
+    except ModelLinkError as error:
+        if service.failure is not None:
+            return _failure(503, str(error), "server_error")
+        return _failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
+                        str(error.where) if error.where else None)
+    if asked.stream:
+        return StreamingResponse(_stream(service, asked, submission, queue), media_type="text/event-stream",
+                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+    try:
+        failure = await _all(request, submission, queue)
+    finally:
+        service.cancel(submission)
+    if failure is not None:
+        return _failure(503, failure, "server_error")
+    return JSONResponse(protocol.whole(asked, submission.answers, tokenizer))
+
+
+async def _content(request: Request, largest: int) -> bytes | None:
+    """The body; None where it is too large, without reading on."""
+    if int(request.headers.get("content-length") or 0) > largest:
+        return None
+    content = bytearray()
+    async for part in request.stream():
+        content += part
+        if len(content) > largest:
+            return None
+    return bytes(content)
+
+
+async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Event]) -> str | None:
+    """Wait for all answers, or for the client to go; what failed, if something did."""
+    left = len(submission.answers)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        while left:
+            event = asyncio.ensure_future(queue.get())
+            await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not event.done():
+                event.cancel()
+                return "the client is gone"
+            if event.result().failure is not None:
+                return event.result().failure
+            left -= event.result().done
+    finally:
+        gone.cancel()
+    return None
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stream(service: Service, asked: protocol.Asked, submission: Submission, queue: asyncio.Queue[Event],
+                  ) -> AsyncIterator[str]:
+    """Server-sent events: the pieces, how each answer ended, the usage where it was asked for, and [DONE]."""
+    tokenizer, shown = service.engine.tokenizer, [0] * len(submission.answers)
+    started = [False] * len(submission.answers)
+    try:
+        while not all(answer.finish_reason for answer in submission.answers) or not queue.empty():
+            event = await queue.get()
+            answer = submission.answers[event.index]
+            if event.failure is not None:
+                yield _event(protocol.error(event.failure, "server_error"))
+                return
+            if event.piece or event.done or answer.request.logprobs or not started[event.index]:
+                probabilities = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
+                shown[event.index] = len(answer.token_ids)
+                yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
+                                            probabilities=probabilities, echo=_echo(asked, answer, tokenizer)))
+                started[event.index] = True
+            if event.done:
+                yield _event(protocol.chunk(asked, event.index, None, first=False, finish=answer.finish_reason))
+        if asked.usage:
+            yield _event(protocol.last_chunk(asked, submission.answers))
+        yield "data: [DONE]\n\n"
+    finally:
+        service.cancel(submission)
+
+
+def _echo(asked: protocol.Asked, answer: Answer, tokenizer: Any) -> str:
+    return tokenizer.decode(answer.request.prompt) if asked.echo and tokenizer else ""
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def _failure(status: int, message: str, kind: str, param: str | None = None, *,
+             headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(protocol.error(message, kind, param), status, headers=headers)
+
+
+def _no_model(wanted: str, name: str) -> Response:
+    return _failure(404, f"there is no model {wanted[:200]!r}, there is {name!r}", "not_found_error", "model")

@@ -1,0 +1,80 @@
+"""Beam search against transformers, token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from modellink.kernels.errors import ModelLinkError
+
+ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+        for length in (1, 4, 31, 50, 9)]
+
+
+def reference(model, ids: list[int], count: int, **options: object) -> tuple[list[list[int]], list[float]]:
+    with torch.inference_mode():
+        out = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=0, output_scores=True,
+                             return_dict_in_generate=True, **options)
+    return [row[len(ids):].tolist() for row in out.sequences], out.sequences_scores.tolist()
+
+
+def cut(tokens: list[int], stops: set[int]) -> list[int]:
+    """Without what transformers fills up with."""
+    return next((tokens[:place + 1] for place, token in enumerate(tokens) if token in stops), tokens)
+
+
+@pytest.mark.parametrize("options", [
+    {"num_beams": 4}, {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": 3, "length_penalty": -1.0},
+    {"num_beams": 2, "early_stopping": True}, {"num_beams": 5, "num_return_sequences": 3},
+    {"num_beams": 3, "repetition_penalty": 1.3}], ids=str)
+@pytest.mark.parametrize("ends", [[2, 0], [5, 60, 120, 200, 222, 300, 333, 350]], ids=["rare ends", "frequent ends"])
+def test_beams_are_those_of_transformers(engine, theirs, options, ends):
+    for row in ROWS:
+        expected, scores = reference(theirs, row, 12, eos_token_id=ends, **options)
+        found = engine.generate([row], max_new_tokens=12, eos_token_id=ends, **options)
+        assert [answer.token_ids for answer in found] == [cut(tokens, set(ends)) for tokens in expected]
+        assert [answer.score for answer in found] == pytest.approx(scores, rel=1e-4, abs=1e-4)
+    assert all(pool.used == 0 for pool in engine.cache.pools)
+
+
+def test_beams_and_others_in_one_call(engine):
+    mixed = [engine.requests(ROWS[1], max_new_tokens=9)[0], engine.requests(ROWS[2], num_beams=2, num_return_sequences=2,
+                                                                         max_new_tokens=9)[0]]
+    answers = engine.answer(mixed)
+    assert len(answers) == 3 and answers[:1] == engine.answer(mixed[:1]) and answers[1:] == engine.answer(mixed[1:])
+
+
+def test_one_beam_is_greedy(engine):
+    assert engine.generate([ROWS[3]], num_beams=1, max_new_tokens=9) == engine.generate([ROWS[3]], max_new_tokens=9)
+
+
+def test_drawn_beams_follow_the_seed(engine):
+    options = {"num_beams": 3, "do_sample": True, "temperature": 1.5, "max_new_tokens": 8}
+    first, again, other = (engine.generate([ROWS[1]], seed=seed, **options) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_a_stop_string_ends_a_beam(engine):
+    text = engine.generate([ROWS[2]], num_beams=3, max_new_tokens=12, ignore_eos=True)[0].text
+    stop = text[4:6]
+    (answer,) = engine.generate([ROWS[2]], num_beams=3, max_new_tokens=12, ignore_eos=True, stop=stop)
+    assert stop not in answer.text
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"num_beams": 0}, "num-beams is 0"), ({"num_beams": 2, "num_return_sequences": 3}, "3 answers cannot come from 2"),
+    ({"num_beams": 2, "length_penalty": float("nan")}, "length-penalty is nan"), ({"beams": 2}, "no option beams")])
+def test_what_makes_no_search_is_refused(engine, options, message):
+    with pytest.raises(ModelLinkError, match=message):
+        engine.generate([ROWS[0]], **options)
+
+
+def test_too_many_beams_for_the_cache(llama, engine):
+    small = type(engine).__new__(type(engine))
+    small.__dict__ |= engine.__dict__ | {"cache": engine.network.cache(rows=2, piece=64, tokens=128)}
+    with pytest.raises(ModelLinkError, match="4 beams of 60 tokens need 256 tokens of cache, there are 128"):
+        small.generate([ROWS[3]], num_beams=4, max_new_tokens=10)
+    with pytest.raises(ModelLinkError, match="cannot be streamed"):
+        engine.stream(ROWS[0], num_beams=2)
+
+

@@ -1,0 +1,164 @@
+"""Pages: taken, shared, given back, and found again; and what a batch does when there are too few."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
+from modellink.kernels.errors import ModelLinkError
+
+
+def filled(tables: Tables, tokens: list[int]) -> Row:
+    """A row whose tokens are all computed."""
+    row = Row(list(tokens))
+    tables.admit(row)
+    assert tables.grow(row, len(tokens))
+    tables.advance(row, len(tokens) - row.computed)
+    return row
+
+
+def test_a_prompt_finds_the_pages_of_the_same_beginning():
+    tables = Tables([Pool(8, None)])
+    first = filled(tables, list(range(2 * SIZE + 5)))
+    second = Row([*range(2 * SIZE), 7, 7])
+    tables.admit(second)
+    assert second.computed == 2 * SIZE and second.tables[0] == first.tables[0][:2]
+    other = Row([1, *range(1, 2 * SIZE), 7])  # differs in its first token: nothing after it is the same
+    tables.admit(other)
+    assert other.computed == 0
+    again = Row(list(range(2 * SIZE)))  # the last token is always computed
+    tables.admit(again)
+    assert again.computed == SIZE
+
+
+def test_pages_outlive_their_row_until_the_room_is_needed():
+    tables = Tables([pool := Pool(3, None)])
+    tables.release(filled(tables, list(range(2 * SIZE))))
+    assert pool.available == 3
+    back = Row(list(range(2 * SIZE + 1)))
+    tables.admit(back)
+    assert back.computed == 2 * SIZE and pool.available == 1
+    tables.release(back)
+    filled(tables, [5] * (3 * SIZE))
+    gone = Row(list(range(2 * SIZE + 1)))
+    tables.admit(gone)
+    assert gone.computed == 0
+
+
+def test_a_row_that_does_not_fit_takes_nothing():
+    tables = Tables([pool := Pool(3, None)])
+    row = filled(tables, [1] * SIZE)
+    assert not tables.grow(row, 4 * SIZE) and pool.available == 2
+    assert tables.grow(row, 3 * SIZE) and pool.available == 0
+
+
+def test_a_window_gives_its_pages_back_and_is_shared_all_the_same():
+    window = SIZE + 3
+    tables = Tables([whole := Pool(20, None), pool := Pool(8, window)])
+    row = filled(tables, list(range(5 * SIZE)))
+    assert (whole.used, pool.used) == (5, 2) and row.tables[1] == [GONE] * 3 + row.tables[1][3:]
+    second = Row([*range(5 * SIZE), 9])
+    tables.admit(second)
+    assert second.computed == 5 * SIZE and second.tables[1][:3] == [GONE] * 3
+    shorter = Row([*range(2 * SIZE), 9])  # what it would see of the window's pages is gone, or not
+    tables.admit(shorter)
+    assert shorter.computed == 2 * SIZE  # idle pages keep their content
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_pages_are_never_used_twice_and_none_is_lost(seed):
+    chance = random.Random(seed)
+    tables = Tables([Pool(24, None), Pool(16, SIZE + 1)])
+    rows: list[Row] = []
+    for _ in range(300):
+        if rows and chance.random() < 0.4:
+            tables.release(rows.pop(chance.randrange(len(rows))))
+        else:
+            row = Row([chance.randrange(2)] * chance.randrange(1, SIZE) + [3] * chance.randrange(1, 3 * SIZE))
+            tables.admit(row)
+            if tables.grow(row, len(row.tokens)):
+                tables.advance(row, len(row.tokens) - row.computed)
+                rows.append(row)
+            else:
+                tables.release(row)
+        for number, pool in enumerate(tables.pools):
+            held = {page: [row for row in rows if page in row.tables[number]] for row in rows for page in row.tables[number]}
+            held.pop(GONE, None)
+            assert pool.used == len(held)
+            for page, users in held.items():  # who shares a page has the same tokens up to its end
+                place = users[0].tables[number].index(page)
+                assert len({tuple(user.tokens[:(place + 1) * SIZE]) for user in users}) == 1
+                assert all(user.tables[number].index(page) == place for user in users)
+    for row in rows:
+        tables.release(row)
+    assert all(pool.used == 0 for pool in tables.pools)
+
+
+@pytest.fixture
+def batch(engine):
+    """`batch(tokens, rows, budget)` over a cache of its own."""
+    from modellink.infer.batch import Batch
+    return lambda tokens, rows=8, budget=64: Batch(
+        engine.network, engine.network.cache(rows=rows, piece=budget, tokens=tokens), rows=rows, budget=budget)
+
+
+def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
+    """Tokens of requests that join at once, or one after so many steps each."""
+    from modellink.infer.request import Answer
+    answers = [Answer.to(request, engine.tokenizer) for request in requests]
+    waiting = list(answers)
+    steps = 0
+    while waiting or not batch.idle:
+        while waiting and (not join_every or steps % join_every == 0):
+            batch.add(waiting.pop(0))
+            if join_every:
+                break
+        batch.step()
+        steps += 1
+    return [answer.token_ids for answer in answers]
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("tokens", "join_every"), [(4096, 0), (4096, 3), (256, 0), (256, 2)])
+def test_any_mixture_gives_each_what_it_gets_alone(engine, batch, seed, tokens, join_every):
+    """Also with so few pages that rows must leave and be computed anew, and with beginnings in common."""
+    chance = random.Random(seed)
+    head = [chance.randrange(3, 379) for _ in range(70)]
+    prompts = [(head if chance.random() < 0.5 else []) + [chance.randrange(3, 379) for _ in range(chance.randrange(1, 60))]
+               for _ in range(9)]
+    requests = [engine.requests(prompt, max_new_tokens=chance.randrange(1, 40), ignore_eos=True)[0] for prompt in prompts]
+    alone = [engine.answer([request])[0].token_ids for request in requests]
+    crowd = batch(tokens)
+    assert finish(crowd, engine, requests, join_every=join_every) == alone
+    assert all(pool.used == 0 for pool in crowd.cache.pools)
+
+
+def test_a_common_beginning_is_computed_once(engine, batch, monkeypatch):
+    counted = []
+    whole = engine.network.logits
+    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    head = [7] * 100
+    crowd = batch(4096)
+    finish(crowd, engine, engine.requests([[*head, 8, 9]], max_new_tokens=1))
+    assert sum(counted) == 102
+    counted.clear()
+    finish(crowd, engine, engine.requests([[*head, 10], [*head, 11]], max_new_tokens=1))
+    assert sum(counted) == 2 * (101 - 96)
+
+
+def test_a_request_that_will_never_fit_is_refused(engine, batch):
+    from modellink.infer.request import Answer
+    (request,) = engine.requests([5] * 60, max_new_tokens=10)
+    with pytest.raises(ModelLinkError, match="70 tokens does not fit into a cache of 64"):
+        batch(64).add(Answer.to(request, None))
+
+
+def test_fork_shares_full_pages_and_copies_the_one_in_work(engine):
+    cache = engine.network.cache(rows=2, piece=64, tokens=8 * SIZE)
+    row = filled(cache.tables, list(range(SIZE + 3)))
+    other = cache.fork(row, [*row.tokens])
+    assert other.tables[0][0] == row.tables[0][0] and other.tables[0][1] != row.tables[0][1]
+    assert torch.equal(*(cache._keys[1][held.tables[0][1] * SIZE:][:3] for held in (row, other)))

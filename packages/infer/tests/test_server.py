@@ -1,0 +1,261 @@
+"""The server: what clients get, and that what one does wrong harms no other. The openai package is the client that must pass."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊"}]
+
+
+@pytest.fixture(scope="module")
+def server(engine) -> Iterator[SimpleNamespace]:
+    """A server in this process, on a port of its own."""
+    from modellink.core.processes import free_port
+    from modellink.infer.server.app import make_app
+    from modellink.infer.server.service import Service
+    service = Service(engine, most_waiting=24)
+    app = make_app(service, name="tiny", api_key=None, largest_body=100_000)
+    running = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        yield SimpleNamespace(client=client, service=service, port=port, url=f"http://127.0.0.1:{port}")
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive() and not service._thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def quiet(server) -> Iterator[None]:
+    """Nothing is left behind by a test."""
+    yield
+    deadline = time.monotonic() + 20
+    while server.service.under_way and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.service.under_way == 0 and server.service.failure is None
+    assert all(pool.used == 0 for pool in server.service.batch.cache.pools)
+
+
+@pytest.fixture
+def openai(server) -> Any:
+    package = pytest.importorskip("openai")
+    with package.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def post(server: SimpleNamespace, path: str = "/v1/completions", **body: Any) -> Any:
+    return server.client.post(path, json=body)
+
+
+def test_the_openai_client_completes(openai, engine, prompts):
+    found = openai.completions.create(model="tiny", prompt=prompts, max_tokens=12, temperature=0)
+    expected = engine.generate(prompts, max_new_tokens=12)
+    assert [choice.text for choice in found.choices] == [answer.text for answer in expected]
+    assert [choice.finish_reason for choice in found.choices] == [answer.finish_reason for answer in expected]
+    assert found.usage.prompt_tokens == sum(answer.prompt_tokens for answer in expected)
+    assert found.usage.completion_tokens == sum(len(answer.token_ids) for answer in expected)
+
+
+def test_the_openai_client_chats(openai, engine):
+    found = openai.chat.completions.create(model="tiny", messages=CHAT, max_tokens=12, seed=3, temperature=1.3, logprobs=True,
+                                           top_logprobs=2)
+    (expected,) = engine.generate(CHAT, max_new_tokens=12, seed=3, temperature=1.3, top_k=0, top_logprobs=2)
+    assert found.choices[0].message.content == expected.text and found.choices[0].message.role == "assistant"
+    assert [entry.logprob for entry in found.choices[0].logprobs.content] == pytest.approx(expected.logprobs, abs=1e-4)
+    assert [len(entry.top_logprobs) for entry in found.choices[0].logprobs.content] == [2] * len(expected.token_ids)
+
+
+def test_the_openai_client_streams(openai, engine):
+    stream = openai.chat.completions.create(model="tiny", messages=CHAT, max_tokens=20, temperature=0, stream=True, n=2,
+                                            stream_options={"include_usage": True})
+    texts, reasons, usage = ["", ""], {}, None
+    for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+        usage = chunk.usage or usage
+    (expected,) = engine.generate(CHAT, max_new_tokens=20)
+    assert texts == [expected.text] * 2 and reasons == dict.fromkeys((0, 1), expected.finish_reason)
+    assert usage.completion_tokens == 2 * len(expected.token_ids) and usage.prompt_tokens == expected.prompt_tokens
+
+
+def test_the_openai_client_lists_models(openai):
+    assert [model.id for model in openai.models.list()] == ["tiny"] and openai.models.retrieve("tiny").id == "tiny"
+
+
+def test_events_are_those_of_the_protocol(server):
+    with server.client.stream("POST", "/v1/completions", json={"prompt": "The", "max_tokens": 4, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = response.read().decode().split("\n\n")
+    assert events[-2:] == ["data: [DONE]", ""] and all(event.startswith("data: ") for event in events[:-1])
+    assert json.loads(events[-3][6:])["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_stops_echo_and_tokens(server, engine):
+    (whole,) = engine.generate("The quick", max_new_tokens=20, ignore_eos=True)
+    stop = whole.text[6:9]
+    found = post(server, prompt="The quick", max_tokens=20, temperature=0, stop=[stop], echo=True, ignore_eos=True).json()
+    assert found["choices"][0]["text"] == "The quick" + whole.text[:whole.text.index(stop)]
+    ids = post(server, prompt=engine.tokenizer.encode("The quick"), max_tokens=20, temperature=0, ignore_eos=True).json()
+    assert ids["choices"][0]["text"] == whole.text
+
+
+def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeypatch):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
+    found = post(server, "/v1/chat/completions", messages=parts, max_tokens=5, temperature=0).json()
+    assert found["choices"][0]["message"]["content"] == engine.generate(
+        [{"role": "user", "content": "Hello"}], max_new_tokens=5)[0].text
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", "{{ tools[0]['name'] }}{{ messages[0]['content'] }}")
+    found = post(server, "/v1/chat/completions", messages=parts, tools=[{"name": "clock"}], max_tokens=5, temperature=0).json()
+    assert found["usage"]["prompt_tokens"] == len(engine.tokenizer.encode("clockHello"))
+
+
+@pytest.mark.parametrize(("body", "status", "message"), [
+    (b"{", 400, "not JSON"), (b"[]", 400, "not a JSON object"), (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is not"),
+    (b"[" * 90_000, 400, "JSON"), (b"\xff\xfe", 400, "not JSON"), ({"prompt": []}, 400, "no prompt"), ({}, 400, "no prompt"),
+    ({"prompt": "a", "model": "gpt"}, 404, "no model 'gpt'"), ({"prompt": [400]}, 400, "token id 400"),
+    ({"prompt": [5] * 300}, 400, "longest sequence is 256"), ({"prompt": "a", "max_tokens": 1000}, 400, "use at most"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "at least 1"), ({"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "must be of type"), ({"prompt": "a", "n": 1000}, 400, "is the most"),
+    ({"prompt": "a", "n": 0}, 400, "0 answers"), ({"prompt": "a", "stop": [None]}, 400, "no text"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "20 is the most"),
+    ({"prompt": "a" * 200_000}, 413, "larger than 100000")])
+def test_a_bad_body_gets_a_proper_error(server, body, status, message):
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = server.client.post("/v1/completions", content=content)
+    assert response.status_code == status and message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ({}, "no messages"), ({"messages": ["a"]}, "message 0"), ({"messages": [{"role": "user", "content": 5}]}, "is no text"),
+    ({"messages": CHAT, "top_logprobs": 2}, "needs logprobs"), ({"messages": CHAT, "stream": "yes"}, "type bool")])
+def test_a_bad_chat_gets_a_proper_error(server, body, message):
+    response = post(server, "/v1/chat/completions", **body)
+    assert response.status_code == 400 and message in response.json()["error"]["message"]
+
+
+def test_a_large_body_without_its_length_is_cut_off(server):
+    response = server.client.post("/v1/completions", content=(b"x" * 10_000 for _ in range(1000)))
+    assert response.status_code == 413
+
+
+def test_what_is_not_there(server):
+    assert server.client.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert server.client.get("/v1/completions").status_code == 405
+    assert server.client.get("/docs").status_code == 404
+
+
+def test_too_many_requests_get_429_and_harm_no_other(server, engine):
+    async def crowd() -> list[Any]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, limits=httpx.Limits(max_connections=100)) as client:
+            return await asyncio.gather(*(client.post("/v1/completions", json={
+                "prompt": "The quick", "max_tokens": 30, "temperature": 0, "ignore_eos": True}) for _ in range(60)))
+    found = asyncio.run(crowd())
+    (expected,) = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)
+    good = [response.json()["choices"][0]["text"] for response in found if response.status_code == 200]
+    busy = [response for response in found if response.status_code == 429]
+    assert len(good) + len(busy) == 60 and good and busy and set(good) == {expected.text}
+    assert busy[0].json()["error"]["type"] == "rate_limit_error" and busy[0].headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_client_that_goes_leaves_the_batch(server, streaming):
+    before = server.service.metrics._counts["cancelled"]
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": streaming, "ignore_eos": True}).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        while not server.service.batch.running:
+            time.sleep(0.005)
+    deadline = time.monotonic() + 20
+    while server.service.under_way and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.service.metrics._counts["cancelled"] == before + 1
+
+
+def test_a_client_that_stops_reading_holds_back_nobody(server, engine):
+    (expected,) = engine.generate("The quick", max_new_tokens=10)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        body = json.dumps({"prompt": ["The"] * 8, "max_tokens": 200, "stream": True, "ignore_eos": True, "logprobs": 20}).encode()
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        found = post(server, prompt="The quick", max_tokens=10, temperature=0).json()
+    assert found["choices"][0]["text"] == expected.text
+
+
+def test_health_and_metrics(server):
+    assert server.client.get("/health").json() == {"status": "ok"}
+    post(server, prompt="The", max_tokens=3, ignore_eos=True)
+    text = server.client.get("/metrics").text
+    values = {line.split(" ")[0]: float(line.split(" ")[1]) for line in text.splitlines() if not line.startswith("#")}
+    assert values["modellink_generated_tokens_total"] >= 3 and values["modellink_running"] == 0
+    assert values["modellink_time_to_first_token_seconds_count"] == values[
+        'modellink_time_to_first_token_seconds_bucket{le="+Inf"}'] > 0
+    assert values['modellink_http_requests_total{path="/v1/completions",status="200"}'] > 0
+
+
+def test_the_page_is_whole_in_itself(server):
+    response = server.client.get("/")
+    assert response.status_code == 200 and "default-src 'none'" in response.headers["content-security-policy"]
+    assert "src=" not in response.text and "@import" not in response.text
+
+
+def test_a_key_is_asked_for(engine):
+    from starlette.testclient import TestClient
+
+    from modellink.infer.server.app import make_app
+    from modellink.infer.server.service import Service
+    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    with TestClient(app) as client:
+        assert client.get("/v1/models").status_code == 401
+        assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).json()["error"]["type"] == "authentication_error"
+        assert client.get("/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 200
+        assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_command_serves_and_ends_gracefully(llama, engine, tp):
+    from modellink.core.processes import free_port
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),
+         "--served-model-name", "tiny", "--tp", str(tp)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=httpx.HTTPTransport(retries=0)) as client:
+            for _ in range(600):
+                try:
+                    client.get("/health")
+                    break
+                except httpx.ConnectError:
+                    assert process.poll() is None
+                    time.sleep(0.1)
+            body = {"prompt": ["The quick", "Köln"], "max_tokens": 20, "temperature": 0}
+            expected = [answer.text for answer in engine.generate(body["prompt"], max_new_tokens=20)]
+            assert [choice["text"] for choice in client.post("/v1/completions", json=body).json()["choices"]] == expected
+            with client.stream("POST", "/v1/completions", json={"prompt": "The", "max_tokens": 150, "stream": True,
+                                                                "ignore_eos": True}) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)  # an answer that is under way comes to its end
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
