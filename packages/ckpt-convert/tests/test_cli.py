@@ -14,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modellink.ckpt_convert import open_checkpoint, original_flags
+from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.cli import modellink_convert
+from modellink.kernels.original import original_flags
 
 Make = Callable[..., Path]
 Run = Callable[..., CompletedProcess[str]]
@@ -186,8 +187,9 @@ FLAGS = [
 
 def test_every_flag_of_the_original_is_known() -> None:
     ours = {name for parameter in modellink_convert.params for name in parameter.opts}
-    assert not set(FLAGS) - ours - original_flags.table().keys()
-    assert not ours & original_flags.table().keys()
+    table = original_flags("modellink.ckpt_convert")
+    assert not set(FLAGS) - ours - table.keys()
+    assert not ours & table.keys()
 
 
 def test_a_script_of_the_originals_old_loader(run: Run, make_model: Make, tmp_path: Path) -> None:
@@ -204,8 +206,9 @@ def test_a_script_of_the_originals_old_loader(run: Run, make_model: Make, tmp_pa
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--model-type", "BERT", "--save-model-type", "hf"], "--model-type BERT is not done here"),
+    (["--model-type", "BERT", "--save-model-type", "hf"], "--model-type is 'BERT'"),
     (["--save-model-type", "ggml"], "ggml is no format"),
+    (["--to", "hf", "--lora-load", "adapter"], "--lora-load is not done here"),
     (["--to", "hf", "--true-vocab-size", "130"], "the vocabulary of the model is 131"),
 ])
 def test_what_a_script_may_not_ask_for(arguments: list[str], message: str, refused: Callable[..., str], make_model: Make) -> None:

@@ -20,12 +20,12 @@ from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.manifest import FILE, FOLDER
 from modellink.ckpt_convert.open import open_checkpoint
 from modellink.ckpt_convert.options import ConvertOptions
-from modellink.ckpt_convert.original_flags import without_original_flags
 from modellink.ckpt_convert.plan import size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import differences
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, option, resolve
+from modellink.kernels.original import original_flags, translate
 
 MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -151,4 +151,5 @@ def main() -> None:
         run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect", standalone_mode=False))
     if args[:1] == ["diff"]:
         run_command(lambda: diff_command.main(args[1:], "modellink-convert diff", standalone_mode=False))
-    run_command(lambda: modellink_convert.main(without_original_flags(args), standalone_mode=False))
+    flags = original_flags("modellink.ckpt_convert")
+    run_command(lambda: modellink_convert.main(translate(args, flags), standalone_mode=False))
