@@ -128,6 +128,8 @@ class ChatOptions:
     """The conversation."""
 
     system: str | None = option(None, "System message at its beginning.")
+    hf_chat_template: bool = option(True, "Put the tokenizer's chat template around the conversation; without it the texts are "
+                                    "joined as they are, for a model that knows no chat.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
 
 
