@@ -65,14 +65,14 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
 def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None  # no end token: `min_new_tokens` would forbid it, and so give other tokens
 
     def together(rows: list[list[int]], tokens: int) -> list[list[int]]:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-                                 pad_token_id=0)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return out[:, longest:].tolist()
     return together if padded else lambda rows, tokens: [found for row in rows for found in together([row], tokens)]
 
