@@ -190,7 +190,8 @@ def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
     from modellink.core import processes
     from modellink.infer.engine import Engine
     first = processes.rank() == 0
-    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens, show=True)
+    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens,
+                         native=model.native, int8=model.int8, show=True)
 
 
 def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:
