@@ -1,4 +1,4 @@
-"""The compiled step: it takes what it knows and computes what core's model computes; where it is missing the model runs as it is."""
+"""The compiled step takes what it knows and computes what core's model computes; where it is missing the model runs."""
 
 from __future__ import annotations
 
