@@ -2,8 +2,8 @@
 
 A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the folder,
 which is the limit of the disk, and transformers, which loads the model and saves it. All of them fsync what they wrote; the
-source is in the page cache for all. Each run has a process of its own. Memory is RssAnon + RssShmem above what the imports take (mapped file
-pages are the system's to drop), sampled; VmHWM is printed beside.
+source is in the page cache for all. Each run has a process of its own. Memory is RssAnon + RssShmem above what the imports take
+(mapped file pages are the system's to drop), sampled; VmHWM is printed beside.
 
     python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 3] [--folder DIR] [--json FILE]
 
