@@ -1,19 +1,23 @@
-"""modellink-preprocess beside the raw tokenizer: tokens a second of both on the same texts, their ratio, and peak memory.
+"""modellink-preprocess beside the way Megatron's own tool works, and beside the raw tokenizer: MB of text a second, peak memory.
 
-The raw tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing written) is peer and limit in one: what
-preprocess adds is reading, checking, writing and joining, and starting its workers. Each run has a process of its own, so that
-the memory is its own. On two cores one worker is as good as two: tokenizers uses both.
+The way of Megatron's tool: a pool of processes, one document a call, `IndexedDatasetBuilder` in the parent. It is written here
+after `tools/preprocess_data.py`, with transformers' tokenizer as there, and its files must have the bytes of ours. The raw
+tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing written) is the limit of a run without gigatoken.
 
-    python benchmarks/data_prep.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 6] [--workers 1 2] [--json FILE]
+    python benchmarks/data_prep.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 40] [--workers 1 2] [--growth 100 400]
 
-Texts are those of the shared test data (`--data`, or MODELLINK_TEST_DATA, or ../shared/data beside the checkout), else Python's
-own help topics. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
+Each run has a process of its own, so that the memory is its own; times are those of the work without the start of Python and its
+imports, with the loading of the tokenizer and of all workers. `--growth` adds runs over inputs of that many MB, whose peak memory
+else Python's own help topics, over and over with a number before each: about 4 MB of them differ, which favours who remembers
+words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import multiprocessing
 import os
 import pydoc_data.topics
 import resource
@@ -21,13 +25,18 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from modellink.data_prep import PreprocessOptions, preprocess
+from modellink.data_prep import PreprocessOptions, Tokenizer, preprocess
+from modellink.data_prep.engines import Choice
 
-ROUNDS = 3  # the best counts
+BACKENDS: list[Choice] = ["tokenizers", *(["gigatoken"] if find_spec("gigatoken") else [])]  # type: ignore[list-item]
 
 
 def texts(data: Path | None) -> list[str]:
@@ -55,30 +64,95 @@ def train(folder: Path, some: list[str]) -> Path:
     return folder
 
 
-def measure(what: str, folder: Path, source: Path, workers: int) -> None:
-    """Print tokens, seconds and peak memory of one run as JSON. Runs in a process of its own."""
-    if what == "raw":
-        engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
-        start = time.perf_counter()
-        tokens = sum(len(item.ids) for at in range(0, len(documents), 500)
-                     for item in engine.encode_batch_fast(documents[at:at + 500]))
-        seconds = time.perf_counter() - start
-    else:
-        with tempfile.TemporaryDirectory() as out:
-            start = time.perf_counter()
-            summary = preprocess(PreprocessOptions(input=(str(source),), output_prefix=Path(out) / "set", workers=workers,
-                                                   tokenizer_name_or_path=folder, piece_size=1.0), show=False)
-            seconds = time.perf_counter() - start
-            tokens = summary.tokens["text"]
+def measure(what: str, folder: Path, source: Path, workers: int, out: Path) -> None:
+    """Print seconds, a digest of what was written and the peak memory of one run as JSON. Runs in a process of its own."""
+    seconds = RUNS[what](folder, source, workers, out)
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"tokens": tokens, "seconds": seconds, "rate": tokens / seconds, "peak": peak * 1024}))
+    digest = hashlib.sha256()
+    for path in sorted(out.glob("set_text_document.*")):
+        with path.open("rb") as file:
+            while part := file.read(1 << 20):
+                digest.update(part)
+    print(json.dumps({"seconds": seconds, "rate": source.stat().st_size / 1e6 / seconds, "peak": peak * 1024,
+                      "digest": digest.hexdigest()}))
 
 
-def best(what: str, folder: Path, source: Path, workers: int) -> dict[str, float]:
-    runs = [json.loads(subprocess.run([sys.executable, __file__, "--measure", what, str(folder), str(source), str(workers)],
-                                      check=True, capture_output=True, text=True).stdout) for _ in range(ROUNDS)]
+def raw(folder: Path, source: Path, workers: int, out: Path) -> float:
+    engine = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    documents = [json.loads(line)["text"] for line in source.read_text(encoding="utf-8").splitlines()]
+    start = time.perf_counter()
+    for at in range(0, len(documents), 500):
+        engine.encode_batch_fast(documents[at:at + 500])
+    return time.perf_counter() - start
+
+
+def ours(backend: Choice, folder: Path, source: Path, workers: int, out: Path) -> float:
+    start = time.perf_counter()
+    preprocess(PreprocessOptions(input=(str(source),), output_prefix=out / "set", workers=workers, piece_size=4.0,
+                                 tokenizer_name_or_path=folder, append_eod=True, tokenizer_backend=backend), show=False)
+    return time.perf_counter() - start
+
+
+def megatrons_way(folder: Path, source: Path, workers: int, out: Path) -> float:
+    """A pool of `workers`, lines handed out 32 at a time, one document a call; the parent builds the dataset."""
+    import torch
+    import transformers  # noqa: F401 - before the clock starts, and forked into the workers
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    start = time.perf_counter()
+    prefix = out / "set_text_document"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(Tokenizer.from_folder(folder).vocab_size))
+    with source.open(encoding="utf-8") as lines, multiprocessing.get_context("fork").Pool(workers, _load, (folder,)) as pool:
+        for ids in pool.imap(_encode, lines, 32):
+            builder.add_document(torch.IntTensor(ids), [len(ids)])
+        builder.finalize(f"{prefix}.idx")
+    return time.perf_counter() - start
+
+
+WORKER: list[Any] = []
+
+
+def _load(folder: Path) -> None:
+    import transformers
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    fast: Any = transformers.PreTrainedTokenizerFast
+    tokenizer = fast(tokenizer_file=str(folder / "tokenizer.json"))
+    WORKER[:] = [tokenizer, Tokenizer.from_folder(folder).eod_token_id]
+
+
+def _encode(line: str) -> list[int]:
+    tokenizer, end = WORKER
+    return [*tokenizer(json.loads(line)["text"]).input_ids, end]
+
+
+RUNS: dict[str, Callable[[Path, Path, int, Path], float]] = {
+    "raw": raw, "megatron": megatrons_way, "tokenizers": partial(ours, "tokenizers"), "gigatoken": partial(ours, "gigatoken")}
+
+
+def best(what: str, folder: Path, source: Path, workers: int, rounds: int = 1) -> dict[str, Any]:
+    runs = []
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as out:
+            done = subprocess.run([sys.executable, __file__, "--measure", what, str(folder), str(source), str(workers), out],
+                                  capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{what}: {done.stderr.strip().splitlines()[-1]}")
+        runs.append(json.loads(done.stdout.splitlines()[-1]))
     return max(runs, key=lambda run: run["rate"])
+
+
+def write_texts(path: Path, some: list[str], megabytes: float) -> Path:
+    """A .jsonl of that size."""
+    with path.open("w", encoding="utf-8") as file:
+        number = 0
+        while file.tell() < megabytes * 1e6:
+            for text in some:
+                file.write(json.dumps({"text": f"{number} {text}"}, ensure_ascii=False) + "\n")
+                number += 1
+                if number % 100 == 0 and file.tell() >= megabytes * 1e6:
+                    break
+    return path
 
 
 def main() -> None:
@@ -87,39 +161,50 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("MODELLINK_TEST_DATA")
                                                           or checkout.parent / "shared" / "data"))
-    parser.add_argument("--megabytes", type=float, default=6)
+    parser.add_argument("--megabytes", type=float, default=40)
+    parser.add_argument("--rounds", type=int, default=2, help="of each run, the best of which counts")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--growth", type=float, nargs="*", default=[], help="MB of inputs for the peak memory")
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        what, folder, source, workers = args.measure
-        return measure(what, Path(folder), Path(source), int(workers))
+        what, folder, source, workers, out = args.measure
+        return measure(what, Path(folder), Path(source), int(workers), Path(out))
     some = texts(args.data)
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.tokenizer or train(Path(scratch), some)
-        source = Path(scratch) / "texts.jsonl"
-        with source.open("w", encoding="utf-8") as file:
-            number = 0
-            while file.tell() < args.megabytes * 1e6:
-                file.write(json.dumps({"text": some[number % len(some)]}, ensure_ascii=False) + "\n")
-                number += 1
+        source = write_texts(Path(scratch) / "texts.jsonl", some, args.megabytes)
         kind = folder.name if args.tokenizer else "trained on the spot"
-        print(f"{source.stat().st_size / 1e6:.1f} MB, {number:,} documents, tokenizer {kind}")
-        raw = best("raw", folder, source, 0)
-        print(f"raw tokenizer:           {raw['rate']:>10,.0f} tokens/s, peak {raw['peak'] / 1e6:,.0f} MB")
-        rows = []
-        for workers in args.workers:
-            ours = best("ours", folder, source, workers)
-            assert ours["tokens"] == raw["tokens"]
-            rows.append({"claim": f"preprocess, {workers} worker(s), against raw", "ours": ours["rate"], "peer": raw["rate"],
-                         "unit": "tokens/s", "peer_name": "tokenizers.encode_batch_fast", "peak_memory": ours["peak"],
-                         "limit": raw["rate"]})
-            print(f"preprocess, {workers} worker(s): {ours['rate']:>10,.0f} tokens/s, peak {ours['peak'] / 1e6:,.0f} MB in the "
-                  f"largest process, {ours['rate'] / raw['rate']:.2f} of raw")
+        print(f"{source.stat().st_size / 1e6:.1f} MB, tokenizer {kind}, {os.cpu_count()} processors; MB/s and peak MB of the "
+              "largest process")
+        rows = compare(folder, source, args.workers, args.rounds)
+        for size in args.growth:
+            grown = write_texts(Path(scratch) / "grown.jsonl", some, size)
+            for what in BACKENDS:
+                run = best(what, folder, grown, max(args.workers))
+                print(f"{what}, {size:,.0f} MB of input: {run['rate']:.1f} MB/s, peak {run['peak'] / 1e6:,.0f} MB")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     return None
+
+
+def compare(folder: Path, source: Path, workers: list[int], rounds: int) -> list[dict[str, Any]]:
+    limit = best("raw", folder, source, 0, rounds)
+    print(f"{'raw tokenizer, all cores':<32}{limit['rate']:>8.1f}{limit['peak'] / 1e6:>8,.0f}")
+    rows = []
+    for count in workers:
+        peer = best("megatron", folder, source, count, rounds)
+        print(f"{f'Megatron, {count} worker(s)':<32}{peer['rate']:>8.1f}{peer['peak'] / 1e6:>8,.0f}")
+        for what in BACKENDS:
+            run = best(what, folder, source, count, rounds)
+            assert run["digest"] == peer["digest"], f"{what} wrote other bytes than Megatron's builder"
+            print(f"{f'preprocess, {what}, {count} worker(s)':<32}{run['rate']:>8.1f}{run['peak'] / 1e6:>8,.0f}"
+                  f"   {run['rate'] / peer['rate']:.1f} x Megatron, same bytes")
+            rows.append({"claim": f"preprocess, {what}, {count} worker(s)", "ours": run["rate"], "peer": peer["rate"],
+                         "unit": "MB/s", "peer_name": "pool of processes and IndexedDatasetBuilder",
+                         "peak_memory": run["peak"], "limit": limit["rate"] if what == "tokenizers" else None})
+    return rows
 
 
 if __name__ == "__main__":

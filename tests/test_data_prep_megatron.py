@@ -67,3 +67,18 @@ def test_megatron_reads_what_preprocess_makes(tmp_path: Path, folder: Path):
     for text, ids in zip(TEXTS, theirs, strict=True):
         assert list(ids) == [*tokenizer.encode(text), tokenizer.eod_token_id]
         assert tokenizer.decode(ids[:-1].tolist()) == text
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_megatron_reads_instruction_sets(tmp_path: Path, folder: Path, pack: bool):
+    rows = [{"instruction": f"Say {text[:20]}", "output": text[:50 + number]} for number, text in enumerate(TEXTS)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    summary = preprocess(PreprocessOptions(
+        input=(str(tmp_path / "a.jsonl"),), output_prefix=tmp_path / "set", tokenizer_name_or_path=folder, pack=pack,
+        handler_name="AlpacaStyleInstructionHandler", prompt_type="default", seq_length=256), show=False)
+    for name, prefix in summary.outputs.items():
+        theirs, ours = indexed.IndexedDataset(prefix), IndexedDataset(prefix)
+        assert prefix == str(tmp_path / f"set_{name}_document") and len(theirs) == len(ours) > 0
+        assert theirs.index.dtype == np.int32 and list(theirs.document_indices) == list(range(len(ours) + 1))
+        assert all((one == other).all() for one, other in zip(theirs, ours, strict=True))
+        assert not pack or set(theirs.sequence_lengths) == {256}

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
@@ -90,7 +91,8 @@ def name(requirement: str) -> str:
 
 
 def test_core_names_no_family() -> None:
-    """A family is one file in ckpt-convert; core reads ModelSpec fields. Only presets are named after families."""
+    """A family is one file in ckpt-convert; core reads ModelSpec fields. Only presets, and flags of the
+    original, are named after families."""
     families = ROOT / "packages/ckpt-convert/src/modellink/ckpt_convert/families"
     names = [path.stem for path in families.glob("*.py") if not path.stem.startswith("_")]
     if not names:
@@ -99,7 +101,7 @@ def test_core_names_no_family() -> None:
     source = ROOT / "packages/core/src/modellink/core"
     found = []
     for path in sorted(source.rglob("*")):
-        outside = {"presets", "__pycache__"} & set(path.relative_to(source).parts)
+        outside = {"presets", "original_flags.yaml", "__pycache__"} & set(path.relative_to(source).parts)
         if path.suffix in TEXT and path.is_file() and not outside:
             found += [f"{relative(path)}:{line}: {m[0]}" for line, m in matches(path, pattern)]
     assert not found, "\n" + "\n".join(found)
@@ -119,3 +121,14 @@ def matches(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[int, re.Matc
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if match := pattern.search(line):
             yield number, match
+
+
+def test_the_table_of_models_is_whole() -> None:
+    """`python tools/models_table.py` makes it from test outcomes; it must have a line a preset and no open cell."""
+    text = (ROOT / "packages/core/README.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- models -->")[2].partition("<!-- end of models -->")[0].strip().splitlines()[2:]
+    names = [line.split(" | ")[0].removeprefix("| ") for line in table]
+    presets = [name for path in sorted((ROOT / "packages/core/src/modellink/core/presets").glob("*.yaml"))
+               for name in yaml.safe_load(path.read_text(encoding="utf-8"))["presets"]]
+    assert sorted(names) == sorted(presets)
+    assert not re.findall(r"FAILED|no test|none alike", "\n".join(table))

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from modellink.ckpt_convert.cli import main
 
+sys.path.append(str(Path(__file__).parent))  # for tiny_models: tests are no importable package
 torch.set_num_threads(1)  # a fork must not find a thread pool
 
 LLAMA: dict[str, Any] = {
@@ -53,6 +54,12 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) ->
         if config.get("attention_bias"):
             shapes[f"{start}.self_attn.o_proj.bias"] = (hidden,)
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+@pytest.fixture(autouse=True)
+def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test cuts the power, and a killed process leaves the page cache: waiting for a shared disk would prove nothing."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert import open_checkpoint, original_flags
+from modellink.ckpt_convert.cli import modellink_convert
 
 Make = Callable[..., Path]
 Run = Callable[..., CompletedProcess[str]]
@@ -78,7 +79,6 @@ def test_damaged_index(damage: str, refused: Callable[..., str], run: Run, make_
     (["--to", "hf", "--tensor-parallel", "2"], "No such option"),
     (["--to", "hf", "--params-dtype", "int8"], "--params-dtype"),
     (["--tp", "1"], "the format of the output must be given"),
-    (["--save-model-type", "mg"], "add --use-mcore-models"),
     (["--to", "hf", "--load-model-type", "mg"], "the source is a Hugging Face checkpoint"),
     (["--to", "hf", "--model-type-hf", "qwen2"], "of the family llama, not qwen2"),
     (["--to", "hf", "--save-dir", "x"], "DST is given twice"),
@@ -93,8 +93,23 @@ def test_values_too_large_for_half_precision(run: Run, make_model: Make, tmp_pat
     tensors["model.norm.weight"][3] = torch.tensor(1e6)
     save_file(tensors, source / "model.safetensors")
     done = run([source, tmp_path / "out", "--to", "hf", "--params-dtype", "fp16"])
-    assert done.returncode == 2 and "model.norm.weight has values too large for torch.float16" in done.stderr
+    assert done.returncode == 2 and "decoder.final_layernorm.weight has values too large for torch.float16" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 65504.0, 65519.0])
+def test_values_that_half_precision_has(value: float, run: Run, make_model: Make, tmp_path: Path) -> None:
+    """Infinities stay what they are, and what rounds to the largest number is no overflow."""
+    source = make_model("llama")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, source / "model.safetensors")
+    assert run([source, tmp_path / "out", "--to", "hf", "--params-dtype", "fp16"]).returncode == 0
+    assert torch.equal(load_file(tmp_path / "out/model.safetensors")["model.norm.weight"].nan_to_num(nan=7),
+                       tensors["model.norm.weight"].half().nan_to_num(nan=7))
+    tensors["model.norm.weight"][4] = 65520.0
+    save_file(tensors, source / "model.safetensors")
+    assert run([source, tmp_path / "again", "--to", "hf", "--params-dtype", "fp16"]).returncode == 2
 
 
 def test_an_output_that_exists(run: Run, make_model: Make, content: Callable[[Path], dict[str, bytes]], tmp_path: Path) -> None:
@@ -125,7 +140,8 @@ def test_dry_run_writes_nothing(run: Run, make_model: Make, tmp_path: Path) -> N
     source = make_model("llama")
     done = run([source, tmp_path / "out", "--to", "megatron-core", "--tp", "3", "--pp", "2", "--dry-run"])
     assert done.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["hf"]
-    assert "iter_0000001/mp_rank_02_001/model_optim_rng.pt" in done.stdout and "peak memory about" in done.stdout
+    assert "iter_0000001/mp_rank_02_001/model_optim_rng.pt" in done.stdout
+    assert "6 files, 81 tensors, " in done.stdout and "of the disk are free; peak memory about" in done.stdout
 
 
 def test_inspect(run: Run, make_model: Make, tmp_path: Path) -> None:
@@ -147,7 +163,7 @@ def test_a_script_of_the_original(run: Run, make_model: Make, tmp_path: Path) ->
                  "--add-qkv-bias", "--load-dir", source, "--save-dir", tmp_path / "mg", "--model-type-hf", "llama2",
                  "--tokenizer-model", source / "tokenizer.json", "--params-dtype", "bf16"])
     assert there.returncode == 0, there.stderr
-    assert "note: --tokenizer-model is not needed here" in there.stderr
+    assert "note: --tokenizer-model is ignored" in there.stderr
     checkpoint = open_checkpoint(tmp_path / "mg")
     assert checkpoint.describe() == "Megatron-Core, TP 2 x PP 3, bfloat16, iteration 1"
     assert checkpoint.layout.num_layer_list == (1, 1, 2)
@@ -155,6 +171,78 @@ def test_a_script_of_the_original(run: Run, make_model: Make, tmp_path: Path) ->
                 "--target-pipeline-parallel-size", "1", "--add-qkv-bias", "--load-dir", tmp_path / "mg", "--save-dir", source])
     assert back.returncode == 0, back.stderr
     assert open_checkpoint(source / "mg2hf").spec == open_checkpoint(source).spec
+
+
+FLAGS = [
+    "--model-type", "--loader", "--load-model-type", "--saver", "--load-dir", "--save-dir", "--max-queue-size",
+    "--no-checking", "--model-type-hf", "--true-vocab-size", "--vocab-file", "--tokenizer-model", "--megatron-path",
+    "--w-pack", "--add-qkv-bias", "--add-dense-bias", "--params-dtype", "--make-vocab-size-divisible-by",
+    "--use-mcore-models", "--post-norm", "--moe-grouped-gemm", "--embed-layernorm", "--lora-target-modules",
+    "--lora-load", "--lora-r", "--lora-alpha", "--load-from-legacy", "--target-tensor-parallel-size",
+    "--target-pipeline-parallel-size", "--save-model-type", "--num-layers-per-virtual-pipeline-stage",
+    "--target-expert-parallel-size", "--num-layer-list", "--save-to-legacy", "--target-expert-model-parallel-size",
+    "--expert-model-parallel-size"]
+
+
+def test_every_flag_of_the_original_is_known() -> None:
+    ours = {name for parameter in modellink_convert.params for name in parameter.opts}
+    assert not set(FLAGS) - ours - original_flags.table().keys()
+    assert not ours & original_flags.table().keys()
+
+
+def test_a_script_of_the_originals_old_loader(run: Run, make_model: Make, tmp_path: Path) -> None:
+    source = make_model("llama")
+    there = run(["--model-type", "GPT", "--loader", "llama2_hf", "--saver", "megatron", "--target-tensor-parallel-size", "3",
+                 "--w-pack", "True", "--load-dir", source, "--save-dir", tmp_path / "mg", "--save-model-type", "megatron",
+                 "--tokenizer-model", source / "tokenizer.model", "--true-vocab-size", "131"])
+    assert there.returncode == 0, there.stderr
+    assert open_checkpoint(tmp_path / "mg").describe() == "Megatron-Legacy, TP 3, float32, iteration 1"
+    back = run(["--model-type", "GPT", "--loader", "megatron", "--saver", "megatron", "--save-model-type",
+                "save_huggingface_llama", "--load-dir", tmp_path / "mg", "--save-dir", source])
+    assert back.returncode == 0 and "the output goes to" in back.stderr
+    assert run(["diff", source, source / "mg2hf"]).stdout == "27 tensors, all bit-equal\n"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--model-type", "BERT", "--save-model-type", "hf"], "--model-type BERT is not done here"),
+    (["--save-model-type", "ggml"], "ggml is no format"),
+    (["--to", "hf", "--true-vocab-size", "130"], "the vocabulary of the model is 131"),
+])
+def test_what_a_script_may_not_ask_for(arguments: list[str], message: str, refused: Callable[..., str], make_model: Make) -> None:
+    assert message in refused(make_model("llama"), *arguments)
+
+
+def test_diff(run: Run, make_model: Make, tmp_path: Path) -> None:
+    source = make_model("llama")
+    run([source, tmp_path / "mc", "--to", "megatron-core", "--tp", "3", "--pp", "2"])
+    same = run(["diff", source, tmp_path / "mc"])
+    assert same.returncode == 0 and same.stdout == "27 tensors, all bit-equal\n"
+    path = tmp_path / "mc/iter_0000001/mp_rank_02_001/model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    state["model"]["decoder.layers.1.mlp.linear_fc2.weight"][4, 5] += 1
+    torch.save(state, path)
+    (tmp_path / "mc/iter_0000001/modellink.complete").write_text('{"files": {}}')
+    other = run(["diff", source, tmp_path / "mc"])
+    assert other.returncode == 1 and "Traceback" not in other.stderr
+    assert other.stdout == f"decoder.layers.3.mlp.linear_fc2.weight: 1 numbers differ, by at most 1, first at [4, 29] ({path})\n"
+    larger = make_model("llama", name="larger", intermediate_size=42)
+    found = run(["diff", source, larger]).stdout
+    assert "ffn_hidden_size: 36 and 42" in found and "decoder.layers.0.mlp.linear_fc2.weight: [20, 36] and [20, 42]" in found
+    half = make_model("llama", name="half", dtype=torch.bfloat16)
+    assert "decoder.final_layernorm.weight: torch.float32 and torch.bfloat16" in run(["diff", source, half]).stdout
+
+
+def test_inspect_a_checkpoint_that_does_not_name_its_model(run: Run, make_model: Make, tmp_path: Path) -> None:
+    run([make_model("llama"), tmp_path / "mc", "--to", "megatron-core", "--tp", "3", "--pp", "2"])
+    assert "family llama" in run(["inspect", tmp_path / "mc"]).stdout
+    (tmp_path / "mc/modellink.json").unlink()
+    shutil.rmtree(tmp_path / "mc/hf")
+    (tmp_path / "mc/iter_0000001/modellink.complete").unlink()
+    text = run(["inspect", tmp_path / "mc"])
+    assert text.returncode == 0, text.stderr
+    assert "of a model that its files do not name, TP 3 x PP 2" in text.stdout and "num_query_groups = 3" in text.stdout
+    facts = json.loads(run(["inspect", tmp_path / "mc", "--json"]).stdout)
+    assert facts["tensors"]["decoder.layers.1.mlp.linear_fc2.weight"]["shape"] == [20, 12] and len(facts["files"]) == 6
 
 
 def test_the_command_as_a_user_starts_it(make_model: Make, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_config_made_from_a_spec_reads_back(family: str) -> None:
     ("llama", {"hidden_size": ...}, "'hidden_size' is missing"),
     ("llama", {"num_hidden_layers": "many"}, "'num_hidden_layers' is 'many'"),
     ("llama", {"num_attention_heads": 0}, "'num_attention_heads' is 0"),
-    ("llama", {"model_type": ...}, "'model_type' is missing"),
+    ("llama", {"model_type": ..., "architectures": ["SomethingElse"]}, "'model_type' is missing"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
 ])
 def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str, Any], message: str) -> None:
@@ -66,8 +66,21 @@ def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str
 
 
 def test_an_unknown_model_type_names_near_ones() -> None:
-    with pytest.raises(ModelLinkError, match=r"'qwen3' is not known[\s\S]*did you mean qwen2\?"):
-        spec_of("llama", model_type="qwen3")
+    with pytest.raises(ModelLinkError, match=r"'qwen3' is not known[\s\S]*did you mean qwen or qwen2\?"):
+        spec_of("llama", model_type="qwen3")  # though `architectures` names a class that is known
+
+
+def test_a_missing_key_names_the_families_that_would_do() -> None:
+    with pytest.raises(ModelLinkError, match=r"'num_layers' is missing.*family chatglm[\s\S]*all their keys in it:.* llama"):
+        spec_of("llama", model_type="chatglm")
+
+
+def test_tensors_of_another_family_name_it(make_model: Make) -> None:
+    folder = make_model("qwen2")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama", "use_sliding_window": False}))
+    with pytest.raises(ModelLinkError, match=r"are not part of this model: .*q_proj.bias[\s\S]*read as llama.*family qwen2"):
+        open_checkpoint(folder)
 
 
 def test_a_family_that_the_user_names() -> None:

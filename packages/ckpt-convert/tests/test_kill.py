@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -18,6 +23,22 @@ Run = Callable[..., CompletedProcess[str]]
 Content = Callable[[Path], dict[str, bytes]]
 TARGETS = {"megatron-core": ["--to", "megatron-core", "--tp", "3", "--pp", "2"],
            "hf": ["--to", "hf", "--max-shard-size", "0.00002"]}
+
+SLOWLY = """
+import importlib, time
+from modellink.ckpt_convert.cli import main
+convert = importlib.import_module("modellink.ckpt_convert.convert")
+write, begin = convert.writing.write, convert._write_files
+def slow(*args):
+    time.sleep(0.03)
+    return write(*args)
+def say(*args):
+    print("writing", flush=True)
+    return begin(*args)
+convert.writing.write, convert._write_files = slow, say
+main()
+"""
+"""The command with a pause before each file, so that a kill finds it at work."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -39,6 +60,32 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
     assert run([source, tmp_path / "straight", *arguments]).returncode == 0
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "straight"]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.stress)])
+def test_killed_at_random_moments(kills: int, make_model: Make, content: Content, tmp_path: Path) -> None:
+    """The command in a process of its own, killed again and again while it writes, ends with the bytes of an unbroken run."""
+    seed = int.from_bytes(os.urandom(4), "little")
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    source = make_model("llama", num_hidden_layers=12, hidden_size=60)
+    command = [sys.executable, "-c", SLOWLY, str(source), str(tmp_path / "out"), "--to", "megatron-core", "--tp=3", "--pp=4"]
+    done = 0
+    while done < kills:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        time.sleep(moments.uniform(0, 0.6))
+        process.kill()
+        process.wait(timeout=60)
+        if (tmp_path / "out").exists():  # it was faster
+            assert open_checkpoint(tmp_path / "out").layout.tp == 3
+            shutil.rmtree(tmp_path / "out")
+        else:
+            done += 1
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    straight = [*command[:4], str(tmp_path / "straight"), *command[5:]]
+    assert subprocess.run(straight, capture_output=True, check=False).returncode == 0
+    assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
 def test_another_conversion_does_not_go_on_from_it(make_model: Make, run: Run, content: Content, tmp_path: Path) -> None:

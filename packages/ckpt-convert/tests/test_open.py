@@ -164,7 +164,7 @@ def test_damaged_ranks(foreign: Path, tmp_path: Path) -> None:
     rewrite(path, lambda model: model.pop("decoder.layers.1.mlp.linear_fc1.weight"))
     with pytest.raises(ModelLinkError, match=r"missing: decoder.layers.1.mlp.linear_fc1.weight"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
-    rewrite(path, lambda model: model.update({"decoder.layers.1.mlp.linear_fc1.weight": torch.zeros(36, 24).t()}))
+    rewrite(path, lambda model: model.update({"decoder.layers.1.mlp.linear_fc1.weight": torch.zeros(36, 48)[:, ::2]}))
     with pytest.raises(ModelLinkError, match=r"row by row"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
     rewrite(path, lambda model: model.update({"decoder.layers.1.mlp.linear_fc1.weight": torch.zeros(35, 24)}))
@@ -182,7 +182,4 @@ def test_unknown_folders(tmp_path: Path) -> None:
     with pytest.raises(ModelLinkError, match="this is a file"):
         open_checkpoint(tmp_path / "file")
     with pytest.raises(ModelLinkError, match=r"looked for model.safetensors"):
-        open_checkpoint(tmp_path)
-    (tmp_path / "pytorch_model.bin").write_text("x")
-    with pytest.raises(ModelLinkError, match="save them as safetensors"):
         open_checkpoint(tmp_path)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import builtins
 import collections
 import enum
+import errno
 import io
 import os
 import pickle
 import zipfile
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from modellink.ckpt_convert.formats import archive
 from modellink.ckpt_convert.formats.pickle import Inert, Reader, load
-from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
+from modellink.ckpt_convert.formats.writing import Planned, write
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -35,6 +39,16 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return self.call
+
+
+def planned(tensor: torch.Tensor) -> Planned:
+    """A tensor to be written, in blocks of one row."""
+    return Planned(tensor.dtype, tuple(tensor.shape), lambda: iter(tensor.split(1)))
+
+
+def save(path: Path, value: Any) -> dict[str, str]:
+    with open(path, "wb") as file, ThreadPoolExecutor(3) as pool:
+        return write(file.fileno(), archive.layout(value), pool, lambda count: None, path)
 
 
 def whole(stored: Stored) -> torch.Tensor:
@@ -105,7 +119,7 @@ def test_hostile_opcodes_run_nothing(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [
-    (0, (9, 9), (9, 1)), (5, (2, 2), (2, 1)), (-1, (1, 1), (1, 1)), (0, (2, 2), (1, 2)), (0, (-2, 2), (2, 1)),
+    (0, (9, 9), (9, 1)), (5, (2, 2), (2, 1)), (-1, (1, 1), (1, 1)), (0, (2, 2), (3, 2)), (0, (-2, 2), (2, 1)),
     ("0", (2, 2), (2, 1))])
 def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> None:
     """Sizes, offsets and strides that reach elsewhere."""
@@ -122,9 +136,7 @@ def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> No
 
 
 def test_a_storage_stays_within_its_record(tmp_path: Path) -> None:
-    planned = archive.Planned(torch.float32, (4,), lambda: torch.zeros(4))
-    with open(tmp_path / "x.pt", "wb") as file:
-        archive.save(file, planned)
+    save(tmp_path / "x.pt", planned(torch.zeros(4)))
     data = (tmp_path / "x.pt").read_bytes()
     count = b"K\x04tq"  # 4, end of the tuple that names the storage
     assert data.count(count) == 1
@@ -160,13 +172,37 @@ def test_a_damaged_pickle(tmp_path: Path) -> None:
 
 def test_our_writer_is_read_by_torch_and_repeats_itself(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(5, 7), "b": torch.randn(9).bfloat16(), "c": torch.randn(3).half()}
-    model = {name: archive.Planned(tensor.dtype, tuple(tensor.shape), tensor.clone) for name, tensor in tensors.items()}
-    value = {"args": Namespace(dtype=torch.bfloat16), "model": model}
-    for file in ("x.pt", "y.pt"):
-        with open(tmp_path / file, "wb") as handle:
-            archive.save(handle, value)
+    value = {"args": Namespace(dtype=torch.bfloat16), "model": {name: planned(tensor) for name, tensor in tensors.items()}}
+    assert save(tmp_path / "x.pt", value) == save(tmp_path / "y.pt", value) == {
+        f"model.{name}": xxhash.xxh3_64_hexdigest(as_bytes(tensor)) for name, tensor in tensors.items()}
     for mmap in (False, True):
         found = torch.load(tmp_path / "x.pt", weights_only=False, mmap=mmap)
         assert all(torch.equal(found["model"][name], tensor) for name, tensor in tensors.items())
     assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "y.pt").read_bytes()
     assert all(stored.offset % archive.ALIGNMENT == 0 for stored in load(tmp_path / "x.pt")["model"].values())
+    with zipfile.ZipFile(tmp_path / "x.pt") as read:
+        assert read.testzip() is None  # the CRC of every record
+
+
+def test_records_beyond_four_gigabytes(tmp_path: Path) -> None:
+    """The archive's fixed bytes in a file with holes where the tensors would be."""
+    large = Planned(torch.float32, (1 << 15, (1 << 15) + 1), lambda: iter(()))
+    layout = archive.layout({"first": large, "second": planned(torch.arange(3.0))})
+    with open(tmp_path / "x.pt", "wb") as file:
+        file.truncate(layout.size)
+        for offset, content in [*layout.fixed, (layout.slots[1].offset, torch.arange(3.0).numpy().tobytes())]:
+            file.seek(offset)
+            file.write(content)
+    found = torch.load(tmp_path / "x.pt", mmap=True, weights_only=True)
+    assert found["first"].shape == large.shape and torch.equal(found["second"], torch.arange(3.0))
+    with zipfile.ZipFile(tmp_path / "x.pt") as read:
+        assert read.getinfo("archive/data/0").file_size == large.nbytes > 1 << 32
+    assert torch.equal(whole(load(tmp_path / "x.pt")["second"]), torch.arange(3.0))
+
+
+def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ModelLinkError, match="the disk has no room"):
+        save(tmp_path / "x.pt", planned(torch.zeros(4)))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -47,10 +48,19 @@ def test_files_beside_the_weights_travel_and_code_does_not(make_model: Make, tmp
     convert(source, tmp_path / "mc", to="megatron-core")
     convert(tmp_path / "mc", tmp_path / "back", to="hf")
     names = {path.name for path in (tmp_path / "back").iterdir()}
-    assert names == {path.name for path in source.iterdir()} - {"modeling_evil.py"}
-    for name in names - {"model.safetensors", "config.json"}:
+    assert names == {path.name for path in source.iterdir()} - {"modeling_evil.py"} | {"modellink.checksums.json"}
+    for name in names - {"model.safetensors", "config.json", "modellink.checksums.json"}:
         assert (tmp_path / "back" / name).read_bytes() == (source / name).read_bytes()
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+def test_checksums_lie_beside(make_model: Make, tmp_path: Path) -> None:
+    convert(make_model("llama"), tmp_path / "mc", to="megatron-core", layout=ParallelLayout(tp=3))
+    sums = json.loads((tmp_path / "mc/modellink.checksums.json").read_text())
+    assert sums["algorithm"] == "xxh3_64" and len(sums["files"]) == 3
+    for file, found in sums["files"].items():
+        model = torch.load(tmp_path / "mc" / file, weights_only=False)["model"]
+        assert found == {f"model.{name}": xxhash.xxh3_64_hexdigest(tensor.numpy()) for name, tensor in model.items()}
 
 
 def reference_cut(weights: dict[str, torch.Tensor], config: dict[str, Any], tp: int, rank: int, layer: int,

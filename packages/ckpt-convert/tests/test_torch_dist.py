@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from tiny_models import make_folder, spec_of
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -30,6 +31,7 @@ from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import mark_complete
+from modellink.kernels.parallel import ParallelLayout
 
 Make = Callable[..., Path]
 
@@ -175,3 +177,34 @@ def test_a_checkpoint_of_another_model(chunked: Path, make_model: Make) -> None:
         open_checkpoint(chunked)
     manifest = json.loads((chunked / "modellink.json").read_text())
     assert manifest["spec"]["ffn_hidden_size"] == 42
+
+
+@pytest.mark.parametrize("model", ["llama tied", "gpt2", "mixtral", "qwen2_moe", "deepseek_v2"])
+def test_written_and_read_again(model: str, tmp_path: Path) -> None:
+    before = make_folder(tmp_path / "hf", *spec_of(model))
+    convert(tmp_path / "hf", tmp_path / "dist", to="torch_dist", max_shard_bytes=50_000, verify=True)
+    refuse_unknown_names(tmp_path / "dist/iter_0000001")
+    assert len(list((tmp_path / "dist/iter_0000001").glob("__*_0.distcp"))) > 1
+    convert(tmp_path / "dist", tmp_path / "mc", to="megatron-core", layout=ParallelLayout(tp=2))
+    convert(tmp_path / "mc", tmp_path / "again", to="torch_dist", max_shard_bytes=50_000)
+    for path in (tmp_path / "dist/iter_0000001").glob("*.distcp"):
+        assert path.read_bytes() == (tmp_path / "again/iter_0000001" / path.name).read_bytes()
+    convert(tmp_path / "again", tmp_path / "back", to="hf")
+    after = load_file(tmp_path / "back/model.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
+    """Layers that are alike are one tensor with a leading axis, and the experts of a layer always."""
+    for model, stacked, shape in [("mixtral", "decoder.layers.mlp.experts.experts.linear_fc2.weight", (4, 4, 20, 36)),
+                                  ("deepseek_v2", "decoder.layers.3.mlp.experts.experts.linear_fc2.weight", (4, 24, 14))]:
+        make_folder(tmp_path / f"{model}-hf", *spec_of(model))
+        convert(tmp_path / f"{model}-hf", tmp_path / model, to="torch_dist")
+        state = {stacked: torch.empty(shape, dtype=torch.bfloat16)}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(state, storage_reader=dcp.FileSystemReader(tmp_path / model / "iter_0000001"), no_dist=True)
+        source = open_checkpoint(tmp_path / f"{model}-hf")
+        expected = torch.stack([source.read(f"decoder.layers.3.mlp.experts.local_experts.{expert}.linear_fc2.weight",
+                                            [range(shape[-2])], 0) for expert in range(4)])
+        assert torch.equal(state[stacked][3] if len(shape) == 4 else state[stacked], expected)

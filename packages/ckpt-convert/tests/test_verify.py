@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modellink.ckpt_convert import convert, open_checkpoint, plan
+from modellink.ckpt_convert import blocks, convert, open_checkpoint
 from modellink.ckpt_convert.verify import compare
 from modellink.kernels.errors import InternalError, ModelLinkError
 
@@ -42,7 +42,7 @@ def test_an_output_that_does_not_verify_never_appears(make_model: Make, tmp_path
         tensor.view(-1)[-1] = 0
         return tensor
 
-    monkeypatch.setattr(plan, "cast", lossy)
+    monkeypatch.setattr(blocks, "cast", lossy)
     with pytest.raises(InternalError, match="differs"):
         convert(make_model("llama"), tmp_path / "mc", to="megatron-core", verify=True)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -38,10 +38,13 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tied": ("Llama", SIZES | {"tie_word_embeddings": True}),
     "llama biased": ("Llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
     "llama llama3": ("Llama", SIZES | {"rope_parameters": LLAMA3}),
+    "llama llama3 tied": ("Llama", SIZES | {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
     "llama linear": ("Llama", SIZES | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}),
     "qwen2": ("Qwen2", EIGHTH),
+    "qwen2 tied": ("Qwen2", EIGHTH | {"tie_word_embeddings": True}),
     "qwen2 yarn": ("Qwen2", EIGHTH | {"rope_parameters": YARN}),
-    "mistral": ("Mistral", SIZES | WINDOW),
+    "mistral": ("Mistral", SIZES | {"sliding_window": None}),
+    "mistral window": ("Mistral", SIZES | WINDOW),
     "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}),
     "qwen2_moe": ("Qwen2Moe", MIXTURE | {"norm_topk_prob": False}),
     "qwen2_moe normalised": ("Qwen2Moe", MIXTURE | {"norm_topk_prob": True}),
@@ -50,11 +53,13 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
                                            "final_logit_softcapping": 5.0}),
     "bloom": ("Bloom", GPT | {"hidden_size": 48}),
     "gpt2": ("GPT2", GPT | {"n_embd": 48, "n_inner": 112, "n_positions": 64}),
+    "gpt2 gelu": ("GPT2", GPT | {"n_embd": 48, "n_inner": 112, "n_positions": 64, "activation_function": "gelu"}),
     "deepseek_v2": ("DeepseekV2", LATENT | {
         "q_lora_rank": 28, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5,
         "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}}),
-    "deepseek_v2 lite": ("DeepseekV2", LATENT | {"q_lora_rank": None, "topk_method": "greedy", "n_group": None,
-                                                 "topk_group": None})}
+    "deepseek_v2 lite": ("DeepseekV2", LATENT | {
+        "q_lora_rank": None, "topk_method": "greedy", "n_group": None, "topk_group": None,
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7}})}
 REFERENCES = Path(__file__).parent / "references"
 
 

@@ -54,6 +54,20 @@ def test_two_ranks_train_tell_and_save(options, tmp_path):
     assert again.returncode == 0 and "continuing from" in again.stdout and "iteration        4/       4" in again.stdout
 
 
+def test_a_preset_with_smaller_sizes_trains(options, tmp_path):
+    smaller = ["--num-layers", "2", "--hidden-size", "24", "--num-attention-heads", "4", "--num-query-groups", "2",
+               "--ffn-hidden-size", "52", "--tp", "2", "--pp", "1", "--vocab-size", "131"]
+    done = command("--model", "qwen2-7b-32k", *options[2:], *smaller, "--save", str(tmp_path / "save"))
+    assert done.returncode == 0, done.stderr
+    assert "  bf16 ............................................ True" in done.stdout
+    assert json.loads((tmp_path / "save/modellink.json").read_text())["family"] == "qwen2"
+
+
+def test_an_unknown_preset_is_one_message():
+    done = command("--model", "qwen2.5-7b")
+    assert done.returncode == 2 and "qwen2.5-7b-32k" in done.stderr and "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("point", ["before-rename", "before-tracker"])
 def test_a_kill_while_saving_costs_one_interval(options, tmp_path, point):
     save = tmp_path / "save"

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from modellink.core.presets import load_preset
 from modellink.core.run import prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
@@ -40,12 +41,32 @@ def test_a_good_run_is_settled(options):
     ({"data_path": ()}, "there is no data", "modellink-preprocess"),
     ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
     ({"split": "a,b"}, "not three shares", "969,30,1"),
-    ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "leave the option out"),
+    ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "the checkpoint is of another model"),
     ({"bf16": True, "fp16": True}, "one precision", "--bf16"),
     ({"min_lr": 1.0}, "above the peak", "--min-lr"),
     ({"lr_warmup_iters": 2}, "does not end within the decay", "--lr-warmup-iters"),
     ({"save_interval": 2}, "no folder to save in", "--save"),
     ({"device": "npu"}, "no npu device", "modellink-doctor"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 3}, "cannot be dealt to 2 of 3 data-parallel ranks", "divisor of 3"),
+    ({"context_parallel_size": 3, "seq_length": 28}, "28 cannot be cut into 6 chunks", "two chunks"),
+    ({"context_parallel_size": 4, "seq_length": 24, "tensor_model_parallel_size": 1}, "6 heads on 1 tensor-parallel ranks",
+     "megatron_cp_algo"),
+    ({"context_parallel_size": 4, "context_parallel_algo": "hybrid_cp_algo"}, "a ring of 4 ranks", "--ulysses-degree-in-cp"),
+    ({"ulysses_degree_in_cp": 2}, "a degree is for hybrid_cp_algo", "--context-parallel-algo"),
+    ({"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo", "attention_dropout": 0.1}, "drops no weights",
+     "ulysses_cp_algo"),
+    ({"recompute_granularity": "full"}, "needs a method and a number", "--recompute-num-layers 4"),
+    ({"recompute_num_layers": 2}, "belong to full recomputation", "--recompute-granularity full"),
+    ({"recompute_granularity": "selective", "recompute_method": "block"}, "not to selective", "--recompute-granularity full"),
+    ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+      "enable_recompute_layers_per_pp_rank": True}, "with the block method alone", "--recompute-method block"),
+    ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1,
+      "enable_recompute_layers_per_pp_rank": True}, "one model chunk", "--num-layers-per-virtual-pipeline-stage"),
+    ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5}, "5 layers cannot", "at most 4"),
+    ({"recompute_granularity": "selective", "recompute_activation_function": True}, "recomputed alone or beside", "one of them"),
+    ({"recompute_activation_function_num_layers": 1}, "nothing to recompute", "--recompute-activation-function"),
+    ({"overlap_param_gather": True}, "gathered ahead only for the distributed optimizer", "--overlap-grad-reduce"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):
@@ -56,6 +77,30 @@ def test_a_wrong_run_is_refused(options, changes, message, fix):
 
 def test_model_options_may_repeat_what_the_checkpoint_says(options):
     prepare([Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
+
+
+def test_a_preset_fills_everything_and_options_win(options):
+    preset = load_preset("qwen2.5-7b-32k")
+    del options["load"], options["seq_length"]
+    run = prepare([preset.layer(), Layer("command line", options)], 8)
+    assert run.spec == preset.spec and run.optimizer.bf16
+    assert (run.layout.tp, run.layout.pp, run.layout.dp) == (4, 2, 1)
+    assert (run.data.seq_length, run.data.global_batch_size, run.parallel.sequence_parallel) == (32768, 16, True)
+    smaller = prepare([preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
+    assert (smaller.spec.num_layers, smaller.data.seq_length) == (2, 24)
+
+
+def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
+    preset = load_preset("mixtral-8x7b-32k")
+    del options["load"]
+    with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
+        prepare([preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+
+
+def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):
+    del options["load"]
+    run = prepare([load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | {"save": str(tmp_path), "seq_length": 128})], 64)
+    assert run.manifest.family == "none"
 
 
 def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path):

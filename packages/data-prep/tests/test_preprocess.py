@@ -34,7 +34,7 @@ def test_documents_hold_the_ids_of_the_rows(run, corpus, byte_tokenizer, tmp_pat
     assert data.document_count == len(data) == 250 and data.dtype == np.uint16
     assert summary.documents == {"text": 250} and summary.tokens == {"text": sum(map(len, expected))}
     assert summary.text_bytes == sum(len(text.encode()) for text in texts_of(corpus))
-    assert summary.backend.startswith("tokenizers ") and summary.tokens_per_second > 0
+    assert "tokenizers " in summary.backend and summary.tokens_per_second > 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["set_text_document.bin", "set_text_document.idx"]
 
 

@@ -6,13 +6,14 @@ import json
 from pathlib import Path
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modellink.data_prep.inputs import cut, find_inputs, open_source
-from modellink.data_prep.readers import BadRow
+from modellink.data_prep.rows import BadRow
 from modellink.kernels.errors import ModelLinkError
 
 ROWS = [{"text": f"text {number} — ä 你好 \"quoted\", and\nmore", "n": str(number)} for number in range(50)]
@@ -41,7 +42,34 @@ def as_parquet(path):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=7)
 
 
-FORMATS = {"a.jsonl": as_jsonl, "a.jsonl.gz": as_jsonl_gz, "lines.json": as_jsonl, "a.json": as_json, "a.csv": as_csv,
+def packed(write, compress):
+    """The writer of a format, its file then compressed."""
+    def write_packed(path):
+        write(path)
+        path.write_bytes(compress(path.read_bytes()))
+    return write_packed
+
+
+def zstd(content):
+    """Two frames, as several programs write them."""
+    return b"".join(pyarrow.compress(part, codec="zstd", asbytes=True) for part in (content[:99], content[99:]))
+
+
+def as_arrow(path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_file(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+def as_arrow_stream(path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+FORMATS = {"a.arrow": as_arrow, "stream.arrow": as_arrow_stream, "a.jsonl.zst": packed(as_jsonl, zstd),
+           "a.json.gz": packed(as_json, gzip.compress), "a.csv.zst": packed(as_csv, zstd),
+           "a.jsonl": as_jsonl, "a.jsonl.gz": as_jsonl_gz, "lines.json": as_jsonl, "a.json": as_json, "a.csv": as_csv,
            "a.parquet": as_parquet}
 
 

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from modellink.data_prep import PreprocessOptions
+from modellink.data_prep import PreprocessOptions, template_names
+from modellink.data_prep.handlers.fields import known_handlers
 from modellink.kernels.options import describe
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
@@ -11,6 +12,10 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 
 def test_the_options_table_is_the_options():
     assert describe(PreprocessOptions) in README
+
+
+def test_every_template_and_handler_is_named():
+    assert all(name in README for name in (*template_names(), *known_handlers()))
 
 
 def test_the_library_example_runs(tmp_path, monkeypatch, write_lines, byte_folder, capsys):

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from modellink.kernels import ops
-from modellink.kernels.ops.attention import Variant
+from modellink.kernels.ops.attention import Variant, alibi_slopes, scores_of
 from modellink.kernels.ops.check import TOLERANCE, op_cases
+from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
-NAMES = ["rms_norm", "swiglu", "rotary", "attention", "cross_entropy", "adamw"]
+NAMES = ["rms_norm", "swiglu", "rotary", "attention", "ring_update", "cross_entropy", "adamw"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -40,6 +41,38 @@ def test_attention_is_the_textbook_formula(qkv):
     torch.testing.assert_close(ops.attention(query, key, value, Variant(0.3)), expected, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("variant", [
+    Variant(0.3, window=3), Variant(0.3, softcap=0.7), Variant(0.3, slopes=alibi_slopes(6)),
+    Variant(0.3, window=2, softcap=0.7, slopes=alibi_slopes(6))], ids=["window", "softcap", "alibi", "all"])
+@pytest.mark.parametrize("dim", [8, 5])
+def test_attention_variants_are_their_formulas(qkv, variant, dim):
+    query, key, value = qkv
+    value = value[..., :dim]
+    expected = torch.zeros(7, 2, 6, dim)
+    for i in range(7):
+        seen = range(max(0, i - variant.window + 1) if variant.window else 0, i + 1)
+        for batch in range(2):
+            for head in range(6):
+                scores = torch.stack([query[i, batch, head] @ key[j, batch, head // 2] * 0.3 for j in seen])
+                if variant.softcap:
+                    scores = variant.softcap * torch.tanh(scores / variant.softcap)
+                if variant.slopes is not None:
+                    scores = scores + variant.slopes[head] * torch.tensor([j - i for j in seen])
+                expected[i, batch, head] = scores.softmax(0) @ value[seen.start:i + 1, batch, head // 2]
+    for form in (ops.attention, importlib.import_module("modellink.kernels.ops.attention").plain):
+        torch.testing.assert_close(form(query, key, value, variant, None), expected, atol=1e-6, rtol=1e-5)
+    positions = torch.tensor([[4, 6], [2, 3]])
+    new = torch.stack([query[positions[row], row] for row in range(2)], dim=1)
+    whole = torch.stack([expected[positions[row], row] for row in range(2)], dim=1)
+    torch.testing.assert_close(ops.attention(new, key, value, variant, positions), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_alibi_slopes():
+    assert alibi_slopes(8).tolist() == [2.0 ** -power for power in range(1, 9)]
+    extra = [2.0 ** -0.5, 2.0 ** -1.5, 2.0 ** -2.5, 2.0 ** -3.5]  # every second of the slopes of 16 heads
+    assert alibi_slopes(12).tolist() == pytest.approx([2.0 ** -power for power in range(1, 9)] + extra)
+
+
 def test_attention_over_a_cache_sees_up_to_each_rows_position(qkv):
     query, key, value = qkv
     whole = ops.attention(query, key, value, Variant(0.3))
@@ -59,6 +92,28 @@ def test_rotary_turns_pairs_and_leaves_the_rest():
     torch.testing.assert_close(out[..., 2], second * math.cos(0.3) + first * math.sin(0.3))
 
 
+def test_interleaved_rotary_turns_neighbours():
+    x = torch.randn(3, 1, 2, 6)
+    angle = torch.tensor([0.3, 1.1]).repeat_interleave(2)
+    out = ops.rotary(x, angle.cos().expand(3, 1, 1, 4), angle.sin().expand(3, 1, 1, 4), interleaved=True)
+    assert torch.equal(out[..., 4:], x[..., 4:])
+    torch.testing.assert_close(out[..., 2], x[..., 2] * math.cos(1.1) - x[..., 3] * math.sin(1.1))
+    torch.testing.assert_close(out[..., 3], x[..., 3] * math.cos(1.1) + x[..., 2] * math.sin(1.1))
+
+
+def test_stretched_frequencies():
+    plain = inverse_frequencies(16, 10000.0)
+    assert torch.equal(inverse_frequencies(16, 10000.0, Scaling("linear", 4.0)), plain / 4)
+    dynamic = Scaling("dynamic", 2.0, original_length=32)
+    assert torch.equal(inverse_frequencies(16, 10000.0, dynamic, length=32), plain)
+    longer = inverse_frequencies(16, 10000.0, dynamic, length=64)
+    torch.testing.assert_close(longer, inverse_frequencies(16, 10000.0 * 3 ** (16 / 14)))
+    for scaling in (Scaling("llama3", 8.0, 4096), Scaling("yarn", 8.0, 4096)):
+        ratio = plain / inverse_frequencies(16, 10000.0, scaling)
+        assert ratio[0] == pytest.approx(1) and ratio[-1] == pytest.approx(8) and bool((ratio.diff() >= 0).all())
+    assert yarn_scale(40.0, 0.707) == pytest.approx(0.0707 * math.log(40) + 1) and yarn_scale(1.0, 1.0) == 1
+
+
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adamw_follows_torch(decoupled):
     start, generator = torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(2)
@@ -73,3 +128,21 @@ def test_adamw_follows_torch(decoupled):
         ops.adamw([mine], [grad.clone()], [mean], [variance], importlib.import_module("modellink.kernels.ops.adamw").Settings(
             step=step, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, decoupled=decoupled))
         torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_ring_update_joins_attention_over_parts(qkv):
+    query, key, value = qkv
+    variant, positions = Variant(0.3), torch.full((2, 7), 6)
+    scores = scores_of(query, key, variant, positions=positions)
+    parts = []
+    for keys in (slice(0, 3), slice(3, 7)):
+        lse = scores[..., keys].logsumexp(-1)
+        weights = (scores[..., keys] - lse.unsqueeze(-1)).exp()
+        out = weights @ value[keys].permute(1, 2, 0, 3).repeat_interleave(2, dim=1)
+        parts += [out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)]
+    joined, lse = ops.ring_update(*parts)
+    torch.testing.assert_close(joined, ops.attention(query, key, value, variant, positions), atol=1e-6, rtol=1e-5)
+    nothing = torch.zeros_like(joined), torch.full_like(lse, float("-inf"))
+    for a, b in zip(ops.ring_update(*nothing, joined, lse), (joined, lse), strict=True):
+        assert torch.equal(a, b)
+    assert not ops.ring_update(*nothing, *nothing)[0].isnan().any()

@@ -5,5 +5,6 @@ __version__ = "0.1.0"
 from modellink.ckpt_convert.convert import Converted, convert
 from modellink.ckpt_convert.open import open_checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.streams import Shard, iter_hf_tensors, iter_megatron_shards
 
-__all__ = ["Converted", "ModelSpec", "convert", "open_checkpoint"]
+__all__ = ["Converted", "ModelSpec", "Shard", "convert", "iter_hf_tensors", "iter_megatron_shards", "open_checkpoint"]

@@ -1,112 +1,78 @@
-"""`modellink-convert`: options over `convert` and `open_checkpoint`; the original's spellings mean here what they meant there."""
+"""`modellink-convert` with its `inspect` and `diff`: a thin reading of options over the library."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import click
 import torch
 
-from modellink.ckpt_convert.convert import convert
+from modellink.ckpt_convert.convert import WORKERS, convert, free_bytes
 from modellink.ckpt_convert.formats.huggingface import GIGABYTE
-from modellink.ckpt_convert.inspect import inspect, table
+from modellink.ckpt_convert.formats.ranks import is_megatron
+from modellink.ckpt_convert.inspect import inspect, inspect_ranks, table
+from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.manifest import FILE, FOLDER
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import Target, size
-from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.ckpt_convert.options import ConvertOptions
+from modellink.ckpt_convert.original_flags import without_original_flags
+from modellink.ckpt_convert.plan import size
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.verify import differences
+from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, option, resolve
-from modellink.kernels.parallel import ParallelLayout
 
+MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NEEDLESS_SWITCHES = ("--no-checking", "--add-qkv-bias", "--add-dense-bias")
-NEEDLESS = ("--model-type", "--tokenizer-model", "--vocab-file", "--max-queue-size", "--megatron-path", "--true-vocab-size",
-            *NEEDLESS_SWITCHES)
-"""Options of the original that the checkpoint itself answers here; a note says so."""
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    to: Literal["hf", "megatron-core"] | None = option(None, "Format of the output.")
-    tensor_model_parallel_size: int = option(1, "Tensor-parallel size of the output.", minimum=1,
-                                             alias=("--tp", "--target-tensor-parallel-size"))
-    pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
-                                               alias=("--pp", "--target-pipeline-parallel-size"))
-    num_layer_list: tuple[int, ...] = option((), "Layers of each pipeline stage where they are uneven, e.g. 7,8,8,7.")
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Layers of a model chunk where a stage holds several.", minimum=1)
-    params_dtype: Literal["fp16", "bf16", "fp32"] | None = option(
-        None, "Number format of the output; each tensor keeps its own where nothing is said.")
-    make_vocab_size_divisible_by: int = option(1, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
-    model_type_hf: str | None = option(None, "Family of the model where its config.json does not say it. llama2 means, as in the "
-                                             "original, whatever config.json says.")
-    tokenizer_name_or_path: Path | None = option(
-        None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
-    iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
-    max_shard_size: float = option(5.0, "Largest safetensors file.", unit="GB", minimum=0.000001)
-    overwrite: bool = option(False, "Replace the output when it exists.")
-    verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")
-    dry_run: bool = option(False, "Say what would be written, and stop.")
-    inspect: bool = option(False, "Describe SRC, and stop.")
-    json: bool = option(False, "With --inspect: as JSON.")
-    load_dir: Path | None = option(None, "The original's spelling of SRC.")
-    save_dir: Path | None = option(None, "The original's spelling of DST. Where it is a Hugging Face folder already, that gives "
-                                         "configuration and tokenizer and the output is its subfolder mg2hf.")
-    load_model_type: Literal["hf", "mg"] | None = option(None, "What SRC is, Hugging Face or Megatron; it is checked.")
-    save_model_type: Literal["hf", "mg"] | None = option(None, "The original's spelling of --to; mg needs --use-mcore-models.")
-    use_mcore_models: bool = option(False, "With --save-model-type mg: Megatron-Core and not Megatron-Legacy.")
-
-
-def _note_needless(context: click.Context, parameter: click.Parameter, value: Any) -> None:
-    if value:
-        print(f"note: {parameter.opts[0]} is not needed here and changes nothing", file=sys.stderr)
-
-
-def _needless(function: Callable[..., None]) -> Callable[..., None]:
-    """Accept the original's options that the checkpoint itself answers."""
-    for name in NEEDLESS:
-        switch = name in NEEDLESS_SWITCHES
-        function = click.option(name, hidden=True, is_flag=switch, expose_value=False, callback=_note_needless)(function)
-    return function
 
 
 @command(ConvertOptions, name="modellink-convert")
 @click.argument("src", required=False)
 @click.argument("dst", required=False)
-@_needless
 def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     """Convert the checkpoint SRC to the new folder DST.
 
-    SRC is a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, found out by looking.
+    SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch_dist checkpoint, found out by looking.
+    `modellink-convert inspect SRC` says what it is, `modellink-convert diff A B` compares two.
     """
     options = resolve([ConvertOptions], given)[ConvertOptions]
     folder = _one("SRC", src, "--load-dir", options.load_dir)
     hf = options.tokenizer_name_or_path
     if options.inspect:
-        facts = inspect(open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration))
-        print(json.dumps(facts, indent=2) if options.json else table(facts))
+        _describe(folder, options.model_type_hf, hf, options.iteration, options.json)
         return
     target = _one("DST", dst, "--save-dir", options.save_dir)
-    to = _target(options)
+    to = options.target()
     if options.save_dir is not None and to == "hf" and (target / "config.json").is_file():
         hf, target = hf or target, target / "mg2hf"
         print(f"note: the output goes to {target}", file=sys.stderr)
     source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
-    if options.load_model_type is not None and (options.load_model_type == "hf") != (source.format == "Hugging Face"):
-        raise ModelLinkError(f"the source is a {source.format} checkpoint", where=f"{folder}, --load-model-type")
-    done = convert(source, target, to=to, layout=_layout(options, source.spec.num_layers), overwrite=options.overwrite,
+    _check(source, options)
+    workers = options.workers or WORKERS
+    done = convert(source, target, to=to, layout=options.layout(source.spec.num_layers), overwrite=options.overwrite,
+                   dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    params_dtype=DTYPES[options.params_dtype] if options.params_dtype else None, dry_run=options.dry_run,
-                   max_shard_bytes=int(options.max_shard_size * GIGABYTE))
+                   max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
-        print(done.plan.describe())
+        print(done.plan.describe(workers, free_bytes(target)))
         return
-    print(f"wrote {target}: {len(done.plan.files)} files of weights, {size(done.plan.nbytes)}")
+    print(f"wrote {target}: {len(done.plan.files)} files, {size(done.plan.nbytes)} of weights")
     if done.verified is not None:
         print(f"verified {done.verified} tensors, all bit-equal")
+
+
+def _check(source: Checkpoint, options: ConvertOptions) -> None:
+    """What the command line claims about the source must be so."""
+    if options.load_model_type is not None and (options.load_model_type == "hf") != (source.format == "Hugging Face"):
+        raise ModelLinkError(f"the source is a {source.format} checkpoint", where=f"{source.folder}, --load-model-type")
+    if options.true_vocab_size not in (None, source.spec.vocab_size):
+        raise ModelLinkError(f"the vocabulary of the model is {source.spec.vocab_size}", where="--true-vocab-size")
 
 
 def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Path:
@@ -117,30 +83,72 @@ def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Pat
     return option if argument is None else Path(argument)  # type: ignore[return-value]
 
 
-def _target(options: ConvertOptions) -> Target:
-    if (options.to is None) == (options.save_model_type is None):
-        raise ModelLinkError("the format of the output must be given once", where="--to, --save-model-type",
-                             fix="--to hf or --to megatron-core")
-    if options.to is not None:
-        return options.to
-    if options.save_model_type == "mg" and not options.use_mcore_models:
-        raise ModelLinkError("Megatron-Legacy, which the original writes without --use-mcore-models, is not supported yet",
-                             where="--save-model-type mg", fix="add --use-mcore-models for Megatron-Core")
-    return "hf" if options.save_model_type == "hf" else "megatron-core"
+@dataclass(frozen=True)
+class InspectOptions:
+    model_type_hf: str | None = option(None, "Family of the model where its config.json does not say it.")
+    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json, for a checkpoint without one.")
+    iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
+    json: bool = option(False, "As JSON.")
 
 
-def _layout(options: ConvertOptions, num_layers: int) -> ParallelLayout:
-    pp, per_chunk = options.pipeline_model_parallel_size, options.num_layers_per_virtual_pipeline_stage
-    vpp = 1
-    if per_chunk is not None:
-        if num_layers % (pp * per_chunk):
-            raise ModelLinkError(f"{num_layers} layers cannot be dealt to {pp} stages in chunks of {per_chunk}",
-                                 where="--num-layers-per-virtual-pipeline-stage")
-        vpp = num_layers // (pp * per_chunk)
-    return ParallelLayout(tp=options.tensor_model_parallel_size, pp=pp, vpp=vpp,
-                          num_layer_list=options.num_layer_list or None)
+@command(InspectOptions, name="modellink-convert inspect")
+@click.argument("path")
+def inspect_command(path: str, given: Layer) -> None:
+    """Say what the checkpoint PATH is: format, layout, model, tensors, sizes."""
+    options = resolve([InspectOptions], given)[InspectOptions]
+    _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration, options.json)
+
+
+def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | None, as_json: bool) -> None:
+    folder = path
+    known = hf is not None or (path / FILE).exists() or (path / FOLDER).exists() or (path.parent / FILE).exists()
+    if not known and any(path.glob("iter_*")):
+        folder = last_complete(path, iteration)
+    if not known and path.is_dir() and is_megatron(folder):
+        facts = inspect_ranks(folder)
+    else:
+        facts = inspect(open_checkpoint(path, family=family, hf=hf, iteration=iteration))
+    print(json.dumps(facts, indent=2) if as_json else table(facts))
+
+
+@dataclass(frozen=True)
+class DiffOptions:
+    model_type_hf: str | None = option(None, "Family of the models where no config.json says it.")
+    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json, for checkpoints without one.")
+
+
+@command(DiffOptions, name="modellink-convert diff")
+@click.argument("first")
+@click.argument("second")
+def diff_command(first: str, second: str, given: Layer) -> None:
+    """Compare two checkpoints of any formats and layouts tensor by tensor; exit status 1 where they differ."""
+    options = resolve([DiffOptions], given)[DiffOptions]
+    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path)
+                  for path in (first, second))
+    count = 0
+    for field, (mine, theirs) in one.spec.differences(other.spec).items():
+        print(f"{field}: {mine} and {theirs}")
+        count += 1
+    for difference in differences(one, other):
+        print(difference)
+        count += 1
+    if count:
+        sys.exit(OUR_FAULT)
+    print(f"{len(one.tensors)} tensors, all bit-equal")
+
+
+def give_memory_back() -> None:
+    """Have glibc return blocks of 4 MB and more to the system when they are freed; it would keep some for each thread."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 << 20)
 
 
 def main() -> None:
     """Entry point of `modellink-convert`."""
-    run_command(lambda: modellink_convert.main(standalone_mode=False))
+    give_memory_back()
+    args = sys.argv[1:]
+    if args[:1] == ["inspect"]:
+        run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect", standalone_mode=False))
+    if args[:1] == ["diff"]:
+        run_command(lambda: diff_command.main(args[1:], "modellink-convert diff", standalone_mode=False))
+    run_command(lambda: modellink_convert.main(without_original_flags(args), standalone_mode=False))

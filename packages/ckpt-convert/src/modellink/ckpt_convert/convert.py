@@ -6,19 +6,24 @@ with the same bytes. Optimizer states are not converted.
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 
 import torch
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.formats import huggingface
+from modellink.ckpt_convert.formats import huggingface, writing
+from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
+from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, size
+from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_torch_dist, size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
 from modellink.kernels.errors import ModelLinkError
@@ -35,6 +40,8 @@ from modellink.kernels.parallel import ParallelLayout
 from modellink.kernels.progress import Work
 
 JOURNAL = "convert.journal"
+CHECKSUMS = "modellink.checksums.json"  # xxh3_64 of the bytes of each tensor, by file and name
+WORKERS = min(4, os.cpu_count() or 1)  # where nothing is said
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,25 @@ class Converted:
 
 
 def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
-            make_vocab_size_divisible_by: int = 1, params_dtype: torch.dtype | None = None, overwrite: bool = False,
-            verify: bool = False, dry_run: bool = False, family: str | None = None, hf: Path | str | None = None,
-            iteration: int | None = None, max_shard_bytes: int = SHARD_BYTES) -> Converted:
+            dialect: Dialect = "megatron-core", moe_grouped_gemm: bool = False, make_vocab_size_divisible_by: int = 1,
+            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, dry_run: bool = False,
+            family: str | None = None, hf: Path | str | None = None, iteration: int | None = None,
+            max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS) -> Converted:
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
-        to: `hf` or `megatron-core`.
-        layout: tp, pp, vpp and num_layer_list of the output; one rank where nothing is said.
+        to: `hf`, `megatron-core`, `megatron-legacy` or `torch_dist`.
+        layout: tp, pp, vpp, ep and num_layer_list of the output; one rank where nothing is said.
+        dialect: of Megatron-Core's names; `modellink-1.0` is the original's.
+        moe_grouped_gemm: the experts of a rank are two tensors, not several each.
         make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this x tp.
         params_dtype: of the output; each tensor keeps its own where nothing is said.
         overwrite: replace `dst`, once the new one is whole.
         verify: read the output back and compare every tensor bit by bit before it appears as `dst`.
         dry_run: only plan.
         family, hf, iteration: see `open_checkpoint`.
-        max_shard_bytes: of one safetensors file.
+        max_shard_bytes: of one safetensors or distcp file.
+        workers: threads that read and write; each holds one block in memory.
 
     Raises:
         ModelLinkError: anything wrong with the input or the output's place; nothing is written then.
@@ -68,13 +79,15 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     dst = Path(dst)
     source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
     layout = layout or ParallelLayout()
-    if to == "hf":
-        if layout.world_size > 1:
-            raise ModelLinkError(f"a Hugging Face folder is not cut over ranks, {layout} was asked for",
+    if to in ("hf", "torch_dist"):
+        if layout != ParallelLayout():
+            kind = "Hugging Face folder" if to == "hf" else "distributed checkpoint"
+            raise ModelLinkError(f"a {kind} is not cut over ranks, {layout} was asked for",
                                  where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
-        plan = plan_huggingface(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
+        plan = (plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
     else:
-        plan = plan_megatron(source, layout, divisible_by=make_vocab_size_divisible_by, dtype=params_dtype)
+        style = Style(to == "megatron-legacy", dialect, moe_grouped_gemm, make_vocab_size_divisible_by)
+        plan = plan_megatron(source, layout, style, dtype=params_dtype)
     dtype = str(plan.dtype).removeprefix("torch.")
     config = huggingface.config_for(source.spec, source.family, source.companions, dtype)
     _check_place(source.folder, dst, plan, overwrite)
@@ -83,7 +96,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
 
     temporary = dst.with_name(dst.name + ".tmp")
     try:
-        _write_files(plan, temporary)
+        _write_files(plan, temporary, workers)
         _write_companions(plan, temporary, config, dtype)
         count = None
         if verify:
@@ -103,33 +116,40 @@ def _check_place(src: Path, dst: Path, plan: Plan, overwrite: bool) -> None:
     if there == here or there in here.parents or here in there.parents:
         raise ModelLinkError("the output and the source lie inside each other", where=f"{src}, {dst}",
                              fix="choose a folder beside it")
-    parent = next(path for path in there.parents if path.exists())
-    if not parent.is_dir():
-        raise ModelLinkError("the output lies below a file", where=parent)
+    free = free_bytes(dst)
     temporary = dst.with_name(dst.name + ".tmp")
     if temporary.exists() and not (temporary / JOURNAL).exists() and any(temporary.iterdir()):
         raise ModelLinkError("a folder with the temporary name of the output exists and is not a conversion of ours",
                              where=temporary, fix="remove it, or choose another output")
     there_already = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-    free = shutil.disk_usage(parent).free
     if plan.nbytes > free + there_already:
-        raise ModelLinkError(f"the output needs {size(plan.nbytes)}, {size(free)} are free", where=parent)
+        raise ModelLinkError(f"the output needs {size(plan.nbytes)}, {size(free)} are free", where=dst)
 
 
-def _write_files(plan: Plan, temporary: Path) -> None:
-    """Write the files of weights that the journal of an earlier run does not have."""
+def free_bytes(dst: Path) -> int:
+    """What the disk has room for where `dst` is to be."""
+    parent = next(path for path in dst.resolve().parents if path.exists())
+    if not parent.is_dir():
+        raise ModelLinkError("the output lies below a file", where=parent)
+    return shutil.disk_usage(parent).free
+
+
+def _write_files(plan: Plan, temporary: Path, workers: int) -> None:
+    """Write the files of weights that the journal of an earlier run does not have, and the checksums of all."""
     fingerprint = plan.fingerprint()
     done = _finished(temporary, fingerprint)
     temporary.mkdir(parents=True, exist_ok=True)
-    with Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes >> 20, unit="MB") as work:
+    with (Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes >> 20, unit="MB") as work,
+          ThreadPoolExecutor(workers) as pool):
         if not journal.entries:
             journal.append({"fingerprint": fingerprint})
-        written = 0
+        written, lock = 0, Lock()
 
         def wrote(count: int) -> None:
             nonlocal written
-            work.advance(((written + count) >> 20) - (written >> 20))
-            written += count
+            with lock:
+                work.advance(((written + count) >> 20) - (written >> 20))
+                written += count
 
         for number, file in enumerate(plan.files, 1):
             if file.name in done:
@@ -138,9 +158,11 @@ def _write_files(plan: Plan, temporary: Path) -> None:
             path = temporary / file.name
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as handle:
-                file.write(handle, wrote)
-            journal.append({"file": file.name, "bytes": path.stat().st_size})
+                sums = writing.write(handle.fileno(), file.layout, pool, wrote, path)
+            journal.append({"file": file.name, "bytes": path.stat().st_size, "xxh3_64": sums})
             kill_point(f"after-file-{number}")
+        sums_of = {entry["file"]: entry["xxh3_64"] for entry in journal.entries[1:]}
+    write_json(temporary / CHECKSUMS, {"algorithm": "xxh3_64", "files": {file.name: sums_of[file.name] for file in plan.files}})
 
 
 def _finished(temporary: Path, fingerprint: str) -> set[str]:

@@ -78,7 +78,7 @@ class Family:
     architecture: ClassVar[str]
     """The class named in its `architectures`."""
     others: ClassVar[tuple[str, ...]] = ()
-    """Other model types and classes that mean the same."""
+    """Other model types and classes that mean the same, and the original's --model-type-hf."""
     keys: ClassVar[Mapping[str, Key]] = LLAMA_KEYS
     """ModelSpec field -> key."""
     features: ClassVar[Mapping[str, Any]] = {}

@@ -15,6 +15,10 @@ from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.files import read_json
 
 
+class MissingKey(ModelLinkError):
+    """A key that the family needs is not in the config.json."""
+
+
 class Config:
     """A config.json whose missing and unsupported keys are named in errors."""
 
@@ -36,8 +40,8 @@ class Config:
 
     def need(self, key: str) -> Any:
         if self.values.get(key) is None:
-            raise ModelLinkError(f"{key!r} is missing from the model's configuration", where=self.path,
-                                 fix=near(key, list(self.values)) or f"add {key!r} to it")
+            raise MissingKey(f"{key!r} is missing from the model's configuration", where=self.path,
+                             fix=near(key, list(self.values)) or f"add {key!r} to it")
         return self.values[key]
 
     def count(self, key: str, default: int | None = None) -> int:
@@ -60,7 +64,6 @@ class Config:
     @property
     def model_type(self) -> str:
         return str(self.need("model_type"))
-
 
 
 def _yarn(rope: Config) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.families import ORIGINALS_BASE, read_spec
-from modellink.ckpt_convert.formats import huggingface, megatron, torch_dist
+from modellink.ckpt_convert.families import NO_FORM, ORIGINALS_BASE, read_spec
+from modellink.ckpt_convert.formats import huggingface, megatron, ranks, torch_dist
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.iterations import FOLDER, TRACKER, last_complete
@@ -40,7 +40,7 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
     if huggingface.is_huggingface(path):
         return huggingface.open_folder(path, family)
     root, folder = _iteration(path, iteration)
-    if not (torch_dist.is_torch_dist(folder) or megatron.is_megatron(folder)):
+    if not (torch_dist.is_torch_dist(folder) or ranks.is_megatron(folder)):
         raise _unrecognised(folder)
     description = _description(root, family, Path(hf) if hf else None)
     tensors: Mapping[str, Assembled]
@@ -48,8 +48,8 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         kind, layout = "torch_dist", ParallelLayout()
         tensors = torch_dist.read(folder, description.spec)
     else:
-        kind = "Megatron-Core"
-        tensors, layout = megatron.read(folder, description.spec)
+        found = megatron.read(folder, description.spec)
+        kind, tensors, layout = found.kind, found.tensors, found.layout
     match = FOLDER.match(folder.name)
     return Checkpoint(kind, path, description.spec, description.family, description.companions, tensors, layout,
                       int(match[1]) if match else None, description.prompt_type)
@@ -57,7 +57,7 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
 
 def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:
     """(the checkpoint's folder, the folder of the iteration to read)."""
-    if torch_dist.is_torch_dist(path) or megatron.is_megatron(path):
+    if torch_dist.is_torch_dist(path) or ranks.is_megatron(path):
         inside = FOLDER.match(path.name) or path.name == "release"
         root = path.resolve().parent if inside else path
         if inside and manifest.read_manifest(root) and (reason := incomplete(path)):
@@ -70,12 +70,10 @@ def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:
 
 
 def _unrecognised(path: Path) -> ModelLinkError:
-    pickled = any(path.glob("pytorch_model*.bin"))
     return ModelLinkError(
         "no checkpoint was recognised", where=path,
-        fix="pickled Hugging Face weights are not read; save them as safetensors" if pickled else
-        f"looked for {huggingface.SINGLE} or {huggingface.INDEX} (Hugging Face), {TRACKER} or iter_* with mp_rank_* "
-        f"(Megatron-Core) or {torch_dist.METADATA} (torch_dist)")
+        fix=f"looked for {huggingface.SINGLE}, {huggingface.PICKLED} or their index (Hugging Face), {TRACKER} or iter_* with "
+        f"mp_rank_* (Megatron-Core) or {torch_dist.METADATA} (torch_dist)")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def _description(root: Path, family: str | None, hf: Path | None) -> _Descriptio
     if family not in (None, ORIGINALS_BASE, found.family):
         raise ModelLinkError(f"the checkpoint is of the family {found.family}, not {family}",
                              where=f"{root / manifest.FILE}, --model-type-hf")
-    if (companions / "config.json").is_file():
+    if found.family != NO_FORM and (companions / "config.json").is_file():
         config = Config.load(companions)
         theirs, _ = read_spec(config, found.family)
         found.spec.refuse_contradiction(theirs, str(root / manifest.FILE), str(config.path))

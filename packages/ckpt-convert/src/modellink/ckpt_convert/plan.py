@@ -7,35 +7,40 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
-from typing import IO, Literal
+from itertools import groupby, product
+from typing import Literal
 
 import torch
 
-from modellink.ckpt_convert import rules
+from modellink.ckpt_convert import blocks, rules
 from modellink.ckpt_convert.families import family_of
-from modellink.ckpt_convert.formats import archive, huggingface, megatron, safetensors
-from modellink.ckpt_convert.formats.archive import Planned
+from modellink.ckpt_convert.formats import archive, huggingface, rank_state, ranks, safetensors, torch_dist_state
+from modellink.ckpt_convert.formats.rank_state import Style
+from modellink.ckpt_convert.formats.writing import FileLayout, Planned
 from modellink.ckpt_convert.iterations import iteration_folder
 from modellink.ckpt_convert.manifest import companion_files
 from modellink.ckpt_convert.source import Checkpoint
-from modellink.ckpt_convert.weights import read_shard, stage_names, weights
-from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.parallel import ParallelLayout, held, padded_vocab_size
+from modellink.ckpt_convert.weights import stage_names, weights
+from modellink.kernels.parallel import ParallelLayout
 
-Target = Literal["hf", "megatron-core"]
+Target = Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"]
+TARGETS: dict[Target, str] = {"hf": "Hugging Face", "megatron-core": "Megatron-Core", "megatron-legacy": "Megatron-Legacy",
+                              "torch_dist": "torch_dist"}
 PROGRAM_BYTES = 250 << 20  # resident size of Python with torch before any weight is read
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of weights. `write(file, wrote)` writes it; `wrote` is told the bytes of each tensor."""
+    """One file of weights: its name below the target and everything that will be in it."""
 
     name: str
-    tensors: tuple[Planned, ...]
-    write: Callable[[IO[bytes], Callable[[int], None]], None]
+    layout: FileLayout
+
+    @property
+    def tensors(self) -> tuple[Planned, ...]:
+        return tuple(slot.planned for slot in self.layout.slots)
 
     @property
     def nbytes(self) -> int:
@@ -58,10 +63,12 @@ class Plan:
     def nbytes(self) -> int:
         return sum(file.nbytes for file in self.files)
 
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate of the memory at most in use: the program, and the largest tensor once as read and once as written."""
-        return PROGRAM_BYTES + 2 * max(planned.nbytes for file in self.files for planned in file.tensors)
+    def peak_bytes(self, workers: int) -> int:
+        """Estimate of the memory at most in use: the program, and for each worker a block as read, as cast and as written."""
+        crossed = any(tensor.transposed for tensor in self.source.tensors.values())
+        block = blocks.CROSSED_BYTES if crossed else blocks.BLOCK_BYTES
+        largest = max(planned.nbytes for file in self.files for planned in file.tensors)
+        return PROGRAM_BYTES + workers * 3 * min(block, largest)
 
     def fingerprint(self) -> str:
         """Changes when the source files or anything about the output changes."""
@@ -71,13 +78,15 @@ class Plan:
         everything = [self.to, repr(self.layout), self.source.spec.to_dict(), stats, output, self.index]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
-    def describe(self) -> str:
-        """The plan as lines for people."""
+    def describe(self, workers: int, free: int) -> str:
+        """The plan as lines for people; `free` bytes are there for it."""
         lines = [f"from  {self.source.folder}: {self.source.describe()}",
-                 f"to    {'Hugging Face' if self.to == 'hf' else 'Megatron-Core'}, {self.layout}, "
+                 f"to    {TARGETS[self.to]}, {self.layout}, "
                  f"{str(self.dtype).removeprefix('torch.')}"]
         lines += [f"  {file.name}  {len(file.tensors)} tensors, {size(file.nbytes)}" for file in self.files]
-        lines.append(f"{len(self.files)} files, {size(self.nbytes)}; peak memory about {size(self.peak_bytes)}")
+        count = sum(len(file.tensors) for file in self.files)
+        lines.append(f"{len(self.files)} files, {count} tensors, {self.nbytes:,} bytes ({size(self.nbytes)}); "
+                     f"{size(free)} of the disk are free; peak memory about {size(self.peak_bytes(workers))}")
         return "\n".join(lines)
 
 
@@ -87,18 +96,6 @@ def size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.1f} {unit}"
     return f"{count} bytes"
-
-
-def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """`tensor` as `dtype`.
-
-    Raises:
-        ModelLinkError: a finite value becomes infinite.
-    """
-    made = tensor.to(dtype)
-    if dtype == torch.float16 and tensor.dtype != dtype and bool((made.isinf() & ~tensor.isinf()).any()):
-        raise ModelLinkError(f"{name} has values too large for {dtype}", where="--params-dtype", fix="use bf16 or fp32")
-    return made
 
 
 def plan_huggingface(source: Checkpoint, *, dtype: torch.dtype | None = None,
@@ -111,29 +108,29 @@ def plan_huggingface(source: Checkpoint, *, dtype: torch.dtype | None = None,
                   for canonical, group in groupby(target.rows, key=lambda entry: entry[0])]
         kind = dtype or source.dtype(groups[0][0])
 
-        def fetch() -> torch.Tensor:
-            parts = [source.read(canonical, pieces, 0) for canonical, pieces in groups]
-            whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-            return cast(whole.T.contiguous() if target.transposed else whole, kind, name)
+        def rows() -> Iterator[torch.Tensor]:
+            for canonical, pieces in groups:
+                yield from blocks.rows_of(source, canonical, pieces, 0, kind)
 
-        return Planned(kind, target.shape, fetch)
+        if not target.transposed:
+            return Planned(kind, target.shape, rows)
+        return blocks.transposed(Planned(kind, target.shape[::-1], rows))
 
     tensors = {name: planned(name, target) for name, target in targets.items()}
     shards = huggingface.deal_shards(tensors, shard_bytes)
 
     def file(name: str, shard: dict[str, Planned]) -> File:
-        return File(name, tuple(shard.values()), lambda handle, wrote: safetensors.save(handle, shard, wrote))
+        return File(name, safetensors.layout(shard))
 
     index = huggingface.index_of(shards) if len(shards) > 1 else None
     return Plan(source, "hf", ParallelLayout(), dtype or source.main_dtype, tuple(file(*item) for item in shards.items()), index)
 
 
-def plan_megatron(source: Checkpoint, layout: ParallelLayout, *, divisible_by: int = 1,
-                  dtype: torch.dtype | None = None) -> Plan:
-    """A Megatron-Core checkpoint from any source.
+def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *, dtype: torch.dtype | None = None) -> Plan:
+    """A Megatron checkpoint of the `torch` kind from any source.
 
     Raises:
-        ModelLinkError: the layout does not divide the model.
+        ModelLinkError: the layout does not divide the model, or Megatron-Legacy cannot hold it.
     """
     spec, known = source.spec, weights(source.spec)
     spec.check_layout(layout)
@@ -141,24 +138,27 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, *, divisible_by: i
     main = dtype or source.main_dtype
 
     def planned(name: str, rank: int) -> Planned:
-        weight, kind = known[name], dtype or source.dtype(name)
-        shape = list(weight.shape)
-        full = padded_vocab_size(shape[0], layout.tp, divisible_by) if weight.split == "vocab" else shape[weight.dim]
-        shape[weight.dim] = sum(map(len, held(weight.split, full, layout.tp, rank)))
+        return blocks.shard(source, name, known[name], dtype or source.dtype(name), tp=layout.tp, rank=rank,
+                            divisible_by=style.divisible_by)
 
-        def fetch() -> torch.Tensor:
-            shard = read_shard(source, name, weight, tp=layout.tp, rank=rank, divisible_by=divisible_by)
-            return cast(shard, kind, name)
-
-        return Planned(kind, tuple(shape), fetch)
-
-    def file(stage: int, rank: int) -> File:
-        models = [{ours: planned(name, rank) for ours, name in stage_names(spec, layout, stage, chunk).items()}
+    def file(stage: int, rank: int, expert_rank: int) -> File:
+        models = [{ours: planned(name, rank) for ours, name in stage_names(spec, layout, stage, chunk, expert_rank).items()}
                   for chunk in range(layout.vpp)]
-        state = megatron.rank_state(spec, layout, models, iteration=iteration, dtype=main, divisible_by=divisible_by)
-        name = f"{iteration_folder(iteration)}/{megatron.rank_folder(layout, rank, stage)}/{megatron.FILE}"
-        return File(name, tuple(planned for model in models for planned in model.values()),
-                    lambda handle, wrote: archive.save(handle, state, wrote))
+        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main)
+        name = f"{iteration_folder(iteration)}/{ranks.rank_folder(layout, rank, stage, expert_rank)}/{ranks.FILE}"
+        return File(name, archive.layout(state))
 
-    files = tuple(file(stage, rank) for stage in range(layout.pp) for rank in range(layout.tp))
-    return Plan(source, "megatron-core", layout, main, files, iteration=iteration)
+    files = tuple(file(*place) for place in product(range(layout.pp), range(layout.tp), range(layout.ep)))
+    return Plan(source, "megatron-legacy" if style.legacy else "megatron-core", layout, main, files, iteration=iteration)
+
+
+def plan_torch_dist(source: Checkpoint, *, dtype: torch.dtype | None = None,
+                    shard_bytes: int = huggingface.SHARD_BYTES) -> Plan:
+    """A distributed checkpoint, which has no layout, from any source."""
+    spec, main, iteration = source.spec, dtype or source.main_dtype, source.iteration or 1
+    tensors = {name: blocks.shard(source, name, weight, dtype or source.dtype(name), tp=1, rank=0)
+               for name, weight in weights(spec).items()}
+    arguments = rank_state.arguments(spec, ParallelLayout(), Style(), dtype=main, iteration=iteration)
+    made = torch_dist_state.files(tensors, spec, arguments, iteration=iteration, shard_bytes=shard_bytes)
+    files = tuple(File(f"{iteration_folder(iteration)}/{name}", layout) for name, layout in made.items())
+    return Plan(source, "torch_dist", ParallelLayout(), main, files, iteration=iteration)

@@ -43,8 +43,8 @@ class Checkpoint:
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
 
-    def read(self, name: str, pieces: Sequence[range], dim: int) -> torch.Tensor:
-        return self.tensors[name].read(pieces, dim)
+    def read(self, name: str, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
+        return self.tensors[name].read(pieces, dim, across)
 
     @property
     def main_dtype(self) -> torch.dtype:

@@ -188,6 +188,14 @@ class ModelSpec:
             layout.experts(self.num_experts, 0)
         check_tensor_parallel(layout.tp, num_attention_heads=self.num_attention_heads, num_query_groups=self.groups,
                               ffn_hidden_sizes=widths)
+        if layout.ep > 1 and not self.num_experts:
+            raise ModelLinkError(f"a model without experts cannot be cut over {layout.ep} expert-parallel ranks",
+                                 where="--expert-model-parallel-size", fix="use 1")
+        if self.num_attention_heads // layout.tp % layout.ulysses:
+            raise ModelLinkError(f"{self.num_attention_heads} heads on {layout.tp} tensor-parallel ranks cannot be dealt to "
+                                 f"{layout.ulysses} context-parallel ranks",
+                                 where="--context-parallel-size, --context-parallel-algo",
+                                 fix="use --context-parallel-algo megatron_cp_algo, which leaves heads whole")
         layout.check_layers(self.num_layers)
 
     def refuse_contradiction(self, other: ModelSpec, here: str, there: str) -> None:

@@ -1,35 +1,103 @@
-"""Comparing two checkpoints of the same model bit by bit, whatever their formats and layouts."""
+"""Comparing two checkpoints tensor by tensor, whatever their formats and layouts.
+
+`compare` is what `--verify` does: every bit of the target against the source. `differences` is `modellink-convert diff`: all that
+differs between two checkpoints of the same or of different models. Both read blocks of rows.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import torch
 
-from modellink.ckpt_convert.formats.tensors import as_bytes
-from modellink.ckpt_convert.plan import cast
+from modellink.ckpt_convert.blocks import cast
+from modellink.ckpt_convert.formats.tensors import Assembled, as_bytes
 from modellink.ckpt_convert.source import Checkpoint
-from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import InternalError
 from modellink.kernels.progress import Work
 
-BLOCK = 64 << 20  # bytes compared at once
+BLOCK = 16 << 20  # bytes compared at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A weight that is not the same; `what` says how, `file` holds the first differing number of the second checkpoint."""
+
+    name: str
+    what: str
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.what}" + (f" ({self.file})" if self.file else "")
 
 
 def compare(source: Checkpoint, target: Checkpoint, dtype: torch.dtype | None = None, *, show: bool = True) -> int:
     """Compare every weight of `target` with that of `source` (as `dtype`); returns how many there are.
 
     Raises:
-        InternalError: a weight differs.
+        InternalError: a weight differs; it names tensor, file of the rank and index.
     """
     source.spec.refuse_contradiction(target.spec, str(source.folder), str(target.folder))
-    known = weights(source.spec)
-    with Work("verifying", len(known), unit="tensors", show=show) as work:
-        for name, weight in known.items():
-            step = max(1, BLOCK // max(1, source.dtype(name).itemsize * (weight.shape[1] if len(weight.shape) > 1 else 1)))
-            for start in range(0, weight.shape[0], step):
-                rows = [range(start, min(start + step, weight.shape[0]))]
-                wanted, found = source.read(name, rows, 0), target.read(name, rows, 0)
-                wanted = cast(wanted, dtype, name) if dtype else wanted
-                if wanted.dtype != found.dtype or as_bytes(wanted) != as_bytes(found):
-                    raise InternalError(f"{name} differs within rows {rows[0].start} to {rows[0].stop - 1}", where=target.folder)
+    with Work("verifying", len(source.tensors), unit="tensors", show=show) as work:
+        for name in source.tensors:
+            if found := _numbers(source, target, name, dtype):
+                raise InternalError(f"{name} differs: {found.what}", where=found.file or target.folder)
             work.advance()
-    return len(known)
+    return len(source.tensors)
+
+
+def differences(first: Checkpoint, second: Checkpoint, *, show: bool = True) -> Iterator[Difference]:
+    """Every weight that only one of them has, or whose shape, dtype or numbers are not the same."""
+    names = list(dict.fromkeys([*first.tensors, *second.tensors]))
+    with Work("comparing", len(names), unit="tensors", show=show) as work:
+        for name in names:
+            work.advance()
+            if name not in first.tensors or name not in second.tensors:
+                yield Difference(name, f"only in {(first if name in first.tensors else second).folder}")
+                continue
+            mine, theirs = first.tensors[name], second.tensors[name]
+            if mine.shape != theirs.shape:
+                yield Difference(name, f"{list(mine.shape)} and {list(theirs.shape)}")
+            elif found := _numbers(first, second, name, None):
+                yield found
+
+
+def _numbers(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dtype | None) -> Difference | None:
+    """How the numbers of a weight differ, bit by bit."""
+    wanted_dtype, found_dtype = dtype or source.dtype(name), target.dtype(name)
+    kinds = "" if wanted_dtype == found_dtype else f"{wanted_dtype} and {found_dtype}, "
+    shape, count, largest, first = source.tensors[name].shape, 0, 0.0, None
+    row_bytes = source.dtype(name).itemsize * (shape[1] if len(shape) > 1 else 1)
+    step = max(1, BLOCK // max(1, row_bytes))
+    for start in range(0, shape[0], step):
+        rows = [range(start, min(start + step, shape[0]))]
+        wanted, found = source.read(name, rows, 0), target.read(name, rows, 0)
+        wanted = cast(wanted, dtype, name) if dtype else wanted
+        if wanted.dtype == found.dtype and as_bytes(wanted) == as_bytes(found):
+            continue
+        unequal = (wanted.double() != found.double()) & ~(wanted.isnan() & found.isnan())
+        if wanted.dtype == found.dtype:
+            unequal |= _bits(wanted) != _bits(found)
+        if places := unequal.nonzero().tolist():
+            count += len(places)
+            first = first or (places[0][0] + start, *places[0][1:])
+            largest = max(largest, (wanted.double() - found.double()).abs().nan_to_num(nan=torch.inf).max().item())
+    if first is None:
+        return Difference(name, kinds + "the same numbers") if kinds else None
+    what = f"{count:,} numbers differ, by at most {largest:.3g}, first at {list(first)}"
+    return Difference(name, kinds + what, file_of(target.tensors[name], first))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
+
+
+def file_of(tensor: Assembled, index: tuple[int, ...]) -> Path | None:
+    """The file that holds a number of a tensor."""
+    row, column = index[0], index[1] if len(index) > 1 else 0
+    for part in tensor.parts:
+        if 0 <= row - part.at[0] < len(part.rows) and 0 <= column - part.at[1] < len(part.columns):
+            return part.stored.path
+    return None

@@ -64,8 +64,9 @@ class Source(Protocol):
 
     def dtype(self, name: str) -> torch.dtype: ...
 
-    def read(self, name: str, pieces: Sequence[range], dim: int) -> torch.Tensor:
-        """The given index ranges along `dim` of the canonical tensor `name`, joined in order; read lazily."""
+    def read(self, name: str, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
+        """The given index ranges along `dim` of the canonical tensor `name`, joined in order; of the other dimension
+        `across`, or all of it. Read lazily."""
         ...
 
     def describe(self) -> str:
@@ -175,18 +176,19 @@ def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int 
     return names
 
 
-def read_shard(source: Source, name: str, weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> torch.Tensor:
-    """The part of a canonical tensor that tensor-parallel rank `rank` of `tp` holds.
+def shard_pieces(weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> list[range]:
+    """Which ranges along `weight.dim` tensor-parallel rank `rank` of `tp` holds, in order.
 
     A vocabulary is padded to a multiple of `divisible_by` x `tp` with copies of its last row, as the original does.
     """
     size = weight.shape[weight.dim]
     if weight.split != "vocab":
-        return source.read(name, held(weight.split, size, tp, rank), weight.dim)
+        return held(weight.split, size, tp, rank)
     (rows,) = held("vocab", padded_vocab_size(size, tp, divisible_by), tp, rank)
-    there = range(min(rows.start, size - 1), min(rows.stop, size))
-    missing = len(rows) - (there.stop - rows.start if rows.start < size else 0)
-    tensor = source.read(name, [there], 0)
-    if rows.start >= size:
-        return tensor[-1:].expand(len(rows), -1).clone()
-    return torch.cat([tensor, tensor[-1:].expand(missing, -1)]) if missing else tensor
+    there = range(min(rows.start, size), min(rows.stop, size))
+    return [there] * bool(there) + [range(size - 1, size)] * (len(rows) - len(there))
+
+
+def read_shard(source: Source, name: str, weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> torch.Tensor:
+    """The part of a canonical tensor that tensor-parallel rank `rank` of `tp` holds."""
+    return source.read(name, shard_pieces(weight, tp=tp, rank=rank, divisible_by=divisible_by), weight.dim)

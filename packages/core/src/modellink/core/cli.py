@@ -14,9 +14,12 @@ import click
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import processes
+from modellink.core.models import models
+from modellink.core.presets import load_preset
 from modellink.core.run import CONFIGS, Run, prepare
 from modellink.kernels.errors import run_command
 from modellink.kernels.options import Layer, command, yaml_layer
+from modellink.kernels.original import original_flags, translate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -25,10 +28,11 @@ def train() -> None:
 
 
 @command(ModelSpec, *CONFIGS, name="pretrain")
+@click.option("--model", metavar="PRESET", help="Architecture, layout and batch of a preset; see `modellink-train models`.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line wins over it.")
-def pretrain(config: Path | None, given: Layer) -> None:
+def pretrain(model: str | None, config: Path | None, given: Layer) -> None:
     """Pretrain on .bin/.idx data, from random weights, from a checkpoint, or on from where a run stopped."""
-    layers = ([yaml_layer(config)] if config else []) + [given]
+    layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
     launched = processes.under_launcher()
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
     if not launched and run.layout.world_size > 1:
@@ -47,7 +51,7 @@ def _train(run: Run) -> None:
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
     values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.checkpoint, run.logging):
+    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.memory, run.checkpoint, run.logging):
         values |= vars(config)
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):
@@ -56,10 +60,17 @@ def print_arguments(run: Run) -> None:
 
 
 train.add_command(pretrain)
+train.add_command(models)
 
 
 def main() -> None:
-    run_command(lambda: train(standalone_mode=False))
+    run_command(_run)
+
+
+def _run() -> None:
+    if sys.argv[1:2] == ["pretrain"]:
+        sys.argv[2:] = translate(sys.argv[2:], original_flags("modellink.core"))  # also for the ranks that are started with it
+    train(standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import sys
 import time
 import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -188,6 +188,19 @@ class _NpuNamespace:
 
 
 _started: str | None = None
+_namespace: Any = None
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """Models that are built inside have shapes and no memory: their tensors are on the `meta` device."""
+    real = _namespace.current_device
+    _namespace.current_device = lambda: torch.device("meta")
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _namespace.current_device = real
 
 
 def start(device: Device) -> None:
@@ -197,7 +210,7 @@ def start(device: Device) -> None:
         ModelLinkError: another megatron-core version is installed.
         InternalError: megatron was imported before, or was put on another kind of device.
     """
-    global _started
+    global _started, _namespace
     if _started == device.kind:
         return
     if _started is not None:
@@ -208,8 +221,8 @@ def start(device: Device) -> None:
         raise ModelLinkError(f"megatron-core {version} is installed, ModelLink works with {MEGATRON}",
                              fix=f"python -m pip install megatron-core=={MEGATRON}")
     if device.kind != "cuda":
-        namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
-        sys.meta_path.insert(0, _Finder(device.kind, namespace))
+        _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
+        sys.meta_path.insert(0, _Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there

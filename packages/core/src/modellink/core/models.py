@@ -117,9 +117,6 @@ def commands(preset: Preset) -> dict[str, list[str] | str]:
             "--append-eod"]
     train = [*_trainer(preset), "--model", preset.name, "--data-path", "./data/text_text_document", "--train-iters", "2000",
              "--lr", "1e-6", "--lr-decay-style", "cosine"]
-    if preset.family is None:
-        why = "none: the model has no Hugging Face form"
-        return {"convert": why, "preprocess": text, "train": train, "infer": why, "eval": why}
     tp = ["--tensor-model-parallel-size", str(preset.layout.tp)]
     ask = ["modellink-infer", "generate", "--load", run, *tp, "--prompt", "The capital of France is"]
     score = ["modellink-eval", "run", "--task", "mmlu", "--task-data-path", "./mmlu", "--load", run, *tp,
@@ -127,8 +124,11 @@ def commands(preset: Preset) -> dict[str, list[str] | str]:
     if preset.public:
         return {"convert": ["modellink-convert", hf, made, "--to", "megatron-core", *_cut(preset)], "preprocess": text,
                 "train": [*train, "--load", made, "--save", run], "infer": ask, "eval": score}
-    return {"preprocess": text, "train": [*train, "--tokenizer-name-or-path", hf, "--save", run],
-            "convert": ["modellink-convert", run, f"{run}-hf", "--to", "hf"], "infer": ask, "eval": score}
+    back: list[str] | str = ["modellink-convert", run, f"{run}-hf", "--to", "hf"]
+    if preset.family is None:
+        back = "none: the model has no Hugging Face form"
+    return {"preprocess": text, "train": [*train, "--tokenizer-name-or-path", hf, "--save", run], "convert": back,
+            "infer": ask, "eval": score}
 
 
 def _trainer(preset: Preset) -> list[str]:

@@ -144,19 +144,22 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     global _groups_of
     if _groups_of != layout or not parallel_state.model_parallel_is_initialized():  # every group has threads of its own
         parallel_state.destroy_model_parallel()
-        _make_groups(layout)
+        make_groups(layout)
         _groups_of = layout
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _make_groups(layout: ParallelLayout) -> None:
+def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> None:
+    """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU."""
     from megatron.core import parallel_state
+    nested = 1 < layout.ulysses < layout.cp
     parallel_state.initialize_model_parallel(
+        hierarchical_context_parallel_sizes=[layout.ulysses, layout.cp // layout.ulysses] if nested else None,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None)
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)
 
 
 def leave() -> None:

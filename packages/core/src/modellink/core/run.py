@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
-from modellink.ckpt_convert.families import family_names, family_of
+from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import __version__
-from modellink.core.config import CheckpointConfig, DataConfig, LoggingConfig, MoEConfig, OptimizerConfig, ParallelConfig
+from modellink.core.config import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    MemoryConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig, LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Run:
     data: DataConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
+    memory: MemoryConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     layout: ParallelLayout
@@ -73,10 +83,12 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
-    _check(spec, layout, parallel, data)
+    resolved[MemoryConfig].check_layers(layout, spec.num_layers)
+    _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], checkpoint, resolved[LoggingConfig], layout,
+    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
+               resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
 
 
@@ -103,19 +115,22 @@ def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
     """The architecture: of the checkpoint, which options may repeat but not contradict; else of the options."""
     if source is None:
         return resolve([ModelSpec], *layers)[ModelSpec]
-    known = source.spec.to_dict()
+    known = source.spec.explicit()
     for layer in layers:
         for field in fields_of(ModelSpec):
-            if field.name in layer.values:
-                value = field.convert(layer.values[field.name], layer.source)
-                if value != known[field.name] and field.name != "max_position_embeddings":
-                    raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {known[field.name]} in the checkpoint",
-                                         where=f"{layer.source}, {source.folder}",
-                                         fix="leave the option out: the checkpoint says what it is")
+            if layer.values.get(field.name) is None or field.name == "max_position_embeddings":
+                continue
+            value, theirs = field.convert(layer.values[field.name], layer.source), known[field.name]
+            if value != theirs and not (isinstance(value, float) and isclose(value, theirs or 0.0, rel_tol=1e-6)):
+                raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {theirs} in the checkpoint",
+                                     where=f"{layer.source}, {source.folder}",
+                                     fix="leave it out: the checkpoint says what it is" if layer.source == "command line" else
+                                     "the checkpoint is of another model")
     return source.spec
 
 
-def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig) -> None:
+def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
+           optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
@@ -129,8 +144,9 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
         raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
                              + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
                              where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
-    if layout.ep > 1 and spec.num_experts is None:
-        raise ModelLinkError(f"the model has no experts to deal to {layout.ep} ranks", where="--expert-model-parallel-size")
+    if optimizer.attention_dropout and layout.cp // layout.ulysses > 1:
+        raise ModelLinkError("ring attention drops no weights", where="--attention-dropout, --context-parallel-algo",
+                             fix="use --context-parallel-algo ulysses_cp_algo, or no attention dropout")
     if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
         raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
                              where="--sequence-parallel", fix="add --sequence-parallel")
@@ -144,5 +160,7 @@ def _check_family(config: CheckpointConfig) -> None:
     """A model that starts from random weights belongs to no family until somebody says to which."""
     if config.model_type_hf is None:
         raise ModelLinkError("the family of the model is not known, and its checkpoints could not become a Hugging Face folder",
-                             where="--model-type-hf", fix=f"give one of {', '.join(family_names())}")
-    family_of(config.model_type_hf, "--model-type-hf")
+                             where="--model-type-hf",
+                             fix=f"give one of {', '.join(family_names())}, or {NO_FORM} for a model that has no such form")
+    if config.model_type_hf != NO_FORM:
+        family_of(config.model_type_hf, "--model-type-hf")

@@ -25,6 +25,18 @@ from modellink.core.processes import free_port
 SECONDS = 120  # for one task
 
 
+def beside(file: str, name: str) -> ModuleType:
+    """The module `name`.py in the folder of `file`: tests are no importable package, and this finds their common parts."""
+    path = Path(file).with_name(f"{name}.py")
+    key = f"{name}@{path}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[key] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[key])
+    return sys.modules[key]
+
+
 class Ranks:
     """`ranks(function, **kwargs)` calls a function on every rank; the results in the order of the ranks.
 

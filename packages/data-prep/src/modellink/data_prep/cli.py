@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -16,7 +16,8 @@ from rich.table import Table
 
 from modellink.data_prep.inspection import InspectOptions, inspect
 from modellink.data_prep.merge import MergeOptions, merge_groups
-from modellink.data_prep.preprocess import PreprocessOptions, preprocess
+from modellink.data_prep.options import PreprocessOptions, Summary
+from modellink.data_prep.preprocess import preprocess
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.files import write_json
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
@@ -36,16 +37,29 @@ def preprocess_command(config: Path | None, given: Layer) -> None:
     summary = preprocess(options)
     if options.summary:
         write_json(options.summary, asdict(summary))
-    rows: list[tuple[str, object]] = []
+    _print_table("modellink-preprocess", _summary_rows(summary, options))
+
+
+def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tuple[str, object]]:
     for name, prefix in summary.outputs.items():
-        rows += [(f"{name}: documents", summary.documents[name]), (f"{name}: tokens", summary.tokens[name]),
-                 (f"{name}: written to", f"{prefix}.bin, .idx ({summary.dtype})")]
-    rows += [("rows", summary.rows), ("rows left out", summary.skipped_rows), *(("", text) for text in summary.bad_rows),
-             ("text", f"{summary.text_bytes:,} bytes"), ("tokenised by", summary.backend),
-             ("pieces", f"{summary.pieces:,}" + (f", {summary.pieces_found_done:,} found done"
-                                                if summary.pieces_found_done else "")),
-             ("seconds", f"{summary.seconds:,.1f}"), ("tokens a second", f"{summary.tokens_per_second:,.0f}")]
-    _print_table("modellink-preprocess", rows)
+        yield f"{name}: documents", summary.documents[name]
+        yield f"{name}: tokens", summary.tokens[name]
+        yield f"{name}: written to", f"{prefix}.bin, .idx ({summary.dtype})" if not options.piece else "not yet joined"
+    yield "rows", summary.rows
+    yield "rows left out", summary.skipped_rows
+    yield from (("", text) for text in summary.bad_rows)
+    if summary.learned_tokens:
+        yield "learned tokens", summary.learned_tokens
+    if options.seq_length and summary.learned_tokens:
+        yield "samples cut", summary.cut_samples
+        yield "samples too long, dropped", summary.dropped_samples
+    if summary.packs:
+        yield "packs", f"{summary.packs:,} of {options.seq_length:,} tokens, {summary.fill:.1%} filled"
+    yield "text", f"{summary.text_bytes:,} bytes"
+    yield "tokenised by", f"{summary.backend}: {summary.backend_why}"
+    yield "pieces", f"{summary.pieces:,}" + (f", {summary.pieces_found_done:,} found done" if summary.pieces_found_done else "")
+    yield "seconds", f"{summary.seconds:,.1f}"
+    yield "tokens a second", f"{summary.tokens_per_second:,.0f}"
 
 
 @command(MergeOptions, name="modellink-preprocess merge")
@@ -65,13 +79,16 @@ def inspect_command(prefix: str, given: Layer) -> None:
         write_json(options.summary, asdict(found))
     _print_table(found.prefix, [
         ("documents", found.documents), ("sequences", found.sequences), ("tokens", found.tokens),
-        ("token type", found.dtype), ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
+        *([("learned tokens", found.learned)] if found.learned is not None else []), ("token type", found.dtype),
+        ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
         (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
         *((f"document {index}", text) for index, text in found.samples.items())])
 
 
 def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
     table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value).replace("[", "\\["))
     Console().print(table)

@@ -75,17 +75,34 @@ class IndexedWriter:
         """
         for sequence in sequences:
             array = np.asarray(sequence)
-            if array.size and self.dtype.kind in "iu":
-                limits = np.iinfo(self.dtype)
-                if array.min() < limits.min or array.max() > limits.max:
-                    raise ModelLinkError(f"token ids from {array.min()} to {array.max()} do not fit {self.dtype}",
-                                         where=self.prefix, fix="write int32 (--output-dtype int32)")
-            self._bin.write(array.astype(self.dtype).tobytes())
+            self._bin.write(self._fitting(array).tobytes())
             self._lengths.write(struct.pack("<i", array.size))
             self.sequences += 1
             self.tokens += array.size
         self.documents += 1
         self._boundaries.write(struct.pack("<q", self.sequences))
+
+    def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
+        """Add documents of one sequence each: `tokens` are those of all in one row; one without tokens is none.
+
+        Raises:
+            ModelLinkError: an id does not fit the type.
+        """
+        self._bin.write(self._fitting(tokens).tobytes())
+        sizes = lengths[lengths > 0]
+        self._lengths.write(sizes.astype("<i4").tobytes())
+        self._boundaries.write(np.arange(self.sequences + 1, self.sequences + len(sizes) + 1, dtype="<i8").tobytes())
+        self.sequences += len(sizes)
+        self.documents += len(sizes)
+        self.tokens += len(tokens)
+
+    def _fitting(self, array: NDArray[Any]) -> NDArray[Any]:
+        if array.size and self.dtype.kind in "iu":
+            limits = np.iinfo(self.dtype)
+            if array.min() < limits.min or array.max() > limits.max:
+                raise ModelLinkError(f"token ids from {array.min()} to {array.max()} do not fit {self.dtype}",
+                                     where=self.prefix, fix="write int32 (--output-dtype int32)")
+        return array.astype(self.dtype)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset of the same type."""

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modellink.data_prep.readers import FORMATS, Source, Span
+from modellink.data_prep.readers import FORMATS, PACKED, UNREADABLE
+from modellink.data_prep.rows import Source, Span
 from modellink.kernels.errors import ModelLinkError, near
 
 
@@ -43,8 +44,8 @@ def open_source(path: Path) -> Source:
                              fix=f"known endings are {', '.join(FORMATS)}")
     try:
         return FORMATS[ending](path)
-    except OSError as error:
-        raise ModelLinkError(f"the file cannot be read: {error.strerror}", where=path) from None
+    except UNREADABLE as error:
+        raise ModelLinkError(f"the file cannot be read: {error}", where=path) from None
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
@@ -101,6 +102,8 @@ def fingerprint(paths: Sequence[Path]) -> str:
 
 def _ending(path: Path) -> str | None:
     name = path.name.lower()
+    for packed in PACKED:
+        name = name.removesuffix(packed)
     return next((ending for ending in FORMATS if name.endswith(ending)), None)
 
 
@@ -110,7 +113,7 @@ def _folder(folder: Path) -> list[Path]:
     if not readable:
         raise ModelLinkError("the folder holds no file with a known ending", where=folder,
                              fix=f"known endings are {', '.join(FORMATS)}")
-    kinds = sorted({(_ending(path) or "").removesuffix(".gz") for path in readable})
+    kinds = sorted({_ending(path) or "" for path in readable})
     if len(kinds) > 1 and kinds != [".json", ".jsonl"]:  # a LICENSE.txt beside the data is not data
         raise ModelLinkError(f"the folder holds files of several kinds: {', '.join(kinds)}", where=folder,
                              fix=f"say which you mean with a pattern, e.g. --input '{folder}/*{kinds[0]}'")

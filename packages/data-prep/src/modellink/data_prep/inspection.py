@@ -1,17 +1,23 @@
-"""What is in a dataset: counts, lengths, and a few documents as text."""
+"""What is in a dataset: counts, lengths, and a few documents as text; of an instruction set also which of it is learned."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
+from modellink.data_prep.histogram import histogram
 from modellink.data_prep.indexed import IndexedDataset, files_of
+from modellink.data_prep.templates.encoded import IGNORED
 from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.files import atomic_write
 from modellink.kernels.options import option
 
-SHOWN = 60  # tokens of a sample that are shown
+# What a set of several fields is known by: the ids that are shown, and their labels.
+FIELDS = (("_packed_input_ids_document", "_packed_labels_document"),
+          ("_packed_chosen_input_ids_document", "_packed_chosen_labels_document"))
 
 
 @dataclass(frozen=True)
@@ -19,13 +25,18 @@ class InspectOptions:
     """What `modellink-preprocess inspect` is told."""
 
     tokenizer_name_or_path: Path | None = option(None, "folder with tokenizer.json; without it samples are ids")
-    samples: int = option(3, "documents to show, evenly spread", minimum=0)
+    samples: int = option(3, "documents to show, evenly spread; what is learned stands in ⟦ ⟧", minimum=0)
+    shown: int = option(60, "most tokens of a document that are shown", unit="tokens", minimum=1)
+    histogram: Path | None = option(None, "draw the lengths of documents into this SVG file")
     summary: Path | None = option(None, "write the same to this file as JSON too")
 
 
 @dataclass
 class Inspection:
-    """Counts of a dataset; `lengths` are tokens a document: shortest, quartiles, 95 %, longest, mean. Sizes are bytes."""
+    """Counts of a dataset; `lengths` are tokens a document: shortest, quartiles, 95 %, longest, mean. Sizes are bytes.
+
+    `learned` counts the tokens with a label, where there are labels.
+    """
 
     prefix: str
     dtype: str
@@ -35,18 +46,19 @@ class Inspection:
     bin_bytes: int
     idx_bytes: int
     largest_id: int
+    learned: int | None = None
     lengths: dict[str, float] = field(default_factory=dict)
     samples: dict[int, str] = field(default_factory=dict)
 
 
 def inspect(prefix: Path | str, options: InspectOptions | None = None) -> Inspection:
-    """Look at the dataset `prefix` (with or without .bin or .idx).
+    """Look at the dataset `prefix` (with or without .bin or .idx; of an instruction set as it was given to preprocess).
 
     Raises:
         ModelLinkError: it is missing or damaged, or the tokenizer is.
     """
     options = options or InspectOptions()
-    data = IndexedDataset(prefix)
+    data, labels = _open(str(prefix))
     tokenizer = Tokenizer.from_folder(options.tokenizer_name_or_path) if options.tokenizer_name_or_path else None
     ends = np.concatenate([[0], np.cumsum(data.lengths, dtype=np.int64)])[data.boundaries]
     lengths = np.diff(ends)
@@ -59,10 +71,39 @@ def inspect(prefix: Path | str, options: InspectOptions | None = None) -> Inspec
     chosen = sorted({int(at) for at in np.linspace(0, data.document_count - 1, options.samples)}) if len(lengths) else []
     samples = {}
     for at in chosen:
-        ids = [int(token) for sequence in data.document(at) for token in sequence[:SHOWN]][:SHOWN]
-        known = tokenizer is not None and all(0 <= token < tokenizer.vocab_size for token in ids)
-        text = repr(tokenizer.decode(ids, skip_special_tokens=False)) if tokenizer and known else str(ids)
-        samples[at] = text + (" ..." if lengths[at] > len(ids) else "")
+        ids, marks = (([int(token) for sequence in item.document(at) for token in sequence[:options.shown]][:options.shown])
+                      if item else None for item in (data, labels))
+        samples[at] = _sample(ids or [], marks, tokenizer) + (" ..." if lengths[at] > len(ids or []) else "")
+    if options.histogram:
+        with atomic_write(options.histogram, "w") as file:
+            file.write(histogram(lengths, f"{data.prefix.name}: {len(lengths):,} documents"))
     bin_path, idx_path = files_of(data.prefix)
     return Inspection(str(data.prefix), data.dtype.name, data.document_count, len(data), data.token_count,
-                      bin_path.stat().st_size, idx_path.stat().st_size, largest, stats, samples)
+                      bin_path.stat().st_size, idx_path.stat().st_size, largest, _learned(labels) if labels else None, stats,
+                      samples)
+
+
+def _open(prefix: str) -> tuple[IndexedDataset, IndexedDataset | None]:
+    """The ids and, where there are some, their labels."""
+    prefix = prefix.removesuffix(".bin").removesuffix(".idx")
+    for ids, labels in FIELDS:
+        bare = prefix.removesuffix(ids)
+        if files_of(bare + ids)[1].is_file() and not (bare == prefix and files_of(prefix)[1].is_file()):
+            there = files_of(bare + labels)[1].is_file()
+            return IndexedDataset(bare + ids), IndexedDataset(bare + labels) if there else None
+    return IndexedDataset(prefix), None
+
+
+def _learned(labels: IndexedDataset) -> int:
+    return sum(int((labels.tokens[at:at + (1 << 24)] != IGNORED).sum()) for at in range(0, labels.token_count, 1 << 24))
+
+
+def _sample(ids: list[int], labels: list[int] | None, tokenizer: Tokenizer | None) -> str:
+    known = tokenizer is not None and all(0 <= token < tokenizer.vocab_size for token in ids)
+    if tokenizer is None or not known:
+        return str(ids)
+    pieces = []
+    for learned, group in groupby(zip(ids, labels or [IGNORED] * len(ids), strict=True), key=lambda pair: pair[1] != IGNORED):
+        text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
+        pieces.append(f"⟦{text}⟧" if learned else text)
+    return repr("".join(pieces))

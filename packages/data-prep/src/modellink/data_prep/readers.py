@@ -1,7 +1,7 @@
-"""Files to rows, streamed: jsonl, json, txt, csv and parquet; jsonl and txt also as .gz.
+"""Files to rows, streamed: jsonl, json, txt and csv, also as .gz and .zst; `FORMATS` names these and the tables (tables.py).
 
 A source can be cut into spans, and a span is read without reading what is before it: bytes of a line file (a line belongs to
-the span its first byte is in), row groups of a parquet file. Compressed, csv and json files are one span each: where a row
+the span its first byte is in), parts of a table. Compressed, csv and json files are one span each: where a row
 starts in them is only known by reading all before it. At most one row, a parquet batch or a few MiB are in memory.
 
 A row that cannot be read is handed out as a `BadRow` and reading goes on where that is possible. A txt file is one row
@@ -12,50 +12,47 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TextIO, cast
+from typing import BinaryIO, TextIO, cast
 
 import orjson
 import pyarrow
-import pyarrow.parquet
 
+from modellink.data_prep.rows import BadRow, Row, Source, Span
+from modellink.data_prep.tables import Arrow, Parquet
 from modellink.kernels.errors import ModelLinkError
 
 CHUNK = 1 << 20  # bytes
 PEEK = 100  # rows looked at to learn the columns
-GZIP = b"\x1f\x8b"
+GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+UNREADABLE = (EOFError, zlib.error, OSError, pyarrow.ArrowException)
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that is no data, and why."""
+def open_bytes(path: Path) -> BinaryIO:
+    """A file's bytes, unpacked where it is packed, whatever its name says."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head.startswith(GZIP):
+        return cast(BinaryIO, gzip.open(path))
+    if head == ZSTD:
+        return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), CHUNK))
+    return path.open("rb")
 
-    why: str
+
+def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
+    """The same as text of UTF-8, with or without a byte-order mark."""
+    return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors=errors, newline=newline)
 
 
-Row = dict[str, Any] | BadRow
-Span = tuple[int, int]  # start and stop, in what the format counts by
-
-
-class Source(Protocol):
-    """One input file.
-
-    `cut` gives its spans of about `size` bytes, `weigh` the bytes of a span, `rows` the rows of a span each with its place
-    (a byte or a row number), `name_place` a place in words, `columns` the names in its first rows, or None when unknown.
-    """
-
-    path: Path
-
-    def cut(self, size: int) -> list[Span]: ...
-    def weigh(self, span: Span) -> int: ...
-    def columns(self) -> list[str] | None: ...
-    def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]: ...
-    def name_place(self, place: int) -> str: ...
+def is_packed(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(4)
+    return head.startswith(GZIP) or head == ZSTD
 
 
 class Lines:
@@ -63,11 +60,7 @@ class Lines:
 
     def __init__(self, path: Path, parse: Callable[[bytes], Row | None]) -> None:
         self.path, self._parse = path, parse
-        with path.open("rb") as file:
-            self._packed = file.read(2) == GZIP
-
-    def _open(self) -> BinaryIO:
-        return cast(BinaryIO, gzip.open(self.path)) if self._packed else self.path.open("rb")
+        self._packed = is_packed(path)
 
     def cut(self, size: int) -> list[Span]:
         length = self.path.stat().st_size
@@ -84,26 +77,29 @@ class Lines:
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
         start, stop = span
         try:
-            with self._open() as file:
+            with open_bytes(self.path) as file:
                 if start and not _seek_line(file, start, stop):
                     return
-                position = file.tell()
+                position = file.tell() if start else 0
                 while position < stop and (line := file.readline()):
                     body = line[3:] if position == 0 and line.startswith(b"\xef\xbb\xbf") else line
                     if (row := self._parse(body)) is not None:
                         yield position, row
                     position += len(line)
-        except (EOFError, zlib.error, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read to its end: {error}", where=self.path,
-                                 fix="copy or download it anew") from None
+        except UNREADABLE as error:
+            raise _broken(self.path, error) from None
 
     def name_place(self, place: int) -> str:
         count, rest = 1, place
-        with self._open() as file:
+        with open_bytes(self.path) as file:
             while rest and (chunk := file.read(min(CHUNK, rest))):
                 count += chunk.count(b"\n")
                 rest -= len(chunk)
         return f"{self.path}, line {count}"
+
+
+def _broken(path: Path, error: Exception) -> ModelLinkError:
+    return ModelLinkError(f"the file cannot be read to its end: {error}", where=path, fix="copy or download it anew")
 
 
 def _seek_line(file: BinaryIO, start: int, stop: int) -> bool:
@@ -175,13 +171,17 @@ class JsonArray(_Whole):
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
         number = 0
         try:
-            with self.path.open(encoding="utf-8-sig") as file:
+            with open_text(self.path) as file:
                 for number, value in enumerate(_elements(file), 1):
                     yield number, _object(value)
         except UnicodeDecodeError as error:
-            raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}") from None
+            raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}",
+                                 fix="write the file anew as UTF-8") from None
+        except UNREADABLE as error:
+            raise _broken(self.path, error) from None
         except _NotJson as error:
-            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1)) from None
+            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1),
+                                 fix="mend or write the file anew") from None
 
 
 class _NotJson(Exception):
@@ -229,13 +229,13 @@ class Csv(_Whole):
     """Comma-separated values with a header line; quoted fields may hold line ends."""
 
     def columns(self) -> list[str] | None:
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with open_text(self.path, "surrogateescape", "") as file:
             return next(csv.reader(file), None)
 
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
         csv.field_size_limit(sys.maxsize)
         # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        with open_text(self.path, "surrogateescape", "") as file:
             lines = csv.reader(file, strict=True)
             try:
                 names = next(lines, [])
@@ -247,77 +247,24 @@ class Csv(_Whole):
                     else:
                         yield number, dict(zip(names, values, strict=True))
             except csv.Error as error:
-                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}") from None
+                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
+                                     fix="mend or write the file anew") from None
+            except UNREADABLE as error:
+                raise _broken(self.path, error) from None
 
 
-class Parquet:
-    """A parquet file; spans count row groups, places are row numbers from 1."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                self._columns = list(file.schema_arrow.names)
-                groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"not a parquet file: {error}", where=path, fix="copy or download it anew") from None
-        self._bytes = [group.total_byte_size for group in groups]
-        self._first = [1]
-        for group in groups:
-            self._first.append(self._first[-1] + group.num_rows)
-
-    def cut(self, size: int) -> list[Span]:
-        spans, start, weight = [], 0, 0
-        for stop, group in enumerate(self._bytes, 1):
-            weight += group
-            if weight >= size or stop == len(self._bytes):
-                spans.append((start, stop))
-                start, weight = stop, 0
-        return spans
-
-    def weigh(self, span: Span) -> int:
-        return int(sum(self._bytes[slice(*span)]))
-
-    def columns(self) -> list[str] | None:
-        return self._columns
-
-    def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
-        place = self._first[span[0]]
-        try:
-            with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
-                for batch in file.iter_batches(256, row_groups=list(range(*span)), columns=columns or None):
-                    for row in _batch_rows(batch):
-                        yield place, row
-                        place += 1
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read on: {error}", where=self.name_place(place),
-                                 fix="copy or download it anew") from None
-
-    def name_place(self, place: int) -> str:
-        return f"{self.path}, row {place}"
-
-
-def _batch_rows(batch: pyarrow.RecordBatch) -> list[Row]:
-    try:
-        return cast(list[Row], batch.to_pylist())
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [BadRow(f"not UTF-8: {error}")]
-        return [row for index in range(batch.num_rows) for row in _batch_rows(batch.slice(index, 1))]
-
-
+PACKED = (".gz", ".zst")  # may follow the ending of a text file
 FORMATS: dict[str, Callable[[Path], Source]] = {
     ".jsonl": lambda path: Lines(path, _json_line),
-    ".jsonl.gz": lambda path: Lines(path, _json_line),
     ".txt": lambda path: Lines(path, _text_line),
-    ".txt.gz": lambda path: Lines(path, _text_line),
     ".json": lambda path: JsonArray(path) if _is_array(path) else Lines(path, _json_line),
     ".csv": Csv,
     ".parquet": Parquet,
+    ".arrow": Arrow,
 }
 
 
 def _is_array(path: Path) -> bool:
     """Many `.json` files in the wild hold one object a line."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
+    with open_text(path, "replace") as file:
         return not file.read(CHUNK).lstrip().startswith("{")

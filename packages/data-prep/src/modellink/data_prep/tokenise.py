@@ -21,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from modellink.data_prep.handlers import Handler, make_handler
+from modellink.data_prep.engines import Choice
+from modellink.data_prep.engines.gigatoken import GigaToken
+from modellink.data_prep.handlers import Handler, Reading, make_handler
 from modellink.data_prep.indexed import IndexedWriter, files_of
 from modellink.data_prep.inputs import Piece, open_source
-from modellink.data_prep.readers import BadRow
+from modellink.data_prep.rows import BadRow
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError
 from modellink.kernels.files import kill_point
@@ -44,9 +46,9 @@ class Job:
     """What is the same for all pieces."""
 
     tokenizer: Path
-    handler: str
-    keys: tuple[str, ...]
-    append_eod: bool
+    backend: Choice
+    verify: bool
+    reading: Reading
     dtype: str
     skip_bad_rows: bool
     vocab_size: int | None
@@ -57,12 +59,16 @@ class Job:
 class Done:
     """What came of a piece; it is noted in the journal.
 
-    `tokens` and `documents` count by output; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
+    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
+    label; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
     """
 
     piece: int
     rows: int = 0
     skipped: int = 0
+    cut: int = 0
+    dropped: int = 0
+    learned: int = 0
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
@@ -74,25 +80,27 @@ def part_prefix(parts: Path, piece: int, output: str) -> Path:
     return parts / f"{piece:06d}_{output}"
 
 
-def tokenise_piece(job: Job, piece: Piece) -> Done:
+def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Done:
     """Make the part of a piece and say what is in it.
 
     Raises:
         ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
     """
-    handler, done = _handler(job), Done(piece.index)
+    handler, done = handler or _handler(job), Done(piece.index)
     with ExitStack() as stack:
         writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
                    for output in handler.outputs}
         for batch in _batches(job, piece, handler, done):
-            samples = handler.encode([sample for _, sample in batch])
-            for (place, _), encoded in zip(batch, samples, strict=True):
-                for output, ids in encoded.items():
-                    if ids:
-                        tokens = np.asarray(ids)
-                        if job.vocab_size is not None and tokens.max() >= job.vocab_size:
-                            raise _beyond(job, int(tokens.max()), _place(place))
-                        writers[output].add_document(tokens)
+            encoded = handler.encode([sample for _, sample in batch])
+            done.cut += encoded.cut
+            done.dropped += encoded.dropped
+            done.learned += encoded.learned
+            for output, (ids, lengths) in encoded.fields.items():
+                if job.vocab_size is not None and len(ids) and ids.max() >= job.vocab_size:
+                    first = int((ids >= job.vocab_size).argmax())
+                    sample = int(np.searchsorted(np.cumsum(lengths), first, "right"))
+                    raise _beyond(job, int(ids[first]), _place(batch[sample][0]))
+                writers[output].add_documents(ids, lengths)
     for output, writer in writers.items():
         done.documents[output], done.tokens[output] = writer.documents, writer.tokens
         done.sizes |= {path.name: path.stat().st_size for path in files_of(writer.prefix)}
@@ -102,7 +110,10 @@ def tokenise_piece(job: Job, piece: Piece) -> Done:
 
 @lru_cache(maxsize=1)
 def _handler(job: Job) -> Handler:
-    return make_handler(job.handler, Tokenizer.from_folder(job.tokenizer), job.keys, job.append_eod)
+    tokenizer = Tokenizer.from_folder(job.tokenizer, job.backend)
+    if isinstance(tokenizer.engine, GigaToken):
+        tokenizer.engine.verify = job.verify
+    return make_handler(tokenizer, job.reading)
 
 
 Place = tuple[Path, int]
@@ -116,11 +127,13 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
     batch: list[tuple[Place, Any]] = []
     weight = 0
     for path, span in piece.spans:
-        for at, row in open_source(path).rows(span, handler.columns):
+        reader = handler.rows_of(path)
+        columns = [*reader.columns, *reader.optional]
+        for at, row in open_source(path).rows(span, columns):
             try:
                 if isinstance(row, BadRow):
                     raise ValueError(row.why)
-                sample = handler.parse(row)
+                sample = reader.parse(row)
             except ValueError as error:
                 if not job.skip_bad_rows:
                     raise ModelLinkError(f"a row cannot be used: {error}", where=_place((path, at)),
@@ -130,7 +143,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
                     done.bad.append(f"{_place((path, at))}: {error}")
                 continue
             batch.append(((path, at), sample))
-            size = sum(len(row[column].encode()) for column in handler.columns if isinstance(row[column], str))
+            size = sum(_text_bytes(row.get(column)) for column in columns)
             done.rows += 1
             done.text_bytes += size
             weight += size
@@ -141,19 +154,28 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
         yield batch
 
 
+def _text_bytes(value: object) -> int:
+    """UTF-8 bytes of the texts in a value."""
+    if isinstance(value, str):
+        return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
+    if isinstance(value, dict):
+        return sum(map(_text_bytes, value.values()))
+    return sum(map(_text_bytes, value)) if isinstance(value, list) else 0
+
+
 def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
     return ModelLinkError(f"token id {token} is beyond the vocabulary of {job.vocab_size:,}", where=where,
                           fix="use the tokenizer that belongs to the model, or correct --vocab-size")
 
 
-def tokenise(job: Job, pieces: list[Piece], workers: int) -> Iterator[Done]:
-    """Work through pieces, here or in `workers` processes; results come as they are ready.
+def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None) -> Iterator[Done]:
+    """Work through pieces, here (with `handler`) or in `workers` processes; results come as they are ready.
 
     When pieces fail, those under way are finished first and the error of the earliest one is raised, so that the same input
     gives the same message for any number of workers.
     """
     if workers <= 1:
-        yield from (tokenise_piece(job, piece) for piece in pieces)
+        yield from (tokenise_piece(job, piece, handler) for piece in pieces)
         return
     todo = iter(pieces)
     waiting: dict[Future[Done], int] = {}

@@ -1,21 +1,19 @@
-"""A Hugging Face tokenizer folder, read without transformers: ids, text, special tokens and chat templates.
+"""A tokenizer folder, read without transformers: ids, text, special tokens and chat templates.
 
-`tokenizer.json` is run by the `tokenizers` library. What the special tokens are is read from the JSON files beside it, as
-transformers 4 (tokens as objects, `special_tokens_map.json`) and 5 (tokens as texts) write them.
+Which library runs it is said in `engines/`. What the special tokens are is read from the JSON files beside it, as transformers 4
+(tokens as objects, `special_tokens_map.json`) and 5 (tokens as texts) write them.
 
-Not here: slow tokenizers (a folder with `tokenizer.model` or `vocab.json` alone), code from the folder, and
-`clean_up_tokenization_spaces`, which changes text ("a ." becomes "a.") and so breaks decode(encode(text)) == text.
+Not here: code from the folder, and `clean_up_tokenization_spaces`, which changes text ("a ." becomes "a.") and so breaks
+decode(encode(text)) == text.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-
+from modellink.data_prep.engines import Choice, Engine, Flat, Span, open_engine
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
@@ -33,19 +31,15 @@ class Tokenizer:
         bos_token_id, eos_token_id, pad_token_id: ids, or None. A missing pad token is the eos token.
         eos_token_ids: everything that ends a generation: `eos_token_id` first, then those of `generation_config.json`.
         chat_templates: name to Jinja text; a folder with one template calls it `default`.
-        fingerprint: SHA-256 of `tokenizer.json`.
+        fingerprint: SHA-256 of the vocabulary's files.
         backend: library and version that tokenises.
+        control_tokens: texts that stand for a control token, with their ids.
     """
 
-    backend = f"tokenizers {tokenizers.__version__}"
-
-    def __init__(self, folder: Path, engine: tokenizers.Tokenizer, fingerprint: str) -> None:
-        self.folder, self.fingerprint, self._engine = folder, fingerprint, engine
-        # A truncation or padding setting in tokenizer.json is for models of a fixed length; text is never cut here.
-        engine.no_truncation()
-        engine.no_padding()
-        vocabulary = engine.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
+    def __init__(self, folder: Path, engine: Engine) -> None:
+        self.folder, self.engine = folder, engine
+        self.fingerprint, self.backend, self.vocab_size = engine.fingerprint, engine.name, engine.vocab_size
+        self.control_tokens = engine.control
         config = _optional_json(folder / "tokenizer_config.json")
         self.special_tokens = _special_tokens(config, _optional_json(folder / "special_tokens_map.json"))
         self.chat_templates = _chat_templates(folder, config)
@@ -57,17 +51,14 @@ class Tokenizer:
             self.pad_token_id = self.eos_token_id
         ends = [self.eos_token_id, *_ids(model.get("eos_token_id"))]
         self.eos_token_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
-        self._skipped = {index for index, token in engine.get_added_tokens_decoder().items() if token.special}
-        falls_back = b"ByteFallback" in engine.decoder.__getstate__() if engine.decoder else False
-        names = [f"<0x{byte:02X}>" for byte in range(256)] if falls_back else []
-        self._byte_ids = frozenset(vocabulary[name] for name in names if name in vocabulary)
+        self._skipped = frozenset(engine.control.values())
 
     @classmethod
-    def from_folder(cls, path: Path | str) -> Tokenizer:
+    def from_folder(cls, path: Path | str, backend: Choice = "auto") -> Tokenizer:
         """Read a Hugging Face folder, or a Megatron checkpoint of ours, which carries one as `hf/`.
 
         Raises:
-            ModelLinkError: the folder or its tokenizer.json is missing or cannot be read.
+            ModelLinkError: the folder or its vocabulary is missing or cannot be read.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -75,16 +66,7 @@ class Tokenizer:
                                  fix="give a folder that holds tokenizer.json; names on a hub are not downloaded")
         if not (folder / "tokenizer.json").is_file() and (folder / "hf" / "tokenizer.json").is_file():
             folder = folder / "hf"
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="load it with transformers' "
-                                 "AutoTokenizer once and write it with save_pretrained, which makes that file")
-        content = file.read_bytes()
-        try:
-            engine = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-        except Exception as error:  # the library raises a bare Exception
-            raise ModelLinkError(f"not a tokenizer: {error}", where=file, fix="copy the file anew") from None
-        return cls(folder, engine, hashlib.sha256(content).hexdigest())
+        return cls(folder, open_engine(folder, backend))
 
     def __len__(self) -> int:
         return self.vocab_size
@@ -108,25 +90,33 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `add_special_tokens` adds what tokenizer.json says belongs around a text (often bos)."""
-        ids: list[int] = self._engine.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return self.engine.encode_batch([text], wrap=add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """`encode` of each text, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
-        return [item.ids for item in self._engine.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)]
+        return self.engine.encode_batch(texts, wrap=add_special_tokens)
+
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = True) -> Flat:
+        """`encode_batch` as one array of ids and one of their number, by the fastest way there is."""
+        return self.engine.encode_flat(texts, wrap=add_special_tokens)
+
+    def encode_literal(self, text: str, *, at_start: bool = True) -> list[int]:
+        """Ids of a text in which control tokens are text."""
+        return self.engine.encode_literal(text, at_start=at_start)
+
+    def encode_spans(self, text: str) -> tuple[list[int], list[Span]] | None:
+        """Ids and the characters each stands for, where the library can say."""
+        return self.engine.encode_spans(text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Text of ids; bytes that are no character come out as U+FFFD."""
-        text: str = self._engine.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return text
+        return self.engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
-        index: int | None = self._engine.token_to_id(token)
-        return index
+        return self.engine.token_to_id(token)
 
     def id_to_token(self, index: int) -> str | None:
-        token: str | None = self._engine.id_to_token(index)
-        return token
+        return self.engine.id_to_token(index)
 
     def is_special(self, index: int) -> bool:
         """Whether `decode` leaves this id out when it skips special tokens."""
@@ -134,7 +124,7 @@ class Tokenizer:
 
     def is_raw_byte(self, index: int) -> bool:
         """Whether the id is one of a sentencepiece vocabulary's 256 single bytes (`<0xE4>`)."""
-        return index in self._byte_ids
+        return index in self.engine.raw_bytes
 
     def chat_template(self, name: str | None = None, *, tools: bool = False) -> str:
         """The Jinja text of a template: the named one, `tool_use` when there are tools and it exists, else `default`.

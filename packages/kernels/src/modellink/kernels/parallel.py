@@ -23,6 +23,8 @@ rows of the padded vocabulary."""
 class ParallelLayout:
     """Sizes of the parallel dimensions.
 
+    `ulysses` of the `cp` ranks of a sequence exchange heads for tokens, and such sets pass keys and values round a ring (1: ring
+    attention, cp: no ring).
     `vpp` is the number of model chunks a pipeline stage holds (1: no interleaving). `num_layer_list` gives the layers of each
     stage where they are uneven; it excludes `vpp` > 1.
     """
@@ -34,6 +36,7 @@ class ParallelLayout:
     ep: int = 1
     dp: int = 1
     num_layer_list: tuple[int, ...] | None = None
+    ulysses: int = 1
 
     @property
     def world_size(self) -> int:

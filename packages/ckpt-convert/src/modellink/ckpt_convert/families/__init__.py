@@ -7,17 +7,21 @@ other file.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import entry_points
 
 from modellink.ckpt_convert.family import Family
-from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.hf_config import Config, MissingKey
+from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
+NO_FORM = "none"  # the family of a model that has no Hugging Face form
 ORIGINALS_BASE = "llama2"  # the original's family for everything with Llama's tensor names: Llama, Qwen2, Mistral ...
 
 
@@ -54,6 +58,8 @@ def family_of(model_type: str, where: object = None) -> Family:
         ModelLinkError: nobody registered it; near names are listed.
     """
     names = family_names()
+    if model_type == NO_FORM:
+        raise ModelLinkError("the model has no Hugging Face form", where=where, fix="name its family, if it belongs to one")
     for family in _families.values():
         if model_type in (family.model_type, family.architecture, *family.others):
             return family
@@ -75,14 +81,33 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
         raise ModelLinkError(f"the configuration is of the family {stated}, not {family}",
                              where=f"{config.path}, --model-type-hf")
     found = family_of(family, "--model-type-hf") if family else family_of(stated or config.model_type, config.path)
-    return spec_from(found.read(config), str(config.path)), found.model_type
+    try:
+        return spec_from(found.read(config), str(config.path)), found.model_type
+    except MissingKey as error:
+        others = fitting(config)
+        near_ones = f"; families that find all their keys in it: {', '.join(others)}" if others else ""
+        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where,
+                             fix=f"{error.fix}{near_ones}") from None
+
+
+def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
+    """The families that accept this configuration and, where `names` are given, have exactly these tensors."""
+    found = []
+    for name in family_names():
+        family = _families[name]
+        try:
+            spec = spec_from(family.read(config), str(config.path))
+            if names is None or inverse(spec, family.rules(spec)).keys() == set(names):
+                found.append(name)
+        except ModelLinkError:
+            continue
+    return found
 
 
 def _stated(config: Config) -> str | None:
     """The family that a config.json names; early public ones name a class and no model type."""
-    for name in (config.get("model_type"), *config.get("architectures", ())):
-        try:
+    stated = config.get("model_type")
+    for name in (stated,) if stated else config.get("architectures", ()):
+        with contextlib.suppress(ModelLinkError):
             return family_of(name).model_type
-        except ModelLinkError:
-            continue
     return None

@@ -21,7 +21,7 @@ VOCABULARY_OF_BAICHUAN2 = 125696
 class Baichuan(Family):
     model_type = "baichuan"
     architecture = "BaichuanForCausalLM"
-    others = ("BaiChuanForCausalLM",)
+    others = ("BaiChuanForCausalLM", "baichuan2")
     keys = without(LLAMA_KEYS, "num_query_groups", "kv_channels", "max_position_embeddings")
     names = LLAMA_NAMES | {"self_attention.linear_qkv": packed("self_attn.W_pack")}
 

@@ -15,7 +15,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 class ChatGLM(Family):
     model_type = "chatglm"
     architecture = "ChatGLMForConditionalGeneration"
-    others = ("ChatGLMModel",)
+    others = ("ChatGLMModel", "chatglm3")
     keys = {"num_layers": Key("num_layers"), "hidden_size": Key("hidden_size"), "vocab_size": Key("padded_vocab_size"),
             "num_attention_heads": Key("num_attention_heads"), "num_query_groups": Key("multi_query_group_num"),
             "kv_channels": Key("kv_channels", None), "ffn_hidden_size": Key("ffn_hidden_size"),

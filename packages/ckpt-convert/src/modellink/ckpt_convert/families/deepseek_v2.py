@@ -15,6 +15,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 class DeepSeekV2(Family):
     model_type = "deepseek_v2"
     architecture = "DeepseekV2ForCausalLM"
+    others = ("deepseek2", "deepseek2-lite")
     keys = without(LLAMA_KEYS, "num_query_groups", "kv_channels") | {
         "q_lora_rank": Key("q_lora_rank", None), "kv_lora_rank": Key("kv_lora_rank"), "v_head_dim": Key("v_head_dim"),
         "qk_nope_head_dim": Key("qk_nope_head_dim"), "qk_rope_head_dim": Key("qk_rope_head_dim"),

@@ -18,8 +18,8 @@ class Llama(Family):
     keys = LLAMA_KEYS | {"add_dense_bias": Key("attention_bias", False), "add_mlp_bias": Key("mlp_bias", False)}
 
     def read(self, config: Config) -> dict[str, Any]:
-        longest = {"max_position_embeddings": config.get("max_position_embeddings", config.get("max_sequence_length"))}  # oldest files
-        values = super().read(Config(config.values | longest, config.path))
+        longest = config.get("max_position_embeddings", config.get("max_sequence_length"))  # as the oldest files call it
+        values = super().read(Config(config.values | {"max_position_embeddings": longest}, config.path))
         return values | {"add_qkv_bias": values["add_dense_bias"]}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:

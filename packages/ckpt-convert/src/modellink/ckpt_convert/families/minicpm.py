@@ -15,7 +15,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 class MiniCPM(Family):
     model_type = "minicpm"
     architecture = "MiniCPMForCausalLM"
-    others = ("MiniCPMMoEForCausalLM",)
+    others = ("MiniCPMMoEForCausalLM", "minicpm-moe")
     keys = without(LLAMA_KEYS, "kv_channels") | {
         "embedding_multiplier_scale": Key("scale_emb", 1.0), "scale_depth": Key("scale_depth", 1.0),
         "num_experts": Key("num_experts", None, read=lambda count: count or None),

@@ -19,6 +19,7 @@ SHARED = {"mlp.shared_experts.linear_fc1": stack("mlp.shared_expert.gate_proj", 
 class Qwen2MoE(Qwen2):
     model_type = "qwen2_moe"
     architecture = "Qwen2MoeForCausalLM"
+    others = ("qwen2-moe",)
     keys = LLAMA_KEYS | {
         "num_experts": Key("num_experts"), "moe_router_topk": Key("num_experts_per_tok"),
         "moe_intermediate_size": Key("moe_intermediate_size"), "moe_router_pre_softmax": inverted("norm_topk_prob", False),

@@ -1,49 +1,31 @@
-"""Writing what `torch.load` reads, one tensor in memory at a time.
+"""The layout of what `torch.load` reads, made from names, dtypes and shapes before any tensor is there.
 
-`torch.save` wants the whole state in memory; here the pickle is made from names, dtypes and shapes, and each tensor is asked
-for when its record is written. The same content gives the same bytes (no time stamps). Format: a zip archive of stored
-records, `archive/data.pkl` (protocol 2, storages as persistent ids), `archive/data/KEY`, aligned to 64 bytes as
-torch does, so that `torch.load(mmap=True)` works.
+A zip archive of stored records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent ids), `archive/data/KEY`
+aligned to 64 bytes as torch does, so that `torch.load(mmap=True)` works. The same content gives the same bytes (no time
+stamps). Records carry a right CRC, which torch does not look at but other tools do.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
-import zipfile
+import struct
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from modellink.ckpt_convert.formats.tensors import as_bytes
+from modellink.ckpt_convert.formats.writing import FileLayout, Planned, Slot
 
 ALIGNMENT = 64
+LARGE = 0xFFFFFFFF  # stands in 32-bit fields of a zip archive for "see the 64-bit one"
+DATE = 0x21  # 1980-01-01
 STORAGE_CLASSES: dict[torch.dtype, Any] = {
     torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage,
     torch.float64: torch.DoubleStorage}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written: `fetch` makes it when it is its turn."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    fetch: Callable[[], torch.Tensor]
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-    def made(self) -> torch.Tensor:
-        """The tensor itself, contiguous."""
-        tensor = self.fetch()
-        assert tuple(tensor.shape) == self.shape and tensor.dtype == self.dtype, (tensor.shape, tensor.dtype, self)
-        return tensor.contiguous()
 
 
 @dataclass(frozen=True)
@@ -55,7 +37,7 @@ class _Storage:
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=2)
         self.storages: list[_Storage] = []
 
@@ -74,25 +56,79 @@ class _Pickler(pickle.Pickler):
         return torch._utils._rebuild_tensor_v2, (storage, 0, obj.shape, stride, False, hooks)
 
 
-def save(file: IO[bytes], value: Any, wrote: Callable[[int], None] = lambda count: None) -> None:
-    """Write `value`, in which tensors are `Planned`, to a seekable `file`; `wrote` is told the bytes of each tensor."""
+def named(value: Any, prefix: str = "") -> dict[int, str]:
+    """id of each `Planned` in nested mappings -> the path of its keys, e.g. `model.decoder.final_layernorm.weight`."""
+    if isinstance(value, Planned):
+        return {id(value): prefix or "tensor"}
+    found: dict[int, str] = {}
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        found |= named(inner, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def layout(value: Any, name: str = "") -> FileLayout:
+    """The archive of `value`, in which tensors are `Planned`; `name` is what a tensor is called that is not in a mapping."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        _record(archive, file, "archive/data.pkl", body.getbuffer())
-        _record(archive, file, "archive/byteorder", memoryview(b"little"))
-        for storage in pickler.storages:
-            _record(archive, file, f"archive/data/{storage.key}", as_bytes(storage.planned.made()))
-            wrote(storage.planned.nbytes)
-        _record(archive, file, "archive/version", memoryview(b"3\n"))
+    names = named(value, name)
+    made = _Archive()
+    made.add("archive/data.pkl", body.getvalue())
+    made.add("archive/byteorder", b"little")
+    for storage in pickler.storages:
+        made.reserve(f"archive/data/{storage.key}", storage.planned, names[id(storage.planned)])
+    made.add("archive/version", b"3\n")
+    return made.finished()
 
 
-def _record(archive: zipfile.ZipFile, file: IO[bytes], name: str, content: memoryview) -> None:
-    info = zipfile.ZipInfo(name)  # dated 1980-01-01
-    zip64 = 20  # bytes of the extra field that force_zip64 adds to the local header
-    start = file.tell() + 30 + len(name) + zip64 + 4
-    padding = -start % ALIGNMENT
-    info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
-    with archive.open(info, "w", force_zip64=True) as record:
-        record.write(content)
+class _Archive:
+    """Local headers and records one after the other, then the directory; where a tensor's CRC goes is noted."""
+
+    def __init__(self) -> None:
+        self.at = 0
+        self.fixed: list[tuple[int, bytes]] = []
+        self.entries: list[tuple[bytes, int, int, int]] = []  # name, CRC, size, offset of the local header
+        self.waiting: list[tuple[int, str, int, Planned, int]] = []  # entry, name, offset, tensor, place of the local CRC
+
+    def add(self, name: str, content: bytes) -> None:
+        start = self._header(name, len(content), zlib.crc32(content))
+        self.fixed.append((start, content))
+
+    def reserve(self, name: str, planned: Planned, called: str) -> None:
+        place = self.at + 14
+        start = self._header(name, planned.nbytes, 0)
+        self.waiting.append((len(self.entries) - 1, called, start, planned, place))
+
+    def _header(self, name: str, size: int, crc: int) -> int:
+        """Write a local header; its sizes are the 64-bit ones, and padding puts the record at a multiple of 64."""
+        encoded = name.encode()
+        wide = struct.pack("<HHQQ", 1, 16, size, size)
+        padding = -(self.at + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
+        extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding + wide
+        header = struct.pack("<4sHHHHHLLLHH", b"PK\x03\x04", 45, 0, 0, 0, DATE, crc, LARGE, LARGE, len(encoded), len(extra))
+        self.fixed.append((self.at, header + encoded + extra))
+        self.entries.append((encoded, crc, size, self.at))
+        start = self.at + len(header) + len(encoded) + len(extra)
+        self.at = start + size
+        return start
+
+    def finished(self) -> FileLayout:
+        directory, places = b"", []
+        for name, crc, size, offset in self.entries:
+            places.append(self.at + len(directory) + 16)
+            sizes, where = min(size, LARGE), min(offset, LARGE)
+            wide = struct.pack("<QQ", size, size) if size >= LARGE else b""
+            wide += struct.pack("<Q", offset) if offset >= LARGE else b""
+            extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
+            directory += struct.pack("<4sHHHHHHLLLHHHHHLL", b"PK\x01\x02", 45, 45, 0, 0, 0, DATE, crc, sizes, sizes, len(name),
+                                     len(extra), 0, 0, 0, 0, where) + name + extra
+        end = self.at + len(directory)
+        count, size = len(self.entries), len(directory)
+        tail = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, self.at)
+        tail += struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
+        tail += struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(size, LARGE),
+                            min(self.at, LARGE), 0)
+        self.fixed.append((self.at, directory + tail))
+        slots = (Slot(called, start, planned, (place, places[entry]))
+                 for entry, called, start, planned, place in self.waiting)
+        return FileLayout(end + len(tail), tuple(self.fixed), tuple(slots))

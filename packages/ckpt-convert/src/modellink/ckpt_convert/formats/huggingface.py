@@ -1,19 +1,20 @@
-"""Hugging Face folders: config.json, safetensors in one file or in shards with an index, tokenizer files.
+"""Hugging Face folders: config.json, weights in one file or in shards with an index, tokenizer files.
 
-Not here: pickled weights (`pytorch_model.bin`), remote code, downloads.
+Weights are safetensors or, where a folder has none, `pytorch_model*.bin`, which go through our pickle reader. Written are
+safetensors. Not here: remote code, downloads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modellink.ckpt_convert.families import family_of, read_spec
+from modellink.ckpt_convert.families import family_of, fitting, read_spec
 from modellink.ckpt_convert.family import config_of
-from modellink.ckpt_convert.formats import safetensors
-from modellink.ckpt_convert.formats.archive import Planned
+from modellink.ckpt_convert.formats import pickle, safetensors
 from modellink.ckpt_convert.formats.tensors import Part, Stored, as_bytes
+from modellink.ckpt_convert.formats.writing import Planned
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.source import Checkpoint, assemble, refuse_left_over, refuse_missing, refuse_shape
@@ -23,12 +24,13 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 GIGABYTE = 10 ** 9
 SHARD_BYTES = 5 * GIGABYTE
 
 
 def is_huggingface(folder: Path) -> bool:
-    return (folder / SINGLE).exists() or (folder / INDEX).exists()
+    return any((folder / name).exists() for name in (SINGLE, INDEX, PICKLED, PICKLED_INDEX))
 
 
 def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
@@ -43,8 +45,14 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     if spec.tied:
         _drop_tied_copy(found, family, spec)
     targets = inverse(spec, rules)
-    refuse_missing((name for name in targets if name not in found), folder)
-    refuse_left_over((name for name in found if name not in targets), folder)
+    try:
+        refuse_missing((name for name in targets if name not in found), folder)
+        refuse_left_over((name for name in found if name not in targets), folder)
+    except ModelLinkError as error:
+        if others := fitting(Config.load(folder), found):
+            raise ModelLinkError(error.what, where=folder, fix=f"it was read as {family}; these are the weights of the family "
+                                                               f"{' or '.join(others)}") from None
+        raise
     known = weights(spec)
     for name, target in targets.items():
         refuse_shape(name, known[target.rows[0][0]], found[name].shape, target.shape, found[name].path)
@@ -52,8 +60,8 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
     for canonical, rows in rules.items():
         parts[canonical], row = [], 0
         for name, piece, transposed in rows:
-            columns = found[name].shape[0] if transposed else found[name].columns
-            parts[canonical].append(Part(found[name], piece, range(columns), (row, 0), transposed))
+            stored = found[name].flipped if transposed else found[name]
+            parts[canonical].append(Part(stored, piece, range(stored.columns), (row, 0)))
             row += len(piece)
     return Checkpoint("Hugging Face", folder, spec, family, folder, assemble(spec, parts, folder))
 
@@ -68,21 +76,46 @@ def _weights(folder: Path, family: str) -> dict[str, Stored]:
 
 
 def _stored(folder: Path) -> dict[str, Stored]:
-    if (folder / SINGLE).exists():
-        return safetensors.stored(folder / SINGLE)
-    index: Any = read_json(folder / INDEX)
+    for single, index, read in [(SINGLE, INDEX, safetensors.stored), (PICKLED, PICKLED_INDEX, pickled)]:
+        if (folder / single).exists():
+            return read(folder / single)
+        if (folder / index).exists():
+            return _sharded(folder / index, read)
+    raise AssertionError(folder)
+
+
+def pickled(path: Path) -> dict[str, Stored]:
+    """The tensors of a `pytorch_model*.bin` by name.
+
+    Raises:
+        ModelLinkError: the file is missing, damaged or cut off, or holds something else than tensors of floating numbers.
+    """
+    content = pickle.load(path)
+    if not isinstance(content, Mapping):
+        raise ModelLinkError("the file holds no tensors by name", where=path)
+    found = {str(name): value for name, value in content.items() if isinstance(value, Stored)}
+    for name, stored in found.items():
+        if not stored.dtype.is_floating_point and not name.endswith("bias"):  # masks of old files are called so
+            raise ModelLinkError(f"{name} is stored as {stored.dtype}; only floating numbers are converted", where=path,
+                                 fix="quantised weights must be made whole first")
+    return found
+
+
+def _sharded(path: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str, Stored]:
+    """The tensors of all shards that an index lists."""
+    index: Any = read_json(path)
     mapped = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(mapped, dict) or not mapped:
-        raise ModelLinkError("the index has no weight_map", where=folder / INDEX)
+        raise ModelLinkError("the index has no weight_map", where=path)
     for file in mapped.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise ModelLinkError(f"the index names {file!r}, which is not a file name of this folder", where=folder / INDEX,
+            raise ModelLinkError(f"the index names {file!r}, which is not a file name of this folder", where=path,
                                  fix="do not use this checkpoint: an index must not point elsewhere")
     found: dict[str, Stored] = {}
     for file in sorted(set(mapped.values())):
-        found |= safetensors.stored(folder / file)
+        found |= read(path.parent / file)
     if ghosts := [name for name, file in mapped.items() if name not in found or found[name].path.name != file]:
-        raise ModelLinkError(f"the index places {ghosts[0]} in {mapped[ghosts[0]]}, where it is not", where=folder / INDEX,
+        raise ModelLinkError(f"the index places {ghosts[0]} in {mapped[ghosts[0]]}, where it is not", where=path,
                              fix="the shards and the index belong to different models; copy all of them again")
     return found
 

@@ -1,113 +1,66 @@
-"""Megatron-Core checkpoints of the `torch` kind: one pickle a rank, `iter_N/mp_rank_TT[_PPP]/model_optim_rng.pt`.
+"""Megatron checkpoints of the `torch` kind, Core and Legacy: the files of all ranks as one model.
 
-Read and written at any tensor, pipeline and virtual pipeline size. The layout of what is read is found in folder names and
-tensor shapes, not believed from the arguments in the file. Weights only: optimizer and random states stay behind.
+Read at any tensor, pipeline, virtual pipeline and expert-parallel size; what is not an expert is in the folders of all
+expert-parallel ranks. The layout is found in folder names and tensor shapes, not believed from the arguments in the file.
+Weights only: optimizer and random states stay behind.
 
-Not here: Megatron-Legacy names, expert parallelism, `torch_dist` (a module of its own).
+Not here: folders (ranks.py), names (dialects.py, legacy.py), `torch_dist` (a module of its own), writing (rank_state.py).
 """
 
 from __future__ import annotations
 
-import re
-from argparse import Namespace
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from modellink.ckpt_convert.formats import pickle
-from modellink.ckpt_convert.formats.archive import Planned
+from modellink.ckpt_convert.formats import dialects, pickle, ranks
+from modellink.ckpt_convert.formats.ranks import FILE, Ranks, rank_folder
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_missing, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import OUTPUT, Weight, stage_names, weights
+from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout, held, padded_vocab_size
 
-RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(_\d{3})?$")
-FILE = "model_optim_rng.pt"
-ALIASES = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-           "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight"}
-"""Names of norms that are fused into the projection after them -> ours."""
 COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
             "untie_embeddings_and_output_weights")
 """Arguments in the file that must agree with the configuration; the original's converter leaves others at their defaults."""
 
 
-def is_megatron(folder: Path) -> bool:
-    return any(RANK.match(path.name) for path in folder.glob("mp_rank_*"))
+@dataclass(frozen=True)
+class Found:
+    """The canonical tensors of an iteration folder, the layout they are stored in, and what wrote them."""
+
+    kind: str
+    tensors: dict[str, Assembled]
+    layout: ParallelLayout
 
 
-def our_name(name: str) -> str:
-    """A weight's name with the norms called as they are here."""
-    for theirs, ours in ALIASES.items():
-        if name.endswith("." + theirs):
-            return name.removesuffix(theirs) + ours
-    return name
-
-
-def rank_folder(layout: ParallelLayout, rank: int, stage: int) -> str:
-    return f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if layout.pp > 1 else "")
-
-
-def read(folder: Path, spec: ModelSpec) -> tuple[dict[str, Assembled], ParallelLayout]:
-    """The canonical tensors of an iteration folder, and the layout they are stored in.
+def read(folder: Path, spec: ModelSpec) -> Found:
+    """All of an iteration folder.
 
     Raises:
         ModelLinkError: a rank is missing or damaged, or the weights are not those of `spec`.
     """
-    tp, pp = _grid(folder)
-    ranks = {(stage, rank): _load(folder, rank, stage, pp) for stage in range(pp) for rank in range(tp)}
-    _refuse_other_model(ranks[0, 0][0], spec, folder)
-    chunks = {place: content[1] for place, content in ranks.items()}
-    layout = _layout(spec, chunks, tp, pp, folder)
+    loaded = ranks.load(folder)
+    kind = dialects.kind_of(loaded.first.states[0], spec)
+    _refuse_other_model(loaded.first.arguments, spec, folder)
+    layout = _layout(spec, loaded, folder)
     known = weights(spec)
     parts: dict[str, list[Part]] = {}
-    for stage in range(pp):
-        for chunk in range(layout.vpp):
-            names = stage_names(spec, layout, stage, chunk)
-            models = [chunks[stage, rank][chunk] for rank in range(tp)]
-            where = folder / f"*/{FILE} of pipeline stage {stage}"
-            for model in models:
-                refuse_missing((name for name in names if name not in model), where)
-                refuse_left_over((name for name in model if name not in names), where)
-            for name, canonical in names.items():
-                if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                    parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
-    return assemble(spec, parts, folder), layout
-
-
-def _grid(folder: Path) -> tuple[int, int]:
-    found = [match for path in folder.iterdir() if (match := RANK.match(path.name))]
-    if any(match[3] for match in found):
-        raise ModelLinkError("the checkpoint is cut over expert-parallel ranks, which is not supported", where=folder)
-    places = {(int(match[2] or 0), int(match[1])) for match in found}
-    pp, tp = (max(place[axis] for place in places) + 1 for axis in range(2))
-    for stage in range(pp):
-        for rank in range(tp):
-            if (stage, rank) not in places:
-                raise ModelLinkError(f"tensor-parallel rank {rank} of pipeline stage {stage} is missing", where=folder,
-                                     fix=f"there are {len(places)} of {tp} x {pp} folders mp_rank_*; copy the others here too")
-    return tp, pp
-
-
-def _load(folder: Path, rank: int, stage: int, pp: int) -> tuple[Any, list[dict[str, Stored]]]:
-    """(arguments, the model chunks) of one rank's file."""
-    path = folder / rank_folder(ParallelLayout(pp=pp), rank, stage) / FILE
-    content = pickle.load(path)
-    if not isinstance(content, Mapping):
-        raise ModelLinkError("the file holds no state of a model", where=path)
-    states = [content["model"]] if "model" in content else []
-    while f"model{len(states)}" in content:
-        states.append(content[f"model{len(states)}"])
-    if not states or not all(isinstance(state, Mapping) for state in states):
-        raise ModelLinkError("the file has no entry `model` or `model0`", where=path)
-    if "language_model" in states[0]:
-        raise ModelLinkError("this is a Megatron-Legacy checkpoint, which is not supported yet", where=path)
-    return content.get("args"), [{our_name(name): value for name, value in state.items() if isinstance(value, Stored)
-                                  and not name.endswith("_extra_state")} for state in states]
+    for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
+        names = stage_names(spec, layout, stage, chunk, expert_rank)
+        where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE
+        models = [dialects.taken_apart(loaded.contents[stage, expert_rank, rank].chunks[chunk], spec, layout.ep, where)
+                  for rank in range(layout.tp)]
+        for model in models:
+            refuse_missing((name for name in names if name not in model), where)
+            refuse_left_over((name for name in model if name not in names), where)
+        for name, canonical in names.items():
+            if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
+                parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
+    return Found(kind, assemble(spec, parts, folder), layout)
 
 
 def _refuse_other_model(args: object, spec: ModelSpec, folder: Path) -> None:
@@ -122,19 +75,19 @@ def _refuse_other_model(args: object, spec: ModelSpec, folder: Path) -> None:
                                  where=folder, fix="the checkpoint and the configuration belong to different models")
 
 
-def _layout(spec: ModelSpec, chunks: Mapping[tuple[int, int], list[dict[str, Stored]]], tp: int, pp: int,
-            folder: Path) -> ParallelLayout:
+def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:
     """Count the layers that each stage and chunk has."""
     counts = []
-    for stage in range(pp):
-        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith("decoder.layers.")), default=-1)
-                       for chunk in chunks[stage, 0]])
+    for stage in range(loaded.pp):
+        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith(LAYERS)), default=-1)
+                       for chunk in loaded.contents[stage, 0, 0].chunks])
     vpp, flat = len(counts[0]), [count for stage in counts for count in stage]
     if sum(flat) != spec.num_layers or any(len(stage) != vpp for stage in counts):
         raise ModelLinkError(f"the stages have {counts} layers, the configuration says {spec.num_layers} in all",
                              where=folder)
     even = len(set(flat)) == 1
-    layout = ParallelLayout(tp=tp, pp=pp, vpp=vpp, num_layer_list=None if even or vpp > 1 else tuple(flat))
+    layout = ParallelLayout(tp=loaded.tp, pp=loaded.pp, vpp=vpp, ep=loaded.ep,
+                            num_layer_list=None if even or vpp > 1 else tuple(flat))
     layout.check_layers(spec.num_layers)
     return layout
 
@@ -146,6 +99,9 @@ def cut(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
         ModelLinkError: a shard has another shape than the model gives it.
     """
     tp, dim, size = len(shards), weight.dim, weight.shape[weight.dim]
+    if tp > 1 and weight.split in ("column", "row", "gated") and all(shard.shape == weight.shape for shard in shards):
+        yield Part(shards[0], range(weight.shape[0]), range(shards[0].columns), (0, 0))  # the original copied some to all ranks
+        return
     if weight.split == "vocab":
         size = max(padded_vocab_size(size, tp), sum(shard.shape[0] for shard in shards if shard.shape))
     for rank, shard in enumerate(shards):
@@ -165,38 +121,3 @@ def cut(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
                 rows, columns = (range(shard.shape[0]), span) if dim else (span, range(shard.columns))
                 yield Part(shard, rows, columns, (at[0], at[1]))
             start += len(piece)
-
-
-def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], *, iteration: int,
-               dtype: torch.dtype, divisible_by: int) -> dict[str, Any]:
-    """The content of one rank's file; `models` are its chunks."""
-    state: dict[str, Any] = {"args": arguments(spec, layout, dtype=dtype, divisible_by=divisible_by, iteration=iteration),
-                             "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0}
-    for chunk, model in enumerate(models):
-        state["model" if layout.vpp == 1 else f"model{chunk}"] = OrderedDict(model)
-    return state
-
-
-def arguments(spec: ModelSpec, layout: ParallelLayout, *, dtype: torch.dtype, divisible_by: int, iteration: int) -> Namespace:
-    """Megatron's arguments as its loader wants to find them in a checkpoint."""
-    per_chunk = spec.num_layers // (layout.pp * layout.vpp) if layout.vpp > 1 else None
-    padded = padded_vocab_size(spec.vocab_size, layout.tp, divisible_by)
-    rotary = spec.position_embedding_type == "rope"
-    architecture = {name: value for name, value in spec.to_dict().items() if name not in ("vocab_size", "activation_func")}
-    namespace = Namespace(**architecture)
-    vars(namespace).update(
-        ffn_hidden_size=spec.ffn, num_query_groups=spec.groups, group_query_attention=spec.groups != spec.num_attention_heads,
-        kv_channels=spec.head_dim, seq_length=spec.max_position_embeddings,
-        add_position_embedding=spec.position_embedding_type == "learned_absolute", use_rotary_position_embeddings=rotary,
-        use_rope_scaling=spec.rope_scaling_type == "llama3", apply_layernorm_1p=spec.layernorm_zero_centered_gamma,
-        apply_query_key_layer_scaling=False, swiglu=spec.gated_linear_unit and spec.activation_func == "silu",
-        add_bias_linear=spec.add_mlp_bias, make_vocab_size_divisible_by=divisible_by, padded_vocab_size=padded,
-        tokenizer_type=None, use_mcore_models=True,
-        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=1,
-        expert_model_parallel_size=1, sequence_parallel=False,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
-        num_layers_per_virtual_pipeline_stage=per_chunk,
-        num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
-        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16, world_size=layout.tp * layout.pp,
-        iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
-    return namespace

@@ -6,7 +6,8 @@ was called with, except for the few on the list below, which are replaced by fun
 becomes a `Stored`: file, byte offset, dtype, shape.
 
 The archive may be a window of a larger file, as in `torch.distributed.checkpoint`. Not here: the older torch.save formats (not a
-zip), and tensors that are not row-major. A pickle can still ask for much memory; it cannot do anything else.
+zip), and tensors with other strides than a matrix or its transpose has. A pickle can still ask for much memory; it cannot do
+anything else.
 """
 
 from __future__ import annotations
@@ -82,12 +83,17 @@ def _tensor(record: object, offset: object, shape: Any, stride: Any, *_: object)
     if not isinstance(record, Record) or not isinstance(offset, int):
         raise ValueError("a tensor without a storage")
     shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
-    expected = tuple(prod(shape[axis + 1:]) for axis in range(len(shape)))
-    if any(step != wanted and size > 1 for step, wanted, size in zip(stride, expected, shape, strict=True)):
-        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is not stored row by row")
+    transposed = len(shape) == 2 and not _row_major(shape, stride) and _row_major(shape[::-1], stride[::-1])
+    if not transposed and not _row_major(shape, stride):
+        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is stored neither row by row nor column by column")
     if min((offset, *shape)) < 0 or offset + prod(shape) > record.numel:
         raise ValueError(f"a tensor {list(shape)} reaches beyond its storage of {record.numel} elements")
-    return Stored(record.path, record.offset + offset * record.dtype.itemsize, record.dtype, shape)
+    return Stored(record.path, record.offset + offset * record.dtype.itemsize, record.dtype, shape, transposed)
+
+
+def _row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = (prod(shape[axis + 1:]) for axis in range(len(shape)))
+    return all(step == wanted or size <= 1 for step, wanted, size in zip(stride, expected, shape, strict=True))
 
 
 def _parameter(data: object, *_: object) -> object:

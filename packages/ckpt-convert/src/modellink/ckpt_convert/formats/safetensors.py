@@ -1,27 +1,26 @@
-"""The safetensors file format: reading where each tensor lies, and writing one tensor at a time.
+"""The safetensors file format: reading where each tensor lies, and laying out a file before its tensors are there.
 
-Format: 8 bytes little-endian length, a JSON header of that length, the tensors end to end
-(https://github.com/huggingface/safetensors#format). The safetensors library checks a file (hostile headers, wrong lengths,
-holes); only the offsets are taken from the header here, because the library's memory map would make the whole file count as
-ours. Its writer wants all tensors of a file in memory; ours is told names, dtypes and shapes first and then asks for one at
-a time.
+Format: 8 bytes little-endian length, a JSON header of that length, the tensors end to end without holes
+(https://github.com/huggingface/safetensors#format). The library's reader maps the whole file into private memory, which a
+process with a limit may not do, and its writer wants all tensors of a file at once; so the header is read and checked here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from modellink.ckpt_convert.formats.archive import Planned
-from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
+from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.ckpt_convert.formats.writing import FileLayout, Planned, Slot
 from modellink.kernels.errors import ModelLinkError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LONGEST_HEADER = 100 << 20  # bytes, as in the library
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -32,39 +31,62 @@ def stored(path: Path) -> dict[str, Stored]:
         ModelLinkError: the file is missing, damaged or cut off, or a tensor is not of a floating dtype (quantised weights).
     """
     try:
-        with safe_open(path, framework="pt"):
-            pass
         with open(path, "rb") as file:
+            size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+            header = json.loads(file.read(length), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        _check(header, size - 8 - length)
     except FileNotFoundError:
         raise ModelLinkError("a file of weights is missing", where=path, fix="copy it here again") from None
-    except (SafetensorError, OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelLinkError(f"not a whole safetensors file: {error}", where=path,
                              fix="it was cut off or damaged; copy it again") from None
-    found = {}
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
         if entry["dtype"] not in DTYPES:
             raise ModelLinkError(f"{name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are converted", where=path,
                                  fix="quantised weights must be made whole first")
-        found[name] = Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return {name: Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            for name, entry in header.items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name in the header comes twice")
     return found
 
 
-def save(file: IO[bytes], tensors: Mapping[str, Planned], wrote: Callable[[int], None] = lambda count: None) -> None:
-    """Write `tensors` to `file`, those with wider numbers first so that all are aligned; `wrote` is told the bytes of each."""
+def _check(header: dict[str, Any], size: int) -> None:
+    """Raise unless the tensors fill the `size` bytes behind the header, one after the other, each with the bytes of its shape."""
+    at = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        numbers = (start, stop, *entry["shape"])
+        if any(not isinstance(number, int) or isinstance(number, bool) or number < 0 for number in numbers):
+            raise ValueError(f"{name} has no sound shape and place")
+        if start != at or stop < start:
+            raise ValueError(f"{name} begins at byte {start}, the one before it ends at {at}")
+        if entry["dtype"] in DTYPES and stop - start != prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(f"{name} has {stop - start} bytes, which is not its shape {entry['shape']} in {entry['dtype']}")
+        at = stop
+    if at != size:
+        raise ValueError(f"its tensors have {at:,} bytes, there are {size:,}")
+
+
+def layout(tensors: Mapping[str, Planned]) -> FileLayout:
+    """The file of `tensors`, those with wider numbers first so that all are aligned."""
     ordered = dict(sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+    offsets, at = [], 0
     for name, planned in ordered.items():
-        header[name] = {"dtype": NAMES[planned.dtype], "shape": planned.shape,
-                        "data_offsets": [offset, offset + planned.nbytes]}
-        offset += planned.nbytes
+        header[name] = {"dtype": NAMES[planned.dtype], "shape": planned.shape, "data_offsets": [at, at + planned.nbytes]}
+        offsets.append(at)
+        at += planned.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for planned in ordered.values():
-        file.write(as_bytes(planned.made()))
-        wrote(planned.nbytes)
+    start = 8 + len(text)
+    slots = tuple(Slot(name, start + offset, ordered[name]) for name, offset in zip(ordered, offsets, strict=True))
+    return FileLayout(start + at, ((0, len(text).to_bytes(8, "little") + text),), slots)

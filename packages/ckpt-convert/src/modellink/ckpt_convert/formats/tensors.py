@@ -31,16 +31,33 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 
 @dataclass(frozen=True)
 class Stored:
-    """A row-major tensor [rows, columns] or [rows] whose first byte is at `offset` of the file `path`."""
+    """A tensor [rows, columns] or [rows] whose first byte is at `offset` of the file `path`.
+
+    It lies there row by row or, where it is `transposed`, column by column.
+    """
 
     path: Path
     offset: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def columns(self) -> int:
         return prod(self.shape[1:])
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def flipped(self) -> Stored:
+        """Its transpose; the same bytes."""
+        return Stored(self.path, self.offset, self.dtype, self.shape[::-1], not self.transposed)
+
+    def window(self, first: int, shape: tuple[int, ...]) -> Stored:
+        """A tensor that lies inside the run of bytes of this one, from its element number `first`."""
+        return Stored(self.path, self.offset + first * self.dtype.itemsize, self.dtype, shape)
 
     def read(self, rows: range, columns: range) -> torch.Tensor:
         """A rectangle of it, [rows, columns]; a vector has one column."""
@@ -54,6 +71,9 @@ class Stored:
         Raises:
             ModelLinkError: the file ends too early.
         """
+        if self.transposed:
+            out.copy_(self.flipped.read(columns, rows).T)
+            return
         row_bytes = self.columns * self.dtype.itemsize
         with open(self.path, "rb", buffering=0) as file:
             if len(columns) == self.columns and out.is_contiguous() and out.dtype == self.dtype:
@@ -79,23 +99,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column).
-
-    `rows` and `columns` are those of its transpose where it is stored [in, out].
-    """
+    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column)."""
 
     stored: Stored
     rows: range
     columns: range
     at: tuple[int, int]
-    transposed: bool = False
-
-    def read_into(self, out: torch.Tensor, rows: range, columns: range) -> None:
-        """Read a rectangle of it, given in the numbering of `rows` and `columns`."""
-        if self.transposed:
-            out.copy_(self.stored.read(columns, rows).T)
-        else:
-            self.stored.read_into(out, rows, columns)
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,11 @@ class Assembled:
         """Its dtype; where the parts differ, the smallest one that holds them all exactly."""
         return reduce(torch.promote_types, (part.stored.dtype for part in self.parts))
 
+    @property
+    def transposed(self) -> bool:
+        """Whether rows of it are columns of what is stored."""
+        return any(part.stored.transposed for part in self.parts)
+
     def check(self) -> None:
         """Raise unless the parts cover the whole."""
         covered = sum(len(part.rows) * len(part.columns) for part in self.parts)
@@ -119,28 +133,31 @@ class Assembled:
                                  f"numbers; {covered:,} were found",
                                  where=self.parts[0].stored.path if self.parts else None)
 
-    def read(self, pieces: Sequence[range], dim: int) -> torch.Tensor:
-        """The given ranges along `dim`, joined in order; the other dimension whole."""
+    def read(self, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
+        """The given ranges along `dim`, joined in order; of the other dimension `across`, or all of it."""
         size = [self.shape[0], prod(self.shape[1:])]
-        size[dim] = sum(map(len, pieces))
+        across = range(size[1 - dim]) if across is None else across
+        size[dim], size[1 - dim] = sum(map(len, pieces)), len(across)
         out = torch.empty(size, dtype=self.dtype)
-        for place, part, rows, columns in self._overlaps(pieces, dim):
+        for place, part, rows, columns in self._overlaps(pieces, dim, across):
             view = out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)]
-            part.read_into(view, rows, columns)
+            part.stored.read_into(view, rows, columns)
         return out.view(-1) if len(self.shape) == 1 else out
 
-    def _overlaps(self, pieces: Sequence[range], dim: int) -> Iterator[tuple[list[int], Part, range, range]]:
+    def _overlaps(self, pieces: Sequence[range], dim: int, across: range) -> Iterator[tuple[list[int], Part, range, range]]:
         """Where in the output; which part; its rows and columns: for every part that a piece touches."""
         done = 0
         for piece in pieces:
+            wanted = [piece, across] if dim == 0 else [across, piece]
+            begin = [done, 0] if dim == 0 else [0, done]
             for part in self.parts:
-                spans = [part.rows, part.columns]
-                start = max(piece.start, part.at[dim])
-                stop = min(piece.stop, part.at[dim] + len(spans[dim]))
-                if start < stop:
-                    place = list(part.at)
-                    place[dim] = done + start - piece.start
-                    shift = spans[dim].start - part.at[dim]
-                    spans[dim] = range(start + shift, stop + shift)
+                spans, place = [part.rows, part.columns], [0, 0]
+                for axis in range(2):
+                    start = max(wanted[axis].start, part.at[axis])
+                    stop = min(wanted[axis].stop, part.at[axis] + len(spans[axis]))
+                    place[axis] = begin[axis] + start - wanted[axis].start
+                    shift = spans[axis].start - part.at[axis]
+                    spans[axis] = range(start + shift, stop + shift)
+                if spans[0] and spans[1]:
                     yield place, part, spans[0], spans[1]
             done += len(piece)

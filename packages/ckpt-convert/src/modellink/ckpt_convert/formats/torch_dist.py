@@ -1,10 +1,10 @@
-"""Distributed checkpoints of PyTorch and Megatron-Core (`torch_dist`), read only: `.metadata` and `__R_N.distcp` files.
+"""Distributed checkpoints of PyTorch and Megatron-Core (`torch_dist`), reading: `.metadata` and `__R_N.distcp` files.
 
 `.metadata` is a pickle that says which rectangle (offsets, sizes) of which tensor lies in which bytes of which file; those bytes
 are a torch.save archive. Both go through our pickle reader. Layers are either named one by one or stacked with a leading
 layer axis, as Megatron-Core does for layers that are all alike. Optimizer states, random states and objects are passed over.
 
-Not here: writing, flattened (FSDP) and compressed tensors.
+Not here: writing (torch_dist_state.py), flattened (FSDP) and compressed tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.formats import pickle
-from modellink.ckpt_convert.formats.megatron import our_name
+from modellink.ckpt_convert.formats.dialects import our_name
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec

@@ -3,8 +3,9 @@
 from modellink.core.config.checkpoint import CheckpointConfig
 from modellink.core.config.data import DataConfig
 from modellink.core.config.logging import LoggingConfig
+from modellink.core.config.memory import MemoryConfig
 from modellink.core.config.moe import MoEConfig
 from modellink.core.config.optimizer import OptimizerConfig
 from modellink.core.config.parallel import ParallelConfig
 
-__all__ = ["CheckpointConfig", "DataConfig", "LoggingConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig"]
+__all__ = ["CheckpointConfig", "DataConfig", "LoggingConfig", "MemoryConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig"]

@@ -17,6 +17,13 @@ class ParallelConfig:
     tensor_model_parallel_size: int = option(1, "Ranks each weight matrix is cut over.", alias="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     context_parallel_size: int = option(1, "Ranks each sequence is cut over.", alias="--cp", minimum=1)
+    context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = option(
+        "ulysses_cp_algo", "How attention sees a whole sequence: ranks exchange heads for tokens, pass keys and values round a "
+        "ring, or the first inside the second.")
+    ulysses_degree_in_cp: int | None = option(None, "hybrid_cp_algo: ranks that exchange heads for tokens.", minimum=2)
+    use_cp_send_recv_overlap: bool = option(True, "Pass keys and values on while computing with them.")
+    kv_head_repeat_before_uly_alltoall: bool = option(
+        False, "Repeat keys and values for every query head before the exchange, not only until they can be dealt.")
     expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to, within data parallelism.",
                                              alias="--ep", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
@@ -24,6 +31,8 @@ class ParallelConfig:
         None, "Layers of a model chunk when a stage holds several, interleaved.", minimum=1)
     sequence_parallel: bool = option(False, "Cut norms and dropouts by sequence over the tensor-parallel ranks.")
     use_distributed_optimizer: bool = option(False, "Cut the optimizer state over the data-parallel ranks.")
+    overlap_grad_reduce: bool = option(False, "Sum gradients over the data-parallel ranks while the backward pass goes on.")
+    overlap_param_gather: bool = option(False, "Gather the distributed optimizer's parameters while the forward pass goes on.")
     make_vocab_size_divisible_by: int = option(128, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
     nproc_per_node: int | None = option(
         None, "Processes to start on this machine; TP x PP x CP x EP where nothing is said. Not used under torchrun.",
@@ -38,6 +47,12 @@ class ParallelConfig:
     @property
     def _model_ranks(self) -> int:
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def _ulysses(self) -> int:
+        """How many ranks exchange heads for tokens."""
+        cp = self.context_parallel_size
+        return {"ulysses_cp_algo": cp, "megatron_cp_algo": 1}.get(self.context_parallel_algo, self.ulysses_degree_in_cp or 1)
 
     def layout(self, num_layers: int, world_size: int) -> ParallelLayout:
         """The layout of `world_size` processes; what TP and PP leave over is data parallel."""
@@ -57,9 +72,22 @@ class ParallelConfig:
                     where="--num-layers-per-virtual-pipeline-stage", fix="use two stages or more, and a chunk that divides "
                     "the layers of a stage")
             vpp = num_layers // pp // chunk
-        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list)
+        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list,
+                              ulysses=self._ulysses)
 
     def check(self) -> None:
+        cp, degree, hybrid = self.context_parallel_size, self.ulysses_degree_in_cp, self.context_parallel_algo == "hybrid_cp_algo"
+        if hybrid and cp > 1 and (degree is None or cp % degree or degree == cp):
+            raise ModelLinkError(f"a ring of {cp} ranks cannot be made of sets of {degree} ranks",
+                                 where="--ulysses-degree-in-cp, --context-parallel-size",
+                                 fix="the degree divides the context parallel size and is smaller")
+        if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
+            raise ModelLinkError("parameters are gathered ahead only for the distributed optimizer with overlapped gradients",
+                                 where="--overlap-param-gather",
+                                 fix="add --use-distributed-optimizer and --overlap-grad-reduce")
+        if degree is not None and not hybrid:
+            raise ModelLinkError(f"a degree is for hybrid_cp_algo, the algorithm is {self.context_parallel_algo}",
+                                 where="--ulysses-degree-in-cp, --context-parallel-algo")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ModelLinkError("sequence parallelism cuts over the tensor-parallel ranks, and there is one",
                                  where="--sequence-parallel", fix="leave it out, or use --tensor-model-parallel-size 2 or more")

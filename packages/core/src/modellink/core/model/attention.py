@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from torch import Tensor, nn
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.rotary import RotaryTable
 from modellink.core.model.state import SequenceState
+from modellink.core.parallel.attention import ContextParallel
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant, alibi_slopes
 from modellink.kernels.ops.rotary import yarn_scale
@@ -74,10 +74,7 @@ def softmax_scale(spec: ModelSpec) -> float:
 
 
 class CoreAttention(nn.Module):
-    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp].
-
-    With context parallelism every rank holds some tokens of each sequence, and the keys and values of all are gathered.
-    """
+    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp]."""
 
     def __init__(self, config: Any, layer_number: int, spec: ModelSpec, **_: Any) -> None:
         super().__init__()
@@ -88,6 +85,7 @@ class CoreAttention(nn.Module):
             slopes = alibi_slopes(spec.num_attention_heads).chunk(tp)[rank]
         self.variant = Variant(softmax_scale(spec), window=spec.window(layer_number - 1), softcap=spec.attn_logit_softcapping,
                                slopes=slopes)
+        self.cut = ContextParallel(config.sequence_cut) if config.context_parallel_size > 1 else None
 
     def on(self, device: torch.device) -> Variant:
         """The variant, with its tensor on the device."""
@@ -97,22 +95,9 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> Tensor:
-        state = packed_seq_params or SequenceState()
-        variant, positions = self.on(query.device), None
+        variant = self.on(query.device)
         if self.training and self.dropout:
             variant = replace(variant, dropout=self.dropout)
-        if parallel_state.get_context_parallel_world_size() > 1:
-            positions = state.positions
-            key, value = _all_tokens(key), _all_tokens(value)
-        return ops.attention(query, key, value, variant, positions).flatten(2)
-
-
-def _all_tokens(x: Tensor) -> Tensor:
-    """[seq / cp, ...] of every context-parallel rank, in the order of their positions [seq, ...].
-
-    Rank r holds chunks r and 2 cp - 1 - r of 2 cp, so that causal attention is as much work on each.
-    """
-    cp = parallel_state.get_context_parallel_world_size()
-    gathered = gather_from_sequence_parallel_region(x, group=parallel_state.get_context_parallel_group())
-    chunks = gathered.chunk(2 * cp)
-    return torch.cat([chunks[2 * number if number < cp else 2 * (2 * cp - 1 - number) + 1] for number in range(2 * cp)])
+        if self.cut is not None:
+            return self.cut(query, key, value, variant).flatten(2)
+        return ops.attention(query, key, value, variant).flatten(2)

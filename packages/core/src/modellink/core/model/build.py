@@ -11,10 +11,12 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.config import MoEConfig
+from modellink.core.config import MemoryConfig, MoEConfig
+from modellink.core.memory.recompute import activations, in_full
 from modellink.core.model.feed_forward import ACTIVATIONS
 from modellink.core.model.gpt import Model
 from modellink.core.model.layers import block_spec
+from modellink.core.parallel.attention import SequenceCut
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
 
@@ -30,21 +32,25 @@ class BuildSettings:
     hidden_dropout: float = 0.0
     init_method_std: float = 0.02
     moe: MoEConfig = MoEConfig()
+    sequence_cut: SequenceCut | None = None
+    memory: MemoryConfig = MemoryConfig()
     initialise: bool = True
 
 
 @dataclass
 class Config(TransformerConfig):
-    """megatron-core's config, and what our router reads beside it."""
+    """megatron-core's config, and what our router and attention read beside it."""
 
     spec: ModelSpec | None = None
     balance: MoEConfig = MoEConfig()
+    sequence_cut: SequenceCut = SequenceCut()
 
 
-def transformer_config(spec: ModelSpec, settings: BuildSettings) -> Config:
+def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0) -> Config:
+    """megatron-core's configuration of a model chunk."""
     layout = settings.layout
     return Config(
-        spec=spec, balance=settings.moe,
+        spec=spec, balance=settings.moe, sequence_cut=settings.sequence_cut or SequenceCut(layout.ulysses),
         num_layers=spec.num_layers, hidden_size=spec.hidden_size, num_attention_heads=spec.num_attention_heads,
         num_query_groups=spec.groups, kv_channels=spec.head_dim, ffn_hidden_size=spec.ffn,
         normalization=spec.normalization, layernorm_epsilon=spec.norm_epsilon,
@@ -59,6 +65,8 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings) -> Config:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=settings.sequence_parallel, pipeline_model_parallel_layout=_stages(layout),
         context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep, perform_initialization=settings.initialise,
+        recompute_granularity=settings.memory.recompute_granularity, recompute_method=settings.memory.recompute_method,
+        recompute_num_layers=in_full(settings.memory, chunk, layout.vpp),
         **_experts(spec, settings.moe),
         # batched point-to-point gives wrong gradients, silently, with interleaved stages on two ranks; without it it is right
         overlap_p2p_comm=layout.vpp > 1, batch_p2p_comm=layout.vpp == 1,
@@ -73,7 +81,8 @@ def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
     return {"num_moe_experts": spec.num_experts, "moe_router_topk": spec.moe_router_topk,
             "moe_ffn_hidden_size": spec.expert_ffn, "moe_grouped_gemm": False,
             "moe_shared_expert_intermediate_size": spec.moe_shared_expert_intermediate_size,
-            "moe_shared_expert_gate": spec.shared_expert_gate, "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+            "moe_shared_expert_gate": spec.shared_expert_gate, "moe_router_dtype": "fp32",
+            "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
             "moe_router_load_balancing_type": "seq_aux_loss" if moe.seq_aux else "aux_loss",
             "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None}
 
@@ -93,10 +102,10 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
     The process groups must exist (see processes.py).
     """
     layout = settings.layout
-    config = transformer_config(spec, settings)
     stage = parallel_state.get_pipeline_model_parallel_rank()
     models = []
     for chunk in range(layout.vpp):
+        config = transformer_config(spec, settings, chunk)
         model = Model(
             config, block_spec(spec, layout.layers(spec.num_layers, stage, chunk)), spec=spec,
             vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, settings.make_vocab_size_divisible_by),
@@ -104,4 +113,5 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
             vp_stage=chunk if layout.vpp > 1 else None)
         model.model_type = None  # the schedules ask for it, decoders need none
         models.append(Float16Module(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
+    activations([model.module if isinstance(model, Float16Module) else model for model in models], settings.memory)
     return models

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
@@ -33,13 +34,18 @@ def linears(spec: ModelSpec) -> MLPSubmodules:
 class FeedForward(MLP):
     """fc1 (gate and up in one where the activation is gated), activation, fc2."""
 
+    recompute_activation = False
+
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
         """[..., hidden] -> [..., hidden], and a bias still to be added; `per_token_scale` [tokens] is an expert's score."""
         x, bias = self.linear_fc1(hidden_states)
-        x = self._activate(x if bias is None else x + bias)
-        if per_token_scale is not None:
-            x = (x * per_token_scale.unsqueeze(-1)).to(x.dtype)
-        output, bias = self.linear_fc2(x)
+        x = x if bias is None else x + bias
+        if self.recompute_activation and self.training:
+            kept = CheckpointWithoutOutput()
+            output, bias = self.linear_fc2(kept.checkpoint(self._activate, x, per_token_scale))
+            kept.discard_output_and_register_recompute(output)
+        else:
+            output, bias = self.linear_fc2(self._activate(x, per_token_scale))
         if per_token_scale is not None and bias is not None:
             # every tensor-parallel rank adds its share: the dispatcher sums their outputs. The gradient is that of the whole
             share = bias / self.tp_group.size()
@@ -48,14 +54,16 @@ class FeedForward(MLP):
             bias = None
         return output, bias
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, x: Tensor, scale: Tensor | None) -> Tensor:
         activation = self.config.activation_func
         if not self.config.gated_linear_unit:
-            return activation(x)  # type: ignore[no-any-return]
-        if activation is F.silu:
-            return ops.swiglu(x)
-        gate, up = x.chunk(2, dim=-1)
-        return activation(gate) * up  # type: ignore[no-any-return]
+            x = activation(x)
+        elif activation is F.silu:
+            x = ops.swiglu(x)
+        else:
+            gate, up = x.chunk(2, dim=-1)
+            x = activation(gate) * up
+        return x if scale is None else (x * scale.unsqueeze(-1)).to(x.dtype)
 
 
 class Experts(SequentialMLP):

@@ -35,20 +35,23 @@ def choose(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(logits).scatter(-1, index, scores), chosen
 
 
-def group_losses(all_scores: Tensor, chosen: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V2's device-level and communication losses (equations 24 to 31 of its report), without their factors.
+def group_losses(all_scores: Tensor, chosen: Tensor, spec: ModelSpec, ranks: Any = None) -> tuple[Tensor, Tensor]:
+    """DeepSeek-V2's device-level and communication losses (equations 26 to 31 of its report), without their factors.
 
     Args:
         all_scores, chosen: [tokens, experts].
-        groups: D, how many groups (devices) the experts are in.
+        ranks: process group over which the tokens are dealt; each rank gets its part of the losses.
     """
-    tokens, experts = chosen.shape
-    each = chosen.sum(-1, keepdim=True).float()  # K, experts of a token
-    used = (experts * chosen / each).mean(0).unflatten(0, (groups, -1)).mean(-1)  # f' of a group
-    share = all_scores.mean(0).unflatten(0, (groups, -1)).sum(-1)  # P'
-    touched = chosen.unflatten(-1, (groups, -1)).any(-1)
-    limit = touched.sum(-1).max().clamp(min=1)  # M
-    sent = groups * touched.float().sum(0) / (limit * tokens)  # f''
+    groups = spec.moe_router_num_groups or 1  # D
+    counts = torch.cat([chosen.sum(0), chosen.unflatten(-1, (groups, -1)).any(-1).sum(0)]).float()
+    tokens = chosen.size(0)  # T
+    if ranks is not None and ranks.size() > 1:
+        torch.distributed.all_reduce(counts, group=ranks)
+        tokens *= ranks.size()
+    selected, touched = counts.split([chosen.size(1), groups])
+    used = (chosen.size(1) * selected / (spec.moe_router_topk * tokens)).unflatten(0, (groups, -1)).mean(-1)  # f' of a group
+    sent = groups * touched / ((spec.topk_group or groups) * tokens)  # f''
+    share = (all_scores.sum(0) / tokens).unflatten(0, (groups, -1)).sum(-1)  # P'
     return (used * share).sum(), (sent * share).sum()
 
 
@@ -82,9 +85,8 @@ class Router(TopKRouter):
         if not any(factors) or not self.spec.moe_router_num_groups:
             return scores
         names = ("device_level_loss", "communication_loss")
-        for name, factor, loss in zip(names, factors, group_losses(all_scores, chosen, self.spec.moe_router_num_groups),
-                                      strict=True):
+        losses = group_losses(all_scores, chosen, self.spec, self.tp_cp_group)
+        for name, factor, loss in zip(names, factors, losses, strict=True):
             if factor:
-                share = factor * loss / self.tp_cp_group.size()  # every rank adds the loss of its tokens
-                scores = self.attach_and_log_load_balancing_loss(scores, factor, share, name, self.tp_cp_group)
+                scores = self.attach_and_log_load_balancing_loss(scores, factor, factor * loss, name, self.tp_cp_group)
         return scores

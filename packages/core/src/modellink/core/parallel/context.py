@@ -21,3 +21,13 @@ def local_part(x: Tensor) -> Tensor:
     """This rank's tokens of x [batch, seq]."""
     cp = parallel_state.get_context_parallel_world_size()
     return x if cp == 1 else x[:, local_positions(x.size(1) // cp, x.device)]
+
+
+def natural_order(chunks: list[int]) -> list[int]:
+    """Where each chunk stands in a list of chunk numbers, in the order of the numbers."""
+    return sorted(range(len(chunks)), key=chunks.__getitem__)
+
+
+def held_chunks(ranks: list[int], cp: int) -> list[int]:
+    """The chunks that these context-parallel ranks hold, in the order of their tokens."""
+    return [chunk for rank in ranks for chunk in (rank, 2 * cp - 1 - rank)]

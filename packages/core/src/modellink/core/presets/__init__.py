@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from modellink.ckpt_convert.families import NO_FORM
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.options import Layer
@@ -36,7 +37,7 @@ class Preset:
         family: `model_type` of its Hugging Face form; None where it has none.
         model, parallel, data, optimizer: values of options.
         original: how the original ran it: `implementation`, `cluster` (machines x devices), `tokens_per_second` (of one device;
-            None where it gives none), `context_parallel_algo`, and further `switches` of its script.
+            None where it gives none), and further `switches` of its script.
         public: name of the public configuration it is; None where there is none, and `public_missing` says why.
         notes: where this preset differs from the original's script, and why.
     """
@@ -56,8 +57,7 @@ class Preset:
     def layer(self) -> Layer:
         """All its option values, flat, for `resolve`; the family too, which a model from random weights has to be told."""
         values = {name: value for section in SECTIONS for name, value in getattr(self, section).items()}
-        family = {} if self.family is None else {"model_type_hf": self.family}
-        return Layer(f"preset {self.name}", values | family)
+        return Layer(f"preset {self.name}", values | {"model_type_hf": self.family or NO_FORM})
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -76,9 +76,11 @@ class Preset:
                           for name in ("tensor_model", "pipeline_model", "context", "expert_model"))
         chunk, uneven = (self.parallel.get(name) for name in ("num_layers_per_virtual_pipeline_stage", "num_layer_list"))
         each = tp * pp * cp
+        rings = {"megatron_cp_algo": 1, "hybrid_cp_algo": self.parallel.get("ulysses_degree_in_cp", 1)}
         return ParallelLayout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=self.spec.num_layers // (pp * chunk) if chunk else 1,
                               dp=1 if self.devices % each else self.devices // each,
-                              num_layer_list=tuple(uneven) if uneven else None)
+                              num_layer_list=tuple(uneven) if uneven else None,
+                              ulysses=rings.get(self.parallel.get("context_parallel_algo", ""), cp))
 
 
 def preset_names() -> list[str]:

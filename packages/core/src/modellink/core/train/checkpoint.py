@@ -27,6 +27,8 @@ from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.core.model.load import bare
+from modellink.core.train.optimizer import whole_parameters
+from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
@@ -62,9 +64,11 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         temporary.mkdir(parents=True)
         write_companions(folder, manifest, companions)
     dist.barrier()
-    state = _state(training, loading=False) | _random_state(training.layout)
-    state["schedule"] = training.schedule.state_dict()
-    dist_checkpointing.save(state, str(temporary))
+    with whole_parameters(training.models):
+        state, optimizer = _state(training, loading=False)
+        state |= _random_state(training.layout)
+        state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
+        dist_checkpointing.save(state, str(temporary))
     dist.barrier()
     if first:
         write_progress(temporary, Progress(
@@ -86,7 +90,8 @@ def resume(training: Training, path: Path) -> None:
     progress = read_progress(path)
     assert progress is not None
     same = progress.layout == str(training.layout)
-    wanted = _state(training, loading=True) | (_random_state(training.layout) if same else {})
+    wanted, optimizer = _state(training, loading=True)
+    wanted |= _random_state(training.layout) if same else {}
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
@@ -95,7 +100,7 @@ def resume(training: Training, path: Path) -> None:
     for name, model in _chunks(training):
         bare(model).load_state_dict(state[name])
     with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
-        training.optimizer.load_state_dict(state["optimizer"])
+        training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
     training.schedule.load_state_dict(state["schedule"])
     if same:
         _set_random_state(state)
@@ -110,8 +115,8 @@ def _chunks(training: Training) -> list[tuple[str, Any]]:
     return [(f"model{number}", model) for number, model in enumerate(training.models)]
 
 
-def _state(training: Training, *, loading: bool) -> dict[str, Any]:
-    """Model and optimizer as megatron-core's sharded state."""
+def _state(training: Training, *, loading: bool) -> tuple[dict[str, Any], OptimizerState]:
+    """Model and optimizer as megatron-core's sharded state, and the optimizer's in its own form."""
     metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True,
                 "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     state: dict[str, Any] = {}
@@ -120,8 +125,9 @@ def _state(training: Training, *, loading: bool) -> dict[str, Any]:
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
     models = state if len(training.models) > 1 else state["model"]
-    state["optimizer"] = training.optimizer.sharded_state_dict(models, is_loading=loading, metadata=metadata)
-    return state
+    optimizer = OptimizerState(training.optimizer, models, loading=loading, metadata=metadata)
+    state["optimizer"] = optimizer.tensors
+    return state, optimizer
 
 
 def _random_state(layout: ParallelLayout) -> dict[str, Any]:

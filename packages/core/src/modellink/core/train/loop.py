@@ -15,6 +15,7 @@ from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.metrics import Clock, Metrics, Step
+from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.step import run_schedule
 
 Feed = Callable[..., Iterator[Batch]]
@@ -78,8 +79,9 @@ def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, 
     for model in training.models:
         model.eval()
     size = run.data.samples_per_iteration(run.layout.dp)
-    losses = [run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True, **_sizes(run))
-              for number in range(run.logging.eval_iters)]
+    with whole_parameters(training.models):
+        losses = [run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True,
+                               **_sizes(run)) for number in range(run.logging.eval_iters)]
     for model in training.models:
         model.train()
     metrics.evaluation(where, torch.stack(losses).mean().item(), training.iteration)

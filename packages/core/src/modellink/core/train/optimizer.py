@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -17,11 +18,23 @@ from modellink.core.config import OptimizerConfig, ParallelConfig
 def wrap(models: Sequence[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
     """Data parallelism around each model chunk; gradients are summed in fp32."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer)
+        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce, overlap_param_gather=parallel.overlap_param_gather)
     wrapped = [DistributedDataParallel(model.config, settings, model) for model in models]
     for model in wrapped:
         model.broadcast_params()
     return wrapped
+
+
+@contextlib.contextmanager
+def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
+    """Inside, every rank has all updated parameters, which --overlap-param-gather otherwise fetches in the next forward pass."""
+    ahead = [model for model in models if model.ddp_config.overlap_param_gather]
+    for model in ahead:
+        model.disable_forward_pre_hook(param_sync=True)
+    yield
+    for model in ahead:
+        model.enable_forward_pre_hook()
 
 
 def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, parallel: ParallelConfig) -> Any:
@@ -30,10 +43,14 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
         optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad,
         bf16=config.bf16, fp16=config.fp16, params_dtype=config.dtype, initial_loss_scale=config.initial_loss_scale,
-        use_distributed_optimizer=parallel.use_distributed_optimizer), list(models))
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather), list(models))
+    no_sync = [model.no_sync for model in models]
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = optimizer.scale_loss
+        if parallel.overlap_grad_reduce:  # gradients are complete, and summed, with the last micro batch alone
+            model.config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
     return optimizer
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
+from modellink.core.parallel.attention import SequenceCut
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -19,7 +20,9 @@ def build_settings(run: Run) -> BuildSettings:
         layout=run.layout, dtype=run.optimizer.dtype, sequence_parallel=run.parallel.sequence_parallel,
         make_vocab_size_divisible_by=run.parallel.make_vocab_size_divisible_by,
         attention_dropout=run.optimizer.attention_dropout, hidden_dropout=run.optimizer.hidden_dropout,
-        init_method_std=run.optimizer.init_method_std, moe=run.moe)
+        init_method_std=run.optimizer.init_method_std, moe=run.moe, memory=run.memory,
+        sequence_cut=SequenceCut(run.layout.ulysses, run.parallel.use_cp_send_recv_overlap,
+                                 run.parallel.kv_head_repeat_before_uly_alltoall))
 
 
 def set_up(run: Run) -> Training:

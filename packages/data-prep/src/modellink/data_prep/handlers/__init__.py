@@ -2,44 +2,114 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from modellink.data_prep.handlers.pretrain import GeneralPretrainHandler
+from modellink.data_prep.handlers.dataset_info import find_datasets
+from modellink.data_prep.handlers.fields import field_map, known_handlers
+from modellink.data_prep.handlers.instruction import InstructionHandler
+from modellink.data_prep.handlers.pretrain import GeneralPretrainHandler, TextHandler
+from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
+
+__all__ = ["Batch", "Handler", "Reading", "Rows", "choose_maps", "make_handler", "trains_on_chats"]
+
+PLAIN = ("columns", "text")  # styles without conversations
+
+
+class Rows(Protocol):
+    """How the rows of one file are read. `columns` every row must have, `optional` it may."""
+
+    columns: list[str]
+    optional: list[str]
+
+    def parse(self, row: Mapping[str, Any]) -> Any:
+        """The sample in a row; ValueError says why there is none."""
 
 
 class Handler(Protocol):
     """One way to read rows.
 
     Attributes:
-        columns: what every row must have.
         outputs: names of the output files, `{prefix}_{name}_document`.
         small_ids: whether two bytes a token may be used (labels of -100 would not fit them).
+        ranking: whether samples are pairs of answers.
     """
 
-    columns: list[str]
     outputs: list[str]
     small_ids: bool
+    ranking: bool
 
-    def parse(self, row: Mapping[str, Any]) -> Any:
-        """The sample in a row; ValueError says why there is none."""
+    def rows_of(self, path: Path) -> Rows: ...
 
-    def encode(self, samples: Sequence[Any]) -> list[dict[str, list[int]]]:
+    def encode(self, samples: Sequence[Any]) -> Batch:
         """Token ids of each sample for each output, in the order of the samples."""
 
 
-HANDLERS = {"GeneralPretrainHandler": GeneralPretrainHandler}
+def trains_on_chats(name: str) -> bool:
+    """Whether the handler makes instruction sets; an error lists all handlers when there is none of that name."""
+    return _about(name)["style"] not in PLAIN
 
 
-def make_handler(name: str, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> Handler:
-    """The handler of that name.
+def choose_maps(name: str, map_keys: str | None, inputs: Sequence[str],
+                folder: Path | None) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """The input files and how each is read (see `Reading.maps`).
+
+    Args:
+        map_keys: JSON of `--map-keys`.
+        folder: of dataset_info.json.
+
+    Raises:
+        ModelLinkError: there is no such handler, or the map does not fit it.
+    """
+    about = _about(name)
+    given = _object(map_keys)
+    if about["style"] in (*PLAIN, "dataset_info") and given is not None:
+        raise ModelLinkError(f"{name} has no columns to map", where="--map-keys", fix="leave it out")
+    if about["style"] in PLAIN:
+        return tuple(inputs), ()
+    if about["style"] == "dataset_info":
+        found = find_datasets(inputs, folder)
+        return tuple(path for path, _ in found), tuple((path, names.to_json()) for path, names in found)
+    extra = {key: value for key, value in about.items() if key in ("prompt_ends_at", "user_mark", "assistant_mark")}
+    names = field_map(about["style"], given, ranking=about.get("ranking", False), own=about.get("columns"), extra=extra)
+    return tuple(inputs), (("", names.to_json()),)
+
+
+def make_handler(tokenizer: Tokenizer, reading: Reading) -> Handler:
+    """The handler that `reading` names.
 
     Raises:
         ModelLinkError: there is none, or the tokenizer lacks what it needs.
     """
-    if name not in HANDLERS:
+    about = _about(reading.handler)
+    if about["style"] not in PLAIN:
+        return InstructionHandler(tokenizer, reading, about.get("prompt_type"))
+    if reading.prompt_type or reading.template or reading.hf_chat_template:
+        raise ModelLinkError(f"{reading.handler} reads plain text and has no use for a template", where="--prompt-type",
+                             fix="choose an instruction handler, e.g. AlpacaStyleInstructionHandler, or leave it out")
+    return GeneralPretrainHandler(tokenizer, reading) if about["style"] == "columns" else TextHandler(tokenizer, reading, about)
+
+
+def _about(name: str) -> dict[str, Any]:
+    known = known_handlers()
+    if name not in known:
         raise ModelLinkError(f"there is no handler {name!r}", where="--handler-name",
-                             fix=near(name, list(HANDLERS)) or f"there are: {', '.join(HANDLERS)}")
-    return HANDLERS[name](tokenizer, keys, append_eod)
+                             fix=f"{near(name, list(known))} there are: {', '.join(known)}".strip())
+    return known[name]
+
+
+def _object(text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ModelLinkError(f"not JSON: {error}", where="--map-keys",
+                             fix="quote it, e.g. '{\"prompt\": \"question\"}'") from None
+    if not isinstance(value, dict):
+        raise ModelLinkError(f"a {type(value).__name__} where a JSON object belongs", where="--map-keys")
+    return value

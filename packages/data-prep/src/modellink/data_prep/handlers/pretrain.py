@@ -1,30 +1,39 @@
-"""Plain text for pretraining: each chosen column becomes a dataset of its own, a row is a document."""
+"""Plain text for pretraining: each chosen column becomes a dataset of its own, or several one text. A row is a document."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from modellink.data_prep.engines import surrounded
+from modellink.data_prep.handlers.reading import Batch, Reading
+from modellink.data_prep.handlers.rows import text_of
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError
+
+PLACE = re.compile(r"\{(\w+)\}")
 
 
 class GeneralPretrainHandler:
     """Tokenises columns as they are, with the special tokens the tokenizer itself puts around a text (a LLaMA one adds bos).
 
-    Args:
-        keys: the columns.
-        append_eod: end each document that has tokens with the end-of-document token.
+    `reading.append_eod` ends each document that has tokens with the end-of-document token.
     """
 
-    small_ids = True
+    small_ids, ranking = True, False
 
-    def __init__(self, tokenizer: Tokenizer, keys: Sequence[str], append_eod: bool) -> None:
-        self.tokenizer, self.columns, self.outputs = tokenizer, list(keys), list(keys)
-        if append_eod and tokenizer.eod_token_id is None:
+    def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
+        self.tokenizer, self.columns, self.outputs = tokenizer, list(reading.keys), list(reading.keys)
+        self.optional: list[str] = []
+        if reading.append_eod and tokenizer.eod_token_id is None:
             raise ModelLinkError("the tokenizer has no end-of-document token", where=tokenizer.folder,
                                  fix="leave out --append-eod, or set eos_token in its tokenizer_config.json")
-        self._end = [tokenizer.eod_token_id] if append_eod and tokenizer.eod_token_id is not None else []
+        self._end = [tokenizer.eod_token_id] if reading.append_eod and tokenizer.eod_token_id is not None else []
+
+    def rows_of(self, path: Path) -> GeneralPretrainHandler:
+        return self
 
     def parse(self, row: Mapping[str, Any]) -> list[str]:
         """The texts of the columns."""
@@ -32,17 +41,29 @@ class GeneralPretrainHandler:
         for key in self.columns:
             if key not in row:
                 raise ValueError(f"it has no {key!r}")
-            if not isinstance(row[key], str):
-                kind = "empty (null)" if row[key] is None else f"a {type(row[key]).__name__}"
-                raise ValueError(f"{key!r} is {kind}, not a text")
-            try:
-                row[key].encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"{key!r} is not UTF-8") from None
-            texts.append(row[key])
+            texts.append(text_of(row[key], key))
         return texts
 
-    def encode(self, samples: Sequence[list[str]]) -> list[dict[str, list[int]]]:
-        columns = [self.tokenizer.encode_batch(texts) for texts in zip(*samples, strict=True)]
-        return [{key: ids + self._end if ids else ids for key, ids in zip(self.outputs, row, strict=True)}
-                for row in zip(*columns, strict=True)]
+    def encode(self, samples: Sequence[list[str]]) -> Batch:
+        return Batch({output: surrounded(self.tokenizer.encode_flat(texts), [], self._end, empty=False)
+                      for output, texts in zip(self.outputs, zip(*samples, strict=True), strict=True)})
+
+
+class TextHandler(GeneralPretrainHandler):
+    """One text out of several columns, by the wording in `handlers.json`."""
+
+    def __init__(self, tokenizer: Tokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
+        super().__init__(tokenizer, reading)
+        self._text, self._around = about["text"], about.get("around", {})
+        self.columns, self.optional, self.outputs = list(about["columns"]), list(about.get("optional", [])), ["text"]
+
+    def parse(self, row: Mapping[str, Any]) -> list[str]:
+        values = dict(zip(self.columns, super().parse(row), strict=True))
+        for name in self.optional:
+            value = row.get(name)
+            values[name] = _put(self._around[name], {name: text_of(value, name)}) if value not in (None, "") else ""
+        return [_put(self._text, values)]
+
+
+def _put(text: str, values: Mapping[str, str]) -> str:
+    return PLACE.sub(lambda match: values.get(match[1], match[0]), text)

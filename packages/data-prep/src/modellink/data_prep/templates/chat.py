@@ -24,6 +24,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from modellink.data_prep.templates.literal import BEGIN, END, Literals
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
@@ -34,14 +35,16 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False,
-                tools: Sequence[Mapping[str, Any]] | None = None, template: str | None = None, **variables: Any) -> str:
-    """The text of a conversation, to be encoded with `add_special_tokens=False` (the template writes bos itself).
+                tools: Sequence[Mapping[str, Any]] | None = None, template: str | None = None, mark: bool = False,
+                **variables: Any) -> str:
+    """The text of a conversation, as people read it; `encode_chat` has its ids.
 
     Args:
         messages: `{"role": ..., "content": ...}` objects, first to last; keys whose value is None count as absent.
         add_generation_prompt: end with the header that makes the assistant speak.
         tools: JSON schemas of functions the model may call.
         template: name of one of the tokenizer's templates.
+        mark: see `render_template`.
         variables: further names the template knows, e.g. `enable_thinking=False`; they win over the special tokens.
 
     Raises:
@@ -50,21 +53,27 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     source = tokenizer.chat_template(template, tools=tools is not None)
     if not messages:
         raise ModelLinkError("the conversation is empty", fix="give at least one message")
-    return render_template(source, where=f"chat template of {tokenizer.folder}", messages=[
+    return render_template(source, where=f"chat template of {tokenizer.folder}", mark=mark, messages=[
         _message(message, position) for position, message in enumerate(messages, 1)], tools=tools, documents=None,
         add_generation_prompt=add_generation_prompt, **{**tokenizer.special_tokens, **variables})
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-    """Ids of `render_chat` with the same options."""
-    return tokenizer.encode(render_chat(tokenizer, messages, **options), add_special_tokens=False)
+    """Ids of `render_chat` with the same options; a control token in what the messages say is text."""
+    literals = Literals(tokenizer)
+    hidden = options | {"tools": literals.hide(options.get("tools"))}
+    return literals.encode(render_chat(tokenizer, [literals.hide(message) for message in messages], **hidden))
 
 
-def render_template(source: str, *, where: str = "chat template", **variables: Any) -> str:
-    """Render a chat template's Jinja text in the sandbox; every failure of it is a ModelLinkError that names the line."""
+def render_template(source: str, *, where: str = "chat template", mark: bool = False, **variables: Any) -> str:
+    """Render a chat template's Jinja text in the sandbox; every failure of it is a ModelLinkError that names the line.
+
+    Args:
+        mark: write BEGIN and END around what stands in `{% generation %}`.
+    """
     try:
         pieces, length = [], 0
-        for piece in _compile(source).generate(**{name: _plain(value, name) for name, value in variables.items()}):
+        for piece in _compile(source, mark).generate(**{name: _plain(value, name) for name, value in variables.items()}):
             pieces.append(piece)
             length += len(piece)
             if length > LONGEST:
@@ -93,12 +102,19 @@ class _Refusal(jinja2.TemplateError):
 class _Generation(Extension):
     """`{% generation %}` marks what the assistant says; for the text it means nothing but a scope."""
 
+    begin = end = ""
+
     tags = {"generation"}  # noqa: RUF012 - Jinja's interface
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body, lineno=line)
+        marks = [nodes.Output([nodes.TemplateData(mark)] if mark else [], lineno=line) for mark in (self.begin, self.end)]
+        return nodes.Scope([marks[0], *body, marks[1]], lineno=line)
+
+
+class _Marked(_Generation):
+    begin, end = BEGIN, END
 
 
 def _refuse(message: object) -> NoReturn:
@@ -112,9 +128,9 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 @lru_cache(maxsize=32)
-def _compile(source: str) -> jinja2.Template:
+def _compile(source: str, mark: bool = False) -> jinja2.Template:
     sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols", _Generation])
+                                            extensions=["jinja2.ext.loopcontrols", _Marked if mark else _Generation])
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = _refuse
     sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

@@ -7,8 +7,9 @@ meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are
 from modellink.kernels.ops.adamw import adamw
 from modellink.kernels.ops.attention import attention
 from modellink.kernels.ops.cross_entropy import cross_entropy
+from modellink.kernels.ops.ring_update import ring_update
 from modellink.kernels.ops.rms_norm import rms_norm
 from modellink.kernels.ops.rotary import rotary
 from modellink.kernels.ops.swiglu import swiglu
 
-__all__ = ["adamw", "attention", "cross_entropy", "rms_norm", "rotary", "swiglu"]
+__all__ = ["adamw", "attention", "cross_entropy", "ring_update", "rms_norm", "rotary", "swiglu"]

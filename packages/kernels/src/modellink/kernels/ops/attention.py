@@ -73,18 +73,27 @@ def _hidden(distance: Tensor, window: int | None) -> Tensor:
     return (distance < 0) if window is None else (distance < 0) | (distance >= window)
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
+def scores_of(query: Tensor, key: Tensor, variant: Variant, first: int = 0, first_key: int = 0,
+              positions: Tensor | None = None) -> Tensor:
+    """What is given to softmax: [batch, heads, seq, key seq] in fp32, -inf where a query must not see a key.
+
+    Positions of the queries are `positions` [batch, seq], or count from `first`; those of the keys count from `first_key`.
+    """
     heads, groups = query.size(2), key.size(2)
-    q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    k, v = (t.repeat_interleave(heads // groups, dim=1) for t in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * variant.scale
+    q, k = (t.permute(1, 2, 0, 3) for t in (query, key))
+    scores = (q @ k.repeat_interleave(heads // groups, dim=1).transpose(-1, -2)).float() * variant.scale
     if variant.softcap is not None:
         scores = variant.softcap * torch.tanh(scores / variant.softcap)
-    distance = _distance(query, key.size(0), positions)
+    distance = _distance(query, key.size(0), positions) + (first - first_key)
     if variant.slopes is not None:
         scores = scores - variant.slopes[:, None, None] * distance
-    weights = scores.masked_fill(_hidden(distance, variant.window), float("-inf")).softmax(-1)
+    return scores.masked_fill(_hidden(distance, variant.window), float("-inf"))
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
+    weights = scores_of(query, key, variant, positions=positions).softmax(-1)
     weights = torch.nn.functional.dropout(weights, variant.dropout)
+    v = value.permute(1, 2, 0, 3).repeat_interleave(query.size(2) // value.size(2), dim=1)
     return (weights.to(v.dtype) @ v).permute(2, 0, 1, 3)
 
 

@@ -62,6 +62,7 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
     q, k, v = random(9, 2, 6, 16), random(9, 2, 3, 16), random(9, 2, 3, 16)
     angle = torch.randn(9, 1, 1, 8, generator=generator).repeat(1, 1, 1, 2).to(device)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    lse = torch.randn(9, 2, 6, generator=generator).to(device)
     labels = torch.randint(0, 48, (7, 3), generator=generator).to(device)
     step = Settings(step=3, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
     state = [random(5, 8).detach().float().abs() for _ in range(4)]
@@ -76,6 +77,8 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
         "swiglu": lambda form: run(form, x),
         "rotary": lambda form: run(form, q, cos, sin),
         "attention": lambda form: run(form, q, k, v, variant=Variant(0.25), positions=None),
+        "ring_update": lambda form: run(lambda *inputs: torch.cat([part.flatten() for part in form(*inputs)]), q.float(), lse,
+                                        k.float().repeat_interleave(2, 2), lse.flip(0)),
         "cross_entropy": lambda form: run(form, x, labels),
         "adamw": stepped,
     }

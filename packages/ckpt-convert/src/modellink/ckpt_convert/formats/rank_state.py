@@ -1,0 +1,70 @@
+"""What one rank's file of a Megatron checkpoint holds when it is written: arguments, counters, and the model's chunks.
+
+The arguments are those Megatron's and the original's loaders look for. Not here: the tensors' names (dialects.py) and the file
+(archive.py).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modellink.ckpt_convert.formats import dialects, legacy
+from modellink.ckpt_convert.formats.dialects import Dialect
+from modellink.ckpt_convert.formats.writing import Planned
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a Megatron checkpoint is written: names of which program, experts grouped or one by one, padding of the vocabulary."""
+
+    legacy: bool = False
+    dialect: Dialect = "megatron-core"
+    grouped: bool = False
+    divisible_by: int = 1
+
+
+def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *, iteration: int,
+               dtype: torch.dtype) -> dict[str, Any]:
+    """The content of one rank's file; `models` are its chunks under our names."""
+    state: dict[str, Any] = {"args": arguments(spec, layout, style, dtype=dtype, iteration=iteration),
+                             "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0}
+    for chunk, model in enumerate(models):
+        named: Mapping[str, Any] = (legacy.state_of(model, tied=spec.tied) if style.legacy else
+                                    dialects.named(model, style.dialect, grouped=style.grouped))
+        state["model" if layout.vpp == 1 else f"model{chunk}"] = OrderedDict(named)
+    return state
+
+
+def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: torch.dtype, iteration: int) -> Namespace:
+    """Megatron's arguments as its loader wants to find them in a checkpoint."""
+    per_chunk = spec.num_layers // (layout.pp * layout.vpp) if layout.vpp > 1 else None
+    padded = padded_vocab_size(spec.vocab_size, layout.tp, style.divisible_by)
+    rotary = spec.position_embedding_type == "rope"
+    architecture = {name: value for name, value in spec.to_dict().items() if name not in ("vocab_size", "activation_func")}
+    namespace = Namespace(**architecture)
+    vars(namespace).update(
+        ffn_hidden_size=spec.ffn, num_query_groups=spec.groups, group_query_attention=spec.groups != spec.num_attention_heads,
+        kv_channels=spec.head_dim, seq_length=spec.max_position_embeddings,
+        add_position_embedding=spec.position_embedding_type == "learned_absolute", use_rotary_position_embeddings=rotary,
+        use_rope_scaling=spec.rope_scaling_type == "llama3", apply_layernorm_1p=spec.layernorm_zero_centered_gamma,
+        apply_query_key_layer_scaling=False, swiglu=spec.gated_linear_unit and spec.activation_func == "silu",
+        add_bias_linear=spec.add_mlp_bias, make_vocab_size_divisible_by=style.divisible_by, padded_vocab_size=padded,
+        tokenizer_type=None, use_mcore_models=not style.legacy, moe_grouped_gemm=style.grouped,
+        n_shared_experts=(spec.moe_shared_expert_intermediate_size or 0) // spec.expert_ffn or None,
+        tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=1,
+        expert_model_parallel_size=layout.ep, sequence_parallel=False,
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
+        num_layers_per_virtual_pipeline_stage=per_chunk,
+        num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
+        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+        world_size=layout.tp * layout.pp * layout.ep,
+        iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
+    return namespace

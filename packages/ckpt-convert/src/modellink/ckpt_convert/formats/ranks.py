@@ -1,0 +1,104 @@
+"""The folders of a Megatron checkpoint, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`: one file a rank, and which ranks there are.
+
+TT is the tensor-parallel rank, PPP the pipeline stage, EEE the expert-parallel rank; the last two are there only where there are
+several. Not here: what the tensors in a file are called (dialects.py) and how they make a model (megatron.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from modellink.ckpt_convert.formats import legacy, pickle
+from modellink.ckpt_convert.formats.dialects import renamed
+from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.ckpt_convert.weights import EMBEDDING, FINAL_NORM
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+
+RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?$")
+FILE = "model_optim_rng.pt"
+
+
+def is_megatron(folder: Path) -> bool:
+    return any(RANK.match(path.name) for path in folder.glob("mp_rank_*"))
+
+
+def rank_folder(layout: ParallelLayout, rank: int, stage: int, expert_rank: int = 0) -> str:
+    """The numbers of stage and expert rank are there only where there are several; one alone may be either."""
+    stages = f"_{stage:03d}" if layout.pp > 1 else ""
+    return f"mp_rank_{rank:02d}{stages}" + (f"_{expert_rank:03d}" if layout.ep > 1 else "")
+
+
+@dataclass(frozen=True)
+class Content:
+    """What one rank's file holds: Megatron's arguments, the model chunks as they are, and their tensors under our names."""
+
+    arguments: Any
+    states: list[Mapping[str, Any]]
+    chunks: list[dict[str, Stored]]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The files of all ranks, by (stage, expert rank, tensor rank)."""
+
+    tp: int
+    pp: int
+    ep: int
+    contents: Mapping[tuple[int, int, int], Content]
+
+    @property
+    def first(self) -> Content:
+        return self.contents[0, 0, 0]
+
+
+def load(folder: Path) -> Ranks:
+    """Read what every rank's file holds, without its numbers.
+
+    Raises:
+        ModelLinkError: a rank is missing or damaged.
+    """
+    paths = {(int(match[1]), match[2], match[3]): path for path in folder.iterdir() if (match := RANK.match(path.name))}
+    first = paths[min(paths, key=lambda key: (key[0], key[1] or "", key[2] or ""))]
+    loaded = {first: _content(first / FILE)}
+    alone = all(third is None for _, _, third in paths) and _is_whole(loaded[first].chunks)  # no stages: it counts experts
+    places = {}
+    for (rank, second, third), path in paths.items():
+        stage, expert_rank = (0, int(second or 0)) if alone else (int(second or 0), int(third or 0))
+        places[stage, expert_rank, rank] = path
+    pp, ep, tp = (max(place[axis] for place in places) + 1 for axis in range(3))
+    for stage, expert_rank, rank in product(range(pp), range(ep), range(tp)):
+        if (stage, expert_rank, rank) not in places:
+            where = f"pipeline stage {stage}" + (f", expert-parallel rank {expert_rank}" if ep > 1 else "")
+            raise ModelLinkError(
+                f"tensor-parallel rank {rank} of {where} is missing", where=folder,
+                fix=f"there are {len(places)} of {pp * ep * tp} folders mp_rank_*; copy the others here too")
+    return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE) for place, path in places.items()})
+
+
+def _is_whole(chunks: list[dict[str, Stored]]) -> bool:
+    """Whether one rank holds both ends of the model."""
+    names = {name for chunk in chunks for name in chunk}
+    return FINAL_NORM in names and EMBEDDING in names
+
+
+def _content(path: Path) -> Content:
+    content = pickle.load(path)
+    if not isinstance(content, Mapping):
+        raise ModelLinkError("the file holds no state of a model", where=path)
+    if isinstance(version := content.get("checkpoint_version"), (int, float)) and version < 2:
+        raise ModelLinkError(f"the checkpoint has the version {version}, in which queries, keys and values are in another order",
+                             where=path, fix="load and save it once with a Megatron-LM of its time or newer")
+    states = [content["model"]] if "model" in content else []
+    while f"model{len(states)}" in content:
+        states.append(content[f"model{len(states)}"])
+    if not states or not all(isinstance(state, Mapping) for state in states):
+        raise ModelLinkError("the file has no entry `model` or `model0`", where=path)
+    if any(legacy.is_legacy(state) and not isinstance(state[legacy.ROOT], Mapping) for state in states):
+        raise ModelLinkError(f"the entry `{legacy.ROOT}` of the file is no mapping", where=path)
+    return Content(content.get("args"), states, [renamed(state) for state in states])

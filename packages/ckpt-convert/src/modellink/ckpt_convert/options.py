@@ -1,0 +1,98 @@
+"""Every option of `modellink-convert`, the original's spellings included, and what they ask for together.
+
+Flags of the original that need no option are in original_flags.yaml.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from modellink.ckpt_convert.formats.dialects import Dialect
+from modellink.ckpt_convert.plan import Target
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import option
+from modellink.kernels.parallel import ParallelLayout
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    to: Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"] | None = option(None, "Format of the output.")
+    tensor_model_parallel_size: int = option(1, "Tensor-parallel size of the output.", minimum=1,
+                                             alias=("--tp", "--target-tensor-parallel-size"))
+    pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
+                                               alias=("--pp", "--target-pipeline-parallel-size"))
+    expert_model_parallel_size: int = option(
+        1, "Expert-parallel size of the output.", minimum=1,
+        alias=("--ep", "--target-expert-parallel-size", "--target-expert-model-parallel-size"))
+    num_layer_list: tuple[int, ...] = option((), "Layers of each pipeline stage where they are uneven, e.g. 7,8,8,7.")
+    num_layers_per_virtual_pipeline_stage: int | None = option(
+        None, "Layers of a model chunk where a stage holds several.", minimum=1)
+    params_dtype: Literal["fp16", "bf16", "fp32"] | None = option(
+        None, "Number format of the output; each tensor keeps its own where nothing is said.")
+    make_vocab_size_divisible_by: int = option(1, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
+    moe_grouped_gemm: bool = option(False, "The experts of a rank are two tensors, as in training with it.")
+    dialect: Literal["megatron-core", "modellink-1.0"] | None = option(
+        None, "Names of the output: those of megatron-core, or the original's where they differ (latent attention, gate of "
+        "shared experts). megatron-core where nothing is said, with --save-model-type modellink-1.0.")
+    true_vocab_size: int | None = option(None, "Vocabulary of the model without padding; it is checked.", minimum=1)
+    model_type_hf: str | None = option(None, "Family of the model where its config.json does not say it. llama2 means, as in the "
+                                             "original, whatever config.json says.")
+    tokenizer_name_or_path: Path | None = option(
+        None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
+    iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
+    max_shard_size: float = option(5.0, "Largest safetensors or distcp file.", unit="GB", minimum=0.000001)
+    workers: int | None = option(None, "Threads that read and write; one a processor, at most 4, where nothing is said.",
+                                 minimum=1)
+    overwrite: bool = option(False, "Replace the output when it exists.")
+    verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")
+    dry_run: bool = option(False, "Say what would be written, and stop.")
+    inspect: bool = option(False, "Describe SRC, and stop; as `modellink-convert inspect SRC`.")
+    json: bool = option(False, "With --inspect: as JSON.")
+    load_dir: Path | None = option(None, "The original's spelling of SRC.")
+    save_dir: Path | None = option(None, "The original's spelling of DST. Where it is a Hugging Face folder already, that gives "
+                                         "configuration and tokenizer and the output is its subfolder mg2hf.")
+    load_model_type: Literal["hf", "mg"] | None = option(None, "What SRC is, Hugging Face or Megatron; it is checked.")
+    save_model_type: str | None = option(
+        None, "The original's spelling of --to: mg (also megatron) is Megatron-Legacy, or with --use-mcore-models Megatron-Core "
+        "in the original's dialect; hf (also save_huggingface_llama and its like) is Hugging Face.")
+    use_mcore_models: bool = option(False, "With --save-model-type mg: Megatron-Core and not Megatron-Legacy.")
+    save_to_legacy: bool = option(False, "With --save-model-type mg: Megatron-Legacy, though --use-mcore-models is given.")
+
+    def target(self) -> Target:
+        """The format of the output.
+
+        Raises:
+            ModelLinkError: it is not said, or twice.
+        """
+        if (self.to is None) == (self.save_model_type is None):
+            raise ModelLinkError("the format of the output must be given once", where="--to, --save-model-type",
+                                 fix="--to hf or --to megatron-core")
+        if self.to is not None:
+            return self.to
+        kind = str(self.save_model_type)
+        if kind == "hf" or kind.startswith("save_huggingface_"):
+            return "hf"
+        if kind not in ("mg", "megatron"):
+            raise ModelLinkError(f"{kind} is no format", where="--save-model-type", fix="mg or hf")
+        return "megatron-core" if self.use_mcore_models and not self.save_to_legacy else "megatron-legacy"
+
+    def names(self) -> Dialect:
+        """The dialect: the original's where a script of the original asks for its Megatron."""
+        return self.dialect or ("modellink-1.0" if self.save_model_type is not None else "megatron-core")
+
+    def layout(self, num_layers: int) -> ParallelLayout:
+        """The layout of the output.
+
+        Raises:
+            ModelLinkError: the layers cannot be dealt to chunks of that size.
+        """
+        pp, per_chunk, vpp = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage, 1
+        if per_chunk is not None:
+            if num_layers % (pp * per_chunk):
+                raise ModelLinkError(f"{num_layers} layers cannot be dealt to {pp} stages in chunks of {per_chunk}",
+                                     where="--num-layers-per-virtual-pipeline-stage")
+            vpp = num_layers // (pp * per_chunk)
+        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=self.expert_model_parallel_size,
+                              num_layer_list=self.num_layer_list or None)

@@ -1,0 +1,51 @@
+"""Every hostile checkpoint of `../attacks`: one message, exit status 2, nothing run, nothing written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+from modellink.ckpt_convert import convert
+
+FOLDER = Path(__file__).parents[1] / "attacks"
+spec = importlib.util.spec_from_file_location("attacks_make", FOLDER / "make.py")
+assert spec is not None and spec.loader is not None
+attacks = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(attacks)
+HARMLESS = ("pickle-in-arguments", "code-in-the-folder")  # nothing of what they carry is needed
+TOLD = dict(re.findall(r"^\| `([\w-]+)` \|.*\| `(.+)` \|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+"""Attack -> what README.md says the message contains."""
+
+
+@pytest.mark.parametrize("name", attacks.ATTACKS)
+def test_an_attack(name: str, make_model: Callable[..., Path], run: Callable[..., CompletedProcess[str]], tmp_path: Path) -> None:
+    sound = tmp_path / "sound"
+    make_model("llama", name="sound-hf")
+    sound.mkdir()
+    (tmp_path / "sound-hf").rename(sound / "hf")
+    (sound / "hf/modeling_evil.py").unlink()
+    convert(sound / "hf", sound / "mc", to="megatron-core")
+    (sound / "mc/modellink.json").unlink()
+    (sound / "mc/iter_0000001/modellink.complete").unlink()
+    folder = attacks.make(name, sound, tmp_path / "made")
+    done = run([folder, tmp_path / "out", "--to", "hf", "--tokenizer-name-or-path", sound / "hf"])
+    assert not list(tmp_path.rglob("ran"))
+    if name in HARMLESS:
+        assert done.returncode == 0, done.stderr
+        assert not list((tmp_path / "out").glob("*.py"))
+        shutil.rmtree(tmp_path / "out")
+    else:
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert TOLD[name] in done.stderr
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
+
+
+def test_the_page_tells_of_every_attack() -> None:
+    assert TOLD.keys() == attacks.ATTACKS.keys(), json.dumps(sorted(TOLD.keys() ^ attacks.ATTACKS.keys()))

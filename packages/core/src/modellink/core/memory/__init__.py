@@ -1,0 +1,1 @@
+"""Spending time to save memory."""

@@ -1,0 +1,39 @@
+"""Which layers compute what again in the backward pass; megatron-core does the recomputing of whole layers.
+
+Layers of a pipeline stage are taken in the order in which memory fills: layer l of chunk v has the place l x chunks + v. The
+first are recomputed in full, of the next only the activation of the feed-forward part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from modellink.core.config.memory import MemoryConfig
+from modellink.core.model.feed_forward import FeedForward
+
+
+def in_full(memory: MemoryConfig, chunk: int, chunks: int) -> int | None:
+    """How many of the first layers of a chunk (block) or of each group (uniform) are recomputed in full."""
+    count = memory.recompute_num_layers
+    if count is None or not memory.enable_recompute_layers_per_pp_rank:
+        return count
+    return max(0, -(-(count - chunk) // chunks))
+
+
+def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
+    """Mark the feed-forward parts whose activation is recomputed."""
+    if not memory.recompute_activation_function:
+        return
+    chunks, whole, count = len(models), memory.recompute_num_layers or 0, memory.recompute_activation_function_num_layers
+    everywhere = whole if memory.enable_recompute_layers_per_pp_rank else whole * chunks
+    for chunk, model in enumerate(models):
+        layers: Any = model.get_submodule("decoder.layers")
+        for number, layer in enumerate(layers):
+            place, full = number * chunks + chunk, number < (in_full(memory, chunk, chunks) or 0)
+            if not full and (count is None or place < everywhere + count):
+                for module in layer.modules():
+                    if isinstance(module, FeedForward):
+                        module.recompute_activation = True

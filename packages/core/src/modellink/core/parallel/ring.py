@@ -1,0 +1,139 @@
+"""Ring attention (Liu et al. 2023): every rank keeps its queries, and the keys and values of all pass by.
+
+What a rank sees of another is joined by log-sum-exp, so that no rank ever holds more than two sets of keys. Chunks that
+causality or a window hides are not computed; with the tokens dealt as context.py does, that is as much work on each rank.
+Backward lets keys and values pass once more, with their gradients.
+
+Not here: attention dropout; fused kernels for the blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from modellink.kernels import ops
+from modellink.kernels.ops.attention import Variant, scores_of
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Who passes what.
+
+    Attributes:
+        group: the ranks of the ring.
+        held: numbers of the chunks each of them holds, in the order of its tokens; all chunks have one length.
+        overlap: start to pass keys on before computing with them.
+    """
+
+    group: Any
+    held: list[list[int]]
+    overlap: bool = True
+
+    def passed_on(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
+        """Send to the next rank, receive from the one before: (buffers, what to wait for)."""
+        rank, size = self.group.rank(), self.group.size()
+        ahead, behind = (dist.get_global_rank(self.group, other % size) for other in (rank + 1, rank - 1))
+        buffers = [torch.empty_like(tensor) for tensor in tensors]
+        calls = [dist.P2POp(dist.isend, tensor, ahead, self.group) for tensor in tensors]
+        calls += [dist.P2POp(dist.irecv, buffer, behind, self.group) for buffer in buffers]
+        return buffers, dist.batch_isend_irecv(calls)
+
+    def pairs(self, source: int, seq: int, window: int | None) -> Iterator[tuple[slice, slice, int, int]]:
+        """(query rows, key rows, first query position, first key position) of every pair of chunks that see each other, for the
+        keys of ring rank `source`."""
+        mine, theirs = self.held[self.group.rank()], self.held[source]
+        size = seq // len(mine)
+        for i, query in enumerate(mine):
+            for j, key in enumerate(theirs):
+                nearest = (query - key) * size - (size - 1)  # distance of the first query from the last key
+                if key <= query and (window is None or nearest < window):
+                    yield slice(i * size, (i + 1) * size), slice(j * size, (j + 1) * size), query * size, key * size
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, variant: Variant, ring: Ring) -> Tensor:
+        seq, rank, size = query.size(0), ring.group.rank(), ring.group.size()
+        out = query.new_zeros(*query.shape[:3], value.size(-1), dtype=torch.float32)
+        lse = query.new_full(query.shape[:3], float("-inf"), dtype=torch.float32)
+        block = [key.contiguous(), value.contiguous()]
+        for step in range(size):
+            last = step + 1 == size
+            passing = ring.passed_on(block) if ring.overlap and not last else None
+            for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
+                scores = scores_of(query[rows], block[0][columns], variant, first, start)
+                new_lse = scores.logsumexp(-1)
+                weights = (scores - new_lse.clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)).exp()
+                new_out = _weighted(weights, block[1][columns])
+                out[rows], lse[rows] = ops.ring_update(out[rows], lse[rows], new_out, new_lse.permute(2, 0, 1))
+            if not last:
+                block = _arrived(passing or ring.passed_on(block))
+        ctx.variant, ctx.ring = variant, ring
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out.to(query.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        variant, ring = ctx.variant, ctx.ring
+        seq, rank, size = query.size(0), ring.group.rank(), ring.group.size()
+        gradient = gradients[0].float()
+        of_out = (gradient * out).sum(-1).permute(1, 2, 0).unsqueeze(-1)  # [batch, heads, seq, 1]
+        of_query = torch.zeros_like(query, dtype=torch.float32)
+        block = [key.contiguous(), value.contiguous()]
+        of_block = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in block]
+        for step in range(size):
+            last = step + 1 == size
+            passing = ring.passed_on(block) if ring.overlap and not last else None
+            for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
+                with torch.enable_grad():  # the derivative of caps and biases is autograd's
+                    q, k = (x.detach().requires_grad_() for x in (query[rows], block[0][columns]))
+                    scores = scores_of(q, k, variant, first, start)
+                finite = lse[rows].clamp(min=torch.finfo(torch.float32).min).permute(1, 2, 0).unsqueeze(-1)
+                weights = (scores.detach() - finite).exp()
+                upstream = gradient[rows].permute(1, 2, 0, 3)
+                values = _per_head(block[1][columns], weights.size(1)).float()
+                of_scores = weights * (upstream @ values.transpose(-1, -2) - of_out[:, :, rows])
+                of_q, of_k = torch.autograd.grad(scores, (q, k), of_scores)
+                of_query[rows] += of_q
+                of_block[0][columns] += of_k
+                of_block[1][columns] += _per_group(weights.transpose(-1, -2) @ upstream, value.size(2))
+            if not last:
+                block = _arrived(passing or ring.passed_on(block))
+            of_block = _arrived(ring.passed_on(of_block))  # after the last step they are home
+        made = (of_query, *of_block)
+        return (*(grad.to(x.dtype) for grad, x in zip(made, (query, key, value), strict=True)), None, None)
+
+
+def _arrived(passing: tuple[list[Tensor], list[Any]]) -> list[Tensor]:
+    buffers, pending = passing
+    for work in pending:
+        work.wait()
+    return buffers
+
+
+def _per_head(x: Tensor, heads: int) -> Tensor:
+    """[seq, batch, groups, dim] -> [batch, heads, seq, dim]."""
+    return x.permute(1, 2, 0, 3).repeat_interleave(heads // x.size(2), dim=1)
+
+
+def _per_group(x: Tensor, groups: int) -> Tensor:
+    """The sum over the heads of each group: [batch, heads, seq, dim] -> [seq, batch, groups, dim]."""
+    return x.unflatten(1, (groups, -1)).sum(2).permute(2, 0, 1, 3)
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """[batch, heads, seq, keys] and values -> [seq, batch, heads, dim]."""
+    return (weights @ _per_head(value, weights.size(1)).float()).permute(2, 0, 1, 3)
+
+
+def ring_attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, ring: Ring) -> Tensor:
+    """Attention of this rank's queries over the keys of all ranks of the ring; shapes as in `ops.attention`."""
+    out: Tensor = _Attention.apply(query, key, value, variant, ring)
+    return out

@@ -1,0 +1,71 @@
+"""The optimizer's state as tensors by weight name, so that a run can go on at any layout.
+
+megatron-core keeps one optimizer, or with experts dealt to ranks a chain of two, and which of the two depends on the layout and
+even on the pipeline stage. Its tensors carry the names of their weights and do not depend on that; the rest of its state does,
+and comes down to the number of steps and the loss scale. So these two and the tensors are what a checkpoint holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+
+Path = tuple[Any, ...]
+METADATA = {"chained_optim_avoid_prefix": True}
+
+
+class OptimizerState:
+    """One moment of an optimizer: `tensors` and `common` go into a checkpoint, `filled` makes what it loads of them.
+
+    Args:
+        optimizer: megatron-core's.
+        models: the sharded state of the model chunks.
+        loading: the state is to be filled, not to be saved.
+        metadata: megatron-core's for sharded states.
+    """
+
+    def __init__(self, optimizer: Any, models: Any, *, loading: bool, metadata: Mapping[str, Any]) -> None:
+        state = optimizer.sharded_state_dict(models, is_loading=loading, metadata={**metadata, **METADATA})
+        self._chained = len(optimizer.chained_optimizers) > 1
+        self._parts = [state[number] for number in range(len(state))] if self._chained else [state]
+        self.tensors = {_text(path): leaf for path, leaf in _leaves(self._parts) if isinstance(leaf, ShardedBase)}
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What is no tensor: `step`, and `grad_scaler` with fp16."""
+        steps = [leaf for path, leaf in _leaves(self._parts) if path[-1] == "step" and "param_groups" in path]
+        scalers = [part["grad_scaler"] for part in self._parts if "grad_scaler" in part]
+        return {"step": max(steps, default=0), "grad_scaler": scalers[0] if scalers else None}
+
+    def filled(self, tensors: Mapping[str, Any], common: Mapping[str, Any]) -> Any:
+        """What the optimizer's `load_state_dict` takes, from the loaded `tensors` and `common`."""
+        parts = _filled(self._parts, (), tensors, common["step"])
+        for part in parts:
+            if "grad_scaler" in part and common["grad_scaler"] is not None:
+                part["grad_scaler"] = common["grad_scaler"]
+        return parts if self._chained else parts[0]
+
+
+def _leaves(value: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    if isinstance(value, (dict, list)):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(inner, (*path, key))
+    else:
+        yield path, value
+
+
+def _text(path: Path) -> str:
+    return "/".join(map(str, path))
+
+
+def _filled(value: Any, path: Path, tensors: Mapping[str, Any], step: int) -> Any:
+    if isinstance(value, dict):
+        made = {key: _filled(inner, (*path, key), tensors, step) for key, inner in value.items()}
+        return made | {"step": step} if "param_groups" in path[-2:-1] else made
+    if isinstance(value, list):
+        return [_filled(inner, (*path, number), tensors, step) for number, inner in enumerate(value)]
+    if isinstance(value, LocalNonpersistentObject):  # which parameters a group has
+        return value.unwrap()
+    return tensors[_text(path)] if isinstance(value, ShardedBase) else value

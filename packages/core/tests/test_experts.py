@@ -1,0 +1,90 @@
+"""Mixtures of experts in training: the same losses at every layout, balance losses, saving and going on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modellink.core.testing import beside
+
+OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "eval_iters": 0,
+           "split": "100,0,0", "device": "cpu", "seed": 7, "log_interval": 1, "make_vocab_size_divisible_by": 8,
+           "moe_aux_loss_coeff": 0.05, "moe_device_level_aux_loss_coeff": 0.03, "moe_comm_aux_loss_coeff": 0.02,
+           "moe_z_loss_coeff": 0.01}
+EP2, TP2 = {"expert_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+LAYOUTS = {
+    "one": (1, {}), "ep2": (2, EP2), "ep2 alltoall": (2, EP2 | {"moe_token_dispatcher_type": "alltoall"}), "tp2": (2, TP2),
+    "ep2 distributed optimizer": (2, EP2 | {"use_distributed_optimizer": True}),
+    "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
+    "uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
+    "cp2": (2, {"context_parallel_size": 2}), "tp2 ep2": (4, TP2 | EP2),
+    "pp2 ep2": (4, EP2 | {"pipeline_model_parallel_size": 2})}
+
+
+train = beside(__file__, "test_training").train
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Path:
+    """A DeepSeek-V2 with everything: latent attention, grouped and shared experts, a dense first layer."""
+    import transformers
+
+    sizes = beside(__file__, "models").TRANSFORMERS["deepseek_v2"][1]
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("mixture")
+    transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(pools, mixture, corpus):
+    def go(layout: str, **options: Any) -> list[tuple[int, int, float, float]]:
+        world_size, more = LAYOUTS[layout]
+        texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),)} | more | options
+        return pools(world_size)(train, options=texts)[-1]
+    return go
+
+
+@pytest.fixture(scope="module")
+def whole(run):
+    return run("one")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
+    steps = run(layout)
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-4)
+
+
+@pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff",
+                                         "moe_z_loss_coeff", "seq_aux"])
+def test_every_balance_loss_acts(run, coefficient):
+    two = {"micro_batch_size": 2} if coefficient == "seq_aux" else {}  # of one sequence both are the same
+    whole = run("one", **two)
+    other = run("one", **{coefficient: True if coefficient == "seq_aux" else 0.0}, **two)
+    assert other[0][3] != pytest.approx(whole[0][3], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["ep2", "ep2 distributed optimizer", "tp2 ep2", "pp2 ep2"])
+def test_stopping_and_going_on_changes_no_bit(run, tmp_path, layout):
+    straight = run(layout)
+    stopped = run(layout, save=str(tmp_path / "a"), exit_interval=2)
+    assert stopped + run(layout, load=str(tmp_path / "a")) == straight
+
+
+def test_what_was_trained_goes_on_elsewhere_and_becomes_a_hugging_face_folder(run, whole, tmp_path):
+    from modellink.ckpt_convert import convert, open_checkpoint
+
+    run("tp2 ep2", save=str(tmp_path / "a"), exit_interval=2)
+    steps = run("vpp2", load=str(tmp_path / "a"))
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole[2:]], rel=2e-6)
+    convert(tmp_path / "a", tmp_path / "hf", to="hf")
+    first, second = open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "hf")
+    assert first.tensors.keys() == second.tensors.keys() and len(first.tensors) > 60
+    for name, tensor in first.tensors.items():
+        rows = [range(tensor.shape[0])]
+        assert torch.equal(first.read(name, rows, 0), second.read(name, rows, 0)), name

@@ -1,0 +1,104 @@
+"""Recomputation and overlap change no number, and save what they promise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modellink.core.testing import beside
+
+training = beside(__file__, "test_training")
+VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
+OVERLAP = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "uniform": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}),
+    "block": (1, BLOCK | {"recompute_num_layers": 3}),
+    "selective": (1, {"recompute_granularity": "selective"}),
+    "activation": (1, {"recompute_activation_function": True}),
+    "block and activation": (1, BLOCK | {"recompute_num_layers": 1, "recompute_activation_function": True,
+                                         "recompute_activation_function_num_layers": 2}),
+    "block, vpp, by stage": (2, VPP | BLOCK | {"recompute_num_layers": 1, "enable_recompute_layers_per_pp_rank": True,
+                                               "recompute_activation_function": True}),
+    "block, tp2": (2, BLOCK | {"recompute_num_layers": 2, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "activation, tp2": (2, {"recompute_activation_function": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "uniform, cp2": (2, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
+                         "context_parallel_size": 2}),
+    "overlapped gradients": (2, {"overlap_grad_reduce": True}),
+    "overlapped gradients, parameters": (2, OVERLAP | {"overlap_param_gather": True}),
+    "overlapped, vpp": (4, VPP | OVERLAP | {"overlap_param_gather": True})}
+
+
+@pytest.fixture(scope="module")
+def whole(pools, tiny, corpus):
+    texts = {"load": str(tiny), "data_path": (str(corpus),), "eval_iters": 1, "eval_interval": 2, "split": "80,10,10"}
+    return texts, pools(1)(training.train, options=texts)[-1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_losses_stay_the_same(pools, whole, name):
+    texts, expected = whole
+    world_size, options = RUNS[name]
+    steps = pools(world_size)(training.train, options=texts | options)[-1]
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in expected], rel=2e-6)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in expected], rel=1e-4)
+
+
+def test_dropout_is_the_same_in_the_recomputed_pass(pools, whole):
+    texts, _ = whole
+    dropout = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+    plain = pools(1)(training.train, options=texts | dropout)[-1]
+    again = pools(1)(training.train, options=texts | dropout | RUNS["block"][1])[-1]
+    assert [step[2:] for step in again] == [step[2:] for step in plain]
+
+
+def test_overlapped_parameters_are_whole_in_a_checkpoint(pools, whole, tmp_path):
+    texts, _ = whole
+    options = texts | OVERLAP | {"overlap_param_gather": True}
+    straight = pools(2)(training.train, options=options)[-1]
+    stopped = pools(2)(training.train, options=options | {"save": str(tmp_path), "exit_interval": 2})[-1]
+    assert stopped + pools(2)(training.train, options=options | {"load": str(tmp_path)})[-1] == straight
+
+
+def held(folder: str, memory: dict[str, Any]) -> tuple[int, int]:
+    """On a rank: (bytes that backward keeps, times a layer is run) in one pass of the tiny model."""
+    import torch
+
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.core import processes
+    from modellink.core.config import MemoryConfig
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    processes.join(find("cpu"), ParallelLayout(), seed=1)
+    (model,) = build_models(open_checkpoint(Path(folder)).spec, BuildSettings(memory=MemoryConfig(**memory)))
+    storages: dict[int, Any] = {}
+    runs = 0
+
+    def keep(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.nn.Parameter):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+    for layer in model.decoder.layers:
+        layer.register_forward_pre_hook(count)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.train()(torch.zeros(1, 24, dtype=torch.long))
+    size = sum(storage.size() for storage in storages.values())
+    output.sum().backward()
+    return size, runs
+
+
+def test_memory_is_saved_and_layers_run_again(pools, tiny):
+    plain, once = pools(1)(held, folder=str(tiny), memory={})[0]
+    sizes = {name: pools(1)(held, folder=str(tiny), memory=RUNS[name][1])[0] for name in ("block", "uniform", "activation")}
+    assert once == 4 and sizes["block"][1] == 7 and sizes["uniform"][1] == 8 and sizes["activation"][1] == 4
+    assert sizes["uniform"][0] < sizes["block"][0] < sizes["activation"][0] < plain
+    ffn = 4 * 24 * 112 * 4  # bytes: layers x tokens x width, kept for the second projection
+    assert plain - sizes["activation"][0] >= ffn

@@ -1,0 +1,69 @@
+"""Pieces on a Ray cluster (extra `ray`) whose nodes see one disk. The parts are those of a local run, byte for byte.
+
+The cluster is the one Ray finds: RAY_ADDRESS, the one this machine belongs to, or one of this machine alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from modellink.data_prep.handlers import Handler
+from modellink.data_prep.inputs import Piece
+from modellink.data_prep.tokenise import Done, Job, WorkerDied, tokenise_piece
+from modellink.kernels.errors import ModelLinkError
+
+AHEAD = 4  # pieces a processor that are handed out at a time
+
+
+def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
+    """Work through pieces on all nodes, whatever `workers` is, each with a handler of its own; results come as they are ready.
+
+    When a piece fails, those handed out are finished first and the error of the earliest is raised.
+
+    Raises:
+        ModelLinkError: Ray is not installed, or a piece fails.
+    """
+    try:
+        import ray  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise ModelLinkError("Ray is not installed", where="--executor",
+                             fix="install modellink-data-prep[ray], or use --workers and --piece") from None
+    started = not ray.is_initialized()
+    if started:
+        ray.init(log_to_driver=False)
+    try:
+        remote: Any = ray.remote(max_retries=0, scheduling_strategy="SPREAD")(_tokenise_there)
+        todo, waiting, failed = list(reversed(pieces)), dict[Any, int](), dict[int, Exception]()
+        ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+        while todo or waiting:
+            while todo and not failed and len(waiting) < ahead:
+                piece = todo.pop()
+                waiting[remote.remote(str(Path.cwd()), job, piece)] = piece.index
+            if not waiting:
+                break
+            ready, _ = ray.wait(list(waiting), num_returns=1)
+            index = waiting.pop(ready[0])
+            try:
+                yield ray.get(ready[0])
+            except ray.exceptions.RayTaskError as error:
+                failed[index] = error.cause if isinstance(error.cause, ModelLinkError) else error
+            except ray.exceptions.RayError as error:
+                failed[index] = WorkerDied(f"a node or process died near piece {index}: {str(error).splitlines()[0]}",
+                                           where="--executor", fix="what is finished is kept, run the command again")
+        if failed:
+            raise failed[min(failed)]
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _tokenise_there(folder: str, job: Job, piece: Piece) -> Done:
+    """On a node: paths are meant from where the command was given."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not Path(folder).is_dir():
+        raise ModelLinkError("this node does not see the folder", where=folder, fix="all nodes must see one disk")
+    os.chdir(folder)
+    return tokenise_piece(job, piece)

@@ -1,0 +1,60 @@
+"""`dataset_info.json`: names of datasets, each with its file and how its rows are read (LlamaFactoryInstructionHandler).
+
+An entry has `file_name` (in the same folder), and may have `formatting` (alpaca or sharegpt), `columns`, `tags` and `ranking`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from modellink.data_prep.handlers.fields import FieldMap, field_map
+from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.files import read_json
+
+NAME = "dataset_info.json"
+IGNORED = ("images", "videos", "audios")  # columns of pictures, which are not read
+
+
+def find_datasets(names: Sequence[str], folder: Path | None) -> list[tuple[str, FieldMap]]:
+    """The files of the named datasets and how they are read, in order; names may be given with commas between.
+
+    Raises:
+        ModelLinkError: no folder, no such name, or an entry that cannot be read.
+    """
+    if folder is None:
+        raise ModelLinkError(f"LlamaFactoryInstructionHandler needs the folder of {NAME}", where="--dataset-dir")
+    file = folder / NAME
+    known = read_json(file)
+    if not isinstance(known, dict):
+        raise ModelLinkError("it does not hold an object of datasets", where=file)
+    found = []
+    for name in [part.strip().rsplit("/", 1)[-1] for item in names for part in item.split(",") if part.strip()]:
+        if name not in known:
+            raise ModelLinkError(f"there is no dataset {name!r}", where=file,
+                                 fix=near(name, list(known)) or f"there are: {', '.join(sorted(known)[:20])}")
+        found.append((str(folder / _file_name(known[name], f"{file}, {name}", folder)), _map(known[name], f"{file}, {name}")))
+    return found
+
+
+def _file_name(entry: Any, where: str, folder: Path) -> str:
+    name = entry.get("file_name") if isinstance(entry, dict) else None
+    if not isinstance(name, str):
+        raise ModelLinkError("it has no file_name", where=where, fix="only files are read: no hub and no scripts")
+    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+        raise ModelLinkError(f"{name!r} is outside the folder", where=where)
+    return name
+
+
+def _map(entry: dict[str, Any], where: str) -> FieldMap:
+    style = entry.get("formatting", "alpaca")
+    if style not in ("alpaca", "sharegpt"):
+        raise ModelLinkError(f"formatting is {style!r}", where=where, fix="it is alpaca or sharegpt")
+    columns = entry.get("columns", {})
+    if not isinstance(columns, dict):
+        raise ModelLinkError("columns is no object", where=where)
+    given = {name: value for name, value in columns.items() if name not in IGNORED}
+    if entry.get("tags"):
+        given["tags"] = entry["tags"]
+    return field_map(style, given, ranking=bool(entry.get("ranking")), where=where)

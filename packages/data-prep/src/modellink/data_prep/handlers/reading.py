@@ -1,0 +1,47 @@
+"""What a handler is told and what it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from modellink.data_prep.engines import Flat
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows become tokens.
+
+    Attributes:
+        handler: its name.
+        keys: columns of plain text.
+        append_eod: end each document or sample with the end token.
+        maps: (file, FieldMap as JSON); the file "" stands for all others.
+        prompt_type, template, hf_chat_template: see `chat_format`.
+        train_on_prompt: learn everything, not only what the assistant says.
+        seq_length: most tokens of a sample; `long_samples` says what becomes of longer ones.
+    """
+
+    handler: str
+    keys: tuple[str, ...] = ("text",)
+    append_eod: bool = False
+    maps: tuple[tuple[str, str], ...] = ()
+    prompt_type: str | None = None
+    template: str | None = None
+    hf_chat_template: bool = False
+    train_on_prompt: bool = False
+    seq_length: int | None = None
+    long_samples: Literal["cut", "drop"] = "cut"
+
+
+@dataclass
+class Batch:
+    """Ids of several samples by output, a sample without ids being none; `cut`, `dropped` count long samples.
+
+    `learned` counts the tokens with a label.
+    """
+
+    fields: dict[str, Flat]
+    cut: int = 0
+    dropped: int = 0
+    learned: int = 0

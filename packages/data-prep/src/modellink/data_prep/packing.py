@@ -1,0 +1,90 @@
+"""Several samples in one of a fixed length: first fit decreasing over all samples, the longest first.
+
+`packed_attention_mask` numbers the samples of a pack from 1 and is 0 on padding, so that a reader sees where each sample ends
+without looking for end tokens, which stand after every turn too. Padding has the id 0 and the label -100. Each pack is one
+sequence and one document of exactly `length` tokens. In memory are two numbers a sample and one pack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modellink.data_prep.indexed import IndexedDataset, IndexedWriter
+from modellink.data_prep.templates.encoded import IGNORED
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.progress import Work
+
+INPUTS, MASK, LABELS = "packed_input_ids", "packed_attention_mask", "packed_labels"
+PADDING = {INPUTS: 0, MASK: 0, LABELS: IGNORED}
+
+
+@dataclass
+class Packed:
+    """What packing made of `samples` samples of `tokens` tokens."""
+
+    packs: int
+    samples: int
+    tokens: int
+    length: int
+
+    @property
+    def fill(self) -> float:
+        """The part of all packs that is not padding."""
+        return self.tokens / (self.packs * self.length) if self.packs else 0.0
+
+
+def assign(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
+    """The pack of each sample: the first with room, samples taken by falling length and, of one length, in their order.
+
+    Raises:
+        ModelLinkError: a sample is longer than a pack.
+    """
+    if len(lengths) and int(lengths.max()) > capacity:
+        raise ModelLinkError(f"a sample of {int(lengths.max()):,} tokens is longer than a pack of {capacity:,}")
+    leaves = 1 << max(len(lengths) - 1, 0).bit_length()
+    room = [capacity] * (2 * leaves)  # a tree: each node knows the most room of the packs below it
+    found = np.empty(len(lengths), np.int64)
+    for sample in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
+        length, node = int(lengths[sample]), 1
+        while node < leaves:
+            node *= 2
+            if room[node] < length:
+                node += 1
+        found[sample] = node - leaves
+        room[node] -= length
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
+    return found
+
+
+def pack(parts: Mapping[str, Sequence[Path]], outputs: dict[str, Path], length: int, *, show: bool = True) -> Packed:
+    """Write the samples of `parts` (prefixes by field, in order) as packs.
+
+    Returns what came of it; a pack holds its samples in the order of the input.
+    """
+    data = {field: [IndexedDataset(prefix) for prefix in prefixes] for field, prefixes in parts.items()}
+    lengths = np.concatenate([item.lengths for item in data[INPUTS]]) if data[INPUTS] else np.zeros(0, np.int32)
+    firsts = np.cumsum([0, *(len(item) for item in data[INPUTS])])
+    packs = assign(lengths, length)
+    order = np.argsort(packs, kind="stable")
+    edges = np.concatenate([[0], np.cumsum(np.bincount(packs))]) if len(packs) else np.zeros(1, np.int64)
+    for field, prefix in outputs.items():
+        with Work(f"packing {prefix.name}", len(edges) - 1, unit="packs", show=show) as work, \
+                IndexedWriter(prefix, np.dtype("<i4")) as writer:
+            for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+                row = np.full(length, PADDING[field], np.int32)
+                at = 0
+                for number, sample in enumerate(order[start:stop].tolist(), 1):
+                    part = int(np.searchsorted(firsts, sample, "right")) - 1
+                    ids = data[field][part][sample - int(firsts[part])]
+                    row[at:at + len(ids)] = number if field == MASK else ids
+                    at += len(ids)
+                writer.add_document(row)
+                work.advance()
+    return Packed(len(edges) - 1, len(lengths), int(lengths.sum()), length)

@@ -1,0 +1,167 @@
+"""From options to checked work: everything that can be known to be wrong is found here, before anything is written."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from modellink.data_prep import inputs
+from modellink.data_prep.engines import Choice, Engine
+from modellink.data_prep.engines.gigatoken import GigaToken
+from modellink.data_prep.engines.huggingface import HuggingFace
+from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, make_handler, trains_on_chats
+from modellink.data_prep.indexed import existing, token_dtype
+from modellink.data_prep.options import PreprocessOptions
+from modellink.data_prep.rows import BadRow, Source
+from modellink.data_prep.tokenise import Job
+from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.errors import ModelLinkError, near
+
+LAYOUT = 2  # of the parts; a change of what is in them makes older ones unusable
+MIB = 1 << 20
+SAMPLE_ROWS, SAMPLE_CHARACTERS = 500, 1 << 20  # of the corpus, on which gigatoken must agree
+
+
+@dataclass
+class Plan:
+    """The work, checked.
+
+    Attributes:
+        handler: what reads and encodes here; other processes make their own.
+        made_from: what the parts depend on; parts made from something else are not used.
+        why: why this library tokenises.
+    """
+
+    job: Job
+    handler: Handler
+    pieces: list[inputs.Piece]
+    outputs: dict[str, Path]
+    made_from: dict[str, Any]
+    backend: str
+    why: str
+
+
+def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
+    """Check everything and cut the work into pieces.
+
+    Raises:
+        ModelLinkError: a wrong input or option.
+    """
+    names, maps = choose_maps(options.handler_name, options.map_keys, options.input, options.dataset_dir)
+    paths = inputs.find_inputs(names)
+    reading = _reading(options, maps, show=show)
+    tokenizer = Tokenizer.from_folder(options.tokenizer_name_or_path, _before_check(options.tokenizer_backend))
+    handler = make_handler(tokenizer, reading)
+    sources = [inputs.open_source(path) for path in paths]
+    for source in sources:
+        _check_columns(source, handler.rows_of(source.path).columns, options.handler_name)
+    if options.packs and handler.ranking:
+        raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
+    engine, why = _engine(options, tokenizer, handler, sources)
+    if engine is not tokenizer.engine:
+        tokenizer = Tokenizer(tokenizer.folder, engine)
+        handler = make_handler(tokenizer, reading)
+    backend: Choice = "gigatoken" if isinstance(engine, GigaToken) else _before_check(options.tokenizer_backend)
+    small = handler.small_ids and options.output_dtype == "auto"
+    dtype = token_dtype(tokenizer.vocab_size if small else None).name
+    parts = Path(f"{options.output_prefix}.parts")
+    job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
+              options.vocab_size, parts)
+    plan = Plan(job, handler, inputs.cut(sources, int(options.piece_size * MIB)),
+                {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
+                _made_from(options, paths, tokenizer, reading, dtype), tokenizer.backend, why)
+    if not (options.overwrite or parts.exists()):
+        for path in existing(list(plan.outputs.values())):
+            raise output_exists(path)
+    return plan
+
+
+def output_exists(path: Path) -> ModelLinkError:
+    return ModelLinkError("the output exists", where=path, fix="choose another --output-prefix, remove it, or pass --overwrite")
+
+
+def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, show: bool) -> Reading:
+    chats = trains_on_chats(options.handler_name)
+    if options.packs and not chats:
+        raise ModelLinkError("plain text is not packed: training cuts its windows out of all documents", where="--pack",
+                             fix="leave it out, or choose an instruction handler")
+    if options.packs and options.seq_length is None:
+        raise ModelLinkError("--seq-length must be given", where="--pack", fix="it is how long each pack is")
+    if options.seq_length is not None and not chats and show:
+        print("note: --seq-length is ignored: documents of plain text are kept whole, training cuts its windows", file=sys.stderr)
+    return Reading(options.handler_name, tuple(dict.fromkeys(options.json_keys)), options.append_eod, maps, options.prompt_type,
+                   str(options.template) if options.template else None, options.hf_chat_template, options.train_on_prompt,
+                   options.seq_length if chats else None, options.long_samples)
+
+
+def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, reading: Reading,
+               dtype: str) -> dict[str, Any]:
+    chats = repr((tokenizer.chat_templates, options.template.read_bytes() if options.template else None))
+    return {"layout": LAYOUT, "input": inputs.fingerprint(paths), "piece size": options.piece_size,
+            "tokenizer": tokenizer.fingerprint, "library": tokenizer.backend,
+            "special tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id], "token type": dtype,
+            "vocabulary": options.vocab_size, "templates": hashlib.sha256(chats.encode()).hexdigest(),
+            "pack": options.packs, **{name.replace("_", " "): list(map(list, value)) if name == "maps" else
+                                      list(value) if isinstance(value, tuple) else value
+                                      for name, value in asdict(reading).items()}}
+
+
+def _check_columns(source: Source, wanted: list[str], handler: str) -> None:
+    names = source.columns()
+    option = "--map-keys" if trains_on_chats(handler) else "--json-keys"
+    for column in wanted if names is not None else []:
+        if column not in (names or []):
+            raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names or []) or
+                                 f"{option} says what columns are called; here they are: {', '.join(names or [])}")
+
+
+def _before_check(choice: Choice) -> Choice:
+    return "tokenizers" if choice == "gigatoken" else choice
+
+
+def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, sources: list[Source]) -> tuple[Engine, str]:
+    """What tokenises, and why."""
+    asked = options.tokenizer_backend
+    if asked not in ("auto", "gigatoken"):
+        return tokenizer.engine, "--tokenizer-backend asks for it"
+    if not isinstance(tokenizer.engine, HuggingFace):
+        return tokenizer.engine, tokenizer.engine.why
+    if trains_on_chats(options.handler_name):
+        why = "conversations are tokenised part by part"
+    elif find_spec("gigatoken") is None:
+        why = "gigatoken is not installed"
+    else:
+        try:
+            engine = GigaToken(tokenizer.folder, tokenizer.engine)
+        except ModelLinkError as error:
+            why = error.what
+        else:
+            difference = engine.difference([*engine.hard_texts(), *_sample(handler, sources)])
+            if not difference:
+                engine.verify = options.verify_tokenizer
+                return engine, engine.why
+            why = f"gigatoken differs {difference}"
+    if asked == "gigatoken":
+        raise ModelLinkError(f"gigatoken cannot be used: {why}", where="--tokenizer-backend", fix="leave it out")
+    return tokenizer.engine, why
+
+
+def _sample(handler: Handler, sources: list[Source]) -> list[str]:
+    """Texts of the first rows of each input."""
+    texts: list[str] = []
+    for source in sources[:20]:
+        reader: Rows = handler.rows_of(source.path)
+        spans = source.cut(MIB)[:1]
+        for _, row in islice((item for span in spans for item in source.rows(span, [*reader.columns, *reader.optional])),
+                             SAMPLE_ROWS):
+            with suppress(ValueError):  # a bad row is told of when its turn comes
+                texts += [] if isinstance(row, BadRow) else reader.parse(row)
+            if sum(map(len, texts)) > SAMPLE_CHARACTERS:
+                return texts
+    return texts

@@ -1,0 +1,80 @@
+"""A conversation as ids, turn by turn: what is asked and what is learned. From here come labels and the rule for long ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+IGNORED = -100  # the label of a token that is not learned
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Ids of what is asked (with everything a template puts around it) and of the answer.
+
+    Attributes:
+        closing: the label of the first source token, where a template ends the answer before with it; else None.
+    """
+
+    source: list[int]
+    target: list[int]
+    closing: int | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Turns and, at the end, ids that close the sample and are learned."""
+
+    turns: list[Turn]
+    ending: list[int] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[int]:
+        return [index for turn in self.turns for index in (*turn.source, *turn.target)] + self.ending
+
+    def labels(self, *, train_on_prompt: bool = False) -> list[int]:
+        """As long as `ids` and not shifted: an id where it is learned, -100 elsewhere."""
+        if train_on_prompt:
+            return self.ids
+        found: list[int] = []
+        for turn in self.turns:
+            source = [IGNORED] * len(turn.source)
+            if turn.closing is not None and source:
+                source[0] = turn.closing
+            found += source + turn.target
+        return found + self.ending
+
+    @property
+    def learned(self) -> list[bool]:
+        """As long as `ids`: what the assistant says."""
+        return [label != IGNORED for label in self.labels()]
+
+    def __len__(self) -> int:
+        return sum(len(turn.source) + len(turn.target) for turn in self.turns) + len(self.ending)
+
+    def fit(self, limit: int) -> Encoded:
+        """At most `limit` ids, cut so that labels survive: each turn by the rule of `share`, turns without room are left out."""
+        if len(self) <= limit:
+            return self
+        room, turns = limit - len(self.ending), []
+        for turn in self.turns:
+            if room <= 0:
+                break
+            source, target = share(len(turn.source), len(turn.target), room)
+            turns.append(replace(turn, source=turn.source[:source], target=turn.target[:target]))
+            room -= source + target
+        return replace(self, turns=turns)
+
+
+def share(source: int, target: int, room: int) -> tuple[int, int]:
+    """How many ids of a source and of a target are kept in `room`.
+
+    A short target (under half the room) is kept whole, else a short source is, else both in proportion.
+    """
+    if 2 * target < room:
+        most = room
+    elif 2 * source < room:
+        most = room - source
+    else:
+        most = int(room * target / (source + target))
+    kept = min(most, target)
+    return min(max(room - kept, 0), source), kept

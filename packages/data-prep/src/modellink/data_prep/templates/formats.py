@@ -1,0 +1,56 @@
+"""The one door to templates: training data, chat and evaluation all ask `chat_format` and so get the same ids.
+
+    form = chat_format(tokenizer, prompt_type="qwen")
+    prompt = form.encode(from_messages([{"role": "user", "content": "Hi"}])).ids
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from modellink.data_prep.templates.conversation import Conversation
+from modellink.data_prep.templates.encoded import Encoded
+from modellink.data_prep.templates.model import ModelFormat
+from modellink.data_prep.templates.template import PromptFormat, load_template, template_names
+from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.errors import ModelLinkError
+
+
+class ChatFormat(Protocol):
+    """How conversations become ids for one tokenizer.
+
+    Attributes:
+        name: the prompt type, or `hf-chat-template`.
+        eos_token_id: ends an answer.
+        stop_token_ids: end a generation.
+    """
+
+    name: str
+    eos_token_id: int
+    stop_token_ids: tuple[int, ...]
+
+    def encode(self, conversation: Conversation) -> Encoded: ...
+
+
+def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: Path | str | None = None,
+                hf_chat_template: bool = False) -> ChatFormat:
+    """The format that exactly one of the three ways names.
+
+    Args:
+        prompt_type: a name in `templates.json`.
+        template: a file of the same form as one entry of it.
+        hf_chat_template: the tokenizer's own.
+
+    Raises:
+        ModelLinkError: none or several are named, there is no such template, or the tokenizer lacks its tokens.
+    """
+    given = [name for name, value in (("--prompt-type", prompt_type), ("--template", template),
+                                      ("--hf-chat-template", hf_chat_template)) if value]
+    if len(given) != 1:
+        raise ModelLinkError(f"{' and '.join(given)} contradict each other" if given else "no template is named",
+                             where="--prompt-type", fix=f"give --prompt-type (one of {', '.join(template_names())}), --template "
+                             "FILE.json or --hf-chat-template")
+    if hf_chat_template:
+        return ModelFormat(tokenizer)
+    return PromptFormat(tokenizer, load_template(str(prompt_type or template)))

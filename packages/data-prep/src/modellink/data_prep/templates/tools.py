@@ -1,0 +1,54 @@
+"""Tools as the text a system prompt ends with (`tools.json` holds its wording, the original's default)."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+from modellink.kernels.errors import ModelLinkError
+
+
+def describe_tools(tools: list[dict[str, Any]]) -> str:
+    """What the model is told about `tools`, each a JSON schema with name, description and parameters.
+
+    Raises:
+        ModelLinkError: the parameters of one are not a schema of an object.
+    """
+    words = _words()
+    text = ""
+    for tool in tools:
+        schema = tool.get("parameters") or {}
+        known = schema.get("properties", {}) if isinstance(schema, dict) else None
+        if not isinstance(known, dict) or not all(isinstance(item, dict) for item in known.values()):
+            raise ModelLinkError(f"the parameters of the tool {tool['name']!r} are not a JSON schema of an object")
+        required = schema.get("required") or []
+        arguments = "".join(_argument(name, about, name in required) for name, about in known.items())
+        text += _put(words["tool"], name=tool["name"], description=tool.get("description", ""), arguments=arguments)
+    return _put(words["prompt"], tools=text, names=", ".join(tool["name"] for tool in tools))
+
+
+def _argument(name: str, about: dict[str, Any], required: bool) -> str:
+    words = _words()
+    items = about.get("items")
+    return _put(words["argument"], name=name, type=about.get("type", ""), required=words["required"] if required else "",
+                description=about.get("description", ""),
+                enum=_put(words["enum"], values=", ".join(map(str, about["enum"]))) if about.get("enum") else "",
+                items=_put(words["items"], type=items.get("type", "")) if isinstance(items, dict) and items else "")
+
+
+def _put(text: str, **values: object) -> str:
+    pieces = text.split("{")
+    found = pieces[0]
+    for piece in pieces[1:]:
+        name, closed, rest = piece.partition("}")
+        found += f"{values[name]}{rest}" if closed and name in values else "{" + piece
+    return found
+
+
+@lru_cache(maxsize=1)
+def _words() -> dict[str, str]:
+    text = resources.files("modellink.data_prep.templates").joinpath("tools.json").read_text(encoding="utf-8")
+    found: dict[str, str] = json.loads(text)
+    return found

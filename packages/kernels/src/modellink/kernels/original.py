@@ -1,0 +1,67 @@
+"""Command lines of the original: flags that are called otherwise here, mean nothing here, or ask for what is not done.
+
+Each package lists them in its `original_flags.yaml`; flags that have an option of the same name are not listed. Of a flag it says
+one of
+
+    as: words that take its place; `{}` is its value
+    choices: for each value the words that take its place
+    ignored: why nothing is lost; said on stderr
+    refused: what it would ask for, with `fix`: what to do
+
+and `values`: how many words follow it (none where nothing is said).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from modellink.kernels.errors import ModelLinkError
+
+
+def original_flags(package: str) -> dict[str, dict[str, Any]]:
+    """The table of a package, e.g. `modellink.core`."""
+    text = resources.files(package).joinpath("original_flags.yaml").read_text(encoding="utf-8")
+    table: dict[str, dict[str, Any]] = yaml.safe_load(text)
+    return table
+
+
+def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A command line of the original in our words.
+
+    Raises:
+        ModelLinkError: a flag asks for something that is not done, or its value is none of those known.
+    """
+    made: list[str] = []
+    index = 0
+    while index < len(args):
+        flag, joined, value = args[index].partition("=")
+        index += 1
+        about = table.get(flag) or table.get(flag.replace("_", "-"))
+        if about is None:
+            made.append(args[index - 1])
+            continue
+        values = [value] if joined else []
+        while not joined and len(values) < about.get("values", 0) and index < len(args) and not args[index].startswith("--"):
+            values.append(args[index])
+            index += 1
+        made += _words(flag, values, about)
+    return made
+
+
+def _words(flag: str, values: list[str], about: Mapping[str, Any]) -> list[str]:
+    if "refused" in about:
+        raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about.get("fix"))
+    if "ignored" in about:
+        print(f"note: {flag} is ignored: {about['ignored']}", file=sys.stderr)
+        return []
+    if "choices" in about:
+        (value,) = values or [""]
+        if value not in about["choices"]:
+            raise ModelLinkError(f"{flag} is {value!r}", where=flag, fix=f"known: {', '.join(about['choices'])}")
+        return [word for word in about["choices"][value].split() if word]
+    return [word.replace("{}", " ".join(values)) for word in about["as"].split()]

@@ -1,0 +1,37 @@
+"""Command lines of the original in our words."""
+
+from __future__ import annotations
+
+import pytest
+
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.original import translate
+
+TABLE = {
+    "--geglu": {"as": "--gated --activation gelu"}, "--scale-emb": {"values": 1, "as": "--scale {}"},
+    "--kind": {"values": 1, "choices": {"a": "--pre", "b": ""}}, "--ranks": {"values": 9, "ignored": "there are none"},
+    "--flash": {"ignored": "always"}, "--fp8": {"refused": "no such numbers", "fix": "leave it out"}}
+
+
+@pytest.mark.parametrize(("given", "made"), [
+    (["--lr", "1", "x"], ["--lr", "1", "x"]),
+    (["--geglu", "--lr", "1"], ["--gated", "--activation", "gelu", "--lr", "1"]),
+    (["--scale-emb", "12", "--scale-emb=3"], ["--scale", "12", "--scale", "3"]),
+    (["--scale_emb", "12"], ["--scale", "12"]),
+    (["--kind", "a", "--kind", "b"], ["--pre"]),
+    (["--ranks", "0", "1", "2", "--flash", "--lr", "1"], ["--lr", "1"])])
+def test_flags_are_translated(given, made):
+    assert translate(given, TABLE) == made
+
+
+def test_what_is_ignored_is_said(capsys):
+    translate(["--flash"], TABLE)
+    assert capsys.readouterr().err == "note: --flash is ignored: always\n"
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    (["--fp8"], "no such numbers"), (["--kind", "c"], "known: a, b"), (["--kind"], "''")])
+def test_what_is_not_done_is_an_error(given, message):
+    with pytest.raises(ModelLinkError) as caught:
+        translate(given, TABLE)
+    assert message in str(caught.value)
