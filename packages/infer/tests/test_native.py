@@ -58,8 +58,8 @@ def both(network: Any, rows: list[list[int]], cut: int = 11) -> tuple[torch.Tens
     return first, second
 
 
-TAKEN = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2", "qwen2 tied", "qwen2 yarn", "mistral",
-         "mistral window", "gemma"}
+TAKEN = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2", "qwen2 tied", "qwen2 yarn",
+         "mistral", "mistral window", "gemma"}
 
 
 @pytest.mark.parametrize("case", load_models().TRANSFORMERS)
