@@ -1,10 +1,12 @@
-"""modellink-infer beside transformers' generate: decode tokens a second, greedy, same weights and dtype, in one run.
+"""modellink-infer beside transformers' generate: time to the first token, decode tokens a second, and sixteen requests together.
 
-Two cases: one prompt, and eight prompts of mixed lengths as one batch (transformers pads at the left, as it must). Each contender
-has a process of its own, so that the memory is its own; the rounds of the two take turns and the best counts. The limit of one
-prompt is the read bandwidth of the memory, measured here, over the bytes of the weights. Tokens must be equal in fp32.
+Greedy, same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt (batch 1); sixteen
+prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it is,
+without the compiled step (eager), and with int8 weights. Each contender has a process of its own, so that the memory is its own;
+the rounds take turns and the best counts. The limit of one prompt is the read bandwidth of the memory, measured here, over the
+bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
 
-    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--json FILE]
+    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--json FILE]
 
 `--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder; without one, a random model of SmolLM2-135M's size is written.
 """
@@ -25,8 +27,10 @@ from typing import Any
 
 import torch
 
-ROUNDS = 3
-LENGTHS = {"one prompt": [12], "8 prompts of mixed lengths": [5, 90, 17, 40, 64, 9, 120, 33]}
+LENGTHS = {"first token of 512": [512], "one prompt": [12],
+           "16 prompts": [5, 90, 17, 40, 64, 9, 120, 33, 51, 8, 77, 25, 13, 100, 60, 29]}
+CONTENDERS = ("compiled", "eager", "int8", "padded", "one by one")
+PEERS = ("padded", "one by one")
 
 
 def random_model(folder: Path) -> Path:
@@ -44,66 +48,92 @@ def prompts(case: str) -> list[list[int]]:
     return [torch.randint(100, 5000, (length,), generator=generator).tolist() for length in LENGTHS[case]]
 
 
-def ours(folder: Path, dtype: str, tokens: int) -> Callable[[list[list[int]]], list[list[int]]]:
+Contender = Callable[[list[list[int]], int], list[list[int]]]
+"""Prompts and how many tokens each is to get -> those tokens."""
+
+
+def ours(folder: Path, dtype: str, **options: bool) -> Contender:
     from modellink.infer import load
-    engine = load(folder, device="cpu", dtype=dtype)
-    return lambda rows: [answer.token_ids for answer in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
+    engine = load(folder, device="cpu", dtype=dtype, **options)
+
+    def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
+        vars(engine).pop("cache", None)  # or the pages of an earlier round would be found again
+        return [answer.token_ids for answer in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
+    return generate
 
 
-def theirs(folder: Path, dtype: str, tokens: int) -> Callable[[list[list[int]]], list[list[int]]]:
+def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    model.generation_config.eos_token_id = None  # no end token: `min_new_tokens` would forbid it, and so give other tokens
 
-    def generate(rows: list[list[int]]) -> list[list[int]]:
+    def together(rows: list[list[int]], tokens: int) -> list[list[int]]:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-                                 pad_token_id=0)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return out[:, longest:].tolist()
-    return generate
+    return together if padded else lambda rows, tokens: [found for row in rows for found in together([row], tokens)]
+
+
+def make(who: str, folder: Path, dtype: str) -> Contender:
+    if who in PEERS:
+        return theirs(folder, dtype, padded=who == "padded")
+    return ours(folder, dtype, native=who != "eager", int8=who == "int8")
 
 
 def serve(who: str, folder: Path, dtype: str, tokens: int) -> None:
     """A contender: for each case on a line of stdin one timed run, as JSON."""
-    generate = {"ours": ours, "theirs": theirs}[who](folder, dtype, tokens)
-    generate(prompts("one prompt"))
+    generate = make(who, folder, dtype)
+    generate(prompts("one prompt"), 4)
     print("ready", flush=True)
     for line in sys.stdin:
-        rows = prompts(line.strip())
+        case = line.strip()
+        rows, count = prompts(case), 1 if case.startswith("first") else tokens
         start = time.perf_counter()
-        found = generate(rows)
+        found = generate(rows, count)
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"rate": len(rows) * tokens / seconds, "peak": peak, "tokens": found}), flush=True)
+        print(json.dumps({"rate": len(rows) * count / seconds, "peak": peak, "tokens": found}), flush=True)
 
 
-def compare(folder: Path, dtype: str, tokens: int) -> list[dict[str, Any]]:
+def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
     contenders = {who: subprocess.Popen([sys.executable, __file__, "--serve", who, str(folder), dtype, str(tokens)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in ("ours", "theirs")}
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE) for who in CONTENDERS}
     rows = []
     for process in contenders.values():
         answer(process)
     for case in LENGTHS:
         best: dict[str, dict[str, Any]] = {}
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for who, process in contenders.items():
+                if who == "padded" and len(LENGTHS[case]) == 1:
+                    continue  # nothing to pad
                 print(case, file=process.stdin, flush=True)
                 found = json.loads(answer(process))
                 if who not in best or found["rate"] > best[who]["rate"]:
                     best[who] = found
-        same = sum(a == b for a, b in zip(best["ours"]["tokens"], best["theirs"]["tokens"], strict=True))
-        if dtype == "float32" and same < len(LENGTHS[case]):
-            raise SystemExit(f"{case}: only {same} answers are those of transformers")
+        if dtype == "float32":
+            check(case, best)
         limit = bandwidth() / weight_bytes(folder, dtype) if case == "one prompt" else None
-        rows.append({"claim": f"greedy decode, {dtype}, {case}", "ours": best["ours"]["rate"], "peer": best["theirs"]["rate"],
-                     "unit": "tokens/s", "peer_name": "transformers generate", "peak_memory": best["ours"]["peak"],
-                     "peer_peak_memory": best["theirs"]["peak"], "limit": limit})
-        show(rows[-1])
+        for who in (who for who in CONTENDERS if who not in PEERS):
+            for peer in (peer for peer in PEERS if peer in best):
+                rows.append({"claim": f"{case}, {dtype}, {who}", "ours": best[who]["rate"], "peer": best[peer]["rate"],
+                             "unit": "tokens/s", "peer_name": f"transformers {peer}", "peak_memory": best[who]["peak"],
+                             "peer_peak_memory": best[peer]["peak"], "limit": None if who == "int8" else limit})
+                show(rows[-1])
     for process in contenders.values():
         process.communicate()
     return rows
+
+
+def check(case: str, found: dict[str, dict[str, Any]]) -> None:
+    """Every answer but those of int8 weights is the one transformers gives that prompt alone."""
+    for who in ("compiled", "eager"):
+        same = sum(a == b for a, b in zip(found[who]["tokens"], found["one by one"]["tokens"], strict=True))
+        if same < len(LENGTHS[case]):
+            raise SystemExit(f"{case}, {who}: only {same} answers of {len(LENGTHS[case])} are those of transformers")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -143,6 +173,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=os.environ.get("MODELLINK_TEST_MODEL"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=4)
     given = parser.parse_args()
@@ -151,7 +182,7 @@ def main() -> None:
         return serve(who, Path(folder), dtype, int(tokens))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.model) if given.model else random_model(Path(temporary) / "model")
-        rows = [row for dtype in given.dtypes for row in compare(folder, dtype, given.tokens)]
+        rows = [row for dtype in given.dtypes for row in compare(folder, dtype, given.tokens, given.rounds)]
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

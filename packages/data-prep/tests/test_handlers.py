@@ -211,9 +211,10 @@ def test_long_samples_are_counted(make, choice, counts):
                for ids, labels in zip(data["input_ids"], data["labels"], strict=True))
 
 
-@pytest.mark.parametrize(("choice", "counts"), [("cut", (2, 1, 0)), ("drop", (1, 0, 1))])
+@pytest.mark.parametrize(("choice", "counts"), [("cut", (3, 2, 0)), ("drop", (1, 0, 2))])
 def test_long_pairs_are_counted(make, choice, counts):
-    rows = [RANKED, RANKED | {"chosen": {"from": "gpt", "value": "long " * 400}}]
+    rows = [RANKED, RANKED | {"chosen": {"from": "gpt", "value": "long " * 400}},
+            RANKED | {"conversations": [{"from": "human", "value": "long " * 400}]}]
     data, summary = make(rows, "SharegptStylePairwiseHandler", seq_length=100, long_samples=choice)
     assert (summary.documents["packed_chosen_labels"], summary.cut_samples, summary.dropped_samples) == counts
     assert all(len(ids) <= 100 for name in PAIRS for ids in data[name])

@@ -28,10 +28,14 @@ def expected(corpus, byte_folder, tmp_path_factory, snapshot):
 
 
 def test_shares_in_any_order_and_joined(command, arguments, expected, snapshot, tmp_path):
+    made: set[int] = set()
     for share in ("2/3", "0/3", "1/3"):
         done = command(*arguments, "--piece", share)
         assert done.returncode == 0 and "not yet joined" in done.stdout, done.stderr
         assert not list((tmp_path / "out").glob("*.idx"))
+        made |= {int(share[0]) + 3 * number for number in range(3)}
+        parts = {int(path.name[:6]) for path in (tmp_path / "out" / "set.parts").glob("*.bin")}
+        assert parts == made, "a share does its own pieces alone"
     joined = command(*arguments, "--summary", "summary.json")
     assert joined.returncode == 0 and "9 found done" in joined.stdout
     assert snapshot(tmp_path / "out") == expected

@@ -71,3 +71,9 @@ def test_control_c_stops_the_answer_and_not_the_program(llama, tp):
     out, err = process.communicate(b"/quit\n", timeout=60)
     assert process.returncode == 0, err.decode()
     assert (seen + out).endswith(b" (stopped)\n\nYou >> ")  # it went on to read what left it
+
+
+def test_without_a_template_texts_are_joined():
+    conversation = Conversation("Be kind. ", 1, template=False)
+    conversation.note("One? ", "Two. ")
+    assert conversation.ask("Three?") == "Be kind. One? Two. Three?"

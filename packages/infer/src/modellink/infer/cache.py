@@ -47,6 +47,16 @@ class _Plan:
     parts: list[_Part]
 
 
+@dataclass(frozen=True)
+class Flat:
+    """A pass token by token: token n stores in slot[n] and sees slots[begin[n] : begin[n] + count[n]]."""
+
+    slot: Tensor
+    slots: Tensor
+    begin: Tensor
+    count: Tensor
+
+
 def bytes_per_token(spec: ModelSpec, layers: int, tp: int, dtype: torch.dtype) -> int:
     return layers * dtype.itemsize * sum(groups * dim for groups, dim in _shapes(spec, tp) if dim)
 
@@ -82,7 +92,9 @@ class PagedCache:
         self._keys, self._values = ({
             layer: torch.empty(self.pools[pool].pages * SIZE, *shape, dtype=dtype, device=device)
             for layer, pool in self._pool_of.items()} for shape in (key, value))
-        self._plans: list[_Plan] = []
+        self._pieces: Sequence[Piece] = ()
+        self._positions = torch.empty(0)
+        self._plans: list[_Plan] = []  # of the pass under way, for each pool
 
     @property
     def tokens(self) -> int:
@@ -103,7 +115,7 @@ class PagedCache:
         positions = torch.cat([torch.arange(piece.start, piece.start + piece.count) for piece in pieces])
         if wanted is None:
             wanted = torch.tensor([piece.count for piece in pieces]).cumsum(0).sub(1).tolist()
-        self._plans = [self._plan(number, pieces, positions) for number in range(len(self.pools))]
+        self._pieces, self._positions, self._plans = pieces, positions, []
         lengths = None
         if self.spec.rope_scaling_type == "dynamic":
             lengths = torch.cat([torch.full((piece.count,), len(piece.row.tokens)) for piece in pieces])[None].to(self.device)
@@ -142,6 +154,8 @@ class PagedCache:
         return _Part(tokens, len(pieces), slots.to(self.device), positions)
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None, variant: Variant) -> Tensor:
+        if not self._plans:  # the first layer of a pass
+            self._plans = [self._plan(number, self._pieces, self._positions) for number in range(len(self.pools))]
         plan = self._plans[self._pool_of[layer_number]]
         keys, values = self._keys[layer_number], self._values[layer_number]
         keys[plan.slots] = key.squeeze(1)
@@ -160,6 +174,32 @@ class PagedCache:
             out = ops.attention(q, k, v, variant, part.positions)
             found.append(out.transpose(0, 1).flatten(0, 1).unsqueeze(1))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    @property
+    def singles(self) -> bool:
+        """Whether the pass under way has one token of each row."""
+        return all(piece.count == 1 for piece in self._pieces)
+
+    def flat(self) -> Flat:
+        """The pass over the pages of the only pool, token by token."""
+        (pool,) = self.pools
+        slots, begin, count, at = [], [], [], 0
+        for piece in self._pieces:
+            first = pool.first_seen(piece.start)
+            column = torch.arange(first, piece.start + piece.count)
+            slots.append(torch.tensor(piece.row.tables[0])[column // SIZE] * SIZE + column % SIZE)
+            for position in range(piece.start, piece.start + piece.count):
+                low = pool.first_seen(position)
+                begin.append(at + low - first)
+                count.append(position + 1 - low)
+            at += len(column)
+        every = torch.cat(slots)
+        ends = [start + seen - 1 for start, seen in zip(begin, count, strict=True)]
+        return Flat(every[ends], every, torch.tensor(begin), torch.tensor(count))
+
+    def memory(self) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values [slots, groups, dim] of each layer."""
+        return list(zip(self._keys.values(), self._values.values(), strict=True))
 
     def fork(self, row: Row, tokens: list[int]) -> Row:
         """Another row with what `row` has, that goes on with `tokens`: full pages are shared, the page in work is copied.
@@ -184,4 +224,4 @@ class PagedCache:
                     side[layer][new] = side[layer][old]
 
 
-__all__ = ["GONE", "SIZE", "PagedCache", "Piece", "Row", "bytes_per_token"]
+__all__ = ["GONE", "SIZE", "Flat", "PagedCache", "Piece", "Row", "bytes_per_token"]

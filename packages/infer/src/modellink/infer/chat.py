@@ -1,7 +1,7 @@
 """A conversation, and the loop that holds one on a terminal.
 
-`/clear` forgets what was said, `/quit` or the end of the input leaves; Ctrl-C stops an answer and not the program. Not here:
-line editing and history of the input.
+`/clear` forgets what was said, `/quit` or the end of the input leaves; Ctrl-C stops an answer and not the program. On a terminal
+lines can be edited and earlier ones come back with the arrow keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,17 +22,22 @@ YOU, MODEL = "You >> ", "ModelLink:"
 
 @dataclass
 class Conversation:
-    """What was said so far, of which the model sees the last `history_turns` questions and answers."""
+    """What was said so far, of which the model sees the last `history_turns` questions and answers.
+
+    `template` says whether the tokenizer's chat template is put around them, or the texts are joined as they are.
+    """
 
     system: str | None = None
     history_turns: int = 3
+    template: bool = True
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def ask(self, text: str) -> list[dict[str, str]]:
-        """The messages of the next prompt."""
+    def ask(self, text: str) -> list[dict[str, str]] | str:
+        """The next prompt."""
         head = [{"role": "system", "content": self.system}] if self.system is not None else []
         self.messages = self.messages[-2 * self.history_turns:] if self.history_turns else []
-        return [*head, *self.messages, {"role": "user", "content": text}]
+        said = [*head, *self.messages, {"role": "user", "content": text}]
+        return said if self.template else "".join(message["content"] for message in said)
 
     def forget_oldest(self) -> bool:
         """Drop the oldest turn; whether there was one."""
@@ -48,6 +53,9 @@ class Conversation:
 
 def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **options: Any) -> None:
     """Read questions from stdin and print answers until there are no more. Every rank calls it, the first reads and prints."""
+    if first_rank and sys.stdin.isatty():
+        with suppress(ImportError):  # a Python that was built without it
+            import readline  # noqa: F401  input() edits lines with it
     while (line := engine.network.share(_read() if first_rank else None)) is not None:
         text = line.strip()
         if text in QUIT:

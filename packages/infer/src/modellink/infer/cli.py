@@ -72,8 +72,9 @@ def chat(given: Layer) -> None:
     model, options = resolved[ModelOptions], resolved[ChatOptions]
     arguments = resolved[AnswerOptions].arguments(set(given.values), draws=True)
     plan = model.plan(_local_rank())
+    from modellink.infer.chat import Conversation, talk
     from modellink.infer.prompts import make_requests
-    hello = [{"role": "user", "content": "hello"}]
+    hello = Conversation(template=options.hf_chat_template).ask("hello")
     make_requests(hello, plan.spec, plan.tokenizer, **arguments)  # whether there is a chat template, and it takes a user
     if _to_start(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks take care of it
@@ -82,8 +83,8 @@ def chat(given: Layer) -> None:
     if processes.rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when an answer stops
     first, engine = _engine(model, 1)
-    from modellink.infer.chat import Conversation, talk
-    talk(engine, Conversation(options.system, options.history_turns), first_rank=first, **arguments)
+    conversation = Conversation(options.system, options.history_turns, options.hf_chat_template)
+    talk(engine, conversation, first_rank=first, **arguments)
 
 
 @command(ModelOptions, ServeOptions, name="serve")
@@ -190,7 +191,8 @@ def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
     from modellink.core import processes
     from modellink.infer.engine import Engine
     first = processes.rank() == 0
-    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens, show=True)
+    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens,
+                         native=model.native, int8=model.int8, show=True)
 
 
 def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:

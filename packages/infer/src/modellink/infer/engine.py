@@ -34,7 +34,7 @@ PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
          family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16,
-         cache_tokens: int | None = None, show: bool = False) -> Engine:
+         cache_tokens: int | None = None, native: bool = True, int8: bool = False, show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
@@ -46,6 +46,8 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
         tokenizer: a Hugging Face folder with config.json and tokenizer, for a checkpoint that does not carry its own.
         batch_size: how many prompts are computed together at most.
         cache_tokens: how many tokens the cache holds; None is `batch_size` of the longest sequences, if memory allows.
+        native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler.
+        int8: let it hold the weights in int8, with a scale for each row; its error is printed with `show`.
         show: show progress on stderr.
 
     Raises:
@@ -53,7 +55,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
     """
     index = int(os.environ.get("LOCAL_RANK", "0"))
     plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
-    return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, show=show)
+    return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, native=native, int8=int8, show=show)
 
 
 class Engine:
@@ -64,13 +66,15 @@ class Engine:
         tokenizer: None where the checkpoint has none; token ids work without.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, show: bool = False) -> None:
+    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool = True,
+                 int8: bool = False, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")
         processes.join(plan.device, plan.layout, seed=0)
         from modellink.infer.network import Network  # imports megatron, which only now is on its device
         self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
-        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0)
+        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0,
+                               native=native, int8=int8)
         self._cache_tokens = cache_tokens
 
     @cached_property

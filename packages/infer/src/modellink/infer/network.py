@@ -6,6 +6,7 @@ Importing this module imports megatron-core, so it comes after `processes.join`.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,16 +20,24 @@ from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.model.state import SequenceState
 from modellink.infer.cache import SIZE, PagedCache, bytes_per_token
+from modellink.infer.native.view import Step, takes
 from modellink.kernels.device import Device
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 CACHE_SHARE = 0.5  # of the memory that is free once the weights are there
 
 
 class Network:
-    """The model of a checkpoint, cut over ranks, with its weights."""
+    """The model of a checkpoint, cut over ranks, with its weights.
 
-    def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool) -> None:
+    Args:
+        native: let the compiled step compute passes of few tokens where it takes the model.
+        int8: let it compute all passes over a cache, with int8 weights.
+    """
+
+    def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
+                 native: bool = True, int8: bool = False) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._on = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -39,6 +48,14 @@ class Network:
         stage = parallel_state.get_pipeline_model_parallel_rank()
         self._layers = layout.layers(self.spec.num_layers, stage)
         self._first, self._last = stage == 0, stage == layout.pp - 1
+        self.step: Step | None = None
+        if native and takes(self.spec, layout, self.device, dtype):
+            self.step = Step(self._model, self.spec, dtype, int8=int8)
+        if int8 and self.step is None:
+            raise ModelLinkError("int8 weights are for the compiled step, which does not take this model here", where="--int8",
+                                 fix="leave it out")
+        if int8 and show and self.step is not None:
+            print(f"int8 weights: root mean square error {100 * self.step.error:.2f} % of the weights", file=sys.stderr)
 
     def cache(self, *, rows: int, piece: int, tokens: int | None = None) -> PagedCache:
         """A cache for so many rows; without `tokens` for rows of the longest length, or what half of the free memory holds."""
@@ -52,6 +69,10 @@ class Network:
 
     def logits(self, ids: Tensor, state: SequenceState | None = None) -> Tensor:
         """Token ids [batch, seq] -> logits [batch, seq (or n of `state.wanted`), vocabulary] in fp32."""
+        if self.step is not None and state is not None and isinstance(state.cache, PagedCache) and self.step.takes(
+                state.cache, ids.size(1)):
+            assert state.positions is not None and state.wanted is not None
+            return self.step.logits(ids[0], state.cache, state.positions[0], state.wanted[0])[None]
         if not self._first:
             hidden = torch.empty(ids.size(1), ids.size(0), self.spec.hidden_size, dtype=self.dtype, device=self.device)
             dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())

@@ -31,6 +31,9 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
+    native: bool = option(True, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
+                          "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler.")
+    int8: bool = option(False, "Let it hold the weights in int8, with a scale for each row; the error is printed.")
     tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
                                                  "that does not carry its own.")
     model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
@@ -125,6 +128,8 @@ class ChatOptions:
     """The conversation."""
 
     system: str | None = option(None, "System message at its beginning.")
+    hf_chat_template: bool = option(True, "Put the tokenizer's chat template around the conversation; without it the texts are "
+                                    "joined as they are, for a model that knows no chat.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
 
 

@@ -89,7 +89,7 @@ def _passes(network: Network, rows: Sequence[tuple[int, ...]], first: int) -> It
     """
     longest = max(map(len, rows))
     step = max(1, PASS_LOGITS // network.spec.vocab_size // len(rows))
-    if longest - first <= step:
+    if longest - first <= step and not (network.step and network.step.int8):  # int8 weights are used over a cache alone
         padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
         wanted = torch.arange(first, longest, device=network.device).expand(len(rows), -1)
         yield first, network.logits(padded, SequenceState(length=longest, wanted=wanted)).log_softmax(-1)

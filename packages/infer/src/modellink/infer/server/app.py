@@ -184,7 +184,8 @@ async def _stream(service: Service, asked: protocol.Asked, submission: Submissio
     tokenizer, shown = service.engine.tokenizer, [0] * len(submission.answers)
     started = [False] * len(submission.answers)
     try:
-        while not all(answer.finish_reason for answer in submission.answers) or not queue.empty():
+        ended = 0  # by their events: an answer is finished a moment before its last piece is here
+        while ended < len(submission.answers):
             event = await queue.get()
             answer = submission.answers[event.index]
             if event.failure is not None:
@@ -197,6 +198,7 @@ async def _stream(service: Service, asked: protocol.Asked, submission: Submissio
                                             probabilities=probabilities, echo=_echo(asked, answer, tokenizer)))
                 started[event.index] = True
             if event.done:
+                ended += 1
                 yield _event(protocol.chunk(asked, event.index, None, first=False, finish=answer.finish_reason))
         if asked.usage:
             yield _event(protocol.last_chunk(asked, submission.answers))
