@@ -5,6 +5,7 @@ The cluster is the one Ray finds: RAY_ADDRESS, the one this machine belongs to, 
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
         ModelLinkError: Ray is not installed, or a piece fails.
     """
     try:
-        import ray  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        ray: Any = importlib.import_module("ray")
     except ImportError:
         raise ModelLinkError("Ray is not installed", where="--executor",
                              fix="install modellink-data-prep[ray], or use --workers and --piece") from None
