@@ -14,6 +14,7 @@ import pickle
 import shutil
 import sys
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,8 @@ def shell(folder: Path) -> Call:
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    torch.save(change(torch.load(path, weights_only=False)), path)
+    with torch.serialization.safe_globals([Namespace]):
+        torch.save(change(torch.load(path)), path)
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -6,7 +6,6 @@ windows and past the length at which dynamic scaling begins.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -17,20 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
-
-def load_models() -> Any:
-    """core's tests/models.py: tests are no importable package."""
-    path = Path(__file__).parents[2] / "core" / "tests" / "models.py"
-    spec = importlib.util.spec_from_file_location("models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-MODELS = load_models()
+MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
 NEW = 8
 ROWS = [torch.randint(0, MODELS.VOCAB, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         for length in (5, 19, 12)]

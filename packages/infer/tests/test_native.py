@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,21 +10,20 @@ from typing import Any
 import pytest
 import torch
 
+from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
 ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (1, 40, 17, 90)]
 
 
-def load_models() -> Any:
-    path = Path(__file__).parents[2] / "core" / "tests" / "models.py"
-    spec = importlib.util.spec_from_file_location("models", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(scope="module")
+def engine(llama):
+    """The llama model, few tokens at a time by the compiled step."""
+    return load(llama, device="cpu", native=True)
 
 
 def passes(network: Any, rows: list[list[int]], cut: int) -> torch.Tensor:
@@ -62,11 +60,10 @@ TAKEN = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama line
          "mistral", "mistral window", "gemma"}
 
 
-@pytest.mark.parametrize("case", load_models().TRANSFORMERS)
+@pytest.mark.parametrize("case", MODELS.TRANSFORMERS)
 def test_it_computes_what_the_model_computes(tmp_path, case):
-    models = load_models()
-    models.make(case, tmp_path)
-    network = load(tmp_path / "weights", device="cpu").network
+    MODELS.make(case, tmp_path)
+    network = load(tmp_path / "weights", device="cpu", native=True).network
     assert (network.step is not None) == (case in TAKEN)
     if network.step is not None:
         torch.testing.assert_close(*both(network, [[token % 131 for token in row][-50:] for row in ROWS]), atol=1e-5, rtol=1e-4)
@@ -82,7 +79,7 @@ def test_other_layouts_and_precisions_are_not_taken(engine):
 
 
 def test_half_precision_is_near(llama, engine):
-    half = load(llama, device="cpu", dtype="bfloat16").network
+    half = load(llama, device="cpu", dtype="bfloat16", native=True).network
     exact = both(engine.network, ROWS)[1].log_softmax(-1)
     ours, theirs = (found.log_softmax(-1) for found in both(half, ROWS))
     assert (ours - exact).square().mean() < 1.1 * (theirs - exact).square().mean()  # fp32 between the weights
@@ -90,7 +87,7 @@ def test_half_precision_is_near(llama, engine):
 
 def test_tokens_are_the_same_either_way(llama, engine, prompts):
     assert engine.network.step is not None
-    plain = load(llama, device="cpu", native=False)
+    plain = load(llama, device="cpu")
     assert plain.network.step is None
     assert plain.generate(prompts, max_new_tokens=40) == engine.generate(prompts, max_new_tokens=40)
 
@@ -120,11 +117,11 @@ def test_without_it_the_model_runs(llama, monkeypatch, environment, tmp_path):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.library.cache_clear()
+    compiled.step.cache_clear()
     try:
-        assert load(llama, device="cpu").network.step is None
+        assert load(llama, device="cpu", native=True).network.step is None
         with pytest.raises(ModelLinkError, match="does not take this model"):
             load(llama, device="cpu", int8=True)
         assert not list(tmp_path.rglob("*.so"))
     finally:
-        compiled.library.cache_clear()
+        compiled.step.cache_clear()

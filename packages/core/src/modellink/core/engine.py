@@ -191,6 +191,14 @@ _started: str | None = None
 _namespace: Any = None
 
 
+def current_device() -> torch.device:
+    """Where megatron-core puts what it makes in this process."""
+    if _namespace is None:  # CUDA: megatron-core as it is shipped
+        return torch.device("cuda", torch.cuda.current_device())
+    device: torch.device = _namespace.current_device()
+    return device
+
+
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
     """Models that are built inside have shapes and no memory: their tensors are on the `meta` device."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import click
-import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -18,9 +15,10 @@ from modellink.data_prep.inspection import InspectOptions, inspect
 from modellink.data_prep.merge import MergeOptions, merge_groups
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.preprocess import preprocess
-from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.errors import run_command
 from modellink.kernels.files import write_json
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
+from modellink.kernels.original import original_flags, translate
 
 EPILOG = """Turn text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
 
@@ -94,33 +92,6 @@ def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
     Console().print(table)
 
 
-def without_original_flags(args: list[str]) -> list[str]:
-    """Take out flags of the original that mean nothing here, saying why on stderr.
-
-    Raises:
-        ModelLinkError: a flag asks for something that is not done.
-    """
-    known: dict[str, dict[str, Any]] = yaml.safe_load(
-        resources.files("modellink.data_prep").joinpath("original_flags.yaml").read_text(encoding="utf-8"))
-    kept: list[str] = []
-    dropping = 0
-    for arg in args:
-        flag = arg.partition("=")[0]
-        about = known.get(flag)
-        if about is None:
-            if dropping and not arg.startswith("--"):
-                dropping -= 1
-            else:
-                dropping = 0
-                kept.append(arg)
-            continue
-        if "refused" in about:
-            raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about["fix"])
-        print(f"note: {flag} is ignored: {about['ignored']}", file=sys.stderr)
-        dropping = 0 if "=" in arg else about["values"]
-    return kept
-
-
 def main() -> None:
     """The console command."""
     args = sys.argv[1:]
@@ -129,5 +100,5 @@ def main() -> None:
     if args[:1] == ["merge"]:
         run_command(lambda: merge_command.main(args[1:], "modellink-preprocess merge", standalone_mode=False))
     if any(arg.partition("=")[0] == "--merge-group-keys" for arg in args):  # how the original asks for merging
-        run_command(lambda: merge_command.main(without_original_flags(args), standalone_mode=False))
-    run_command(lambda: preprocess_command.main(without_original_flags(args), standalone_mode=False))
+        run_command(lambda: merge_command.main(translate(args, original_flags("modellink.data_prep")), standalone_mode=False))
+    run_command(lambda: preprocess_command.main(translate(args, original_flags("modellink.data_prep")), standalone_mode=False))

@@ -34,7 +34,7 @@ PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
          family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16,
-         cache_tokens: int | None = None, native: bool = True, int8: bool = False, show: bool = False) -> Engine:
+         cache_tokens: int | None = None, native: bool = False, int8: bool = False, show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
@@ -66,7 +66,7 @@ class Engine:
         tokenizer: None where the checkpoint has none; token ids work without.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool = True,
+    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool = False,
                  int8: bool = False, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")

@@ -37,7 +37,7 @@ class Network:
     """
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
-                 native: bool = True, int8: bool = False) -> None:
+                 native: bool = False, int8: bool = False) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._on = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -49,7 +49,7 @@ class Network:
         self._layers = layout.layers(self.spec.num_layers, stage)
         self._first, self._last = stage == 0, stage == layout.pp - 1
         self.step: Step | None = None
-        if native and takes(self.spec, layout, self.device, dtype):
+        if (native or int8) and takes(self.spec, layout, self.device, dtype):
             self.step = Step(self._model, self.spec, dtype, int8=int8)
         if int8 and self.step is None:
             raise ModelLinkError("int8 weights are for the compiled step, which does not take this model here", where="--int8",

@@ -11,6 +11,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core import engine
 from modellink.core.config import MemoryConfig, MoEConfig
 from modellink.core.memory.recompute import activations, in_full
 from modellink.core.model.feed_forward import ACTIVATIONS
@@ -111,6 +112,7 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
             vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, settings.make_vocab_size_divisible_by),
             pre_process=stage == 0 and chunk == 0, post_process=stage == layout.pp - 1 and chunk == layout.vpp - 1,
             vp_stage=chunk if layout.vpp > 1 else None)
+        model.to(engine.current_device())  # norms and other parts of our own are made on the CPU
         model.model_type = None  # the schedules ask for it, decoders need none
         models.append(Float16Module(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
     activations([model.module if isinstance(model, Float16Module) else model for model in models], settings.memory)

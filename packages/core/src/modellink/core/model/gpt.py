@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
@@ -57,6 +58,15 @@ class Model(GPTModel):
         if real < size:
             output[..., max(real, 0):] = torch.finfo(output.dtype).min  # -inf would make NaN where a rank has padding only
         return output
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None) -> dict[str, Any]:
+        """megatron-core's, and the norm behind the embedding: its embedding knows of its own weight alone."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.pre_process and self.spec.embed_layernorm:
+            inside = f"{prefix}embedding.word_embeddings.norm."
+            state |= sharded_state_dict_default(self.embedding.word_embeddings.norm, inside, sharded_offsets, metadata,
+                                                tp_group=self.pg_collection.tp)
+        return state
 
     def _after_embedding(self, words: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
         if self.spec.embed_layernorm:

@@ -30,7 +30,7 @@ from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
-from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
 from modellink.kernels.parallel import ParallelLayout
 
@@ -124,6 +124,8 @@ def _state(training: Training, *, loading: bool) -> tuple[dict[str, Any], Optimi
         tensors = bare(model).sharded_state_dict(metadata=metadata)
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
+        if lost := dict(bare(model).named_parameters()).keys() - state[name].keys():
+            raise InternalError(f"a checkpoint would leave out {sorted(lost)[:5]}")
     models = state if len(training.models) > 1 else state["model"]
     optimizer = OptimizerState(training.optimizer, models, loading=loading, metadata=metadata)
     state["optimizer"] = optimizer.tensors

@@ -40,7 +40,7 @@ class Model(ctypes.Structure):
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def step() -> ctypes.CDLL | None:
     """The compiled step; None where there is no compiler, or MODELLINK_NATIVE=0 says that none is wanted."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get("MODELLINK_NATIVE") == "0":

@@ -38,7 +38,7 @@ def takes(spec: ModelSpec, layout: ParallelLayout, device: torch.device, dtype: 
     plain = all(getattr(spec, field.name) == field.default for field in fields(spec)
                 if field.name not in KNOWN and not field.name.startswith(ROTARY))
     return (plain and spec.rope_scaling_type != "dynamic" and layout.world_size == 1 and device.type == "cpu"
-            and dtype in (torch.float32, torch.bfloat16) and compiled.library() is not None)
+            and dtype in (torch.float32, torch.bfloat16) and compiled.step() is not None)
 
 
 class Step:
@@ -54,7 +54,7 @@ class Step:
         self._lost = self._whole = 0.0
         self._model = bare(model)
         self._table = RotaryTable(spec)
-        self._library = compiled.library()
+        self._library = compiled.step()
         self._cache: PagedCache | None = None
         layers = list(self._model.decoder.layers)
         self._layers = (compiled.Layer * len(layers))(*map(self._layer, layers))
