@@ -1,4 +1,4 @@
-"""Recomputation and overlap change no number, and save what they promise."""
+"""Recomputation, overlap and the ways to cut a sequence change no number; what saves memory saves it."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "activation, tp2": (2, {"recompute_activation_function": True, "tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "uniform, cp2": (2, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1,
                          "context_parallel_size": 2}),
+    "ring, not overlapped": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo",
+                                 "use_cp_send_recv_overlap": False}),
+    "ulysses, keys for every head": (2, {"context_parallel_size": 2, "kv_head_repeat_before_uly_alltoall": True}),
+    "ulysses in a ring": (4, {"context_parallel_size": 4, "context_parallel_algo": "hybrid_cp_algo",
+                              "ulysses_degree_in_cp": 2}),
     "overlapped gradients": (2, {"overlap_grad_reduce": True}),
     "overlapped gradients, parameters": (2, OVERLAP | {"overlap_param_gather": True}),
     "overlapped, vpp": (4, VPP | OVERLAP | {"overlap_param_gather": True})}

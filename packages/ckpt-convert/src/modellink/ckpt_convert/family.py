@@ -85,8 +85,6 @@ class Family:
     """ModelSpec fields that are the same in every model of the family and stand in no key."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Keys that are written with this value, and refused with another."""
-    written: ClassVar[Mapping[str, Any]] = {}
-    """Keys that are only written, because the family's code asks for them."""
     prefix: ClassVar[str] = ""
     """Beginning of tensor names that public files leave out."""
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -128,7 +126,7 @@ class Family:
         Raises:
             ModelLinkError: the family has no such model.
         """
-        values = {"architectures": [self.architecture], "model_type": self.model_type, **self.fixed, **self.written}
+        values = {"architectures": [self.architecture], "model_type": self.model_type, **self.fixed}
         ours = spec.explicit()
         for name, key in self.keys.items():
             value = ours[name]

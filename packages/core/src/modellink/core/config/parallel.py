@@ -42,10 +42,11 @@ class ParallelConfig:
 
     def processes(self) -> int:
         """How many processes to start where no launcher did."""
-        return self.nproc_per_node or self._model_ranks * self.expert_model_parallel_size
+        return self.nproc_per_node or self.model_ranks * self.expert_model_parallel_size
 
     @property
-    def _model_ranks(self) -> int:
+    def model_ranks(self) -> int:
+        """Ranks that hold one model between them."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
@@ -58,7 +59,7 @@ class ParallelConfig:
         """The layout of `world_size` processes; what TP and PP leave over is data parallel."""
         tp, pp, cp, ep = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size,
                           self.expert_model_parallel_size)
-        if world_size % (unit := self._model_ranks):
+        if world_size % (unit := self.model_ranks):
             raise ModelLinkError(f"{world_size} processes are not a multiple of TP {tp} x PP {pp}" + f" x CP {cp}" * (cp > 1),
                                  where="--nproc-per-node", fix=f"use {unit}, {2 * unit} or another multiple")
         if (dp := world_size // unit) * cp % ep:

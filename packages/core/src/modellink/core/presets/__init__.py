@@ -19,8 +19,9 @@ import yaml
 
 from modellink.ckpt_convert.families import NO_FORM
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
+from modellink.core.config import ParallelConfig
 from modellink.kernels.errors import ModelLinkError, near
-from modellink.kernels.options import Layer
+from modellink.kernels.options import Layer, resolve
 from modellink.kernels.parallel import ParallelLayout
 
 SECTIONS = ("model", "parallel", "data", "optimizer")
@@ -72,15 +73,9 @@ class Preset:
     @cached_property
     def layout(self) -> ParallelLayout:
         """The original's layout; what TP, PP and CP leave of its cluster is data parallel, where they divide it."""
-        tp, pp, cp, ep = (self.parallel.get(f"{name}_parallel_size", 1)
-                          for name in ("tensor_model", "pipeline_model", "context", "expert_model"))
-        chunk, uneven = (self.parallel.get(name) for name in ("num_layers_per_virtual_pipeline_stage", "num_layer_list"))
-        each = tp * pp * cp
-        rings = {"megatron_cp_algo": 1, "hybrid_cp_algo": self.parallel.get("ulysses_degree_in_cp", 1)}
-        return ParallelLayout(tp=tp, pp=pp, cp=cp, ep=ep, vpp=self.spec.num_layers // (pp * chunk) if chunk else 1,
-                              dp=1 if self.devices % each else self.devices // each,
-                              num_layer_list=tuple(uneven) if uneven else None,
-                              ulysses=rings.get(self.parallel.get("context_parallel_algo", ""), cp))
+        parallel = resolve([ParallelConfig], Layer(f"preset {self.name}", self.parallel))[ParallelConfig]
+        ranks = parallel.model_ranks
+        return parallel.layout(self.spec.num_layers, ranks if self.devices % ranks else self.devices)
 
 
 def preset_names() -> list[str]:
