@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
@@ -87,6 +88,8 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
+    if data.separates_documents or data.eod_mask_loss:
+        data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
                resolved[LoggingConfig], layout,
                find(parallel.device, local_rank), source, resumed)
@@ -154,6 +157,18 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
     if layout.vpp > 1 and passes % layout.pp:
         raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
                              where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
+
+
+def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int) -> int:
+    """The id that ends a document: what was said, else what the model's own config says."""
+    known: object = data.eod_token_id
+    if known is None and companions is not None and (companions / "config.json").is_file():
+        known = json.loads((companions / "config.json").read_text("utf-8")).get("eos_token_id")
+    if not isinstance(known, int) or known >= vocab_size:
+        raise ModelLinkError("documents are to be told apart, and the token that ends one is "
+                             + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
+                             where="--eod-token-id", fix="give the id of the tokenizer's end of text")
+    return known
 
 
 def _check_family(config: CheckpointConfig) -> None:
