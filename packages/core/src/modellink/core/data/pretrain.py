@@ -36,14 +36,21 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels [micro batch, seq] int64; loss_mask [micro batch, seq] fp32, 1 where a label counts."""
+    """tokens and labels [micro batch, seq] int64; loss_mask [micro batch, seq] fp32, 1 where a label counts.
+
+    Where rows hold several samples, the positions of the tokens and the number of the sample each belongs to, both
+    [micro batch, seq] int64. The loss is the sum over labels by `divisor`, a scalar; None is how many labels count.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    positions: Tensor | None = None
+    segments: Tensor | None = None
+    divisor: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
 
 
 def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
