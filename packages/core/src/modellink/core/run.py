@@ -17,6 +17,7 @@ from modellink.core import __version__
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
+    InstructionConfig,
     LoggingConfig,
     MemoryConfig,
     MoEConfig,
@@ -29,7 +30,8 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig,
+           LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Run:
     spec: ModelSpec
     parallel: ParallelConfig
     data: DataConfig
+    instruction: InstructionConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
     memory: MemoryConfig
@@ -54,8 +57,14 @@ class Run:
         """What the checkpoints of this run say of themselves."""
         family = self.source.family if self.source else self.checkpoint.model_type_hf
         assert family is not None  # checked before the run was made
-        return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."),
-                        self.source.prompt_type if self.source else None, f"modellink-core {__version__}")
+        prompt_type = self.instruction.prompt_type or (self.source.prompt_type if self.source else None)
+        return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."), prompt_type,
+                        f"modellink-core {__version__}")
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of to be cut over ranks."""
+        return (2 * self.layout.cp if self.layout.cp > 1 else 1) * (self.layout.tp if self.parallel.sequence_parallel else 1)
 
     @property
     def companions(self) -> Path | None:
@@ -86,13 +95,14 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec.check_layout(layout)
     resolved[MemoryConfig].check_layers(layout, spec.num_layers)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
+    _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    if data.separates_documents or data.eod_mask_loss:
+    if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
-    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
-               resolved[LoggingConfig], layout,
-               find(parallel.device, local_rank), source, resumed)
+    return Run(spec, parallel, data, resolved[InstructionConfig], resolved[OptimizerConfig], resolved[MoEConfig],
+               resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
+               resumed)
 
 
 def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoint | None, Path | None]:
@@ -169,6 +179,19 @@ def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int)
                              + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
                              where="--eod-token-id", fix="give the id of the tokenizer's end of text")
     return known
+
+
+def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:
+    """Settings of instruction data belong to it; and lengths that differ between ranks."""
+    if not data.is_instruction_dataset:
+        for field in fields_of(InstructionConfig):
+            if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
+                raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
+                                     fix="use modellink-train sft, or leave it out")
+    if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
+        raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
+                             where="--variable-seq-lengths, --moe-token-dispatcher-type",
+                             fix="use --moe-token-dispatcher-type alltoall")
 
 
 def _check_family(config: CheckpointConfig) -> None:

@@ -9,12 +9,15 @@ from typing import ClassVar
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 
+INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
+
 
 @dataclass(frozen=True)
 class DataConfig:
     section: ClassVar[str] = "data"
 
     data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or weight and prefix in turn for a blend.")
+    is_instruction_dataset: bool = option(False, "The prefix is of instruction data; `sft` is `pretrain` with this.")
     split: str = option("969,30,1", "Shares of training, validation and test.")
     seq_length: int = option(4096, "Tokens of a sample.", unit="tokens", minimum=1)
     micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
@@ -45,6 +48,13 @@ class DataConfig:
             raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
 
+    def files(self) -> list[Path]:
+        """What lies under the prefixes."""
+        prefixes = self.blend()[0]
+        if self.is_instruction_dataset:
+            prefixes = [f"{prefix}_packed_{field}_document" for prefix in prefixes for field in INSTRUCTION_FIELDS]
+        return [Path(prefix + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
+
     def num_microbatches(self, dp: int) -> int:
         """Forward passes of an iteration on each rank."""
         per_pass = self.micro_batch_size * dp
@@ -62,11 +72,14 @@ class DataConfig:
         if not self.data_path:
             raise ModelLinkError("there is no data", where="--data-path",
                                  fix="make some with modellink-preprocess, and give its output prefix with _text_document")
-        for prefix in self.blend()[0]:
-            for suffix in (".idx", ".bin"):
-                if not Path(prefix + suffix).is_file():
-                    raise ModelLinkError(f"{prefix}{suffix} is missing", where="--data-path",
-                                         fix="give the prefix without suffix, e.g. data/enwiki_text_document")
+        if self.is_instruction_dataset and len(self.data_path) > 1:
+            raise ModelLinkError("instruction data is one set", where="--data-path",
+                                 fix="join several with modellink-preprocess --merge-group-keys")
+        for file in self.files():
+            if not file.is_file():
+                example = "alpaca" if self.is_instruction_dataset else "enwiki_text_document"
+                raise ModelLinkError(f"{file} is missing", where="--data-path",
+                                     fix=f"give the prefix without suffix, e.g. data/{example}")
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:

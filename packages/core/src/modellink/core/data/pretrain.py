@@ -44,6 +44,7 @@ class Batch:
         loss_mask: fp32, 1 where a label counts.
         starts: int64, where in its sample the document of each token begins; None: a sample is one document to attention.
         restart: positions count from there.
+        divisor: scalar; the loss is the sum over labels by it. None: by how many labels count.
     """
 
     tokens: Tensor
@@ -51,6 +52,7 @@ class Batch:
     loss_mask: Tensor
     starts: Tensor | None = None
     restart: bool = False
+    divisor: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import tee
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
 
     def loss_of(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         losses = ops.cross_entropy(logits, local_part(batch.labels), parallel_state.get_tensor_model_parallel_group())
-        loss = (losses * local_part(batch.loss_mask)).sum() / batch.loss_mask.sum().clamp(min=1)
+        divisor = batch.loss_mask.sum().clamp(min=1) if batch.divisor is None else batch.divisor
+        loss = (losses * local_part(batch.loss_mask)).sum() / divisor
         whole = loss.detach().clone()  # the schedule divides the loss itself in place
         if parallel_state.get_context_parallel_world_size() > 1:  # each rank has the tokens it holds, of all in the count
             dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
@@ -56,7 +58,7 @@ def run_schedule(models: Sequence[Any], batches: Callable[[], Iterator[Batch]], 
     Returns:
         The mean loss over micro batches and data-parallel ranks, in nats a token, on every rank.
     """
-    iterators = [batches() for _ in models]
+    iterators = list(tee(batches(), len(models)))
     several = len(models) > 1
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step, data_iterator=iterators if several else iterators[0],
