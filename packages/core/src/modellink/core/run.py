@@ -109,14 +109,15 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoin
     """The opened --load, and the iteration's folder where it holds a run to go on with."""
     if config.load is None:
         return None, None
-    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
+    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
+                             iteration=config.ckpt_step)
     if source.iteration is None or config.finetune:
         return source, None
-    folder = last_complete(config.load)
+    folder = last_complete(config.load, config.ckpt_step)
     progress = read_progress(folder)
     if progress is None:
         return source, None
-    if progress.distributed_optimizer != parallel.use_distributed_optimizer:
+    if config.load_optim and progress.distributed_optimizer != parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if progress.distributed_optimizer else "--no-use-distributed-optimizer"
         raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
                              f"was saved with {flag}", where=folder,
@@ -146,6 +147,7 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
            optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
+    data.check_rampup(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
         raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
                              where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "
