@@ -98,7 +98,7 @@ def resume(training: Training, path: Path) -> None:
         raise ModelLinkError(f"the checkpoint does not fit this run: {error}", where=path,
                              fix="give the settings it was made with, or take only its weights with --finetune") from None
     for name, model in _chunks(training):
-        bare(model).load_state_dict(state[name])
+        bare(model).load_state_dict(state[name], strict=all(parameter.requires_grad for parameter in model.parameters()))
     with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
         training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
     training.schedule.load_state_dict(state["schedule"])
@@ -124,7 +124,10 @@ def _state(training: Training, *, loading: bool) -> tuple[dict[str, Any], Optimi
         tensors = bare(model).sharded_state_dict(metadata=metadata)
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
-        if lost := dict(bare(model).named_parameters()).keys() - state[name].keys():
+        frozen = {key for key, parameter in bare(model).named_parameters() if not parameter.requires_grad}
+        if frozen:  # the run learns adapters alone
+            state[name] = {key: value for key, value in state[name].items() if ".lora_" in key}
+        if lost := dict(bare(model).named_parameters()).keys() - state[name].keys() - frozen:
             raise InternalError(f"a checkpoint would leave out {sorted(lost)[:5]}")
     models = state if len(training.models) > 1 else state["model"]
     optimizer = OptimizerState(training.optimizer, models, loading=loading, metadata=metadata)

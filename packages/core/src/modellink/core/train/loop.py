@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
+from modellink.core.posttrain.adapters import write_description
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -38,6 +39,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         if is_multiple(at, logging.eval_interval):
             evaluate(run, training, valid, metrics, f"iteration {at}")
         if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
+            if run.lora.on and dist.get_rank() == 0:
+                write_description(save, run.lora)
             checkpoint.save(training, save, run.manifest, run.companions)
         if leaving:
             break
