@@ -99,13 +99,14 @@ def test_the_prompt_type_is_noted_and_other_shares_are_evaluated(run, tmp_path):
     assert read_manifest(tmp_path / "a").prompt_type == "chatml"
 
 
-def rows(prefix: str, seq_length: int, numbers: list[int], **instruction: Any) -> list[tuple[list[int], list[int]]]:
+def rows(prefix: str, seq_length: int, numbers: list[int], packed: bool = False,
+         **instruction: Any) -> list[tuple[list[int], list[int]]]:
     """On a rank: ids and learned labels of samples by number, of the first 80 % of the set."""
     from modellink.core.config import DataConfig, InstructionConfig
     from modellink.core.data.instruction import build_sets
 
-    share = build_sets(DataConfig(data_path=(prefix,), seq_length=seq_length, split="80,20,0", is_instruction_dataset=True),
-                       InstructionConfig(**instruction), seed=3)[0]
+    share = build_sets(DataConfig(data_path=(prefix,), seq_length=seq_length, split="80,20,0", is_instruction_dataset=True,
+                                  reset_position_ids=packed), InstructionConfig(**instruction), seed=3)[0]
     assert share is not None
     return [(share[number].tokens.tolist(), share[number].labels.tolist()) for number in numbers]
 
@@ -129,11 +130,11 @@ def test_packed_rows_count_positions_anew(pools, tmp_path, samples):
     """Of learned prompts too the first token of a sample is not learned from the sample before it."""
     learned = [sample | {"labels": sample["input_ids"]} for sample in samples[:3]]
     INSTRUCTIONS.write_set(tmp_path / "packs", [INSTRUCTIONS.pack(learned, 70)] * 5)
-    _, labels, segments, positions = pools(1)(collated, prefix=str(tmp_path / "packs"))[0]
+    _, labels, starts = pools(1)(collated, prefix=str(tmp_path / "packs"))[0]
     lengths = [len(sample["input_ids"]) for sample in learned]
-    assert positions[:sum(lengths)] == [place for length in lengths for place in range(length)]
+    begins = [sum(lengths[:number]) for number in range(4)]
+    assert starts == [begin for begin, size in zip(begins, [*lengths, 70 - sum(lengths)], strict=True) for _ in range(size)]
     assert labels[:sum(lengths)] == [label for sample in learned for label in [*sample["input_ids"][1:], -100]]
-    assert segments == [number for number, length in enumerate(lengths, 1) for _ in range(length)] + [0] * (70 - sum(lengths))
 
 
 def collated(prefix: str) -> list[list[int]]:
@@ -141,7 +142,7 @@ def collated(prefix: str) -> list[list[int]]:
 
     batch = collate([Instructions(prefix, 70, packed=True)[2]], 70)
     labels = batch.labels.masked_fill(batch.loss_mask == 0, -100)
-    return [part[0].tolist() for part in (batch.tokens, labels, batch.segments, batch.positions)]
+    return [part[0].tolist() for part in (batch.tokens, labels, batch.starts)]
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
@@ -165,4 +166,4 @@ def test_files_of_two_sets_and_masks_that_number_nothing_are_refused(pools, tmp_
         pools(1)(rows, prefix=str(tmp_path / "a"), seq_length=24, numbers=[0])
     INSTRUCTIONS.write_set(tmp_path / "b", [sample | {"attention_mask": sample["input_ids"]} for sample in samples])
     with pytest.raises(AssertionError, match="does not number the samples"):
-        pools(1)(rows, prefix=str(tmp_path / "b"), seq_length=24, numbers=[0], reset_position_ids=True)
+        pools(1)(rows, prefix=str(tmp_path / "b"), seq_length=24, numbers=[0], packed=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
+from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
@@ -24,7 +26,7 @@ from modellink.core.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from modellink.core.posttrain.adapters import FILE, check_description, targets
+from modellink.core.posttrain import adapters
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
@@ -98,10 +100,12 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec.check_layout(layout)
     resolved[MemoryConfig].check_layers(layout, spec.num_layers)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
-    targets(spec, lora)
+    adapters.targets(spec, lora)
     _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
+    if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
+        data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     return Run(spec, parallel, data, resolved[InstructionConfig], lora, resolved[OptimizerConfig], resolved[MoEConfig],
                resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
                resumed)
@@ -114,14 +118,17 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
             raise ModelLinkError("adapters learn what to add to weights, and there are none", where="--lora-target-modules",
                                  fix="give a checkpoint with --load")
         return None, None
-    if (config.load / FILE).is_file():
+    if (config.load / adapters.FILE).is_file():
         raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
                              fix="give it with --lora-load, and with --load what they were trained on")
     source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
     if lora.lora_load is not None:
-        check_description(lora.lora_load, lora)
-    continued = lora.lora_load if lora.on else config.load if source.iteration is not None and not config.finetune else None
-    if continued is None:
+        adapters.check(lora.lora_load, lora, source)
+    if lora.on:
+        continued = None if lora.lora_load is None or is_peft(lora.lora_load) else lora.lora_load
+    else:
+        continued = None if source.iteration is None else config.load
+    if continued is None or config.finetune:
         return source, None
     folder = last_complete(continued)
     progress = read_progress(folder)
@@ -178,6 +185,18 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
     if layout.vpp > 1 and passes % layout.pp:
         raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
                              where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
+
+
+def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int) -> int:
+    """The id that ends a document: what was said, else what the model's own config says."""
+    known: object = data.eod_token_id
+    if known is None and companions is not None and (companions / "config.json").is_file():
+        known = json.loads((companions / "config.json").read_text("utf-8")).get("eos_token_id")
+    if not isinstance(known, int) or known >= vocab_size:
+        raise ModelLinkError("documents are to be told apart, and the token that ends one is "
+                             + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
+                             where="--eod-token-id", fix="give the id of the tokenizer's end of text")
+    return known
 
 
 def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:

@@ -23,7 +23,18 @@ class DataConfig:
     micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
     global_batch_size: int | None = option(None, "Samples of one iteration over all ranks; micro batch x DP where nothing "
                                            "is said.", minimum=1)
+    reset_position_ids: bool = option(False, "Count positions from the beginning of each document of a sample, and let no token "
+                                      "see another document.")
+    reset_attention_mask: bool = option(False, "Let no token see another document, with positions of the sample.")
+    eod_mask_loss: bool = option(False, "Do not learn what follows an end of document.")
+    eod_token_id: int | None = option(None, "The token that ends a document; eos_token_id of the model's config.json where "
+                                      "nothing is said.", minimum=0)
     data_cache_path: Path | None = option(None, "Folder of the sample index; beside the data where nothing is said.")
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether attention keeps to a document."""
+        return self.reset_position_ids or self.reset_attention_mask
 
     def blend(self) -> tuple[list[str], list[float] | None]:
         """The prefixes, and their weights where they were given."""

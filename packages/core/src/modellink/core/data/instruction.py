@@ -22,10 +22,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
 from modellink.core.config import DataConfig, InstructionConfig
 from modellink.core.config.data import INSTRUCTION_FIELDS
+from modellink.core.data.documents import starts_by_number
 from modellink.core.data.pretrain import Batch
 from modellink.kernels.errors import ModelLinkError
 
@@ -123,7 +123,7 @@ def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -
     Raises:
         ModelLinkError: nothing to train on, or files that do not belong together.
     """
-    samples = Instructions(data.data_path[0], data.seq_length, packed=instruction.reset_position_ids)
+    samples = Instructions(data.data_path[0], data.seq_length, packed=data.reset_position_ids)
     rows = shares(len(samples), data.split)
     if not rows[0]:
         raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where="--data-path, --split",
@@ -139,24 +139,15 @@ def collate(samples: Sequence[Sample], length: int) -> Batch:
     shape = (len(samples), length)
     tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
     packed = samples[0].segments is not None
-    segments, positions = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    segments = torch.zeros(shape, dtype=torch.long)
     for row, sample in enumerate(samples):
         size = len(sample.tokens)
         tokens[row, :size] = torch.from_numpy(sample.tokens)
         labels[row, :size] = torch.from_numpy(sample.labels)
         if sample.segments is not None:
             segments[row, :size] = torch.from_numpy(sample.segments)
-            positions[row] = positions_in(segments[row])
     mask = labels != IGNORED
-    return Batch(tokens, labels.masked_fill(~mask, 0), mask.float(), positions if packed else None, segments if packed else None)
-
-
-def positions_in(segments: Tensor) -> Tensor:
-    """[seq] numbers of samples -> [seq] positions that begin with 0 in each."""
-    places = torch.arange(len(segments))
-    begins = torch.cat([torch.tensor([True]), segments[1:] != segments[:-1]])
-    starts: Tensor = torch.where(begins, places, 0).cummax(0).values
-    return places - starts
+    return Batch(tokens, labels.masked_fill(~mask, 0), mask.float(), starts_by_number(segments) if packed else None, restart=True)
 
 
 def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig, multiple: int) -> int:

@@ -7,7 +7,7 @@ samples consumed over all ranks, so a run goes on at any data-parallel size with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from modellink.core.config import DataConfig
+from modellink.core.data.documents import starts_after
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -36,21 +37,26 @@ class TokenIds:
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels [micro batch, seq] int64; loss_mask [micro batch, seq] fp32, 1 where a label counts.
+    """Samples of one forward pass, all [micro batch, seq].
 
-    Where rows hold several samples, the positions of the tokens and the number of the sample each belongs to, both
-    [micro batch, seq] int64. The loss is the sum over labels by `divisor`, a scalar; None is how many labels count.
+    Attributes:
+        tokens, labels: int64.
+        loss_mask: fp32, 1 where a label counts.
+        starts: int64, where in its sample the document of each token begins; None: a sample is one document to attention.
+        restart: positions count from there.
+        divisor: scalar; the loss is the sum over labels by it. None: by how many labels count.
     """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
-    positions: Tensor | None = None
-    segments: Tensor | None = None
+    starts: Tensor | None = None
+    restart: bool = False
     divisor: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(None if part is None else part.to(device) for part in vars(self).values()))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
@@ -92,5 +98,10 @@ def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: i
         if largest >= vocab_size:
             raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
                                  where=f"--data-path, sample {start}", fix="tokenize with the tokenizer of this model")
-        yield Batch(tokens.long(), labels.long(), mask.float()).to(device)
+        batch = Batch(tokens.long(), labels.long(), mask.float())
+        if config.eod_mask_loss:
+            batch.loss_mask[batch.tokens == config.eod_token_id] = 0.0
+        if config.separates_documents:
+            batch = replace(batch, starts=starts_after(batch.tokens, config.eod_token_id), restart=config.reset_position_ids)
+        yield batch.to(device)
         consumed += size * dp

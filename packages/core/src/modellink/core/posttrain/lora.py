@@ -12,7 +12,7 @@ Not here: which linears (adapters.py), merging on disk (ckpt_convert).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -34,12 +34,13 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modellink.ckpt_convert.lora import A, B
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import Weight, shard_pieces, stage_names
 from modellink.core.config import LoraConfig
 from modellink.core.model.linear import ReplicatedLinear
 from modellink.core.model.load import bare
-from modellink.core.posttrain.adapters import initial, pair, targets
+from modellink.core.posttrain.adapters import tensors_of
 from modellink.kernels.parallel import ParallelLayout
 
 
@@ -130,36 +131,47 @@ def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
     raise TypeError(kind)
 
 
-def adapt(module: Any, name: str, weight: Weight, spec: ModelSpec, lora: LoraConfig, seed: int) -> None:
-    """Give a linear an adapter, in place: it keeps its own weight and becomes the adapted form of its class."""
+def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraConfig, *, gated: bool) -> None:
+    """Give a linear an adapter, in place: it keeps its own weight and becomes the adapted form of its class.
+
+    Args:
+        parts: `A` and `B`, whole, and how they are cut.
+        gated: the linear is the one before a gated activation.
+    """
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     module.sequence_parallel = module.config.sequence_parallel if hasattr(module, "config") else (
         module.weight.sequence_parallel)
-    module.scale, module.rate, module.gated = lora.scale, lora.lora_dropout, weight.split == "gated"
-    for letter, part in zip("AB", pair(weight, lora.lora_r), strict=True):
-        full = initial(name, part.shape, seed) if letter == "A" else torch.zeros(part.shape)  # type: ignore[arg-type]
-        held = torch.cat([full.narrow(part.dim, piece.start, len(piece)) for piece in shard_pieces(part, tp=tp, rank=rank)],
-                         part.dim)
-        factor = Factor(held.to(module.weight.device, module.weight.dtype))
-        if part.split == "replicated":
+    module.scale, module.rate, module.gated = lora.scale, lora.lora_dropout, gated
+    for letter, (weight, full) in parts.items():
+        held = torch.cat([full.narrow(weight.dim, piece.start, len(piece))
+                          for piece in shard_pieces(weight, tp=tp, rank=rank)], weight.dim)
+        factor = Factor(held.to(module.weight.device, module.weight.dtype, copy=True))
+        if weight.split == "replicated":
             factor.weight.sequence_parallel = module.sequence_parallel  # type: ignore[attr-defined]
         else:
-            set_tensor_model_parallel_attributes(factor.weight, True, part.dim, 1)
+            set_tensor_model_parallel_attributes(factor.weight, True, weight.dim, 1)
         factor.weight.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
         setattr(module, f"lora_{letter}", factor)
     module.__class__ = _adapted(type(module))
 
 
-def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int) -> None:
-    """Freeze the model chunks of this rank and give their linears adapters. Their weights should be loaded before."""
-    table, stage = targets(spec, lora), parallel_state.get_pipeline_model_parallel_rank()
+def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int,
+                 given: Mapping[str, Tensor] | None = None) -> None:
+    """Freeze the model chunks of this rank and give their linears adapters. Their weights should be loaded before.
+
+    Args:
+        given: adapters to go on with, by canonical name; those of `lora` at their beginning where there are none.
+    """
+    table, stage = tensors_of(spec, lora, given or {}, seed), parallel_state.get_pipeline_model_parallel_rank()
     expert_rank = parallel_state.get_expert_model_parallel_rank()
     for chunk, model in enumerate(models):
         whole: Any = bare(model)
         whole.requires_grad_(False)
         for own, name in stage_names(spec, layout, stage, chunk, expert_rank).items():
-            if name in table:
-                adapt(whole.get_submodule(own.removesuffix(".weight")), name, table[name], spec, lora, seed)
+            module = name.removesuffix(".weight")
+            if module + A in table:
+                parts = {"A": table[module + A], "B": table[module + B]}
+                adapt(whole.get_submodule(own.removesuffix(".weight")), parts, lora, gated=parts["B"][0].split == "gated")
         if whole.pre_process and whole.config.recompute_granularity == "full":
             # a layer that is recomputed learns something only if its input asks for a gradient
             whole.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))

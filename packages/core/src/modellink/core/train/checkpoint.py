@@ -13,6 +13,7 @@ Not here: loading bare weights (model/load.py).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ class Training:
     consumed_samples: int = 0
 
 
-def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None) -> None:
+def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None,
+         beside: Callable[[Path], None] | None = None) -> None:
     """Write the checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: what the checkpoint says of itself.
         companions: the folder whose config and tokenizer files travel with the weights.
+        beside: writes what else belongs into the iteration's folder, before that is complete.
     """
     path = folder / iteration_folder(training.iteration)
     temporary = path.with_name(path.name + ".tmp")
@@ -73,6 +76,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     if first:
         write_progress(temporary, Progress(
             training.iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer))
+        if beside is not None:
+            beside(temporary)
         finish_folder(temporary, path)
         kill_point("before-tracker")
         with atomic_write(folder / TRACKER, "w") as file:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
-from modellink.core.posttrain.adapters import write_description
+from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -39,9 +40,12 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         if is_multiple(at, logging.eval_interval):
             evaluate(run, training, valid, metrics, f"iteration {at}")
         if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-            if run.lora.on and dist.get_rank() == 0:
-                write_description(save, run.lora)
-            checkpoint.save(training, save, run.manifest, run.companions)
+            beside = None
+            if run.lora.on and run.checkpoint.load is not None:
+                beside = partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
+                if dist.get_rank() == 0:
+                    write_description(save, run.lora)
+            checkpoint.save(training, save, run.manifest, run.companions, beside)
         if leaving:
             break
         clock.lap()  # evaluating and saving are not part of an iteration

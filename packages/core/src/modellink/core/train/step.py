@@ -16,6 +16,7 @@ from modellink.core.data.pretrain import Batch
 from modellink.core.model.state import SequenceState
 from modellink.core.parallel.context import local_part
 from modellink.kernels import ops
+from modellink.kernels.ops.attention import Documents
 
 
 def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]]:
@@ -31,10 +32,20 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
             dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
         return loss, {"loss": whole}
 
-    state = None
-    if batch.positions is not None:
-        state = SequenceState(positions=local_part(batch.positions), length=batch.tokens.size(1))
-    return model(local_part(batch.tokens), state), loss_of
+    return model(local_part(batch.tokens), state_of(batch)), loss_of
+
+
+def state_of(batch: Batch) -> SequenceState | None:
+    """What the layers must know of the batch; None where its samples are whole sequences."""
+    if batch.starts is None:
+        return None
+    state = SequenceState(documents=Documents(batch.starts))
+    if batch.restart:
+        ends = torch.tensor([0, *state.documents.ends], device=batch.starts.device)
+        lengths = (each := ends.diff()).repeat_interleave(each).view_as(batch.starts)
+        positions = torch.arange(batch.starts.size(1), device=batch.starts.device) - batch.starts
+        state.positions, state.lengths, state.length = local_part(positions), local_part(lengths), batch.starts.size(1)
+    return state
 
 
 def run_schedule(models: Sequence[Any], batches: Callable[[], Iterator[Batch]], *, num_microbatches: int, seq_length: int,
