@@ -135,6 +135,23 @@ def test_going_on_at_another_layout(run, made, tmp_path, case, before, after):
     assert [step[2] for step in resumed] == pytest.approx([step[2] for step in straight[2:]], rel=1e-5)
 
 
+@pytest.mark.parametrize(("case", "ranks", "options"), [("llama", 2, TP2), ("mixtral", 2, EP2)])
+def test_a_save_is_a_folder_of_peft_too(run, made, tmp_path, case, ranks, options):
+    """Read again it is what was saved: the run that begins with it has the loss of the one that goes on."""
+    base, save = {"load": str(made(case))}, tmp_path / "a"
+    run(ranks, save=str(save), exit_interval=2, **base, **options)
+    resumed = run(1, lora_load=str(save), **base)
+    again = run(1, lora_load=str(save / "iter_0000002/peft"), train_iters=1, data_path=skipped(tmp_path), **base)
+    assert again[0][:2] == (1, 8)
+    assert again[0][2:] == pytest.approx(resumed[0][2:], rel=1e-5)
+
+
+def skipped(folder: Path) -> tuple[str, ...]:
+    """The set without the 16 samples of two steps."""
+    INSTRUCTIONS.write_set(folder / "rest", INSTRUCTIONS.make_samples(30, 131)[16:])
+    return (str(folder / "rest"),)
+
+
 def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     run(1, save=str(tmp_path / "a"), train_iters=1)
     names = pools(1)(saved, folder=str(tmp_path / "a/iter_0000001"))[0]
