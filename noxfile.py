@@ -33,7 +33,7 @@ nox.options.sessions = [
 
 CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
-PEERS = ("accelerate", "gguf", "pytest", "hypothesis", "transformers")
+PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
 
 
 class Env:

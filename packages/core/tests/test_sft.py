@@ -37,8 +37,8 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     import torch.distributed as dist
 
     from modellink.core import processes
+    from modellink.core.posttrain.sft import sft
     from modellink.core.run import prepare
-    from modellink.core.train.sft import sft
     from modellink.kernels.options import Layer
 
     run = prepare([Layer("test", options)], processes.world_size())

@@ -57,18 +57,16 @@ def _train(run: Run) -> None:
     if processes.rank() == 0:
         print_arguments(run)
     processes.join(run.device, run.layout, run.optimizer.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
-    from modellink.core.train import pretrain, sft  # imports megatron, which only now is on its device
-    if run.data.is_instruction_dataset:
-        sft.sft(run)
-    else:
-        pretrain.pretrain(run)
+    from modellink.core.posttrain.sft import sft  # imports megatron, which only now is on its device
+    from modellink.core.train.pretrain import pretrain
+    (sft if run.data.is_instruction_dataset else pretrain)(run)
 
 
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
     values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.instruction, run.optimizer, run.moe, run.memory, run.checkpoint,
-                   run.logging):
+    for config in (run.spec, run.parallel, run.data, run.instruction, run.lora, run.optimizer, run.moe, run.memory,
+                   run.checkpoint, run.logging):
         values |= vars(config)
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
+from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
@@ -19,19 +20,21 @@ from modellink.core.config import (
     DataConfig,
     InstructionConfig,
     LoggingConfig,
+    LoraConfig,
     MemoryConfig,
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
 )
+from modellink.core.posttrain import adapters
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig,
-           LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, LoraConfig, OptimizerConfig, MoEConfig, MemoryConfig,
+           CheckpointConfig, LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Run:
     parallel: ParallelConfig
     data: DataConfig
     instruction: InstructionConfig
+    lora: LoraConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
     memory: MemoryConfig
@@ -89,31 +93,45 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
                     for layer in layers]
     resolved = resolve(CONFIGS, *other_layers)
     parallel, data, checkpoint = resolved[ParallelConfig], resolved[DataConfig], resolved[CheckpointConfig]
-    source, resumed = _open(checkpoint, parallel)
+    lora = resolved[LoraConfig]
+    source, resumed = _open(checkpoint, parallel, lora)
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
     resolved[MemoryConfig].check_layers(layout, spec.num_layers)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
+    adapters.targets(spec, lora)
     _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
-    return Run(spec, parallel, data, resolved[InstructionConfig], resolved[OptimizerConfig], resolved[MoEConfig],
+    return Run(spec, parallel, data, resolved[InstructionConfig], lora, resolved[OptimizerConfig], resolved[MoEConfig],
                resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
                resumed)
 
 
-def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoint | None, Path | None]:
-    """The opened --load, and the iteration's folder where it holds a run to go on with."""
+def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) -> tuple[Checkpoint | None, Path | None]:
+    """The opened --load, and the iteration's folder where it (with adapters: --lora-load) holds a run to go on with."""
     if config.load is None:
+        if lora.on:
+            raise ModelLinkError("adapters learn what to add to weights, and there are none", where="--lora-target-modules",
+                                 fix="give a checkpoint with --load")
         return None, None
+    if (config.load / adapters.FILE).is_file():
+        raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
+                             fix="give it with --lora-load, and with --load what they were trained on")
     source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
-                             iteration=config.ckpt_step)
-    if source.iteration is None or config.finetune:
+                             iteration=None if lora.on and lora.lora_load else config.ckpt_step)
+    if lora.lora_load is not None:
+        adapters.check(lora.lora_load, lora, source)
+    if lora.on:
+        continued = None if lora.lora_load is None or is_peft(lora.lora_load) else lora.lora_load
+    else:
+        continued = None if source.iteration is None else config.load
+    if continued is None or config.finetune:
         return source, None
-    folder = last_complete(config.load, config.ckpt_step)
+    folder = last_complete(continued, config.ckpt_step)
     progress = read_progress(folder)
     if progress is None:
         return source, None

@@ -13,6 +13,7 @@ Not here: loading bare weights (model/load.py).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,14 @@ class Training:
     consumed_samples: int = 0
 
 
-def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, keep: int | None = None) -> None:
+def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *,
+         beside: Callable[[Path], None] | None = None, keep: int | None = None) -> None:
     """Write the checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: what the checkpoint says of itself.
         companions: the folder whose config and tokenizer files travel with the weights.
+        beside: writes what else belongs into the iteration's folder, before that is complete.
         keep: how many of the newest checkpoints are kept; None: all.
     """
     path = folder / iteration_folder(training.iteration)
@@ -76,6 +79,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     if first:
         write_progress(temporary, Progress(
             training.iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer))
+        if beside is not None:
+            beside(temporary)
         finish_folder(temporary, path)
         kill_point("before-tracker")
         with atomic_write(folder / TRACKER, "w") as file:
@@ -114,7 +119,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
         raise ModelLinkError(f"the checkpoint does not fit this run: {error}", where=path,
                              fix="give the settings it was made with, or take only its weights with --finetune") from None
     for name, model in _chunks(training):
-        bare(model).load_state_dict(state[name])
+        bare(model).load_state_dict(state[name], strict=all(parameter.requires_grad for parameter in model.parameters()))
     if optimizer is not None:
         with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
             training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
@@ -146,7 +151,10 @@ def _weights(training: Training) -> dict[str, Any]:
         tensors = bare(model).sharded_state_dict(metadata=_metadata())
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
-        if lost := dict(bare(model).named_parameters()).keys() - state[name].keys():
+        frozen = {key for key, parameter in bare(model).named_parameters() if not parameter.requires_grad}
+        if frozen:  # the run learns adapters alone
+            state[name] = {key: value for key, value in state[name].items() if ".lora_" in key}
+        if lost := dict(bare(model).named_parameters()).keys() - state[name].keys() - frozen:
             raise InternalError(f"a checkpoint would leave out {sorted(lost)[:5]}")
     return state
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 64, 40, 20, 44
+COLOURS = ("#1f6feb", "#b35900", "#1a7f37", "#8250df")
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
@@ -19,7 +20,12 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
 
 def draw(points: Sequence[tuple[float, float]], *, title: str, x: str) -> str:
     """An SVG picture of y over x through `points`, in their order."""
-    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    return draw_lines({"": points}, title=title, x=x)
+
+
+def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str) -> str:
+    """The same with several lines, told apart by colour and named; every second one is dashed, to be seen on the one before."""
+    xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
     margin = 0.05 * ((max(ys) - min(ys)) or 1.0)
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys) - margin, max(ys) + margin
 
@@ -39,6 +45,12 @@ def draw(points: Sequence[tuple[float, float]], *, title: str, x: str) -> str:
     for value in ticks(low_x, high_x):
         across, _ = place(value, low_y)
         parts.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
-    line = " ".join(f"{px},{py}" for px, py in (place(*point) for point in points))
-    parts.append(f'<polyline points="{line}" fill="none" stroke="#1f6feb" stroke-width="1.6"/></svg>')
-    return "\n".join(parts) + "\n"
+    for number, (name, points) in enumerate(lines.items()):
+        line = " ".join(f"{px},{py}" for px, py in (place(*point) for point in points))
+        look = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.6"' + ' stroke-dasharray="5 4"' * (number % 2)
+        parts.append(f'<polyline points="{line}" fill="none" {look}/>')
+        if name:
+            y = TOP + 16 + 18 * number
+            parts.append(f'<line x1="{WIDTH - 220}" x2="{WIDTH - 190}" y1="{y}" y2="{y}" {look}/>'
+                         f'<text x="{WIDTH - 182}" y="{y + 4}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
+from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -40,7 +43,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
             if is_multiple(at, logging.eval_interval):
                 evaluate(run, training, valid, metrics, f"iteration {at}")
             if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-                checkpoint.save(training, save, run.manifest, run.companions, keep=run.checkpoint.save_total_limit)
+                _save(run, training, save)
             if leaving:
                 if dist.get_rank() == 0:
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
@@ -51,6 +54,15 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         evaluate(run, training, test, metrics, f"iteration {last} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
     return metrics.history
+
+
+def _save(run: Run, training: Training, folder: Path) -> None:
+    beside = None
+    if run.lora.on and run.checkpoint.load is not None:
+        beside = partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
+        if dist.get_rank() == 0:
+            write_description(folder, run.lora)
+    checkpoint.save(training, folder, run.manifest, run.companions, beside=beside, keep=run.checkpoint.save_total_limit)
 
 
 def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock) -> None:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.parallel.attention import SequenceCut
+from modellink.core.posttrain.adapters import read
+from modellink.core.posttrain.lora import add_adapters
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -31,8 +33,11 @@ def set_up(run: Run) -> Training:
     first = dist.get_rank() == 0
     settings = build_settings(run)
     models: list[Any] = list(build_models(run.spec, settings))
-    if run.source is not None and run.resumed is None:
+    if run.source is not None and (run.resumed is None or run.lora.on):
         load_weights(models, run.source, settings, show=first)
+    if run.lora.on:
+        given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source)
+        add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,

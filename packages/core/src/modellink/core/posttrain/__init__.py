@@ -1,0 +1,1 @@
+"""What follows pretraining: fine-tuning on instructions, adapters."""

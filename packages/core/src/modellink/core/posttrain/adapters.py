@@ -1,0 +1,150 @@
+"""Which adapters a model has, by canonical name, and the folders they are saved in and read from.
+
+    decoder.layers.0.self_attention.linear_qkv.lora_A.weight  [r, in]
+    decoder.layers.0.self_attention.linear_qkv.lora_B.weight  [out, r]
+
+What a linear adds is scale x B A (Hu et al. 2021, section 4.1). Beside its own form every save holds them as a folder of peft.
+
+    SAVE/lora.json                      what they are
+    SAVE/iter_0000010/*.distcp          adapters and optimizer; also what else a training checkpoint has
+    SAVE/iter_0000010/peft/             for peft and everything that reads its folders
+
+Not here: modules (lora.py), Hugging Face names and merging (ckpt_convert).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_dist
+from torch import Tensor
+
+from modellink.ckpt_convert import peft
+from modellink.ckpt_convert.families import NO_FORM
+from modellink.ckpt_convert.formats.peft import is_peft
+from modellink.ckpt_convert.formats.torch_dist import STACKED, refuse_unknown_names
+from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.lora import A, B, adapter_weights
+from modellink.ckpt_convert.lora import LoraConfig as Described
+from modellink.ckpt_convert.manifest import Manifest
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.weights import EXPERTS, Weight, weights
+from modellink.core.config import LoraConfig
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import read_json, write_json
+
+FILE, PEFT = "lora.json", "peft"
+
+
+def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
+    """The weights that get an adapter.
+
+    Raises:
+        ModelLinkError: the model has no such linear.
+    """
+    linears = {name: weight for name, weight in weights(spec).items() if ".linear_" in name and name.endswith(".weight")}
+    known = sorted({linear(name) for name in linears})
+    for module in lora.modules:
+        if module not in known:
+            raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules",
+                                 fix=f"it has {', '.join(known)}")
+    return {name: weight for name, weight in linears.items() if linear(name) in lora.modules}
+
+
+def linear(name: str) -> str:
+    """The name of a weight's linear inside its layer."""
+    return name.split(".")[-2]
+
+
+def tensors_of(spec: ModelSpec, lora: LoraConfig, given: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Weight, Tensor]]:
+    """Every A and B, whole, and how tensor parallelism cuts it: a column linear's A and a row linear's B are on every rank.
+
+    `given` where there is something to go on with; otherwise A is random, the same at every layout, and B is 0.
+    """
+    made: dict[str, Tensor] = dict(given)
+    for name, weight in {} if given else targets(spec, lora).items():
+        rows, columns = weight.shape
+        module = name.removesuffix(".weight")
+        made[module + A], made[module + B] = initial(name, (lora.lora_r, columns), seed), torch.zeros(rows, lora.lora_r)
+    table = adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in made.items()}, "--lora-load")
+    return {name: (table[name], tensor) for name, tensor in made.items()}
+
+
+def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
+    """A random A [r, in] for the weight `name`; uniform as PEFT begins."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+    return torch.empty(shape).uniform_(-1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]), generator=generator)
+
+
+def write_description(folder: Path, lora: LoraConfig) -> None:
+    """Write `lora.json` into the folder that a run saves in."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / FILE, _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules))
+
+
+def write_peft(iteration: Path, manifest: Manifest, lora: LoraConfig, base: Path) -> None:
+    """Write the adapters of an iteration's folder as a folder of peft inside it, where the model has a Hugging Face form."""
+    if manifest.family != NO_FORM:
+        config = Described(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_use_rslora)
+        peft.write_peft(iteration / PEFT, manifest.spec, manifest.family, read_iteration(iteration, manifest.spec), config,
+                        base=str(base), overwrite=True)
+
+
+def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
+    """The adapters in an iteration's folder, whole, by canonical name."""
+    refuse_unknown_names(folder)  # PyTorch will unpickle the metadata bare
+    reader = torch_dist.FileSystemReader(folder)
+    entries = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items()
+               if name.startswith("decoder.") and name.endswith((A, B))}
+    state: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    torch_dist.load(state, storage_reader=reader, no_dist=True)
+    found = {}
+    for name, tensor in state.items():
+        layer, stacked, inside = name.partition(STACKED)
+        if stacked:
+            for number in range(spec.num_experts or 0):
+                found[f"{layer}mlp.{EXPERTS}{number}.{inside}"] = tensor[number]
+        else:
+            found[name] = tensor
+    return found
+
+
+def read(folder: Path, source: Checkpoint) -> dict[str, Tensor]:
+    """The adapters of a folder: one of peft, or where a run saved."""
+    if is_peft(folder):
+        return peft.read_peft(folder, source.spec, source.family)[1]
+    return read_iteration(last_complete(folder), source.spec)
+
+
+def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:
+    """Raise when the adapters of a folder are not those of the options, or not of this model."""
+    if is_peft(folder):
+        config, tensors = peft.read_peft(folder, source.spec, source.family)
+        theirs = _described(config.r, config.alpha, config.rslora, sorted({name.split(".")[-3] for name in tensors
+                                                                           if name.endswith(A)}))
+    elif (folder / FILE).is_file():
+        theirs = read_json(folder / FILE)
+    else:
+        raise ModelLinkError("the folder holds no adapters", where=f"--lora-load {folder}",
+                             fix=f"give the --save folder of a run with adapters, in which {FILE} lies, or a folder of peft")
+    ours = _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules)
+    flags = {"r": "--lora-r", "alpha": "--lora-alpha", "use_rslora": "--lora-use-rslora",
+             "target_modules": "--lora-target-modules"}
+    for name, flag in flags.items():
+        if theirs.get(name) != ours[name]:
+            raise ModelLinkError(f"{flag} is {_text(ours[name])} and {_text(theirs.get(name))} in the adapters",
+                                 where=f"{flag}, {folder}", fix="give what they were made with")
+
+
+def _described(r: int, alpha: float, rslora: bool, modules: Sequence[str]) -> dict[str, Any]:
+    return {"r": r, "alpha": alpha, "use_rslora": rslora, "target_modules": list(modules)}
+
+
+def _text(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else str(value)

@@ -1,0 +1,187 @@
+"""Adapters on megatron-core's linears, at every layout; everything else is frozen.
+
+    column   y_t = W_t x + s B_t A x     A whole, B cut by rows as W is
+    row      y = sum_t (W_t x_t + s B A_t x_t)     A cut by columns as W is, B whole
+
+Between A and B there are only r numbers a token, and there the ranks speak to each other. The side that is whole has on each
+rank the gradient of all tokens, or with sequence parallelism and in experts that of its part, which megatron-core then sums as it
+does for norms (`sequence_parallel` on a parameter).
+
+Not here: which linears (adapters.py), merging on disk (ckpt_convert).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modellink.ckpt_convert.lora import A, B
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.weights import Weight, shard_pieces, stage_names
+from modellink.core.config import LoraConfig
+from modellink.core.model.linear import ReplicatedLinear
+from modellink.core.model.load import bare
+from modellink.core.posttrain.adapters import tensors_of
+from modellink.kernels.parallel import ParallelLayout
+
+
+class Factor(nn.Module):
+    """One of the two small matrices."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Adapted(nn.Module):
+    """What the adapted forms of all linears share; `lora_A`, `lora_B` and these are set by `adapt`."""
+
+    scale: float
+    rate: float
+    gated: bool
+    lora_A: Factor
+    lora_B: Factor
+
+    def dropped(self, x: Tensor, *, alike: bool) -> Tensor:
+        """The adapter's input; `alike`: tensor-parallel ranks have the same one, and must drop the same of it."""
+        if not (self.rate and self.training):
+            return x
+        if alike:
+            return F.dropout(x, self.rate)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(x, self.rate)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
+                           metadata: Any = None) -> dict[str, Any]:
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        both = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+        cut = {name: parameter.partition_dim for name, parameter in both.items()
+               if getattr(parameter, "tensor_model_parallel", False)}
+        state |= make_sharded_tensors_for_checkpoint(both, prefix, cut, sharded_offsets, tp_group=self.tp_group,
+                                                     dp_cp_group=metadata["dp_cp_group"])
+        if self.gated:  # a rank holds rows of both halves
+            name = f"{prefix}lora_B.weight"
+            whole = state[name]
+            assert isinstance(whole, ShardedTensor)
+            state[name] = apply_swiglu_sharded_factory(whole, sharded_offsets)
+        return state
+
+
+class AdaptedColumn(Adapted):
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_, *args, **kwargs)
+        low = self.lora_A(self.dropped(input_, alike=self.explicit_expert_comm or not self.sequence_parallel))
+        if not self.explicit_expert_comm:  # there tokens are gathered, and gradients summed, outside
+            low = gather_from_sequence_parallel_region(low, group=self.tp_group) if self.sequence_parallel else (
+                copy_to_tensor_model_parallel_region(low, group=self.tp_group))
+        return output + self.scale * self.lora_B(low), bias
+
+
+class AdaptedRow(Adapted):
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        output, bias = super().forward(input_)
+        low = self.lora_A(self.dropped(input_, alike=False))
+        if not self.explicit_expert_comm:
+            low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group) if self.sequence_parallel else (
+                reduce_from_tensor_model_parallel_region(low, group=self.tp_group))
+        return output + self.scale * self.lora_B(low), bias
+
+
+class AdaptedReplicated(nn.Module):
+    """A linear that is whole on every rank; its state is, too."""
+
+    dropped = Adapted.dropped
+    sequence_parallel = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        low = self.lora_A(self.dropped(x, alike=not self.sequence_parallel))
+        output: Tensor = super().forward(x) + self.scale * self.lora_B(low)
+        return output
+
+
+@cache
+def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+    """The adapted form of a class of linears."""
+    for base, form in ((ColumnParallelLinear, AdaptedColumn), (RowParallelLinear, AdaptedRow),
+                       (ReplicatedLinear, AdaptedReplicated)):
+        if issubclass(kind, base):
+            return type(f"Adapted{kind.__name__}", (form, kind), {})
+    raise TypeError(kind)
+
+
+def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraConfig, *, gated: bool) -> None:
+    """Give a linear an adapter, in place: it keeps its own weight and becomes the adapted form of its class.
+
+    Args:
+        parts: `A` and `B`, whole, and how they are cut.
+        gated: the linear is the one before a gated activation.
+    """
+    tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
+    module.sequence_parallel = module.config.sequence_parallel if hasattr(module, "config") else (
+        module.weight.sequence_parallel)
+    module.scale, module.rate, module.gated = lora.scale, lora.lora_dropout, gated
+    for letter, (weight, full) in parts.items():
+        held = torch.cat([full.narrow(weight.dim, piece.start, len(piece))
+                          for piece in shard_pieces(weight, tp=tp, rank=rank)], weight.dim)
+        factor = Factor(held.to(module.weight.device, module.weight.dtype, copy=True))
+        if weight.split == "replicated":
+            factor.weight.sequence_parallel = module.sequence_parallel  # type: ignore[attr-defined]
+        else:
+            set_tensor_model_parallel_attributes(factor.weight, True, weight.dim, 1)
+        factor.weight.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
+        setattr(module, f"lora_{letter}", factor)
+    module.__class__ = _adapted(type(module))
+
+
+def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int,
+                 given: Mapping[str, Tensor] | None = None) -> None:
+    """Freeze the model chunks of this rank and give their linears adapters. Their weights should be loaded before.
+
+    Args:
+        given: adapters to go on with, by canonical name; those of `lora` at their beginning where there are none.
+    """
+    table, stage = tensors_of(spec, lora, given or {}, seed), parallel_state.get_pipeline_model_parallel_rank()
+    expert_rank = parallel_state.get_expert_model_parallel_rank()
+    for chunk, model in enumerate(models):
+        whole: Any = bare(model)
+        whole.requires_grad_(False)
+        for own, name in stage_names(spec, layout, stage, chunk, expert_rank).items():
+            module = name.removesuffix(".weight")
+            if module + A in table:
+                parts = {"A": table[module + A], "B": table[module + B]}
+                adapt(whole.get_submodule(own.removesuffix(".weight")), parts, lora, gated=parts["B"][0].split == "gated")
+        if whole.pre_process and whole.config.recompute_granularity == "full":
+            # a layer that is recomputed learns something only if its input asks for a gradient
+            whole.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Add what the adapters of a model chunk add to its weights; each rank does it for its parts."""
+    for module in bare(model).modules():
+        if isinstance(module, (Adapted, AdaptedReplicated)):
+            linear: Any = module
+            linear.weight += (linear.scale * linear.lora_B.weight.float() @ linear.lora_A.weight.float()).to(linear.weight.dtype)
+            linear.lora_B.weight.zero_()
