@@ -208,7 +208,7 @@ def test_a_script_of_the_originals_old_loader(run: Run, make_model: Make, tmp_pa
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--model-type", "BERT", "--save-model-type", "hf"], "--model-type is 'BERT'"),
     (["--save-model-type", "ggml"], "ggml is no format"),
-    (["--to", "hf", "--lora-load", "adapter"], "--lora-load is not done here"),
+    (["--to", "hf", "--lora-load", "adapter"], "the adapter's folder is missing"),
     (["--to", "hf", "--true-vocab-size", "130"], "the vocabulary of the model is 131"),
 ])
 def test_what_a_script_may_not_ask_for(arguments: list[str], message: str, refused: Callable[..., str], make_model: Make) -> None:

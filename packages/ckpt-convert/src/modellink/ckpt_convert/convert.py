@@ -17,13 +17,13 @@ from threading import Lock
 import torch
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.formats import huggingface, writing
+from modellink.ckpt_convert.formats import huggingface, peft, writing
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
 from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_torch_dist, size
+from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_peft, plan_torch_dist, size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
 from modellink.kernels.errors import ModelLinkError
@@ -60,7 +60,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
-        to: `hf`, `megatron-core`, `megatron-legacy` or `torch_dist`.
+        to: `hf`, `megatron-core`, `megatron-legacy`, `torch_dist`, or of an adapter `peft`.
         layout: tp, pp, vpp, ep and num_layer_list of the output; one rank where nothing is said.
         dialect: of Megatron-Core's names; `modellink-1.0` is the original's.
         moe_grouped_gemm: the experts of a rank are two tensors, not several each.
@@ -77,14 +77,19 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         ModelLinkError: anything wrong with the input or the output's place; nothing is written then.
     """
     dst = Path(dst)
-    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
+    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration, adapter=True)
+    if (source.adapter is not None and to in ("hf", "torch_dist")) or (source.adapter is None and to == "peft"):
+        what = "a LoRA adapter" if source.adapter else "no LoRA adapter"
+        raise ModelLinkError(f"the source is {what}", where=f"{source.folder}, --to", fix=(
+            "give the base model as the source and this with --lora-load, or write peft, megatron-core or megatron-legacy"
+            if source.adapter else "give an adapter, or another format"))
     layout = layout or ParallelLayout()
-    if to in ("hf", "torch_dist"):
+    if to in ("hf", "torch_dist", "peft"):
         if layout != ParallelLayout():
-            kind = "Hugging Face folder" if to == "hf" else "distributed checkpoint"
-            raise ModelLinkError(f"a {kind} is not cut over ranks, {layout} was asked for",
+            raise ModelLinkError(f"the format {to} is not cut over ranks, {layout} was asked for",
                                  where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
-        plan = (plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
+        plan = plan_peft(source, dtype=params_dtype) if to == "peft" else (
+            plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
     else:
         style = Style(to == "megatron-legacy", dialect, moe_grouped_gemm, make_vocab_size_divisible_by)
         plan = plan_megatron(source, layout, style, dtype=params_dtype)
@@ -100,7 +105,8 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         _write_companions(plan, temporary, config, dtype)
         count = None
         if verify:
-            count = compare(source, open_checkpoint(temporary), params_dtype)
+            hf = source.companions if to == "peft" else None
+            count = compare(source, open_checkpoint(temporary, family=source.family, hf=hf, adapter=True), params_dtype)
     except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -187,6 +193,9 @@ def _finished(temporary: Path, fingerprint: str) -> set[str]:
 
 def _write_companions(plan: Plan, temporary: Path, config: dict[str, object], dtype: str) -> None:
     """Everything that is not weights."""
+    if plan.to == "peft":
+        write_json(temporary / peft.CONFIG, plan.index)
+        return
     if plan.to == "hf":
         for path in manifest.companion_files(plan.source.companions):
             manifest.copy_file(path, temporary / path.name)
