@@ -58,6 +58,7 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     done = convert(source, target, to=to, layout=options.layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
+                   verify_model=options.verify and options.verify_model,
                    params_dtype=DTYPES[options.params_dtype] if options.params_dtype else None, dry_run=options.dry_run,
                    max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
@@ -66,6 +67,8 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     print(f"wrote {target}: {len(done.plan.files)} files, {size(done.plan.nbytes)} of weights")
     if done.verified is not None:
         print(f"verified {done.verified} tensors, all bit-equal")
+    if done.model is not None:
+        print(done.model)
 
 
 def _opened(folder: Path, hf: Path | None, options: ConvertOptions) -> Checkpoint:

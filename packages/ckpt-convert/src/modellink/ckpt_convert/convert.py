@@ -26,6 +26,7 @@ from modellink.ckpt_convert.open import open_checkpoint
 from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_peft, plan_torch_dist, size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
+from modellink.ckpt_convert.verify_model import check_model
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import (
     Journal,
@@ -46,15 +47,18 @@ WORKERS = min(4, os.cpu_count() or 1)  # where nothing is said
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did, or with `dry_run` would do; `verified` counts the tensors compared."""
+    """What a conversion did, or with `dry_run` would do; `verified` counts the tensors compared, `model` says
+    what transformers made of it."""
 
     plan: Plan
     verified: int | None = None
+    model: str | None = None
 
 
 def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
             dialect: Dialect = "megatron-core", moe_grouped_gemm: bool = False, make_vocab_size_divisible_by: int = 1,
-            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, dry_run: bool = False,
+            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, verify_model: bool = False,
+            dry_run: bool = False,
             family: str | None = None, hf: Path | str | None = None, iteration: int | None = None,
             max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS) -> Converted:
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
@@ -68,6 +72,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         params_dtype: of the output; each tensor keeps its own where nothing is said.
         overwrite: replace `dst`, once the new one is whole.
         verify: read the output back and compare every tensor bit by bit before it appears as `dst`.
+        verify_model: then have transformers build it too (see verify_model.py).
         dry_run: only plan.
         family, hf, iteration: see `open_checkpoint`.
         max_shard_bytes: of one safetensors or distcp file.
@@ -103,17 +108,19 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     try:
         _write_files(plan, temporary, workers)
         _write_companions(plan, temporary, config, dtype)
-        count = None
-        if verify:
+        count = model = None
+        if verify or verify_model:
             hf = source.companions if to == "peft" else None
-            count = compare(source, open_checkpoint(temporary, family=source.family, hf=hf, adapter=True), params_dtype)
+            target = open_checkpoint(temporary, family=source.family, hf=hf, adapter=True)
+            count = compare(source, target, params_dtype)
+            model = check_model(source, target) if verify_model else None
     except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     kill_point("before-rename")
     (temporary / JOURNAL).unlink()
     move_into_place(temporary, dst)
-    return Converted(plan, count)
+    return Converted(plan, count, model)
 
 
 def _check_place(src: Path, dst: Path, plan: Plan, overwrite: bool) -> None:
@@ -145,17 +152,15 @@ def _write_files(plan: Plan, temporary: Path, workers: int) -> None:
     fingerprint = plan.fingerprint()
     done = _finished(temporary, fingerprint)
     temporary.mkdir(parents=True, exist_ok=True)
-    with (Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes >> 20, unit="MB") as work,
+    with (Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes, unit="bytes") as work,
           ThreadPoolExecutor(workers) as pool):
         if not journal.entries:
             journal.append({"fingerprint": fingerprint})
-        written, lock = 0, Lock()
+        lock = Lock()
 
         def wrote(count: int) -> None:
-            nonlocal written
             with lock:
-                work.advance(((written + count) >> 20) - (written >> 20))
-                written += count
+                work.advance(count)
 
         for number, file in enumerate(plan.files, 1):
             if file.name in done:

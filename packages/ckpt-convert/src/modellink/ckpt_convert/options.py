@@ -53,6 +53,8 @@ class ConvertOptions:
                                  minimum=1)
     overwrite: bool = option(False, "Replace the output when it exists.")
     verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")
+    verify_model: bool = option(True, "With --verify, transformers builds the model too, where it is installed: names, shapes, "
+                                      "and logits of a few tokens if there is memory for it.")
     dry_run: bool = option(False, "Say what would be written, and stop.")
     inspect: bool = option(False, "Describe SRC, and stop; as `modellink-convert inspect SRC`.")
     json: bool = option(False, "With --inspect: as JSON.")
