@@ -12,6 +12,8 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
 
+OWN = "hf-chat-template"  # the name of the tokenizer's own template among prompt types
+
 if TYPE_CHECKING:
     from modellink.infer.plan import Plan
 
@@ -37,6 +39,15 @@ class ModelOptions:
     tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
                                                  "that does not carry its own.")
     model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
+    prompt_type: str | None = option(None, "Template of conversations: a name of modellink-preprocess's --prompt-type, or a JSON "
+                                     "file; where nothing is said the one the checkpoint was trained with, else the tokenizer's.")
+    hf_chat_template: bool | None = option(None, "The tokenizer's own template, whatever the checkpoint was trained with; chat "
+                                           "takes --no-hf-chat-template, which joins texts as they are, for a model that knows "
+                                           "no chat.")
+
+    def check(self) -> None:
+        if self.prompt_type and self.hf_chat_template is not None:
+            raise ModelLinkError("they contradict each other", where="--prompt-type, --hf-chat-template", fix="give one of them")
 
     @property
     def layout(self) -> ParallelLayout:
@@ -48,7 +59,8 @@ class ModelOptions:
         """Open and check the checkpoint; imports torch."""
         from modellink.infer.plan import make_plan
         return make_plan(self.load, layout=self.layout, device=self.device, index=index, dtype=self.dtype,
-                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path)
+                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path,
+                         prompt_type=OWN if self.hf_chat_template else self.prompt_type)
 
 
 @dataclass(frozen=True)
@@ -106,8 +118,8 @@ class PromptOptions:
     prompt: tuple[str, ...] = option((), "One or several prompts.")
     prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one "
                                       'prompt a line, a text or an object with "prompt" or "messages".')
-    chat: bool = option(False, "A prompt is what a user says; the tokenizer's own chat template is put around it.",
-                        alias="--hf-chat-template")
+    chat: bool = option(False, "A prompt is what a user says, and a template is put around it; so with --prompt-type and "
+                        "--hf-chat-template too.")
     system: str | None = option(None, "System message before it (with --chat).")
     stream: bool = option(False, "Show the answer as it is made.")
     json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
@@ -117,8 +129,6 @@ class PromptOptions:
         if self.prompt and self.prompt_file:
             raise ModelLinkError("prompts come from the command line or from a file, not from both",
                                  where="--prompt, --prompt-file")
-        if self.system is not None and not self.chat:
-            raise ModelLinkError("a system message belongs to a chat", where="--system", fix="add --chat")
         if self.stream and self.json:
             raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
 
@@ -128,8 +138,6 @@ class ChatOptions:
     """The conversation."""
 
     system: str | None = option(None, "System message at its beginning.")
-    hf_chat_template: bool = option(True, "Put the tokenizer's chat template around the conversation; without it the texts are "
-                                    "joined as they are, for a model that knows no chat.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
 
 

@@ -119,7 +119,8 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         wanted = protocol.field(body, "model", str, name)
         if wanted != name:
             return _no_model(wanted, name)
-        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name)
+        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
+                       prompt_type=service.engine.plan.prompt_type)
         asked = await asyncio.to_thread(read)
         submission = service.submit(asked.requests, notify)
     except Busy as error:
