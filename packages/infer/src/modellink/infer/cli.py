@@ -100,6 +100,13 @@ def serve(given: Layer) -> None:
     from modellink.infer.server import run
     run.check_installed()
     plan = model.plan(_local_rank())
+    if options.replicas > 1:
+        from modellink.core import processes
+        if processes.under_launcher():
+            raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
+                                 fix="run the command without torchrun")
+        return run.serve_replicas(options.replicas, sys.argv[1:], host=options.host, port=options.port,
+                                  most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
         _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
     first, engine = _engine(model, options.batch_size)

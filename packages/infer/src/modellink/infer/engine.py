@@ -88,7 +88,7 @@ class Engine:
     def batch(self) -> Batch:
         """An empty batch over the cache; who adds answers to it steps it."""
         from modellink.infer.batch import Batch
-        return Batch(self.network, self.cache, rows=self.batch_size, budget=PASS_TOKENS)
+        return Batch(self.network, self.cache, rows=self.batch_size, budget=PASS_TOKENS, tokenizer=self.tokenizer)
 
     def requests(self, prompts: Prompts, **options: Unpack[Options]) -> list[Request]:
         """Checked requests of prompts; see `prompts.make_requests` for what the options mean."""

@@ -6,6 +6,7 @@ Importing this module imports megatron-core, so it comes after `processes.join`.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -61,7 +62,8 @@ class Network:
         """A cache for so many rows; without `tokens` for rows of the longest length, or what half of the free memory holds."""
         spec = self.spec
         per_token = bytes_per_token(spec, len(self._layers), self.layout.tp, self.dtype)
-        room = int(CACHE_SHARE * self._on.available() // per_token // SIZE * SIZE)
+        share = CACHE_SHARE / int(os.environ.get("MODELLINK_REPLICAS", "1"))  # see server/replicas.py
+        room = int(share * self._on.available() // per_token // SIZE * SIZE)
         wanted = min(tokens or rows * (spec.max_position_embeddings + SIZE), max(room, SIZE))
         (wanted,) = self._smallest(wanted)
         return PagedCache(spec, self._layers, tokens=wanted, rows=rows, piece=piece, tp=self.layout.tp, dtype=self.dtype,

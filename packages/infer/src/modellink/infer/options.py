@@ -85,7 +85,8 @@ class AnswerOptions:
     seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
                               minimum=0)
     stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
-
+    json_schema: str | None = option(None, "JSON schema that the answer keeps to: a file, or the JSON itself.")
+    regex: str | None = option(None, "Regular expression that the whole answer keeps to.")
     num_beams: int = option(1, "Texts that grow side by side; the best as a whole is the answer.", minimum=1)
     length_penalty: float = option(1.0, "Beams: scores are divided by tokens ^ this.")
     num_return_sequences: int = option(1, "Answers to each prompt: the best beams, or so many draws.", minimum=1)
@@ -108,7 +109,15 @@ class AnswerOptions:
             "max_new_tokens", "max_length", "seed", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
             "num_beams", "length_penalty", "num_return_sequences")}
         drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")} if sample else {}
-        return {**values, **drawn, "do_sample": sample}
+        return {**values, **drawn, "do_sample": sample, "regex": self.regex, "json_schema": self._schema()}
+
+    def _schema(self) -> str | None:
+        if self.json_schema is None or self.json_schema.lstrip().startswith("{"):
+            return self.json_schema
+        try:
+            return Path(self.json_schema).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLinkError(f"the schema cannot be read: {error}", where="--json-schema") from None
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,9 @@ class ServeOptions:
                                            "said.")
     api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
                                  "environment says the same.")
-    batch_size: int = option(16, "Answers computed together at most.", minimum=1)
+    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address.",
+                           minimum=1)
+    batch_size: int = option(16, "Answers computed together at most, of each replica.", minimum=1)
     max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
     max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
 

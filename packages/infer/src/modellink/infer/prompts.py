@@ -9,6 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.data_prep import Tokenizer
+from modellink.infer.constraint import grammar_of
 from modellink.infer.request import Beams, Request
 from modellink.infer.sampling import Sampling
 from modellink.infer.template import Chat, encode_prompt
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     - `logprobs` (False): give the log-probability of each token; `top_logprobs` (0): and of the most likely ones in its place.
       `return_output_log_probs` is another name of `logprobs`.
     - `include_input` (False): the text begins with the prompt. `detokenize` (True): make text of the tokens.
+    - `json_schema`, `regex`: what the answer keeps to, see constraint.py; a schema is an object or JSON text.
     - `prompt_type`: the template around a chat, see template.py (the one `load` was given, else the one the checkpoint was
       trained with, else the tokenizer's own).
     """
@@ -62,6 +64,8 @@ class Options(TypedDict, total=False):
     return_output_log_probs: bool
     include_input: bool
     detokenize: bool
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
     prompt_type: str | None
 
 
@@ -82,6 +86,9 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
                              fix=f"there are {', '.join(Options.__annotations__)}")
     sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
     beams, count = _beams(options), options.get("num_return_sequences", 1)
+    grammar = grammar_of(tokenizer, json_schema=options.get("json_schema"), regex=options.get("regex"))
+    if grammar and beams:
+        raise ModelLinkError("beams do not keep to a schema or an expression", where="--num-beams", fix="leave one of them out")
     top = options.get("top_logprobs", 0)
     if not 0 <= top <= spec.vocab_size:
         raise ModelLinkError(f"top-logprobs is {top}, it must be between 0 and {spec.vocab_size}", where="--top-logprobs")
@@ -94,7 +101,7 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
         before = tokenizer.decode(ids) if options.get("include_input") and tokenizer else ""
         request = Request(ids, _room(len(ids), options, spec), sampling, stop_ids.union(ends), strings,
                           bool(options.get("logprobs") or options.get("return_output_log_probs") or top), top, beams, before,
-                          options.get("detokenize", True))
+                          options.get("detokenize", True), grammar)
         requests += [request] if beams else [_draw(request, number) for number in range(count)]
     return requests
 

@@ -114,9 +114,26 @@ def _options(body: Mapping[str, Any], chat: bool) -> Options:
         raise ModelLinkError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
     if not 0 <= top <= 20:
         raise ModelLinkError(f"{top} alternatives were asked for, 20 is the most", where="top_logprobs")
-    found: Options = {**drawn, "stop": stops, "ignore_eos": field(body, "ignore_eos", bool, False),  # type: ignore[typeddict-item]
+    found: Options = {**drawn, **_format(body), "stop": stops, "ignore_eos": field(body, "ignore_eos", bool, False),  # type: ignore[typeddict-item]
                       "logprobs": wanted, "top_logprobs": top, "max_new_tokens": longest}
     return found
+
+
+def _format(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answer keeps to: `response_format` of the API, and its type `regex`."""
+    wanted = field(body, "response_format", dict, {})
+    kind = field(wanted, "type", str, "text")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if kind == "json_schema":
+        named = field(wanted, "json_schema", dict, {})
+        return {"json_schema": field(named, "schema", dict, {})}
+    if kind == "regex" and (expression := field(wanted, "regex", str)):
+        return {"regex": expression}
+    raise ModelLinkError("response_format is none of text, json_object, json_schema and regex (with the expression as regex)",
+                         where="response_format")
 
 
 def _prompts(body: Mapping[str, Any]) -> list[Any]:
