@@ -34,7 +34,7 @@ PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
          family: str | None = None, tokenizer: Path | str | None = None, prompt_type: str | None = None, batch_size: int = 16,
-         cache_tokens: int | None = None, native: bool = False, int8: bool = False, show: bool = False) -> Engine:
+         cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
@@ -48,7 +48,8 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
             with, else the tokenizer's own.
         batch_size: how many prompts are computed together at most.
         cache_tokens: how many tokens the cache holds; None is `batch_size` of the longest sequences, if memory allows.
-        native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler.
+        native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler;
+            None does it if it is measured to be faster.
         int8: let it hold the weights in int8, with a scale for each row; its error is printed with `show`.
         show: show progress on stderr.
 
@@ -69,7 +70,7 @@ class Engine:
         tokenizer: None where the checkpoint has none; token ids work without.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool = False,
+    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool | None = False,
                  int8: bool = False, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")

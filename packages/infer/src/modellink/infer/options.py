@@ -33,8 +33,9 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
-    native: bool = option(False, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
-                          "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler.")
+    native: bool | None = option(None, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
+                                 "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler; where "
+                                 "nothing is said, if it is faster, which is measured when the model is loaded.")
     int8: bool = option(False, "Let it hold the weights in int8, with a scale for each row; the error is printed.")
     tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
                                                  "that does not carry its own.")
