@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
 from modellink.kernels import ops
-from modellink.kernels.ops.attention import Variant, alibi_slopes, scores_of
+from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes, scores_of
 from modellink.kernels.ops.check import TOLERANCE, op_cases
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
@@ -65,6 +67,22 @@ def test_attention_variants_are_their_formulas(qkv, variant, dim):
     new = torch.stack([query[positions[row], row] for row in range(2)], dim=1)
     whole = torch.stack([expected[positions[row], row] for row in range(2)], dim=1)
     torch.testing.assert_close(ops.attention(new, key, value, variant, positions), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", [
+    Variant(0.3), Variant(0.3, window=2), Variant(0.3, softcap=0.7), Variant(0.3, slopes=alibi_slopes(6))],
+    ids=["plain", "window", "softcap", "alibi"])
+def test_packed_documents_see_themselves_alone(qkv, variant):
+    rows = [(0, 3, 4, 7), (0, 5, 7)]
+    starts = torch.tensor([[start for start, end in pairwise(row) for _ in range(start, end)] for row in rows])
+    packed = replace(variant, documents=Documents(starts))
+    assert packed.documents.ends == [3, 4, 7, 12, 14]
+    for form in (ops.attention, importlib.import_module("modellink.kernels.ops.attention").plain):
+        out = form(*qkv, packed, None)
+        for number, row in enumerate(rows):
+            for start, end in pairwise(row):
+                alone = form(*(x[start:end, number:number + 1] for x in qkv), variant, None)
+                torch.testing.assert_close(out[start:end, number:number + 1], alone, atol=1e-6, rtol=1e-5)
 
 
 def test_alibi_slopes():

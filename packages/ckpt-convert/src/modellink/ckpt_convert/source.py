@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from modellink.ckpt_convert.weights import Weight, weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
+if TYPE_CHECKING:
+    from modellink.ckpt_convert.lora import LoraConfig
+
 SHOWN = 8  # names in one message
 
 
@@ -27,7 +31,8 @@ SHOWN = 8  # names in one message
 class Checkpoint:
     """See `weights.Source` for what it promises.
 
-    `layout` and `iteration` are those of the files; a Hugging Face folder has one rank and no iteration.
+    `layout` and `iteration` are those of the files; a Hugging Face folder has one rank and no iteration. `adapter` is there
+    where the tensors are a LoRA adapter of the model and not its weights, `merged` where one is merged into them.
     """
 
     format: str
@@ -39,6 +44,8 @@ class Checkpoint:
     layout: ParallelLayout = ParallelLayout()
     iteration: int | None = None
     prompt_type: str | None = None
+    adapter: LoraConfig | None = None
+    merged: LoraConfig | None = None
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -60,7 +67,7 @@ class Checkpoint:
 
     def files(self) -> list[Path]:
         """The files the weights lie in."""
-        return sorted({part.stored.path for tensor in self.tensors.values() for part in tensor.parts})
+        return sorted(set().union(*(tensor.files() for tensor in self.tensors.values())))
 
 
 def assemble(spec: ModelSpec, parts: Mapping[str, Sequence[Part]], folder: Path) -> dict[str, Assembled]:

@@ -6,6 +6,7 @@ Under torchrun each process runs its part; otherwise this process checks the run
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,23 @@ def train() -> None:
 @click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line wins over it.")
 def pretrain(model: str | None, config: Path | None, given: Layer) -> None:
     """Pretrain on .bin/.idx data, from random weights, from a checkpoint, or on from where a run stopped."""
+    _start(model, config, given)
+
+
+@command(ModelSpec, *CONFIGS, name="sft")
+@click.option("--model", metavar="PRESET", help="Architecture, layout and batch of a preset; see `modellink-train models`.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line wins over it.")
+def sft(model: str | None, config: Path | None, given: Layer) -> None:
+    """Fine-tune on instruction data: the loss is the mean over what the assistant says."""
+    _start(model, config, Layer(given.source, {**given.values, "is_instruction_dataset": True}))
+
+
+def _start(model: str | None, config: Path | None, given: Layer) -> None:
     layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
     launched = processes.under_launcher()
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
     if not launched and run.layout.world_size > 1:
-        sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:]))
+        sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
 
 
@@ -44,14 +57,18 @@ def _train(run: Run) -> None:
     if processes.rank() == 0:
         print_arguments(run)
     processes.join(run.device, run.layout, run.optimizer.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
-    from modellink.core.train.pretrain import pretrain  # imports megatron, which only now is on its device
-    pretrain(run)
+    from modellink.core.train import pretrain, sft  # imports megatron, which only now is on its device
+    if run.data.is_instruction_dataset:
+        sft.sft(run)
+    else:
+        pretrain.pretrain(run)
 
 
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
     values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.optimizer, run.moe, run.memory, run.checkpoint, run.logging):
+    for config in (run.spec, run.parallel, run.data, run.instruction, run.optimizer, run.moe, run.memory, run.checkpoint,
+                   run.logging):
         values |= vars(config)
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):
@@ -60,6 +77,7 @@ def print_arguments(run: Run) -> None:
 
 
 train.add_command(pretrain)
+train.add_command(sft)
 train.add_command(models)
 
 
@@ -68,7 +86,7 @@ def main() -> None:
 
 
 def _run() -> None:
-    if sys.argv[1:2] == ["pretrain"]:
+    if sys.argv[1:2] in (["pretrain"], ["sft"]):
         sys.argv[2:] = translate(sys.argv[2:], original_flags("modellink.core"))  # also for the ranks that are started with it
     train(standalone_mode=False)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -142,8 +143,8 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     elif dist.get_world_size() != layout.world_size:
         raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
     global _groups_of
-    if _groups_of != layout or not parallel_state.model_parallel_is_initialized():  # every group has threads of its own
-        parallel_state.destroy_model_parallel()
+    if _groups_of != layout or not parallel_state.model_parallel_is_initialized():
+        _end_groups()
         make_groups(layout)
         _groups_of = layout
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
@@ -160,6 +161,16 @@ def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> None:
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)
+
+
+def _end_groups() -> None:
+    """Take megatron-core's process groups apart: it would only forget them, and each keeps threads and sockets of its own."""
+    from megatron.core import parallel_state
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
+    gc.collect()  # models of an earlier layout hold its groups
 
 
 def leave() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from modellink.core import __version__
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
+    InstructionConfig,
     LoggingConfig,
     MemoryConfig,
     MoEConfig,
@@ -28,7 +30,8 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, OptimizerConfig, MoEConfig, MemoryConfig, CheckpointConfig,
+           LoggingConfig)
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class Run:
     spec: ModelSpec
     parallel: ParallelConfig
     data: DataConfig
+    instruction: InstructionConfig
     optimizer: OptimizerConfig
     moe: MoEConfig
     memory: MemoryConfig
@@ -53,8 +57,14 @@ class Run:
         """What the checkpoints of this run say of themselves."""
         family = self.source.family if self.source else self.checkpoint.model_type_hf
         assert family is not None  # checked before the run was made
-        return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."),
-                        self.source.prompt_type if self.source else None, f"modellink-core {__version__}")
+        prompt_type = self.instruction.prompt_type or (self.source.prompt_type if self.source else None)
+        return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."), prompt_type,
+                        f"modellink-core {__version__}")
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a sequence must be a multiple of to be cut over ranks."""
+        return (2 * self.layout.cp if self.layout.cp > 1 else 1) * (self.layout.tp if self.parallel.sequence_parallel else 1)
 
     @property
     def companions(self) -> Path | None:
@@ -85,25 +95,29 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec.check_layout(layout)
     resolved[MemoryConfig].check_layers(layout, spec.num_layers)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
+    _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
-    return Run(spec, parallel, data, resolved[OptimizerConfig], resolved[MoEConfig], resolved[MemoryConfig], checkpoint,
-               resolved[LoggingConfig], layout,
-               find(parallel.device, local_rank), source, resumed)
+    if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
+        data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
+    return Run(spec, parallel, data, resolved[InstructionConfig], resolved[OptimizerConfig], resolved[MoEConfig],
+               resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
+               resumed)
 
 
 def _open(config: CheckpointConfig, parallel: ParallelConfig) -> tuple[Checkpoint | None, Path | None]:
     """The opened --load, and the iteration's folder where it holds a run to go on with."""
     if config.load is None:
         return None, None
-    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
+    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
+                             iteration=config.ckpt_step)
     if source.iteration is None or config.finetune:
         return source, None
-    folder = last_complete(config.load)
+    folder = last_complete(config.load, config.ckpt_step)
     progress = read_progress(folder)
     if progress is None:
         return source, None
-    if progress.distributed_optimizer != parallel.use_distributed_optimizer:
+    if config.load_optim and progress.distributed_optimizer != parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if progress.distributed_optimizer else "--no-use-distributed-optimizer"
         raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
                              f"was saved with {flag}", where=folder,
@@ -133,6 +147,7 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
            optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
+    data.check_rampup(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
         raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
                              where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "
@@ -154,6 +169,31 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
     if layout.vpp > 1 and passes % layout.pp:
         raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
                              where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
+
+
+def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int) -> int:
+    """The id that ends a document: what was said, else what the model's own config says."""
+    known: object = data.eod_token_id
+    if known is None and companions is not None and (companions / "config.json").is_file():
+        known = json.loads((companions / "config.json").read_text("utf-8")).get("eos_token_id")
+    if not isinstance(known, int) or known >= vocab_size:
+        raise ModelLinkError("documents are to be told apart, and the token that ends one is "
+                             + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
+                             where="--eod-token-id", fix="give the id of the tokenizer's end of text")
+    return known
+
+
+def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:
+    """Settings of instruction data belong to it; and lengths that differ between ranks."""
+    if not data.is_instruction_dataset:
+        for field in fields_of(InstructionConfig):
+            if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
+                raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
+                                     fix="use modellink-train sft, or leave it out")
+    if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
+        raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
+                             where="--variable-seq-lengths, --moe-token-dispatcher-type",
+                             fix="use --moe-token-dispatcher-type alltoall")
 
 
 def _check_family(config: CheckpointConfig) -> None:

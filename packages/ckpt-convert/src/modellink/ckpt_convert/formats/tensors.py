@@ -109,11 +109,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A tensor [rows, columns] or [rows] put together from parts that do not overlap."""
+    """A tensor [rows, columns] or [rows] put together from parts that do not overlap; of a `sparse` one the rest is zero."""
 
     name: str
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    sparse: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,8 +126,14 @@ class Assembled:
         """Whether rows of it are columns of what is stored."""
         return any(part.stored.transposed for part in self.parts)
 
+    def files(self) -> set[Path]:
+        """The files it lies in."""
+        return {part.stored.path for part in self.parts}
+
     def check(self) -> None:
         """Raise unless the parts cover the whole."""
+        if self.sparse:
+            return
         covered = sum(len(part.rows) * len(part.columns) for part in self.parts)
         if covered != prod(self.shape):
             raise ModelLinkError(f"{self.name} should have the shape {list(self.shape)}, that is {prod(self.shape):,} "
@@ -138,7 +145,7 @@ class Assembled:
         size = [self.shape[0], prod(self.shape[1:])]
         across = range(size[1 - dim]) if across is None else across
         size[dim], size[1 - dim] = sum(map(len, pieces)), len(across)
-        out = torch.empty(size, dtype=self.dtype)
+        out = (torch.zeros if self.sparse else torch.empty)(size, dtype=self.dtype)
         for place, part, rows, columns in self._overlaps(pieces, dim, across):
             view = out[place[0]:place[0] + len(rows), place[1]:place[1] + len(columns)]
             part.stored.read_into(view, rows, columns)

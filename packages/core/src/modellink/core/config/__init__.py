@@ -2,10 +2,12 @@
 
 from modellink.core.config.checkpoint import CheckpointConfig
 from modellink.core.config.data import DataConfig
+from modellink.core.config.instruction import InstructionConfig
 from modellink.core.config.logging import LoggingConfig
 from modellink.core.config.memory import MemoryConfig
 from modellink.core.config.moe import MoEConfig
 from modellink.core.config.optimizer import OptimizerConfig
 from modellink.core.config.parallel import ParallelConfig
 
-__all__ = ["CheckpointConfig", "DataConfig", "LoggingConfig", "MemoryConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig"]
+__all__ = ["CheckpointConfig", "DataConfig", "InstructionConfig", "LoggingConfig", "MemoryConfig", "MoEConfig",
+           "OptimizerConfig", "ParallelConfig"]

@@ -7,7 +7,7 @@ samples consumed over all ranks, so a run goes on at any data-parallel size with
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch import Tensor
 
 from modellink.core.config import DataConfig
+from modellink.core.data.documents import starts_after
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -34,16 +35,38 @@ class TokenIds:
         return {"vocab_size": self.vocab_size}
 
 
+class Texts(GPTDataset):
+    """GPTDataset, which would look for samples without end in a share that has no token."""
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0 and self.num_samples:
+            raise ModelLinkError(f"the {self.index_split.name} share of the split has no document", where=f"{self.dataset_path}, "
+                                 "--split", fix="give more data, or another split; one that ends with 0 has no such share")
+        return 1 if num_tokens_per_epoch == 0 else int(super()._get_num_epochs(num_tokens_per_epoch))
+
+
 @dataclass(frozen=True)
 class Batch:
-    """tokens and labels [micro batch, seq] int64; loss_mask [micro batch, seq] fp32, 1 where a label counts."""
+    """Samples of one forward pass, all [micro batch, seq].
+
+    Attributes:
+        tokens, labels: int64.
+        loss_mask: fp32, 1 where a label counts.
+        starts: int64, where in its sample the document of each token begins; None: a sample is one document to attention.
+        restart: positions count from there.
+        divisor: scalar; the loss is the sum over labels by it. None: by how many labels count.
+    """
 
     tokens: Tensor
     labels: Tensor
     loss_mask: Tensor
+    starts: Tensor | None = None
+    restart: bool = False
+    divisor: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.tokens.to(device), self.labels.to(device), self.loss_mask.to(device))
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
@@ -58,7 +81,7 @@ def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: i
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
         eod_mask_loss=False, create_attention_mask=False)
     try:
-        sets = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, dataset_config).build()
+        sets = BlendedMegatronDatasetBuilder(Texts, list(samples), lambda: True, dataset_config).build()
     except (IndexError, AssertionError) as error:
         raise ModelLinkError(f"the data does not give a sample of {config.seq_length} tokens for each share of the split "
                              f"({error})", where="--data-path, --split, --seq-length",
@@ -85,5 +108,10 @@ def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: i
         if largest >= vocab_size:
             raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
                                  where=f"--data-path, sample {start}", fix="tokenize with the tokenizer of this model")
-        yield Batch(tokens.long(), labels.long(), mask.float()).to(device)
+        batch = Batch(tokens.long(), labels.long(), mask.float())
+        if config.eod_mask_loss:
+            batch.loss_mask[batch.tokens == config.eod_token_id] = 0.0
+        if config.separates_documents:
+            batch = replace(batch, starts=starts_after(batch.tokens, config.eod_token_id), restart=config.reset_position_ids)
+        yield batch.to(device)
         consumed += size * dp

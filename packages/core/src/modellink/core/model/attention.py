@@ -98,6 +98,8 @@ class CoreAttention(nn.Module):
         variant = self.on(query.device)
         if self.training and self.dropout:
             variant = replace(variant, dropout=self.dropout)
+        if packed_seq_params is not None and packed_seq_params.documents is not None:
+            variant = replace(variant, documents=packed_seq_params.documents)
         if self.cut is not None:
             return self.cut(query, key, value, variant).flatten(2)
         return ops.attention(query, key, value, variant).flatten(2)

@@ -36,6 +36,7 @@ class BuildSettings:
     sequence_cut: SequenceCut | None = None
     memory: MemoryConfig = MemoryConfig()
     initialise: bool = True
+    variable_seq_lengths: bool = False
 
 
 @dataclass
@@ -59,7 +60,7 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0)
         gated_linear_unit=spec.gated_linear_unit, activation_func=ACTIVATIONS[spec.activation_func],
         add_bias_linear=False, add_qkv_bias=spec.add_qkv_bias,
         attention_dropout=settings.attention_dropout, hidden_dropout=settings.hidden_dropout,
-        init_method_std=settings.init_method_std,
+        init_method_std=settings.init_method_std, variable_seq_lengths=settings.variable_seq_lengths,
         params_dtype=settings.dtype, pipeline_dtype=settings.dtype,
         bf16=settings.dtype == torch.bfloat16, fp16=settings.dtype == torch.float16,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
@@ -78,7 +79,7 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0)
 
 def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
     if spec.num_experts is None:
-        return {}
+        return {"moe_token_dispatcher_type": "alltoall"}  # the other one, even unused, forbids lengths that differ
     return {"num_moe_experts": spec.num_experts, "moe_router_topk": spec.moe_router_topk,
             "moe_ffn_hidden_size": spec.expert_ffn, "moe_grouped_gemm": False,
             "moe_shared_expert_intermediate_size": spec.moe_shared_expert_intermediate_size,

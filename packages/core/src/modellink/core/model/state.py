@@ -11,7 +11,7 @@ from typing import Protocol
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from modellink.kernels.ops.attention import Variant
+from modellink.kernels.ops.attention import Documents, Variant
 
 
 class Cache(Protocol):
@@ -39,6 +39,7 @@ class SequenceState(PackedSeqParams):
     positions: Tensor | None = None  # [batch, seq]; None: 0 .. seq - 1
     length: int | None = None  # one more than the largest position, where it is known without asking the device
     lengths: Tensor | None = None  # [batch, seq] of the sequence a token belongs to, where the batch mixes several
+    documents: Documents | None = None  # packed into the batch; of whole sequences, also where a rank holds a part of them
     cache: Cache | None = None
     wanted: Tensor | None = None  # [batch, n] which tokens of the pass logits are computed for; None: all
     angles: tuple[Tensor, Tensor] | None = None  # cos and sin of the positions, kept by the first layer for the others

@@ -21,6 +21,7 @@ def build_settings(run: Run) -> BuildSettings:
         make_vocab_size_divisible_by=run.parallel.make_vocab_size_divisible_by,
         attention_dropout=run.optimizer.attention_dropout, hidden_dropout=run.optimizer.hidden_dropout,
         init_method_std=run.optimizer.init_method_std, moe=run.moe, memory=run.memory,
+        variable_seq_lengths=run.instruction.variable_seq_lengths,
         sequence_cut=SequenceCut(run.layout.ulysses, run.parallel.use_cp_send_recv_overlap,
                                  run.parallel.kv_head_repeat_before_uly_alltoall))
 
@@ -37,7 +38,8 @@ def set_up(run: Run) -> Training:
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
                         run.parallel.use_distributed_optimizer)
     if run.resumed is not None:
-        checkpoint.resume(training, run.resumed)
+        checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
+                          load_rng=run.checkpoint.load_rng)
         if first:
             print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
     return training

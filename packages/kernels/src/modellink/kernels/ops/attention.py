@@ -1,7 +1,7 @@
 """Scaled dot-product attention with grouped queries, causal or over a cache.
 
-Two uses: a whole sequence (causal), and queries at given positions against keys 0 .. n - 1 (a cache, or keys gathered from other
-ranks). Variants: a sliding window, ALiBi, a soft cap on the scores. Not here yet: packed documents.
+Two uses: whole sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache). Variants: a sliding window,
+ALiBi, a soft cap on the scores, several documents packed into a sequence.
 """
 
 from __future__ import annotations
@@ -9,12 +9,30 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _NPU_MASK = 2048  # npu_fusion_attention wants its compressed masks in this size
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Documents packed one after the other into the rows of a batch; a token sees its own document alone.
+
+    Attributes:
+        starts: [batch, seq] for each token the position in its row at which its document begins.
+    """
+
+    starts: Tensor
+
+    @functools.cached_property
+    def ends(self) -> list[int]:
+        """Where each document ends, counted over the rows laid end to end; a row ends a document."""
+        positions = torch.arange(self.starts.size(1), device=self.starts.device)
+        begins: list[int] = (self.starts == positions).flatten().nonzero().flatten().tolist()
+        return [*begins[1:], self.starts.numel()]
 
 
 @dataclass(frozen=True)
@@ -28,6 +46,7 @@ class Variant:
         softcap: scores become softcap x tanh(scores / softcap).
         slopes: [heads]; slope x (j - i) is added to the score of key j (ALiBi, Press et al. 2022). Added is the same for every
             form in use: a form with slope x j differs by a constant per query, which softmax does not see.
+        documents: of whole sequences; None: a sequence is one document.
     """
 
     scale: float
@@ -35,6 +54,7 @@ class Variant:
     window: int | None = None
     softcap: float | None = None
     slopes: Tensor | None = None
+    documents: Documents | None = None
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None = None) -> Tensor:
@@ -87,7 +107,11 @@ def scores_of(query: Tensor, key: Tensor, variant: Variant, first: int = 0, firs
     distance = _distance(query, key.size(0), positions) + (first - first_key)
     if variant.slopes is not None:
         scores = scores - variant.slopes[:, None, None] * distance
-    return scores.masked_fill(_hidden(distance, variant.window), float("-inf"))
+    hidden = _hidden(distance, variant.window)
+    if variant.documents is not None:
+        starts = variant.documents.starts[:, None, first:first + query.size(0), None]
+        hidden = hidden | (first_key + torch.arange(key.size(0), device=key.device) < starts)
+    return scores.masked_fill(hidden, float("-inf"))
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
@@ -100,6 +124,8 @@ def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions
 def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
     if variant.softcap is not None:  # scaled_dot_product_attention has no place for it
         return plain(query, key, value, variant, positions)
+    if variant.documents is not None:
+        return _by_document(query, key, value, variant, variant.documents.ends)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
     mask = None
     windowed = variant.window is not None and variant.window < key.size(0)
@@ -115,6 +141,16 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
     return out.permute(2, 0, 1, 3)
 
 
+def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, ends: list[int]) -> Tensor:
+    """Each document by itself: what other documents would be hidden from it is never computed."""
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    alone, outs = replace(variant, documents=None), []
+    rows = (x.transpose(0, 1).flatten(0, 1).split(lengths) for x in (query, key, value))
+    for q, k, v in zip(*rows, strict=True):
+        outs.append(torch_fused(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), alone, None).squeeze(1))
+    return torch.cat(outs).view(query.size(1), query.size(0), query.size(2), -1).transpose(0, 1)
+
+
 @functools.lru_cache
 def _compressed_causal_mask(device: torch.device) -> Tensor:
     return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
@@ -123,19 +159,22 @@ def _compressed_causal_mask(device: torch.device) -> Tensor:
 def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
     if variant.softcap is not None or variant.slopes is not None or key.size(-1) != value.size(-1):
         return plain(query, key, value, variant, positions)
-    q, k, v = (t.transpose(0, 1).contiguous() for t in (query, key, value))  # BSND
-    options: dict[str, object] = {}
+    q, k, v = (t.transpose(0, 1).contiguous() for t in (query, key, value))
+    shape, options = "BSND", dict[str, object]()
+    if variant.documents is not None:
+        shape, (q, k, v) = "TND", (t.flatten(0, 1) for t in (q, k, v))
+        options |= {"actual_seq_qlen": variant.documents.ends, "actual_seq_kvlen": variant.documents.ends}
     if positions is not None:
         mask, mode = _hidden(_distance(query, key.size(0), positions), variant.window), 1
     elif variant.window is not None:
         mask, mode = _compressed_causal_mask(query.device), 4
-        options = {"pre_tockens": variant.window - 1, "next_tockens": 0}
+        options |= {"pre_tockens": variant.window - 1, "next_tockens": 0}
     else:
         mask, mode = _compressed_causal_mask(query.device), 2
     out: Tensor = torch.ops.npu.npu_fusion_attention(
-        q, k, v, q.size(2), "BSND", atten_mask=mask, scale=variant.scale, keep_prob=1 - variant.dropout, sparse_mode=mode,
+        q, k, v, query.size(2), shape, atten_mask=mask, scale=variant.scale, keep_prob=1 - variant.dropout, sparse_mode=mode,
         **options)[0]
-    return out.transpose(0, 1)
+    return (out if shape == "BSND" else out.unflatten(0, (query.size(1), -1))).transpose(0, 1)
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {"npu": npu}

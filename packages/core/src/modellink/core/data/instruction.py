@@ -1,0 +1,187 @@
+"""Instruction samples: three .bin/.idx pairs that modellink-preprocess makes, in an order that the seed alone decides.
+
+    PREFIX_packed_input_ids_document        token ids
+    PREFIX_packed_labels_document           the same ids where they are learned, -100 elsewhere; not shifted
+    PREFIX_packed_attention_mask_document   1; in a packed set the number of the sample (from 1) and 0 on padding
+
+An iteration's loss is the mean over all its learned tokens, whatever micro batches and ranks they are dealt to. As in
+pretraining, a position in the data is one number, the samples consumed over all ranks.
+
+Not here: templates and labels (data-prep made them), packing, blends of several sets.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from modellink.core.config import DataConfig, InstructionConfig
+from modellink.core.config.data import INSTRUCTION_FIELDS
+from modellink.core.data.documents import starts_by_number
+from modellink.core.data.pretrain import Batch
+from modellink.kernels.errors import ModelLinkError
+
+IGNORED = -100
+INPUTS, MASK, LABELS = FIELDS = INSTRUCTION_FIELDS
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arrays of one length: token ids, what follows each of them (-100 where it is not learned), and which sample of a packed
+    row each belongs to (None: the row is one sample)."""
+
+    tokens: np.ndarray[Any, Any]
+    labels: np.ndarray[Any, Any]
+    segments: np.ndarray[Any, Any] | None
+
+
+class Instructions:
+    """The set under a prefix, whole and in its order; samples longer than `seq_length` are cut at their end."""
+
+    def __init__(self, prefix: str, seq_length: int, *, packed: bool) -> None:
+        self.seq_length, self.packed, self.prefix = seq_length, packed, prefix
+        self.fields = {field: IndexedDataset(f"{prefix}_packed_{field}_document") for field in FIELDS}
+        self.lengths = self.fields[INPUTS].sequence_lengths
+        for field in (MASK, LABELS):
+            if not np.array_equal(self.fields[field].sequence_lengths, self.lengths):
+                raise ModelLinkError(f"{field} and {INPUTS} have samples of other lengths", where=prefix,
+                                     fix="the files are of two sets: make them again with modellink-preprocess")
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def cut(self) -> int:
+        """How many samples lose their end."""
+        return int((self.lengths > self.seq_length).sum())
+
+    def __getitem__(self, row: int) -> Sample:
+        tokens, labels = self._read(INPUTS, row), np.append(self._read(LABELS, row)[1:], IGNORED)
+        segments = self._segments(row) if self.packed else None
+        if segments is not None:
+            labels = np.where(np.append(segments[1:], 0) == segments, labels, IGNORED)  # a sample does not tell of the next
+        stop = self.seq_length
+        if len(tokens) > stop:  # the last token that is left learns nothing from the one that is not
+            labels = np.append(labels[:stop - 1], IGNORED)
+        return Sample(tokens[:stop], labels[:stop], None if segments is None else segments[:stop])
+
+    def _read(self, field: str, row: int) -> np.ndarray[Any, Any]:
+        """A copy: what megatron-core gives is memory of its file and dangles when the set is gone."""
+        return np.array(self.fields[field][row], dtype=np.int64)
+
+    def _segments(self, row: int) -> np.ndarray[Any, Any]:
+        numbers = self._read(MASK, row)
+        steps = np.diff(numbers)
+        if numbers[0] != 1 or not ((steps == 0) | (steps == 1) | (numbers[1:] == 0)).all():
+            raise ModelLinkError("the attention mask does not number the samples of a row",
+                                 where=f"{self.prefix}_packed_{MASK}_document, row {row}, --reset-position-ids",
+                                 fix="pack the data with modellink-preprocess --pack")
+        return numbers
+
+
+@dataclass(frozen=True)
+class Share:
+    """The training, validation or test share of a set: sample numbers go on over epochs without end."""
+
+    samples: Instructions
+    rows: range
+    seed: int
+    shuffle: bool
+
+    def __getitem__(self, number: int) -> Sample:
+        epoch, place = divmod(number, len(self.rows))
+        return self.samples[self.rows[self._order(epoch)[place] if self.shuffle else place]]
+
+    def _order(self, epoch: int) -> np.ndarray[Any, Any]:
+        known: dict[int, np.ndarray[Any, Any]] = self.__dict__.setdefault("orders", {})
+        if epoch not in known:
+            for old in [other for other in known if other < epoch - 1]:
+                del known[old]
+            known[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return known[epoch]
+
+
+def shares(total: int, split: str) -> list[range]:
+    """Rows of training, validation and test, one behind the other."""
+    parts = [float(part) for part in split.split(",")]
+    parts += [0.0] * (3 - len(parts))
+    edges = [round(total * sum(parts[:count]) / sum(parts)) for count in range(4)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
+
+
+def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -> list[Share | None]:
+    """The three shares of the set, None for an empty one.
+
+    Raises:
+        ModelLinkError: nothing to train on, or files that do not belong together.
+    """
+    samples = Instructions(data.data_path[0], data.seq_length, packed=data.reset_position_ids)
+    rows = shares(len(samples), data.split)
+    if not rows[0]:
+        raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where="--data-path, --split",
+                             fix="give more data, or another split")
+    if samples.cut and (not dist.is_initialized() or dist.get_rank() == 0):
+        print(f"note: {samples.cut} of {len(samples)} samples are longer than --seq-length {data.seq_length} and lose their end",
+              flush=True)
+    return [Share(samples, part, seed, instruction.shuffle) if part else None for part in rows]
+
+
+def collate(samples: Sequence[Sample], length: int) -> Batch:
+    """Samples as rows of `length` tokens, padded on the right, where causal attention does not look."""
+    shape = (len(samples), length)
+    tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    packed = samples[0].segments is not None
+    segments = torch.zeros(shape, dtype=torch.long)
+    for row, sample in enumerate(samples):
+        size = len(sample.tokens)
+        tokens[row, :size] = torch.from_numpy(sample.tokens)
+        labels[row, :size] = torch.from_numpy(sample.labels)
+        if sample.segments is not None:
+            segments[row, :size] = torch.from_numpy(sample.segments)
+    mask = labels != IGNORED
+    return Batch(tokens, labels.masked_fill(~mask, 0), mask.float(), starts_by_number(segments) if packed else None, restart=True)
+
+
+def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig, multiple: int) -> int:
+    """To how many tokens a micro batch is padded; `multiple` is what the ranks of a sequence can cut."""
+    if not instruction.variable_seq_lengths:
+        return data.seq_length
+    step = math.lcm(instruction.pad_to_multiple_of, multiple)
+    return min(math.ceil(longest / step) * step, data.seq_length)
+
+
+def iteration(share: Share, data: DataConfig, instruction: InstructionConfig, *, consumed: int, dp_rank: int, dp: int,
+              multiple: int, vocab_size: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Iterator[Batch]:
+    """This rank's micro batches of the iteration that begins with sample `consumed`.
+
+    Args:
+        group: the data-parallel ranks, which count their learned tokens together.
+
+    Raises:
+        ModelLinkError: a token id the model does not have.
+    """
+    size, batches = data.micro_batch_size, []
+    passes = data.num_microbatches(dp, consumed)
+    for number in range(passes):
+        start = consumed + (number * dp + dp_rank) * size
+        samples = [share[place] for place in range(start, start + size)]
+        longest = max(len(sample.tokens) for sample in samples)
+        batch = collate(samples, padded_length(longest, data, instruction, multiple))
+        if (largest := int(batch.tokens.max())) >= vocab_size:
+            raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
+                                 where=f"--data-path, sample {start}", fix="make the data with the tokenizer of this model")
+        batches.append(batch.to(device))
+    learned = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+    if group is not None and group.size() > 1:
+        dist.all_reduce(learned, group=group)
+    # the mean over all passes of sum / divisor is then the mean over tokens
+    divisor = learned.clamp(min=1) / (passes * dp)
+    return iter([replace(batch, divisor=divisor) for batch in batches])

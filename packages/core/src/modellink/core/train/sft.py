@@ -1,0 +1,29 @@
+"""Supervised fine-tuning from beginning to end: what `modellink-train sft` does on every rank."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from megatron.core import parallel_state
+
+from modellink.core.data.instruction import Share, build_sets, iteration
+from modellink.core.run import Run
+from modellink.core.train.loop import Feed, loop
+from modellink.core.train.metrics import Step
+from modellink.core.train.setup import set_up
+
+
+def sft(run: Run) -> list[Step]:
+    """Train until the last iteration or --exit-interval; as `pretrain`, on instruction data."""
+    sets = build_sets(run.data, run.instruction, seed=run.optimizer.seed)
+    training = set_up(run)
+
+    def feed(share: Share | None) -> Feed | None:
+        return None if share is None else partial(
+            iteration, share, run.data, run.instruction, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
+            multiple=run.sequence_multiple, vocab_size=run.spec.vocab_size, device=run.device.torch,
+            group=parallel_state.get_data_parallel_group())
+
+    train, valid, test = map(feed, sets)
+    assert train is not None
+    return loop(run, training, train, valid, test)
