@@ -88,3 +88,20 @@ def test_what_was_trained_goes_on_elsewhere_and_becomes_a_hugging_face_folder(ru
     for name, tensor in first.tensors.items():
         rows = [range(tensor.shape[0])]
         assert torch.equal(first.read(name, rows, 0), second.read(name, rows, 0)), name
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole, policy):
+    few = {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": policy}
+    one = run("one", **few)
+    assert one[0][2] != pytest.approx(whole[0][2], rel=1e-5)
+    padded = run("one", **few, moe_pad_expert_input_to_capacity=True)
+    for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):  # of scores that are nearly equal, rounding decides later
+        assert [step[2] for step in other[:3]] == pytest.approx([step[2] for step in one[:3]], rel=2e-6)
+        assert [step[3] for step in other[:3]] == pytest.approx([step[3] for step in one[:3]], rel=1e-4)
+
+
+@pytest.mark.parametrize("factor", [-1.0, 100.0])
+def test_with_room_for_all_no_token_is_dropped(run, whole, factor):
+    steps = run("one", moe_token_dispatcher_type="alltoall", moe_expert_capacity_factor=factor)
+    assert [step[2:] for step in steps] == [pytest.approx(step[2:], rel=2e-6) for step in whole]

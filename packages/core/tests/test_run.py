@@ -67,6 +67,18 @@ def test_a_good_run_is_settled(options):
     ({"recompute_granularity": "selective", "recompute_activation_function": True}, "recomputed alone or beside", "one of them"),
     ({"recompute_activation_function_num_layers": 1}, "nothing to recompute", "--recompute-activation-function"),
     ({"overlap_param_gather": True}, "gathered ahead only for the distributed optimizer", "--overlap-grad-reduce"),
+    ({"rampup_batch_size": (2, 1)}, "three numbers, not 2", "16,16,30000"),
+    ({"rampup_batch_size": (3, 2, 9), "global_batch_size": 4}, "begins with 3 and grows by 2 does not reach 4", "multiples of 1"),
+    ({"rampup_batch_size": (2, 1, 0), "global_batch_size": 4}, "does not reach 4", "--rampup-batch-size"),
+    ({"rampup_batch_size": (2, 1, 9), "global_batch_size": 4, "micro_batch_size": 2}, "multiples of 2", "end at 4"),
+    ({"save_total_limit": 1}, "no folder to save in", "--save-total-limit"),
+    ({"decoupled_min_lr": 0.1}, "has no peak above it", "--decoupled-lr"),
+    ({"lr_warmup_init": 1.0}, "the warm-up begins at 1.0, above the peak", "--lr-warmup-init"),
+    ({"start_weight_decay": 0.1}, "both ends", "--end-weight-decay"),
+    ({"weight_decay_incr_style": "linear"}, "is linear has both ends", "--start-weight-decay"),
+    ({"eod_mask_loss": True, "eod_token_id": 500}, "500: not one of the 131 ids", "--eod-token-id"),
+    ({"moe_expert_capacity_factor": 1.0}, "which allgather does not know", "--moe-token-dispatcher-type alltoall"),
+    ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):

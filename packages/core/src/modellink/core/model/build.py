@@ -86,6 +86,8 @@ def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
             "moe_shared_expert_gate": spec.shared_expert_gate, "moe_router_dtype": "fp32",
             "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
             "moe_router_load_balancing_type": "seq_aux_loss" if moe.seq_aux else "aux_loss",
+            "moe_expert_capacity_factor": moe.capacity_factor, "moe_token_drop_policy": moe.moe_token_drop_policy,
+            "moe_pad_expert_input_to_capacity": moe.moe_pad_expert_input_to_capacity,
             "moe_aux_loss_coeff": moe.moe_aux_loss_coeff, "moe_z_loss_coeff": moe.moe_z_loss_coeff or None}
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -67,11 +68,16 @@ class Router(TopKRouter):
         seq, batch = logits.shape[:2]
         logits = self.apply_z_loss(logits.view(-1, logits.size(-1)))
         scores, chosen = choose(logits, self.spec)
+        wanted = chosen  # what balance is measured by
+        if (factor := self.balance.capacity_factor) is not None:
+            scores, chosen = apply_router_token_dropping(
+                scores, chosen, self.topk, factor, drop_policy=self.balance.moe_token_drop_policy,
+                pad_to_capacity=self.balance.moe_pad_expert_input_to_capacity)
         if self.training and torch.is_grad_enabled():
             all_scores = logits.float().softmax(-1)
-            scores = self._apply_aux_loss(scores, all_scores, chosen)
-            scores = self._apply_seq_aux_loss(scores, all_scores, chosen, seq, batch)
-            scores = self._apply_group_losses(scores, all_scores, chosen)
+            scores = self._apply_aux_loss(scores, all_scores, wanted)
+            scores = self._apply_seq_aux_loss(scores, all_scores, wanted, seq, batch)
+            scores = self._apply_group_losses(scores, all_scores, wanted)
         return scores, chosen
 
     def _apply_group_losses(self, scores: Tensor, all_scores: Tensor, chosen: Tensor) -> Tensor:
