@@ -77,7 +77,7 @@ def test_a_good_run_is_settled(options):
     ({"start_weight_decay": 0.1}, "both ends", "--end-weight-decay"),
     ({"weight_decay_incr_style": "linear"}, "is linear has both ends", "--start-weight-decay"),
     ({"eod_mask_loss": True, "eod_token_id": 500}, "500: not one of the 131 ids", "--eod-token-id"),
-    ({"moe_expert_capacity_factor": 1.0}, "which allgather does not know", "--moe-token-dispatcher-type alltoall"),
+    ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])

@@ -33,7 +33,7 @@ class MoEConfig:
 
     def check(self) -> None:
         if self.capacity_factor is not None and self.moe_token_dispatcher_type != "alltoall":
-            raise ModelLinkError("tokens are dropped on their way to experts, which " f"{self.moe_token_dispatcher_type} does not know",
+            raise ModelLinkError(f"the dispatcher {self.moe_token_dispatcher_type} does not know experts with a capacity",
                                  where="--moe-expert-capacity-factor, --moe-token-dispatcher-type",
                                  fix="use --moe-token-dispatcher-type alltoall")
         if self.capacity_factor is None and self.moe_pad_expert_input_to_capacity:
