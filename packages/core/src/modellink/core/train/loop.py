@@ -27,11 +27,14 @@ Feed = Callable[..., Iterator[Batch]]
 def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Feed | None) -> list[Step]:
     """Train from `training.iteration` on; see `pretrain` for what comes back."""
     last, save, logging = run.optimizer.train_iters, run.checkpoint.save, run.logging
+    throughput = logging.log_throughput and not run.instruction.variable_seq_lengths
+    if logging.log_throughput and not throughput and dist.get_rank() == 0:
+        print("note: no throughput is shown, the lengths of the samples differ", flush=True)
     metrics = Metrics(
         active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
         global_batch_size=run.data.samples_per_iteration(run.layout.dp), log_interval=logging.log_interval, folder=save,
         tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
-        flops=flops_per_rank(run) if logging.log_throughput else None)
+        flops=flops_per_rank(run) if throughput else None)
     clock = Clock(run.device)
     while training.iteration < last:
         iterate(run, training, train, metrics, clock)
@@ -100,14 +103,14 @@ def _sizes(run: Run) -> dict[str, Any]:
 
 
 def flops_per_rank(run: Run) -> float:
-    """Floating point operations of an iteration's forward and backward passes on one rank (backward counts twice): the
-    matrix products a token takes part in, and causal attention at half of its square (as in the appendix of Narayanan et al.
-    2021)."""
+    """Floating point operations of an iteration's forward and backward passes on one rank (backward counts twice, and once for
+    weights that are frozen): the matrix products a token takes part in, and causal attention at half of its square (as in the
+    appendix of Narayanan et al. 2021). Padding counts."""
     spec, seq = run.spec, run.data.seq_length
-    used = spec.hidden_size * spec.vocab_size + spec.num_layers * seq * spec.num_attention_heads * (
-        spec.head_dim + spec.value_dim) / 2
+    attention = spec.num_layers * seq * spec.num_attention_heads * (spec.head_dim + spec.value_dim) / 2
+    products = float(spec.hidden_size * spec.vocab_size)
     for name, weight in weights(spec).items():
         if name.startswith("decoder.") and len(weight.shape) == 2:
-            used += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
+            products += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
     tokens = seq * run.data.samples_per_iteration(run.layout.dp)
-    return 6.0 * used * tokens / run.layout.world_size
+    return (6.0 * attention + (4.0 if run.lora.on else 6.0) * products) * tokens / run.layout.world_size
