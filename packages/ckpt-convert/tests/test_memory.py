@@ -58,7 +58,7 @@ def test_a_model_larger_than_the_memory(target: str, large: Path, tmp_path: Path
     cut = ["--tp", "2"] if target.startswith("megatron") else []
     done = limited(ALLOWED, large, tmp_path / "out", "--to", target, *cut, "--params-dtype", "fp16", "--workers", "2")
     assert done.returncode == 0, done.stderr
-    back = limited(ALLOWED, tmp_path / "out", tmp_path / "back", "--to", "hf", "--verify", "--workers", "2")
+    back = limited(ALLOWED, tmp_path / "out", tmp_path / "back", "--to", "hf", "--verify", "--no-verify-model", "--workers", "2")
     assert back.returncode == 0, back.stderr
 
 

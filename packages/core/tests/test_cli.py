@@ -19,7 +19,8 @@ import pytest
 BARE = [sys.executable, "-m", "modellink.core.cli", "pretrain"]
 LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/ +3 \| consumed samples: +\d+ \| elapsed time per iteration \(ms\): "
-    r"[\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| learning rate: \d\.\d{6}E[+-]\d\d \| global batch size: +2 \| "
+    r"[\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| tokens per second per GPU: [\d.]+ \| "
+    r"MFU: [\d.]+% of 0.1 TFLOP/s \| learning rate: \d\.\d{6}E[+-]\d\d \| global batch size: +2 \| "
     r"lm loss: (\d\.\d{6}E[+-]\d\d) \| loss scale: 1\.0 \| grad norm: \d+\.\d{3} \| number of skipped iterations: +0 \| "
     r"number of nan iterations: +0 \|$", re.MULTILINE)
 
@@ -32,7 +33,7 @@ def command(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def options(tiny, corpus) -> list[str]:
     return ["--load", str(tiny), "--data-path", str(corpus), "--seq-length", "24", "--lr", "1e-3", "--train-iters", "3",
             "--global-batch-size", "2", "--eval-iters", "1", "--split", "80,10,10", "--log-interval", "1", "--device", "cpu",
-            "--log-throughput"]
+            "--log-throughput", "--peak-tflops", "0.1"]
 
 
 def test_two_ranks_train_tell_and_save(options, tmp_path):

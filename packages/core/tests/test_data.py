@@ -6,19 +6,20 @@ from pathlib import Path
 
 import pytest
 
-CONFIG = {"seq_length": 24, "micro_batch_size": 2, "split": "90,10,0"}
+CONFIG = {"seq_length": 24, "micro_batch_size": 2}
 
 
 def first_tokens(prefixes: tuple[str, ...], dp: int, consumed: int, passes: int, seed: int = 1, vocab_size: int = 131,
-                 cache: str | None = None) -> list[list[list[int]]]:
+                 cache: str | None = None, split: str = "90,10,0",
+                 samples: tuple[int, int, int] = (40, 4, 0)) -> list[list[list[int]]]:
     """On a rank: the tokens of the first passes of every data-parallel rank, in the order of the samples."""
     import torch
 
     from modellink.core.config import DataConfig
     from modellink.core.data.pretrain import build_datasets, micro_batches
 
-    config = DataConfig(data_path=prefixes, data_cache_path=Path(cache) if cache else None, **CONFIG)
-    train, _, test = build_datasets(config, samples=(40, 4, 0), seed=seed, vocab_size=vocab_size)
+    config = DataConfig(data_path=prefixes, data_cache_path=Path(cache) if cache else None, split=split, **CONFIG)
+    train, _, test = build_datasets(config, samples=samples, seed=seed, vocab_size=vocab_size)
     assert test is None
     feeds = [micro_batches(train, config, consumed=consumed, dp_rank=rank, dp=dp, vocab_size=vocab_size,
                            device=torch.device("cpu")) for rank in range(dp)]
@@ -68,3 +69,12 @@ def write_low(prefix: str) -> None:
 def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
     with pytest.raises(AssertionError, match="beyond the model's vocabulary of 100"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, vocab_size=100)
+
+
+def test_a_share_without_a_document_is_refused_where_it_is_needed(pools, corpus, tmp_path):
+    few = tmp_path / "few_text_document"
+    pools(1)(write_low, prefix=str(few))
+    (rows,) = pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0", samples=(40, 0, 0))
+    assert len(rows) == 2
+    with pytest.raises(AssertionError, match="the valid share of the split has no document"):
+        pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0")

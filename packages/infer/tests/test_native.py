@@ -26,6 +26,22 @@ def engine(llama):
     return load(llama, device="cpu", native=True)
 
 
+def test_it_is_used_where_it_is_faster(engine, llama, monkeypatch, capsys):
+    from modellink.infer.native import measure
+    for compiled, model in ((1.0, 2.0), (2.0, 1.0)):
+        seconds = iter([compiled, model])
+        monkeypatch.setattr(measure, "seconds_a_token", lambda _, seconds=seconds: next(seconds))
+        assert (load(llama, device="cpu", native=None, show=True).network.step is not None) == (compiled < model)
+        assert f"{1e3 * compiled:.1f} ms a token compiled" in capsys.readouterr().err
+
+
+def test_both_ways_are_measured(engine):
+    from modellink.infer.native import measure
+    step = engine.network.step
+    faster, words = measure.pays(engine.network)
+    assert engine.network.step is step and isinstance(faster, bool) and " ms as it is" in words
+
+
 def passes(network: Any, rows: list[list[int]], cut: int) -> torch.Tensor:
     """Logits after pieces of each row and after its last token, the last tokens of all rows in one pass."""
     from modellink.infer.cache import Piece, Row

@@ -30,6 +30,8 @@ def results(folder: str, tp: int) -> dict[str, Any]:
             "likelihoods": engine.loglikelihood([([5, 6, 7], [8, 9]), ([300, 11], [378]), ([1] * 40, [5])]),
             "unseeded": engine.generate("The", max_new_tokens=20, temperature=2.0)[0].token_ids,
             "shared": engine.network.share("from rank " + os.environ.get("RANK", "0")),
+            "bound": [answer.token_ids for answer in engine.generate(PROMPTS[:2], max_new_tokens=60, temperature=1.5, seed=1,
+                                                                     regex="[a-f]+, [0-9]{3}!")],
             "cancelled": [first + "".join(stream), stream.generation.finish_reason]}
 
 
@@ -50,7 +52,7 @@ def two(llama, tmp_path_factory) -> list[dict[str, Any]]:
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.parametrize("what", ["greedy", "sampled"])
+@pytest.mark.parametrize("what", ["greedy", "sampled", "bound"])
 def test_tokens_are_those_of_one_rank(one, two, what):
     assert two[0][what] == two[1][what] == one[what]
 

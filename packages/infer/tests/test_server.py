@@ -138,6 +138,7 @@ def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeyp
     ({"prompt": "a", "max_tokens": -1}, 400, "at least 1"), ({"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
     ({"prompt": "a", "temperature": "hot"}, 400, "must be of type"), ({"prompt": "a", "n": 1000}, 400, "is the most"),
     ({"prompt": "a", "n": 0}, 400, "0 answers"), ({"prompt": "a", "stop": [None]}, 400, "no text"),
+    ({"prompt": "a", "use_beam_search": True}, 400, "not supported"), ({"prompt": "a", "best_of": 3}, 400, "not supported"),
     ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "20 is the most"),
     ({"prompt": "a" * 200_000}, 413, "larger than 100000")])
 def test_a_bad_body_gets_a_proper_error(server, body, status, message):

@@ -7,6 +7,8 @@ import pty
 import subprocess
 import sys
 
+from modellink.kernels import progress
+
 CODE = """
 from modellink.kernels.progress import Work
 with Work("counting", 3, unit="sheep", show={show}) as work:
@@ -20,6 +22,16 @@ def test_a_pipe_gets_plain_lines():
     assert done.stdout == ""
     assert done.stderr.startswith("counting: 3 of 3 sheep, ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_bytes_are_gigabytes_and_a_line_on_the_way_says_how_long_it_takes(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 0.0, 20.0, 40.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.Work("copying", 2_000_000_000, unit="bytes") as work:
+        work.advance(500_000_000)
+        work.done = work.total
+    assert capsys.readouterr().err == ("copying: 0.50 of 2.00 GB, 0.03 GB/s, 60 s left\n"
+                                       "copying: 2.00 of 2.00 GB, 0.05 GB/s, 40.0 s\n")
 
 
 def test_other_ranks_are_quiet():

@@ -17,8 +17,9 @@ from modellink.ckpt_convert.formats.huggingface import GIGABYTE
 from modellink.ckpt_convert.formats.ranks import is_megatron
 from modellink.ckpt_convert.inspect import inspect, inspect_ranks, table
 from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.lora import check_targets, merge_lora
 from modellink.ckpt_convert.manifest import FILE, FOLDER
-from modellink.ckpt_convert.open import open_checkpoint
+from modellink.ckpt_convert.open import open_adapter, open_checkpoint
 from modellink.ckpt_convert.options import ConvertOptions
 from modellink.ckpt_convert.plan import size
 from modellink.ckpt_convert.source import Checkpoint
@@ -51,12 +52,13 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     if options.save_dir is not None and to == "hf" and (target / "config.json").is_file():
         hf, target = hf or target, target / "mg2hf"
         print(f"note: the output goes to {target}", file=sys.stderr)
-    source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
+    source = _opened(folder, hf, options)
     _check(source, options)
     workers = options.workers or WORKERS
     done = convert(source, target, to=to, layout=options.layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
+                   verify_model=options.verify and options.verify_model,
                    params_dtype=DTYPES[options.params_dtype] if options.params_dtype else None, dry_run=options.dry_run,
                    max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
@@ -65,6 +67,24 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     print(f"wrote {target}: {len(done.plan.files)} files, {size(done.plan.nbytes)} of weights")
     if done.verified is not None:
         print(f"verified {done.verified} tensors, all bit-equal")
+    if done.model is not None:
+        print(done.model)
+
+
+def _opened(folder: Path, hf: Path | None, options: ConvertOptions) -> Checkpoint:
+    """The source, with the adapter of --lora-load merged into it."""
+    r, alpha = options.lora_r, options.lora_alpha
+    if options.lora_load is None:
+        return open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration, lora_r=r,
+                               lora_alpha=alpha, adapter=True)
+    source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
+    if source.merged:
+        raise ModelLinkError("the source has an adapter already, which is merged", where=f"{folder}, --lora-load",
+                             fix="leave out --lora-load")
+    adapter = open_adapter(options.lora_load, source, r=r, alpha=alpha)
+    check_targets(adapter.tensors, options.lora_targets)
+    assert adapter.adapter is not None
+    return merge_lora(source, adapter.adapter, adapter.tensors)
 
 
 def _check(source: Checkpoint, options: ConvertOptions) -> None:
@@ -107,7 +127,7 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
     if not known and path.is_dir() and is_megatron(folder):
         facts = inspect_ranks(folder)
     else:
-        facts = inspect(open_checkpoint(path, family=family, hf=hf, iteration=iteration))
+        facts = inspect(open_checkpoint(path, family=family, hf=hf, iteration=iteration, adapter=True))
     print(json.dumps(facts, indent=2) if as_json else table(facts))
 
 
@@ -123,7 +143,7 @@ class DiffOptions:
 def diff_command(first: str, second: str, given: Layer) -> None:
     """Compare two checkpoints of any formats and layouts tensor by tensor; exit status 1 where they differ."""
     options = resolve([DiffOptions], given)[DiffOptions]
-    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path)
+    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path, adapter=True)
                   for path in (first, second))
     count = 0
     for field, (mine, theirs) in one.spec.differences(other.spec).items():

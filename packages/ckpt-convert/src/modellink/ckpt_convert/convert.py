@@ -17,15 +17,16 @@ from threading import Lock
 import torch
 
 from modellink.ckpt_convert import manifest
-from modellink.ckpt_convert.formats import huggingface, writing
+from modellink.ckpt_convert.formats import huggingface, peft, writing
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.formats.huggingface import SHARD_BYTES
 from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_torch_dist, size
+from modellink.ckpt_convert.plan import Plan, Target, plan_huggingface, plan_megatron, plan_peft, plan_torch_dist, size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import compare
+from modellink.ckpt_convert.verify_model import check_model
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import (
     Journal,
@@ -46,21 +47,24 @@ WORKERS = min(4, os.cpu_count() or 1)  # where nothing is said
 
 @dataclass(frozen=True)
 class Converted:
-    """What a conversion did, or with `dry_run` would do; `verified` counts the tensors compared."""
+    """What a conversion did, or with `dry_run` would do; `verified` counts the tensors compared, `model` says
+    what transformers made of it."""
 
     plan: Plan
     verified: int | None = None
+    model: str | None = None
 
 
 def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout: ParallelLayout | None = None,
             dialect: Dialect = "megatron-core", moe_grouped_gemm: bool = False, make_vocab_size_divisible_by: int = 1,
-            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, dry_run: bool = False,
+            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, verify_model: bool = False,
+            dry_run: bool = False,
             family: str | None = None, hf: Path | str | None = None, iteration: int | None = None,
             max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS) -> Converted:
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
-        to: `hf`, `megatron-core`, `megatron-legacy` or `torch_dist`.
+        to: `hf`, `megatron-core`, `megatron-legacy`, `torch_dist`, or of an adapter `peft`.
         layout: tp, pp, vpp, ep and num_layer_list of the output; one rank where nothing is said.
         dialect: of Megatron-Core's names; `modellink-1.0` is the original's.
         moe_grouped_gemm: the experts of a rank are two tensors, not several each.
@@ -68,6 +72,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         params_dtype: of the output; each tensor keeps its own where nothing is said.
         overwrite: replace `dst`, once the new one is whole.
         verify: read the output back and compare every tensor bit by bit before it appears as `dst`.
+        verify_model: then have transformers build it too (see verify_model.py).
         dry_run: only plan.
         family, hf, iteration: see `open_checkpoint`.
         max_shard_bytes: of one safetensors or distcp file.
@@ -77,14 +82,19 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
         ModelLinkError: anything wrong with the input or the output's place; nothing is written then.
     """
     dst = Path(dst)
-    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration)
+    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration, adapter=True)
+    if (source.adapter is not None and to in ("hf", "torch_dist")) or (source.adapter is None and to == "peft"):
+        what = "a LoRA adapter" if source.adapter else "no LoRA adapter"
+        raise ModelLinkError(f"the source is {what}", where=f"{source.folder}, --to", fix=(
+            "give the base model as the source and this with --lora-load, or write peft, megatron-core or megatron-legacy"
+            if source.adapter else "give an adapter, or another format"))
     layout = layout or ParallelLayout()
-    if to in ("hf", "torch_dist"):
+    if to in ("hf", "torch_dist", "peft"):
         if layout != ParallelLayout():
-            kind = "Hugging Face folder" if to == "hf" else "distributed checkpoint"
-            raise ModelLinkError(f"a {kind} is not cut over ranks, {layout} was asked for",
+            raise ModelLinkError(f"the format {to} is not cut over ranks, {layout} was asked for",
                                  where="--tensor-model-parallel-size, --pipeline-model-parallel-size")
-        plan = (plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
+        plan = plan_peft(source, dtype=params_dtype) if to == "peft" else (
+            plan_huggingface if to == "hf" else plan_torch_dist)(source, dtype=params_dtype, shard_bytes=max_shard_bytes)
     else:
         style = Style(to == "megatron-legacy", dialect, moe_grouped_gemm, make_vocab_size_divisible_by)
         plan = plan_megatron(source, layout, style, dtype=params_dtype)
@@ -98,16 +108,19 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: Target, layout
     try:
         _write_files(plan, temporary, workers)
         _write_companions(plan, temporary, config, dtype)
-        count = None
-        if verify:
-            count = compare(source, open_checkpoint(temporary), params_dtype)
+        count = model = None
+        if verify or verify_model:
+            hf = source.companions if to == "peft" else None
+            target = open_checkpoint(temporary, family=source.family, hf=hf, adapter=True)
+            count = compare(source, target, params_dtype)
+            model = check_model(source, target) if verify_model else None
     except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     kill_point("before-rename")
     (temporary / JOURNAL).unlink()
     move_into_place(temporary, dst)
-    return Converted(plan, count)
+    return Converted(plan, count, model)
 
 
 def _check_place(src: Path, dst: Path, plan: Plan, overwrite: bool) -> None:
@@ -139,17 +152,15 @@ def _write_files(plan: Plan, temporary: Path, workers: int) -> None:
     fingerprint = plan.fingerprint()
     done = _finished(temporary, fingerprint)
     temporary.mkdir(parents=True, exist_ok=True)
-    with (Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes >> 20, unit="MB") as work,
+    with (Journal(temporary / JOURNAL) as journal, Work("converting", plan.nbytes, unit="bytes") as work,
           ThreadPoolExecutor(workers) as pool):
         if not journal.entries:
             journal.append({"fingerprint": fingerprint})
-        written, lock = 0, Lock()
+        lock = Lock()
 
         def wrote(count: int) -> None:
-            nonlocal written
             with lock:
-                work.advance(((written + count) >> 20) - (written >> 20))
-                written += count
+                work.advance(count)
 
         for number, file in enumerate(plan.files, 1):
             if file.name in done:
@@ -187,6 +198,9 @@ def _finished(temporary: Path, fingerprint: str) -> set[str]:
 
 def _write_companions(plan: Plan, temporary: Path, config: dict[str, object], dtype: str) -> None:
     """Everything that is not weights."""
+    if plan.to == "peft":
+        write_json(temporary / peft.CONFIG, plan.index)
+        return
     if plan.to == "hf":
         for path in manifest.companion_files(plan.source.companions):
             manifest.copy_file(path, temporary / path.name)

@@ -25,7 +25,7 @@ def inspect(source: Checkpoint) -> dict[str, Any]:
     tensors = {name: _entry(tensor.shape, tensor.dtype) for name, tensor in source.tensors.items()}
     return {"folder": str(source.folder), "format": source.format, "layout": str(source.layout),
             "num_layer_list": source.layout.num_layer_list, "iteration": source.iteration, "family": source.family,
-            "prompt_type": source.prompt_type, "spec": source.spec.to_dict(),
+            "prompt_type": source.prompt_type, "lora": source.lora, "spec": source.spec.to_dict(),
             "parameters": sum(prod(tensor.shape) for tensor in source.tensors.values()),
             "bytes": sum(entry["bytes"] for entry in tensors.values()),
             "files": {str(path): path.stat().st_size for path in source.files()}, "tensors": tensors}
@@ -57,6 +57,7 @@ def table(facts: dict[str, Any]) -> str:
     known = facts["family"] is not None
     lines = [f"{facts['folder']}: {facts['format']}, {facts['layout']}"
              + ("" if facts["iteration"] is None else f", iteration {facts['iteration']}")
+             + (f", {facts['lora']}" if facts.get("lora") else "")
              + (f", layers {facts['num_layer_list']}" if facts.get("num_layer_list") else ""),
              (f"family {facts['family']}, {facts['parameters']:,} parameters, {size(facts['bytes'])}" if known else
               f"first rank {size(facts['bytes'])}") + f" in {len(facts['files'])} files", "",

@@ -14,6 +14,7 @@ Not here: adapter folders of peft (peft.py) and Megatron checkpoints that hold a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
@@ -21,13 +22,14 @@ from pathlib import Path
 
 import torch
 
+from modellink.ckpt_convert.formats.legacy import MODULES
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.source import Checkpoint, refuse_left_over, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import Weight, weights
 from modellink.kernels.errors import ModelLinkError
 
-A, B = ".lora_A.weight", ".lora_B.weight"
+A, B, LORA = ".lora_A.weight", ".lora_B.weight", ".lora_"
 TILE = 64  # rows that are multiplied at once, always the same ones, so that sums do not depend on how a matrix is cut
 
 Matrix = Assembled | torch.Tensor
@@ -75,14 +77,25 @@ def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], wher
             if one not in shapes:
                 raise ModelLinkError(f"{one} is missing, {other} is there", where=where, fix="the adapter is incomplete")
         rank = shapes[first][0] if shapes[first] else 0
-        found[first] = Weight((rank, weight.shape[1]), "row" if weight.split == "row" else "replicated")
-        found[second] = Weight((weight.shape[0], rank), "replicated" if weight.split == "row" else weight.split)
+        found[first], found[second] = sides(weight, rank)
     refuse_left_over((name for name in shapes if name not in found), Path(where))
     for name, weight in found.items():
         refuse_shape(name, weight, shapes[name], weight.shape, Path(where))
     if not found:
         raise ModelLinkError("there is no LoRA tensor in it", where=where)
     return found
+
+
+def on_disk(name: str) -> str:
+    """The name in a Megatron checkpoint, where the original has peft's name of the adapter, `default`, in it."""
+    return re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
+
+
+def sides(weight: Weight, rank: int) -> tuple[Weight, Weight]:
+    """A and B of a linear layer with that weight."""
+    rows = weight.split == "row"
+    return (Weight((rank, weight.shape[1]), "row" if rows else "replicated"),
+            Weight((weight.shape[0], rank), "replicated" if rows else weight.split))
 
 
 def is_linear(name: str, weight: Weight) -> bool:
@@ -110,6 +123,46 @@ def merge_lora(source: Checkpoint, config: LoraConfig, tensors: Mapping[str, Mat
         merged[module + ".weight"] = Merged(name=base.name, shape=base.shape, parts=base.parts, first=tensors[first],
                                             second=tensors[module + B], scale=config.scale)
     return replace(source, tensors=merged, merged=config)
+
+
+def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r: int | None, alpha: float | None,
+              where: Path) -> LoraConfig:
+    """The configuration of an adapter in a Megatron checkpoint: from its arguments, and what the user says.
+
+    Raises:
+        ModelLinkError: they contradict each other or the tensors, or the scale is not said.
+    """
+    told: dict[str, float | None] = {"lora_r": r, "lora_alpha": alpha}
+    for name, mine in told.items():
+        theirs = arguments.get(name)
+        flag = "--" + name.replace("_", "-")
+        if isinstance(theirs, (int, float)) and mine is not None and theirs != mine:
+            raise ModelLinkError(f"{flag} is {mine:g} and {theirs:g} in the adapter's arguments", where=f"{flag}, {where}")
+        told[name] = mine if mine is not None else theirs if isinstance(theirs, (int, float)) else None
+    ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A)})
+    if told["lora_r"] is None and len(ranks) == 1:
+        told["lora_r"] = ranks[0]
+    if told["lora_r"] is None or told["lora_alpha"] is None:
+        raise ModelLinkError("the adapter does not say how it is scaled", where=where, fix="give --lora-r and --lora-alpha")
+    if told["lora_r"] < 1 or any(rank % told["lora_r"] for rank in ranks):
+        raise ModelLinkError(f"the rank is {told['lora_r']:g}, the adapter's matrices have {ranks}", where=f"--lora-r, {where}")
+    return LoraConfig(int(told["lora_r"]), told["lora_alpha"])
+
+
+def check_targets(names: Iterable[str], told: str | None) -> None:
+    """Raise unless an adapter has exactly the modules that the user names (those of Megatron-Core or Megatron-Legacy).
+
+    Raises:
+        ModelLinkError: it has others.
+    """
+    if told is None:
+        return
+    found = {name.rpartition(LORA)[0].rpartition(".")[2] for name in names}
+    legacy = {theirs.rpartition(".")[2]: ours.rpartition(".")[2] for ours, theirs in MODULES.items()}
+    wanted = {legacy.get(name, name) for name in told.replace(",", " ").split()}
+    if found != wanted:
+        raise ModelLinkError(f"the adapter has {', '.join(sorted(found))}, not {', '.join(sorted(wanted))}",
+                             where="--lora-target-modules")
 
 
 def whole(matrix: Matrix) -> torch.Tensor:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from modellink.ckpt_convert import manifest
+from modellink.ckpt_convert import lora, manifest
 from modellink.ckpt_convert.families import NO_FORM, ORIGINALS_BASE, read_spec
-from modellink.ckpt_convert.formats import huggingface, megatron, ranks, torch_dist
+from modellink.ckpt_convert.formats import huggingface, megatron, peft, ranks, torch_dist
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.iterations import FOLDER, TRACKER, last_complete
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.files import incomplete
+from modellink.kernels.files import incomplete, read_json
 from modellink.kernels.parallel import ParallelLayout
 
 
 def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | str | None = None,
-                    iteration: int | None = None) -> Checkpoint:
+                    iteration: int | None = None, lora_r: int | None = None, lora_alpha: float | None = None,
+                    adapter: bool = False) -> Checkpoint:
     """Open a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint; no weight is read yet.
 
     Args:
@@ -28,6 +29,11 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         family: the family where the configuration does not say it.
         hf: a Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that does not carry its own.
         iteration: which iteration; the last complete one where nothing is said.
+        lora_r, lora_alpha: of an adapter in a Megatron checkpoint that does not say them.
+
+        adapter: what is found may be a LoRA adapter without its model (`Checkpoint.adapter` is set then).
+
+    A checkpoint with weights and an adapter is opened merged.
 
     Raises:
         ModelLinkError: there is nothing, or nothing known, or it is damaged or incomplete.
@@ -39,20 +45,78 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         raise ModelLinkError("a checkpoint is a folder, this is a file", where=path)
     if huggingface.is_huggingface(path):
         return huggingface.open_folder(path, family)
+    if peft.is_peft(path):
+        if not adapter:
+            raise _is_adapter(path)
+        return _open_peft(path, family, Path(hf) if hf else None)
     root, folder = _iteration(path, iteration)
     if not (torch_dist.is_torch_dist(folder) or ranks.is_megatron(folder)):
         raise _unrecognised(folder)
     description = _description(root, family, Path(hf) if hf else None)
     tensors: Mapping[str, Assembled]
+    beside: Mapping[str, Assembled] = {}
     if torch_dist.is_torch_dist(folder):
         kind, layout = "torch_dist", ParallelLayout()
         tensors = torch_dist.read(folder, description.spec)
     else:
         found = megatron.read(folder, description.spec)
-        kind, tensors, layout = found.kind, found.tensors, found.layout
+        kind, tensors, layout, beside = found.kind, found.tensors, found.layout, found.adapter
     match = FOLDER.match(folder.name)
-    return Checkpoint(kind, path, description.spec, description.family, description.companions, tensors, layout,
+    made = Checkpoint(kind, path, description.spec, description.family, description.companions, tensors, layout,
                       int(match[1]) if match else None, description.prompt_type)
+    if not beside:
+        return made
+    if not (tensors or adapter):
+        raise _is_adapter(path)
+    config = lora.config_of(found.arguments, beside, lora_r, lora_alpha, path)
+    return lora.merge_lora(made, config, beside) if tensors else replace(made, tensors=beside, adapter=config)
+
+
+def _is_adapter(path: Path) -> ModelLinkError:
+    return ModelLinkError("this is a LoRA adapter without its model", where=path,
+                          fix="give the base model, and this with --lora-load")
+
+
+def _open_peft(folder: Path, family: str | None, hf: Path | None) -> Checkpoint:
+    """An adapter folder; which model it belongs to is said by the user, or by its configuration where that names a folder."""
+    named = read_json(folder / peft.CONFIG)
+    base = hf or Path(str(named.get("base_model_name_or_path") if isinstance(named, dict) else None))
+    if not (base / "config.json").is_file():
+        raise ModelLinkError("the adapter does not say which model it belongs to", where=folder,
+                             fix="give --tokenizer-name-or-path, the Hugging Face folder of the base model")
+    spec, family = read_spec(Config.load(base), family)
+    config, tensors = peft.read(folder, spec, family)
+    return Checkpoint("peft adapter", folder, spec, family, base, tensors, adapter=config)
+
+
+def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, alpha: float | None = None) -> Checkpoint:
+    """Open a LoRA adapter of the model `base`: a folder of peft, or a Megatron checkpoint in any layout.
+
+    Args:
+        path: the folder; of a Megatron checkpoint that holds weights too, only the adapter is taken.
+        r, alpha: where a Megatron checkpoint does not say them.
+
+    Raises:
+        ModelLinkError: there is no adapter, it does not fit the model, or its scale is not known.
+    """
+    path = Path(path)
+    if peft.is_peft(path):
+        config, tensors = peft.read(path, base.spec, base.family)
+        for name, mine, theirs in (("--lora-r", r, config.r), ("--lora-alpha", alpha, config.alpha)):
+            if mine is not None and mine != theirs:
+                raise ModelLinkError(f"{name} is {mine:g} and {theirs:g} in the adapter", where=f"{name}, {path / peft.CONFIG}")
+        return Checkpoint("peft adapter", path, base.spec, base.family, base.companions, tensors, adapter=config)
+    if not path.is_dir():
+        raise ModelLinkError("the adapter's folder is missing", where=path)
+    _, folder = _iteration(path, None)
+    if not ranks.is_megatron(folder):
+        raise ModelLinkError("no adapter was recognised", where=path,
+                             fix=f"looked for {peft.CONFIG} (peft) and mp_rank_* (Megatron)")
+    found = megatron.read(folder, base.spec)
+    if not found.adapter:
+        raise ModelLinkError("there is no LoRA tensor in it", where=path)
+    config = lora.config_of(found.arguments, found.adapter, r, alpha, path)
+    return Checkpoint(found.kind, path, base.spec, base.family, base.companions, found.adapter, found.layout, adapter=config)
 
 
 def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:

@@ -18,7 +18,7 @@ from modellink.kernels.parallel import ParallelLayout
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    to: Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"] | None = option(None, "Format of the output.")
+    to: Literal["hf", "megatron-core", "megatron-legacy", "torch_dist", "peft"] | None = option(None, "Format of the output.")
     tensor_model_parallel_size: int = option(1, "Tensor-parallel size of the output.", minimum=1,
                                              alias=("--tp", "--target-tensor-parallel-size"))
     pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
@@ -41,12 +41,20 @@ class ConvertOptions:
                                              "original, whatever config.json says.")
     tokenizer_name_or_path: Path | None = option(
         None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
+    lora_load: Path | None = option(None, "Merge the LoRA adapter of this folder into the weights: one of peft, or a Megatron "
+                                          "checkpoint in any layout.")
+    lora_r: int | None = option(None, "Rank of the adapter; needed where nothing else says it, else checked.", minimum=1)
+    lora_alpha: float | None = option(None, "The adapter is scaled by alpha / r; needed where its checkpoint does not say it.")
+    lora_targets: str | None = option(None, "Modules the adapter has, e.g. linear_qkv,linear_proj, as the original's "
+                                            "--lora-target-modules says them; they are checked.")
     iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
     max_shard_size: float = option(5.0, "Largest safetensors or distcp file.", unit="GB", minimum=0.000001)
     workers: int | None = option(None, "Threads that read and write; one a processor, at most 4, where nothing is said.",
                                  minimum=1)
     overwrite: bool = option(False, "Replace the output when it exists.")
     verify: bool = option(False, "Read the output back and compare every tensor bit by bit.")
+    verify_model: bool = option(True, "With --verify, transformers builds the model too, where it is installed: names, shapes, "
+                                      "and logits of a few tokens if there is memory for it.")
     dry_run: bool = option(False, "Say what would be written, and stop.")
     inspect: bool = option(False, "Describe SRC, and stop; as `modellink-convert inspect SRC`.")
     json: bool = option(False, "With --inspect: as JSON.")

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from modellink.ckpt_convert.blocks import cast
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import peft, safetensors, writing
 from modellink.ckpt_convert.formats.writing import Planned
@@ -42,15 +44,21 @@ def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mappin
     Raises:
         ModelLinkError: the tensors do not fit the model, or the folder exists.
     """
-    adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the adapter")
-    modules = _modules(spec, family, tensors, config.r)
-    layout = safetensors.layout({f"{peft.PREFIX}{name}": planned for module in modules for name, planned in module.tensors()})
-    ranks = {module.name: module.rank for module in modules}
-    values = peft.config_of(config, ranks, peft.linear_modules(spec, family), base)
+    layout, values = planned(spec, family, tensors, config, base=base)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
         with atomic_write(temporary / peft.WEIGHTS) as file, ThreadPoolExecutor(1) as pool:
             writing.write(file.fileno(), layout, pool, lambda count: None, temporary / peft.WEIGHTS)
         write_json(temporary / peft.CONFIG, values)
+
+
+def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: LoraConfig, *, base: str | None,
+            dtype: torch.dtype | None = None) -> tuple[writing.FileLayout, dict[str, Any]]:
+    """(the file of tensors, the content of adapter_config.json); see `write_peft`."""
+    adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the adapter")
+    modules = _modules(spec, family, tensors, config.r)
+    layout = safetensors.layout({f"{peft.PREFIX}{name}": made for module in modules for name, made in module.tensors(dtype)})
+    ranks = {module.name: module.rank for module in modules}
+    return layout, peft.config_of(config, ranks, peft.linear_modules(spec, family), base)
 
 
 def read_peft(folder: Path | str, spec: ModelSpec, family: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
@@ -79,16 +87,17 @@ class _Module:
     def rank(self) -> int:
         return sum(map(len, self.columns))
 
-    def tensors(self) -> Iterator[tuple[str, Planned]]:
+    def tensors(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Planned]]:
         """Name and content of A and of B; made when they are written."""
-        yield self.name + A, _planned(self.first, (self.rank, self.first.shape[1]),
+        yield self.name + A, _planned(self.first, dtype, (self.rank, self.first.shape[1]),
                                       lambda: torch.cat([whole(self.first)[span.start:span.stop] for span in self.columns]))
-        yield self.name + B, _planned(self.second, (sum(map(len, self.rows)), self.rank), lambda: torch.cat(
+        yield self.name + B, _planned(self.second, dtype, (sum(map(len, self.rows)), self.rank), lambda: torch.cat(
             [rows_of(self.second, self.rows)[:, span.start:span.stop] for span in self.columns], 1))
 
 
-def _planned(matrix: Matrix, shape: tuple[int, int], make: Callable[[], torch.Tensor]) -> Planned:
-    return Planned(matrix.dtype, shape, lambda: iter([make().contiguous()]))
+def _planned(matrix: Matrix, dtype: torch.dtype | None, shape: tuple[int, int], make: Callable[[], torch.Tensor]) -> Planned:
+    kind = dtype or matrix.dtype
+    return Planned(kind, shape, lambda: iter([cast(make(), kind, "the adapter").contiguous()]))
 
 
 def _modules(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], r: int) -> list[_Module]:
@@ -102,12 +111,16 @@ def _modules(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], r: int
         first, second = tensors[module + A], tensors[module + B]
         rank = first.shape[0]
         spans = [range(start, start + r) for start in range(0, rank, r)] if rank % r == 0 else [range(rank)]
-        for number, (name, rows) in enumerate(_rows_by_module(pieces).items()):
+        modules, used = _rows_by_module(pieces), {}
+        for name, rows in modules.items():
             values = rows_of(second, rows)
-            columns = [span for span in spans if values[:, span.start:span.stop].count_nonzero()]
-            if columns:
+            used[name] = [span for span in spans if values[:, span.start:span.stop].count_nonzero()]
+            if used[name]:
                 learned.add(_kind(name))
-            found.append(_Module(name, first, second, rows, tuple(columns or [spans[min(number, len(spans) - 1)]])))
+        apart = all(one == other or not {*one} & {*other} for one in used.values() for other in used.values())
+        for number, (name, rows) in enumerate(modules.items()):
+            columns = used[name] or [spans[min(number, len(spans) - 1)]]
+            found.append(_Module(name, first, second, rows, tuple(columns if apart else spans)))
     return [module for module in found if not learned or _kind(module.name) in learned]
 
 

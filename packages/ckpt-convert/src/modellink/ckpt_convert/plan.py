@@ -10,24 +10,26 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from modellink.ckpt_convert import blocks, rules
+from modellink.ckpt_convert import blocks, lora, peft, rules
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import archive, huggingface, rank_state, ranks, safetensors, torch_dist_state
+from modellink.ckpt_convert.formats.peft import WEIGHTS
 from modellink.ckpt_convert.formats.rank_state import Style
 from modellink.ckpt_convert.formats.writing import FileLayout, Planned
 from modellink.ckpt_convert.iterations import iteration_folder
 from modellink.ckpt_convert.manifest import companion_files
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import stage_names, weights
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
-Target = Literal["hf", "megatron-core", "megatron-legacy", "torch_dist"]
+Target = Literal["hf", "megatron-core", "megatron-legacy", "torch_dist", "peft"]
 TARGETS: dict[Target, str] = {"hf": "Hugging Face", "megatron-core": "Megatron-Core", "megatron-legacy": "Megatron-Legacy",
-                              "torch_dist": "torch_dist"}
+                              "torch_dist": "torch_dist", "peft": "peft adapter"}
 PROGRAM_BYTES = 250 << 20  # resident size of Python with torch before any weight is read
 
 
@@ -56,7 +58,7 @@ class Plan:
     layout: ParallelLayout
     dtype: torch.dtype
     files: tuple[File, ...]
-    index: dict[str, object] | None = None
+    index: dict[str, Any] | None = None  # the file beside those of weights: of shards, or a peft adapter's configuration
     iteration: int = 1
 
     @property
@@ -75,7 +77,8 @@ class Plan:
         inputs = [*self.source.files(), *companion_files(self.source.companions)]
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
         output = [(file.name, [(str(planned.dtype), planned.shape) for planned in file.tensors]) for file in self.files]
-        everything = [self.to, repr(self.layout), self.source.spec.to_dict(), stats, output, self.index]
+        loras = [repr(self.source.adapter), repr(self.source.merged)]
+        everything = [self.to, repr(self.layout), loras, self.source.spec.to_dict(), stats, output, self.index]
         return hashlib.sha256(json.dumps(everything).encode()).hexdigest()
 
     def describe(self, workers: int, free: int) -> str:
@@ -132,7 +135,11 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *, d
     Raises:
         ModelLinkError: the layout does not divide the model, or Megatron-Legacy cannot hold it.
     """
-    spec, known = source.spec, weights(source.spec)
+    spec, adapter = source.spec, source.adapter
+    known = lora.adapter_weights(spec, source.shapes, source.folder) if adapter else weights(spec)
+    if adapter and style.dialect == "modellink-1.0" and spec.multi_head_latent_attention:
+        raise ModelLinkError("adapters of latent attention have no names in the original's dialect", where="--dialect",
+                             fix="use megatron-core")
     spec.check_layout(layout)
     iteration = source.iteration or 1  # a model that was never trained counts as 1, as in the original
     main = dtype or source.main_dtype
@@ -142,14 +149,23 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *, d
                             divisible_by=style.divisible_by)
 
     def file(stage: int, rank: int, expert_rank: int) -> File:
-        models = [{ours: planned(name, rank) for ours, name in stage_names(spec, layout, stage, chunk, expert_rank).items()}
-                  for chunk in range(layout.vpp)]
-        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main)
+        names = [stage_names(spec, layout, stage, chunk, expert_rank, names=known if adapter else None)
+                 for chunk in range(layout.vpp)]
+        models = [{lora.on_disk(ours): planned(name, rank) for ours, name in own.items()} for own in names]
+        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main, adapter=adapter)
         name = f"{iteration_folder(iteration)}/{ranks.rank_folder(layout, rank, stage, expert_rank)}/{ranks.FILE}"
         return File(name, archive.layout(state))
 
     files = tuple(file(*place) for place in product(range(layout.pp), range(layout.tp), range(layout.ep)))
     return Plan(source, "megatron-legacy" if style.legacy else "megatron-core", layout, main, files, iteration=iteration)
+
+
+def plan_peft(source: Checkpoint, *, dtype: torch.dtype | None = None) -> Plan:
+    """An adapter folder of peft from an adapter."""
+    assert source.adapter is not None
+    layout, config = peft.planned(source.spec, source.family, source.tensors, source.adapter, base=str(source.companions),
+                                  dtype=dtype)
+    return Plan(source, "peft", ParallelLayout(), dtype or source.main_dtype, (File(WEIGHTS, layout),), config)
 
 
 def plan_torch_dist(source: Checkpoint, *, dtype: torch.dtype | None = None,

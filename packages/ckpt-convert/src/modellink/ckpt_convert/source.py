@@ -54,6 +54,10 @@ class Checkpoint:
         return self.tensors[name].read(pieces, dim, across)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
+    @property
     def main_dtype(self) -> torch.dtype:
         """The dtype most numbers have."""
         sizes: Counter[torch.dtype] = Counter()
@@ -61,9 +65,17 @@ class Checkpoint:
             sizes[tensor.dtype] += prod(tensor.shape)
         return sizes.most_common(1)[0][0]
 
+    @property
+    def lora(self) -> str | None:
+        """What it has to do with LoRA, for people."""
+        what = "merged with a LoRA adapter" if self.merged else "LoRA adapter"
+        config = self.merged or self.adapter
+        return f"{what} of rank {config.r}, alpha {config.alpha:g}" if config else None
+
     def describe(self) -> str:
         where = "" if self.iteration is None else f", iteration {self.iteration}"
-        return f"{self.format}, {self.layout}, {str(self.main_dtype).removeprefix('torch.')}{where}"
+        told = [self.format, str(self.layout), str(self.main_dtype).removeprefix("torch."), *filter(None, [self.lora])]
+        return ", ".join(told) + where
 
     def files(self) -> list[Path]:
         """The files the weights lie in."""

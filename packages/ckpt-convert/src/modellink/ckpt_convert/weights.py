@@ -9,7 +9,7 @@ Not here: Hugging Face names (rules.py, families/) and file layouts (formats/).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -153,27 +153,28 @@ def _experts(spec: ModelSpec) -> dict[str, Weight]:
     return found
 
 
-def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0, expert_rank: int = 0) -> dict[str, str]:
+def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0, expert_rank: int = 0, *,
+                names: Iterable[str] | None = None) -> dict[str, str]:
     """The weights a pipeline stage's model chunk holds: its own name (layers and experts numbered from 0) -> canonical name.
 
-    The last of several stages holds a copy of tied embeddings as its output layer.
+    Of the weights `names`, or of all; then the last of several stages holds a copy of tied embeddings as its output layer.
     """
     layers = layout.layers(spec.num_layers, stage, chunk)
     experts = layout.experts(spec.num_experts, expert_rank) if spec.num_experts else range(0)
     first = stage == 0 and chunk == 0
     last = stage == layout.pp - 1 and chunk == layout.vpp - 1
-    names = {}
-    for name in weights(spec):
+    found_names = {}
+    for name in weights(spec) if names is None else names:
         if found := IN_LAYER.match(name):
             number, expert = int(found["layer"]), found["expert"]
             if number in layers and (expert is None or int(expert) in experts):
                 rest = found["rest"] if expert is None else f"mlp.{EXPERTS}{int(expert) - experts.start}{found['rest']}"
-                names[f"{LAYERS}{number - layers.start}.{rest}"] = name
+                found_names[f"{LAYERS}{number - layers.start}.{rest}"] = name
         elif first if name.startswith("embedding.") else last:
-            names[name] = name
-    if spec.tied and last and layout.pp > 1:
-        names[OUTPUT] = EMBEDDING
-    return names
+            found_names[name] = name
+    if spec.tied and last and layout.pp > 1 and names is None:
+        found_names[OUTPUT] = EMBEDDING
+    return found_names
 
 
 def shard_pieces(weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> list[range]:

@@ -6,6 +6,7 @@ Under torchrun each process runs its part; otherwise this process checks the run
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def _start(model: str | None, config: Path | None, given: Layer) -> None:
     launched = processes.under_launcher()
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
     if not launched and run.layout.world_size > 1:
-        sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:]))
+        sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
 
 

@@ -121,7 +121,8 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
     if (config.load / adapters.FILE).is_file():
         raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
                              fix="give it with --lora-load, and with --load what they were trained on")
-    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path)
+    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
+                             iteration=None if lora.on and lora.lora_load else config.ckpt_step)
     if lora.lora_load is not None:
         adapters.check(lora.lora_load, lora, source)
     if lora.on:
@@ -130,11 +131,11 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
         continued = None if source.iteration is None else config.load
     if continued is None or config.finetune:
         return source, None
-    folder = last_complete(continued)
+    folder = last_complete(continued, config.ckpt_step)
     progress = read_progress(folder)
     if progress is None:
         return source, None
-    if progress.distributed_optimizer != parallel.use_distributed_optimizer:
+    if config.load_optim and progress.distributed_optimizer != parallel.use_distributed_optimizer:
         flag = "--use-distributed-optimizer" if progress.distributed_optimizer else "--no-use-distributed-optimizer"
         raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
                              f"was saved with {flag}", where=folder,
@@ -164,6 +165,7 @@ def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, da
            optimizer: OptimizerConfig) -> None:
     """Rules between the concerns."""
     data.num_microbatches(layout.dp)
+    data.check_rampup(layout.dp)
     if data.seq_length > spec.max_position_embeddings:
         raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
                              where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "

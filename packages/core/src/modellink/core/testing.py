@@ -23,6 +23,7 @@ from typing import Any
 from modellink.core.processes import free_port
 
 SECONDS = 120  # for one task
+THREADS = 200  # of one rank; megatron's distributed optimizer keeps what it was made for, with process groups and their threads
 
 
 def beside(file: str, name: str) -> ModuleType:
@@ -77,6 +78,8 @@ class Ranks:
             results.append(value)
             if not good:
                 failures.append(f"rank {rank}:\n{value}")
+        if threading_of(self._processes) > THREADS * self.world_size:
+            self.stop()
         if failures:
             self.stop()
             raise AssertionError("\n".join(failures))
@@ -87,6 +90,11 @@ class Ranks:
             process.kill()
             process.wait()
         self._processes, self._connections = [], []
+
+
+def threading_of(processes: list[subprocess.Popen[bytes]]) -> int:
+    """How many threads they have; 0 where the system does not say."""
+    return sum(len(list(tasks.iterdir())) for process in processes if (tasks := Path(f"/proc/{process.pid}/task")).is_dir())
 
 
 @cache

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modellink.data_prep import Tokenizer
 from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.constraint import Constraint
 from modellink.infer.network import Network
 from modellink.infer.request import Answer, Request
 from modellink.infer.sampling import Chooser
@@ -41,10 +43,13 @@ class Batch:
     Args:
         rows: how many at most.
         budget: tokens of a pass at most, where prompts are computed; single new tokens of all rows always fit.
+        tokenizer: for answers that keep to a grammar.
     """
 
-    def __init__(self, network: Network, cache: PagedCache, *, rows: int, budget: int) -> None:
+    def __init__(self, network: Network, cache: PagedCache, *, rows: int, budget: int,
+                 tokenizer: Tokenizer | None = None) -> None:
         self.network, self.cache, self.rows, self.budget = network, cache, rows, max(budget, rows)
+        self.tokenizer = tokenizer
         self.waiting: deque[Member] = deque()
         self.running: list[Member] = []
         spec = network.spec
@@ -62,8 +67,18 @@ class Batch:
         """
         self.check(answer.request)
         row = Row([*answer.request.prompt, *answer.token_ids])
-        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids)
+        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids,
+                          self._constraint(answer))
         self.waiting.append(Member(answer, row, chooser))
+
+    def _constraint(self, answer: Answer) -> Constraint | None:
+        if answer.request.grammar is None:
+            return None
+        assert self.tokenizer is not None
+        constraint = Constraint(self.tokenizer, answer.request.grammar, answer.request.stop_ids)
+        for token in answer.token_ids:
+            constraint.take(token)
+        return constraint
 
     def check(self, request: Request) -> None:
         """Raise where the cache will never hold a request."""
@@ -143,8 +158,15 @@ class Batch:
         details = _logprobs(logits, chosen, [member.answer for member in members])
         pieces = []
         for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
-            answer = member.answer
-            piece = answer.push(token, logprob, top)
+            answer, constraint = member.answer, member.chooser.constraint
+            if constraint is not None and constraint.stuck:
+                piece = answer.end("stuck")
+            else:
+                piece = answer.push(token, logprob, top)
+                if constraint is not None:
+                    constraint.take(token)
+            if constraint is not None and constraint.done and answer.finish_reason is None:
+                piece += answer.end("stop")
             if stopped[member] and answer.finish_reason is None:
                 piece += answer.end("cancelled")
             pieces.append((answer, piece))

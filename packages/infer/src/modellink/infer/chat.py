@@ -24,7 +24,7 @@ YOU, MODEL = "You >> ", "ModelLink:"
 class Conversation:
     """What was said so far, of which the model sees the last `history_turns` questions and answers.
 
-    `template` says whether the tokenizer's chat template is put around them, or the texts are joined as they are.
+    `template` says whether a template is put around them, or the texts are joined as they are.
     """
 
     system: str | None = None

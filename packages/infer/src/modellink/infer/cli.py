@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,12 @@ def generate(given: Layer) -> None:
     """Continue a prompt, or answer it with --chat. The prompt is --prompt, --prompt-file, or stdin."""
     resolved = resolve([ModelOptions, PromptOptions, AnswerOptions], given)
     model, asked = resolved[ModelOptions], resolved[PromptOptions]
+    asked = replace(asked, chat=asked.chat or bool(model.prompt_type or model.hf_chat_template))
     arguments = resolved[AnswerOptions].arguments(set(given.values), draws=False)
     from_stdin = not asked.prompt and asked.prompt_file is None
     prompts = _prompts(asked)
     plan = model.plan(_local_rank())
+    arguments["prompt_type"] = plan.prompt_type
     from modellink.infer.prompts import make_requests
     requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
     if plan.tokenizer is None:
@@ -72,10 +75,12 @@ def chat(given: Layer) -> None:
     model, options = resolved[ModelOptions], resolved[ChatOptions]
     arguments = resolved[AnswerOptions].arguments(set(given.values), draws=True)
     plan = model.plan(_local_rank())
+    arguments["prompt_type"] = plan.prompt_type
     from modellink.infer.chat import Conversation, talk
     from modellink.infer.prompts import make_requests
-    hello = Conversation(template=options.hf_chat_template).ask("hello")
-    make_requests(hello, plan.spec, plan.tokenizer, **arguments)  # whether there is a chat template, and it takes a user
+    template = model.hf_chat_template is not False
+    hello = Conversation(template=template).ask("hello")
+    make_requests(hello, plan.spec, plan.tokenizer, **arguments)  # whether there is a template, and it takes a user
     if _to_start(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks take care of it
         _start(model, [])
@@ -83,7 +88,7 @@ def chat(given: Layer) -> None:
     if processes.rank() > 0:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when an answer stops
     first, engine = _engine(model, 1)
-    conversation = Conversation(options.system, options.history_turns, options.hf_chat_template)
+    conversation = Conversation(options.system, options.history_turns, template)
     talk(engine, conversation, first_rank=first, **arguments)
 
 
@@ -95,6 +100,13 @@ def serve(given: Layer) -> None:
     from modellink.infer.server import run
     run.check_installed()
     plan = model.plan(_local_rank())
+    if options.replicas > 1:
+        from modellink.core import processes
+        if processes.under_launcher():
+            raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
+                                 fix="run the command without torchrun")
+        return run.serve_replicas(options.replicas, sys.argv[1:], host=options.host, port=options.port,
+                                  most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
         _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
     first, engine = _engine(model, options.batch_size)
@@ -123,6 +135,8 @@ def _prompts(asked: PromptOptions) -> list[Any]:
         raise ModelLinkError("there is no prompt", where=asked.prompt_file or ("--prompt" if asked.prompt else "stdin"),
                              fix="give one with --prompt, --prompt-file, or on stdin")
     if not asked.chat:
+        if asked.system is not None:
+            raise ModelLinkError("a system message belongs to a chat", where="--system", fix="add --chat")
         return texts
     head = [{"role": "system", "content": asked.system}] if asked.system is not None else []
     return [[*head, {"role": "user", "content": text}] if isinstance(text, str) else [*head, *text] for text in texts]

@@ -33,8 +33,8 @@ PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers
 
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
-         family: str | None = None, tokenizer: Path | str | None = None, batch_size: int = 16,
-         cache_tokens: int | None = None, native: bool = False, int8: bool = False, show: bool = False) -> Engine:
+         family: str | None = None, tokenizer: Path | str | None = None, prompt_type: str | None = None, batch_size: int = 16,
+         cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
@@ -44,9 +44,12 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
         dtype: float32, bfloat16 or float16; None takes what most of the checkpoint's weights have.
         family: the family where the checkpoint does not say it.
         tokenizer: a Hugging Face folder with config.json and tokenizer, for a checkpoint that does not carry its own.
+        prompt_type: the template around chats, by name (see template.py); None takes the one that the checkpoint was trained
+            with, else the tokenizer's own.
         batch_size: how many prompts are computed together at most.
         cache_tokens: how many tokens the cache holds; None is `batch_size` of the longest sequences, if memory allows.
-        native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler.
+        native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler;
+            None does it if it is measured to be faster.
         int8: let it hold the weights in int8, with a scale for each row; its error is printed with `show`.
         show: show progress on stderr.
 
@@ -54,7 +57,8 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
         ModelLinkError: nothing there or damaged, a layout that does not fit, a device that is not there.
     """
     index = int(os.environ.get("LOCAL_RANK", "0"))
-    plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
+    plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer,
+                     prompt_type=prompt_type)
     return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, native=native, int8=int8, show=show)
 
 
@@ -66,7 +70,7 @@ class Engine:
         tokenizer: None where the checkpoint has none; token ids work without.
     """
 
-    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool = False,
+    def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool | None = False,
                  int8: bool = False, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")
@@ -85,10 +89,11 @@ class Engine:
     def batch(self) -> Batch:
         """An empty batch over the cache; who adds answers to it steps it."""
         from modellink.infer.batch import Batch
-        return Batch(self.network, self.cache, rows=self.batch_size, budget=PASS_TOKENS)
+        return Batch(self.network, self.cache, rows=self.batch_size, budget=PASS_TOKENS, tokenizer=self.tokenizer)
 
     def requests(self, prompts: Prompts, **options: Unpack[Options]) -> list[Request]:
         """Checked requests of prompts; see `prompts.make_requests` for what the options mean."""
+        options.setdefault("prompt_type", self.plan.prompt_type)
         return make_requests(prompts, self.spec, self.tokenizer, **options)
 
     def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[Generation]:

@@ -6,6 +6,7 @@ Importing this module imports megatron-core, so it comes after `processes.join`.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -20,6 +21,7 @@ from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.model.state import SequenceState
 from modellink.infer.cache import SIZE, PagedCache, bytes_per_token
+from modellink.infer.native.measure import pays
 from modellink.infer.native.view import Step, takes
 from modellink.kernels.device import Device
 from modellink.kernels.errors import ModelLinkError
@@ -32,12 +34,12 @@ class Network:
     """The model of a checkpoint, cut over ranks, with its weights.
 
     Args:
-        native: let the compiled step compute passes of few tokens where it takes the model.
+        native: let the compiled step compute passes of few tokens where it takes the model; None measures whether it pays.
         int8: let it compute all passes over a cache, with int8 weights.
     """
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
-                 native: bool = False, int8: bool = False) -> None:
+                 native: bool | None = False, int8: bool = False) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._on = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -49,8 +51,13 @@ class Network:
         self._layers = layout.layers(self.spec.num_layers, stage)
         self._first, self._last = stage == 0, stage == layout.pp - 1
         self.step: Step | None = None
-        if (native or int8) and takes(self.spec, layout, self.device, dtype):
+        if (native is not False or int8) and takes(self.spec, layout, self.device, dtype):
             self.step = Step(self._model, self.spec, dtype, int8=int8)
+        if native is None and not int8 and self.step is not None:
+            faster, words = pays(self)
+            self.step = self.step if faster else None
+            if show:
+                print(f"single tokens: {words}", file=sys.stderr)
         if int8 and self.step is None:
             raise ModelLinkError("int8 weights are for the compiled step, which does not take this model here", where="--int8",
                                  fix="leave it out")
@@ -61,7 +68,8 @@ class Network:
         """A cache for so many rows; without `tokens` for rows of the longest length, or what half of the free memory holds."""
         spec = self.spec
         per_token = bytes_per_token(spec, len(self._layers), self.layout.tp, self.dtype)
-        room = int(CACHE_SHARE * self._on.available() // per_token // SIZE * SIZE)
+        share = CACHE_SHARE / int(os.environ.get("MODELLINK_REPLICAS", "1"))  # see server/replicas.py
+        room = int(share * self._on.available() // per_token // SIZE * SIZE)
         wanted = min(tokens or rows * (spec.max_position_embeddings + SIZE), max(room, SIZE))
         (wanted,) = self._smallest(wanted)
         return PagedCache(spec, self._layers, tokens=wanted, rows=rows, piece=piece, tp=self.layout.tp, dtype=self.dtype,

@@ -12,6 +12,8 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
 
+OWN = "hf-chat-template"  # the name of the tokenizer's own template among prompt types
+
 if TYPE_CHECKING:
     from modellink.infer.plan import Plan
 
@@ -31,12 +33,22 @@ class ModelOptions:
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
-    native: bool = option(False, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
-                          "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler.")
+    native: bool | None = option(None, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
+                                 "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler; where "
+                                 "nothing is said, if it is faster, which is measured when the model is loaded.")
     int8: bool = option(False, "Let it hold the weights in int8, with a scale for each row; the error is printed.")
     tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
                                                  "that does not carry its own.")
     model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
+    prompt_type: str | None = option(None, "Template of conversations: a name of modellink-preprocess's --prompt-type, or a JSON "
+                                     "file; where nothing is said the one the checkpoint was trained with, else the tokenizer's.")
+    hf_chat_template: bool | None = option(None, "The tokenizer's own template, whatever the checkpoint was trained with; chat "
+                                           "takes --no-hf-chat-template, which joins texts as they are, for a model that knows "
+                                           "no chat.")
+
+    def check(self) -> None:
+        if self.prompt_type and self.hf_chat_template is not None:
+            raise ModelLinkError("they contradict each other", where="--prompt-type, --hf-chat-template", fix="give one of them")
 
     @property
     def layout(self) -> ParallelLayout:
@@ -48,7 +60,8 @@ class ModelOptions:
         """Open and check the checkpoint; imports torch."""
         from modellink.infer.plan import make_plan
         return make_plan(self.load, layout=self.layout, device=self.device, index=index, dtype=self.dtype,
-                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path)
+                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path,
+                         prompt_type=OWN if self.hf_chat_template else self.prompt_type)
 
 
 @dataclass(frozen=True)
@@ -73,7 +86,8 @@ class AnswerOptions:
     seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
                               minimum=0)
     stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
-
+    json_schema: str | None = option(None, "JSON schema that the answer keeps to: a file, or the JSON itself.")
+    regex: str | None = option(None, "Regular expression that the whole answer keeps to.")
     num_beams: int = option(1, "Texts that grow side by side; the best as a whole is the answer.", minimum=1)
     length_penalty: float = option(1.0, "Beams: scores are divided by tokens ^ this.")
     num_return_sequences: int = option(1, "Answers to each prompt: the best beams, or so many draws.", minimum=1)
@@ -96,7 +110,15 @@ class AnswerOptions:
             "max_new_tokens", "max_length", "seed", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
             "num_beams", "length_penalty", "num_return_sequences")}
         drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")} if sample else {}
-        return {**values, **drawn, "do_sample": sample}
+        return {**values, **drawn, "do_sample": sample, "regex": self.regex, "json_schema": self._schema()}
+
+    def _schema(self) -> str | None:
+        if self.json_schema is None or self.json_schema.lstrip().startswith("{"):
+            return self.json_schema
+        try:
+            return Path(self.json_schema).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelLinkError(f"the schema cannot be read: {error}", where="--json-schema") from None
 
 
 @dataclass(frozen=True)
@@ -106,8 +128,8 @@ class PromptOptions:
     prompt: tuple[str, ...] = option((), "One or several prompts.")
     prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one "
                                       'prompt a line, a text or an object with "prompt" or "messages".')
-    chat: bool = option(False, "A prompt is what a user says; the tokenizer's own chat template is put around it.",
-                        alias="--hf-chat-template")
+    chat: bool = option(False, "A prompt is what a user says, and a template is put around it; so with --prompt-type and "
+                        "--hf-chat-template too.")
     system: str | None = option(None, "System message before it (with --chat).")
     stream: bool = option(False, "Show the answer as it is made.")
     json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
@@ -117,8 +139,6 @@ class PromptOptions:
         if self.prompt and self.prompt_file:
             raise ModelLinkError("prompts come from the command line or from a file, not from both",
                                  where="--prompt, --prompt-file")
-        if self.system is not None and not self.chat:
-            raise ModelLinkError("a system message belongs to a chat", where="--system", fix="add --chat")
         if self.stream and self.json:
             raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
 
@@ -128,8 +148,6 @@ class ChatOptions:
     """The conversation."""
 
     system: str | None = option(None, "System message at its beginning.")
-    hf_chat_template: bool = option(True, "Put the tokenizer's chat template around the conversation; without it the texts are "
-                                    "joined as they are, for a model that knows no chat.")
     history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
 
 
@@ -143,7 +161,9 @@ class ServeOptions:
                                            "said.")
     api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
                                  "environment says the same.")
-    batch_size: int = option(16, "Answers computed together at most.", minimum=1)
+    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address.",
+                           minimum=1)
+    batch_size: int = option(16, "Answers computed together at most, of each replica.", minimum=1)
     max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
     max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
 

@@ -11,6 +11,7 @@ import torch
 from modellink.ckpt_convert import ModelSpec, open_checkpoint
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.data_prep import Tokenizer
+from modellink.infer.template import named_format
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -27,6 +28,7 @@ class Plan:
     layout: ParallelLayout
     device: Device
     dtype: torch.dtype
+    prompt_type: str | None = None  # the template around chats; None is the tokenizer's own
 
     @property
     def spec(self) -> ModelSpec:
@@ -35,14 +37,18 @@ class Plan:
 
 def make_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
               device: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0,
-              dtype: torch.dtype | str | None = None, family: str | None = None, tokenizer: Path | str | None = None) -> Plan:
+              dtype: torch.dtype | str | None = None, family: str | None = None, tokenizer: Path | str | None = None,
+              prompt_type: str | None = None) -> Plan:
     """Open a checkpoint and check that it can run that way; see `engine.load` for the arguments."""
     source = open_checkpoint(path, family=family, hf=tokenizer)
     check_layout(source.spec, layout)
     folder = Path(tokenizer) if tokenizer else source.companions
     carried = tokenizer is not None or (folder / "tokenizer.json").is_file()
-    return Plan(source, Tokenizer.from_folder(folder) if carried else None, layout, find(device, index),
-                _dtype(dtype) or source.main_dtype)
+    loaded = Tokenizer.from_folder(folder) if carried else None
+    if loaded is not None:
+        named_format(loaded, prompt_type)  # what was asked for has to be there; what was recorded, when a chat comes
+    return Plan(source, loaded, layout, find(device, index), _dtype(dtype) or source.main_dtype,
+                prompt_type or source.prompt_type)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

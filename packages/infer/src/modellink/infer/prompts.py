@@ -8,13 +8,16 @@ from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.data_prep import Tokenizer, encode_chat
+from modellink.data_prep import Tokenizer
+from modellink.infer.constraint import grammar_of
 from modellink.infer.request import Beams, Request
 from modellink.infer.sampling import Sampling
+from modellink.infer.template import Chat, encode_prompt
 from modellink.kernels.errors import ModelLinkError
 
 Message = Mapping[str, Any]
-Prompts = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
+Prompts = (str | Chat | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
+           | Sequence[Chat])
 DEFAULT_NEW_TOKENS = 128
 
 
@@ -33,6 +36,9 @@ class Options(TypedDict, total=False):
     - `logprobs` (False): give the log-probability of each token; `top_logprobs` (0): and of the most likely ones in its place.
       `return_output_log_probs` is another name of `logprobs`.
     - `include_input` (False): the text begins with the prompt. `detokenize` (True): make text of the tokens.
+    - `json_schema`, `regex`: what the answer keeps to, see constraint.py; a schema is an object or JSON text.
+    - `prompt_type`: the template around a chat, see template.py (the one `load` was given, else the one the checkpoint was
+      trained with, else the tokenizer's own).
     """
 
     max_new_tokens: int | None
@@ -58,14 +64,17 @@ class Options(TypedDict, total=False):
     return_output_log_probs: bool
     include_input: bool
     detokenize: bool
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    prompt_type: str | None
 
 
 def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, **options: Unpack[Options]) -> list[Request]:
     """Requests of one prompt or a list of them.
 
     Args:
-        prompts: a text, token ids, a chat (messages with role and content, which go through the tokenizer's chat template), or
-            a list of texts, of token ids, of chats.
+        prompts: a text, token ids, a chat (messages with role and content, or a `Chat`, which go through a template), or a
+            list of texts, of token ids, of chats.
 
     Raises:
         ModelLinkError: an empty or too long prompt, a token id beyond the vocabulary, a number out of range, an unknown option,
@@ -77,17 +86,22 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
                              fix=f"there are {', '.join(Options.__annotations__)}")
     sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
     beams, count = _beams(options), options.get("num_return_sequences", 1)
+    grammar = grammar_of(tokenizer, json_schema=options.get("json_schema"), regex=options.get("regex"))
+    if grammar and beams:
+        raise ModelLinkError("beams do not keep to a schema or an expression", where="--num-beams", fix="leave one of them out")
     top = options.get("top_logprobs", 0)
     if not 0 <= top <= spec.vocab_size:
         raise ModelLinkError(f"top-logprobs is {top}, it must be between 0 and {spec.vocab_size}", where="--top-logprobs")
     requests = []
     for prompt in _each(prompts):
-        ids = _ids(prompt, tokenizer)
+        ids, ends = _ids(prompt, tokenizer, options.get("prompt_type"))
         check_ids(ids, spec)
+        if options.get("ignore_eos") or options.get("eos_token_id") is not None:
+            ends = ()
         before = tokenizer.decode(ids) if options.get("include_input") and tokenizer else ""
-        request = Request(ids, _room(len(ids), options, spec), sampling, stop_ids, strings,
+        request = Request(ids, _room(len(ids), options, spec), sampling, stop_ids.union(ends), strings,
                           bool(options.get("logprobs") or options.get("return_output_log_probs") or top), top, beams, before,
-                          options.get("detokenize", True))
+                          options.get("detokenize", True), grammar)
         requests += [request] if beams else [_draw(request, number) for number in range(count)]
     return requests
 
@@ -152,17 +166,22 @@ def check_ids(ids: Sequence[int], spec: ModelSpec, what: str = "the prompt") -> 
 
 def _each(prompts: Prompts) -> list[Any]:
     """A list of prompts, however many there are."""
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], (int, Mapping))):
+    if isinstance(prompts, (str, Chat)) or (len(prompts) and isinstance(prompts[0], (int, Mapping))):
         return [prompts]
     return list(prompts)
 
 
-def _ids(prompt: Any, tokenizer: Tokenizer | None) -> list[int]:
-    if not isinstance(prompt, str) and not (len(prompt) and isinstance(prompt[0], Mapping)):
-        return [int(index) for index in prompt]
+def _ids(prompt: Any, tokenizer: Tokenizer | None, prompt_type: str | None) -> tuple[list[int], tuple[int, ...]]:
+    """Token ids of a prompt, and those that end an answer to it beside the usual ones."""
+    if not isinstance(prompt, (str, Chat)) and len(prompt) and isinstance(prompt[0], Mapping):
+        prompt = Chat(prompt)
+    if not isinstance(prompt, (str, Chat)):
+        return [int(index) for index in prompt], ()
     if tokenizer is None:
         raise _no_tokenizer("a text or a chat")
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else encode_chat(tokenizer, prompt, add_generation_prompt=True)
+    if isinstance(prompt, str):
+        return tokenizer.encode(prompt), ()
+    return encode_prompt(tokenizer, prompt, prompt_type)
 
 
 def _no_tokenizer(what: str) -> ModelLinkError:

@@ -10,7 +10,7 @@ from modellink.data_prep import Tokenizer
 from modellink.infer.sampling import Sampling
 from modellink.infer.text import GrowingText
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "stuck"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Generation:
         text: what was generated, without special tokens and without the stop string that ended it; empty where the
             checkpoint has no tokenizer.
         token_ids: all tokens that were generated, with the one that ended the text.
-        finish_reason: `stop` (an end token, a stop string or stop id), `length` (`max_new_tokens`) or `cancelled`.
+        finish_reason: `stop` (an end token, a stop string or stop id, or the end of what a schema allows), `length`
+            (`max_new_tokens`), `cancelled`, or `stuck` (a schema or expression that became too complex to follow).
         logprobs: natural log of the probability of each token under the model, before temperature and filters; None
             unless they were asked for.
         prompt_tokens: how many tokens the prompt has.
@@ -62,6 +63,7 @@ class Request:
     beams: Beams | None = None
     before: str = ""  # what the text of the answer begins with: the prompt, where it is to be shown too
     detokenize: bool = True
+    grammar: str | None = None  # what the answer keeps to, see constraint.py
 
 
 @dataclass

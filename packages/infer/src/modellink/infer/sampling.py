@@ -1,7 +1,7 @@
 """Which token comes next: the most likely one, or one drawn from a distribution that was narrowed first.
 
-The order is the original's: penalties, logits / temperature, then top-k, then top-p (which keeps the token that crosses the
-threshold), then min-p, then the draw. Not here: beams.
+The order is the original's: penalties, what a constraint leaves, logits / temperature, then top-k, then top-p (which keeps the
+token that crosses the threshold), then min-p, then the draw. Not here: beams.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modellink.infer.constraint import Constraint
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -97,10 +98,12 @@ class Chooser:
     Args:
         prompt: its tokens, which only the repetition penalty looks at.
         answer: its tokens so far; the list that grows.
+        constraint: what the answer keeps to.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (), answer: Sequence[int] = ()) -> None:
-        self.sampling, self._prompt, self._answer = sampling, prompt, answer
+    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (), answer: Sequence[int] = (),
+                 constraint: Constraint | None = None) -> None:
+        self.sampling, self._prompt, self._answer, self.constraint = sampling, prompt, answer, constraint
         self._generator = torch.Generator(device)
         if sampling.seed is None:
             self._generator.seed()
@@ -110,12 +113,14 @@ class Chooser:
     @property
     def plain(self) -> bool:
         """Whether the most likely token is what it chooses."""
-        return self.sampling.greedy and not self.sampling.penalised
+        return self.sampling.greedy and not self.sampling.penalised and self.constraint is None
 
     def __call__(self, logits: Tensor) -> int:
         """Logits [vocabulary] in fp32 -> a token id."""
         if self.sampling.penalised:
             logits = penalise(logits, self.sampling, self._prompt, self._answer)
+        if self.constraint is not None:
+            logits = self.constraint.narrow(logits)
         if self.sampling.greedy:
             return int(logits.argmax())
         return int(torch.multinomial(narrow(logits, self.sampling).softmax(-1), 1, generator=self._generator)[0])

@@ -11,6 +11,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+GIGABYTE = 10 ** 9
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
 
 
@@ -20,7 +21,7 @@ class Work:
     Args:
         what: a few words, e.g. `converting`.
         total: how many units there are; None when nobody knows.
-        unit: the plural of what is counted, e.g. `tensors`.
+        unit: the plural of what is counted, e.g. `tensors`; `bytes` are shown as GB.
         show: False keeps it quiet (every rank but the first).
     """
 
@@ -49,8 +50,14 @@ class Work:
 
     def _count(self, now: float) -> str:
         rate = self.done / max(now - self._start, 1e-9)
-        of = "" if self.total is None else f" of {self.total:,}"
-        return f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"
+        if self.unit == "bytes":
+            of = "" if self.total is None else f" of {self.total / GIGABYTE:,.2f}"
+            shown = f"{self.done / GIGABYTE:,.2f}{of} GB, {rate / GIGABYTE:,.2f} GB/s"
+        else:
+            of = "" if self.total is None else f" of {self.total:,}"
+            shown = f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"
+        left = (self.total or 0) - self.done
+        return f"{shown}, {left / rate:,.0f} s left" if left > 0 and rate and self._bar is None else shown
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         now = time.monotonic()

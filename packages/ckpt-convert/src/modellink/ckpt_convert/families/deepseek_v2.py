@@ -53,4 +53,5 @@ class DeepSeekV2(Family):
         return super().write(spec) | groups | {
             "topk_method": "group_limited_greedy" if spec.topk_group else "greedy",
             "n_shared_experts": (spec.moe_shared_expert_intermediate_size or 0) // spec.expert_ffn or None,
+            "q_lora_rank": spec.q_lora_rank,  # also null: missing would mean another model
             "num_key_value_heads": spec.num_attention_heads}

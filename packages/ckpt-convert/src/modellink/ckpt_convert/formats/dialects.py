@@ -39,7 +39,8 @@ GROUPED = {"mlp.experts.weight1": "linear_fc1.weight", "mlp.experts.weight2": "l
 
 
 def our_name(name: str) -> str:
-    """A weight's name, called as it is here."""
+    """A weight's name, called as it is here; those of LoRA as lora.py says."""
+    name = name.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
     for theirs, ours in (FUSED_NORMS | LATENT | ORIGINAL).items():
         if name.endswith("." + theirs):
             return name.removesuffix(theirs) + ours

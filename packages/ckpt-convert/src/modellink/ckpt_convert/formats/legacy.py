@@ -9,6 +9,7 @@ It has no names for experts, latent attention and norms behind a branch. Read ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ MODULES = {
 """Canonical module inside the decoder or a layer -> legacy module."""
 OLDER = {"attention.query_key_value": "self_attention.linear_qkv", "attention.dense": "self_attention.linear_proj",
          "post_attention_layernorm": "pre_mlp_layernorm"}
+ADAPTED = re.compile(r"(?P<module>.+?)\.(?P<kind>(?:base_layer|lora_[AB])\..+)")
+"""What LoRA puts behind the name of a module."""
 CANONICAL = {theirs: ours for ours, theirs in MODULES.items()} | OLDER
 
 
@@ -52,6 +55,8 @@ def _decoder(name: str) -> str:
         number, _, rest = name.removeprefix("layers.").partition(".")
         start = f"decoder.layers.{number}."
     module, _, kind = rest.rpartition(".")
+    if adapted := ADAPTED.fullmatch(rest):
+        module, kind = adapted["module"], adapted["kind"]
     return f"{start}{CANONICAL.get(module, module)}.{kind}"
 
 
@@ -94,6 +99,8 @@ def _encoder(name: str) -> str:
         number, _, rest = rest.removeprefix("layers.").partition(".")
         start = f"layers.{number}."
     module, _, kind = rest.rpartition(".")
+    if adapted := ADAPTED.fullmatch(rest):
+        module, kind = adapted["module"], adapted["kind"]
     if module not in MODULES:
         raise ModelLinkError(f"Megatron-Legacy has no name for {name}", where="--to megatron-legacy",
                              fix="use --to megatron-core; experts, latent attention and norms behind a branch exist only there")

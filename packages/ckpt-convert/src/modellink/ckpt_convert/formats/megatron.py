@@ -9,14 +9,16 @@ Not here: folders (ranks.py), names (dialects.py, legacy.py), `torch_dist` (a mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from modellink.ckpt_convert.formats import dialects, pickle, ranks
 from modellink.ckpt_convert.formats.ranks import FILE, Ranks, rank_folder
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
+from modellink.ckpt_convert.lora import LORA, A, B, sides
 from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_missing, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, weights
@@ -30,11 +32,16 @@ COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads
 
 @dataclass(frozen=True)
 class Found:
-    """The canonical tensors of an iteration folder, the layout they are stored in, and what wrote them."""
+    """The canonical tensors of an iteration folder, the layout they are stored in, and what wrote them.
+
+    `adapter` has the tensors of a LoRA adapter, `tensors` is empty where there is nothing else; `arguments` are the writer's.
+    """
 
     kind: str
     tensors: dict[str, Assembled]
     layout: ParallelLayout
+    adapter: dict[str, Assembled]
+    arguments: Mapping[str, Any]
 
 
 def read(folder: Path, spec: ModelSpec) -> Found:
@@ -43,28 +50,63 @@ def read(folder: Path, spec: ModelSpec) -> Found:
     Raises:
         ModelLinkError: a rank is missing or damaged, or the weights are not those of `spec`.
     """
-    loaded = ranks.load(folder)
+    loaded = ranks.load(folder, spec.num_layers)
     kind = dialects.kind_of(loaded.first.states[0], spec)
-    _refuse_other_model(loaded.first.arguments, spec, folder)
+    arguments = _arguments(loaded.first.arguments)
+    _refuse_other_model(arguments, spec, folder)
     layout = _layout(spec, loaded, folder)
     known = weights(spec)
     parts: dict[str, list[Part]] = {}
+    adapter: dict[str, Assembled] = {}
+    alone = _is_adapter(loaded)
     for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
         names = stage_names(spec, layout, stage, chunk, expert_rank)
         where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE
         models = [dialects.taken_apart(loaded.contents[stage, expert_rank, rank].chunks[chunk], spec, layout.ep, where)
                   for rank in range(layout.tp)]
+        adapter |= _adapter(names, known, models, where)
+        if alone:  # what else is there is copies of the base's embedding and head
+            continue
         for model in models:
             refuse_missing((name for name in names if name not in model), where)
             refuse_left_over((name for name in model if name not in names), where)
         for name, canonical in names.items():
             if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
                 parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
-    return Found(kind, assemble(spec, parts, folder), layout)
+    return Found(kind, {} if alone else assemble(spec, parts, folder), layout, adapter, arguments)
 
 
-def _refuse_other_model(args: object, spec: ModelSpec, folder: Path) -> None:
-    values = args.state if isinstance(args, pickle.Inert) and isinstance(args.state, dict) else {}
+def _is_adapter(loaded: Ranks) -> bool:
+    """Whether all that the layers hold is LoRA's."""
+    names = {name for content in loaded.contents.values() for chunk in content.chunks for name in chunk
+             if name.startswith(LAYERS)}
+    return bool(names) and all(LORA in name for name in names)
+
+
+def _adapter(names: Mapping[str, str], known: Mapping[str, Weight], models: list[dict[str, Stored]],
+             where: Path) -> dict[str, Assembled]:
+    """The LoRA tensors of a chunk, which are taken out of `models`, one of each rank."""
+    taken = [{name: model.pop(name) for name in list(model) if LORA in name} for model in models]
+    found: dict[str, Assembled] = {}
+    for name, canonical in names.items():
+        module, theirs = canonical.removesuffix(".weight"), name.removesuffix(".weight")
+        if theirs + A not in taken[0]:
+            continue
+        rank = next(iter(taken[0][theirs + A].shape), 0)
+        for side, weight in zip((A, B), sides(known[canonical], rank), strict=True):
+            refuse_missing((theirs + side for own in taken if theirs + side not in own), where)
+            shards = [own.pop(theirs + side) for own in taken]
+            found[module + side] = Assembled(module + side, weight.shape, tuple(cut(theirs + side, weight, shards)))
+            found[module + side].check()
+    refuse_left_over((name for own in taken for name in own), where)
+    return found
+
+
+def _arguments(args: object) -> Mapping[str, Any]:
+    return args.state if isinstance(args, pickle.Inert) and isinstance(args.state, dict) else {}
+
+
+def _refuse_other_model(values: Mapping[str, Any], spec: ModelSpec, folder: Path) -> None:
     ours = spec.explicit()
     for name in COMPARED:
         theirs = values.get(name)

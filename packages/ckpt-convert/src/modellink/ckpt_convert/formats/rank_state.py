@@ -17,6 +17,7 @@ import torch
 from modellink.ckpt_convert.formats import dialects, legacy
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.formats.writing import Planned
+from modellink.ckpt_convert.lora import LoraConfig
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
@@ -32,9 +33,13 @@ class Style:
 
 
 def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *, iteration: int,
-               dtype: torch.dtype) -> dict[str, Any]:
-    """The content of one rank's file; `models` are its chunks under our names."""
-    state: dict[str, Any] = {"args": arguments(spec, layout, style, dtype=dtype, iteration=iteration),
+               dtype: torch.dtype, adapter: LoraConfig | None = None) -> dict[str, Any]:
+    """The content of one rank's file; `models` are its chunks under our names, of an adapter with its configuration."""
+    told = arguments(spec, layout, style, dtype=dtype, iteration=iteration)
+    if adapter:
+        names = {name.rpartition(".lora_")[0].rpartition(".")[2] for model in models for name in model}
+        vars(told).update(lora_r=adapter.r, lora_alpha=adapter.alpha, lora_target_modules=sorted(names))
+    state: dict[str, Any] = {"args": told,
                              "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0}
     for chunk, model in enumerate(models):
         named: Mapping[str, Any] = (legacy.state_of(model, tied=spec.tied) if style.legacy else

@@ -16,7 +16,7 @@ from typing import Any
 from modellink.ckpt_convert.formats import legacy, pickle
 from modellink.ckpt_convert.formats.dialects import renamed
 from modellink.ckpt_convert.formats.tensors import Stored
-from modellink.ckpt_convert.weights import EMBEDDING, FINAL_NORM
+from modellink.ckpt_convert.weights import EMBEDDING, FINAL_NORM, LAYERS
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
@@ -57,8 +57,8 @@ class Ranks:
         return self.contents[0, 0, 0]
 
 
-def load(folder: Path) -> Ranks:
-    """Read what every rank's file holds, without its numbers.
+def load(folder: Path, num_layers: int | None = None) -> Ranks:
+    """Read what every rank's file holds, without its numbers; `num_layers` is that of the model, where it is known.
 
     Raises:
         ModelLinkError: a rank is missing or damaged.
@@ -66,7 +66,8 @@ def load(folder: Path) -> Ranks:
     paths = {(int(match[1]), match[2], match[3]): path for path in folder.iterdir() if (match := RANK.match(path.name))}
     first = paths[min(paths, key=lambda key: (key[0], key[1] or "", key[2] or ""))]
     loaded = {first: _content(first / FILE)}
-    alone = all(third is None for _, _, third in paths) and _is_whole(loaded[first].chunks)  # no stages: it counts experts
+    # without stages the second number counts experts
+    alone = all(third is None for _, _, third in paths) and _is_whole(loaded[first].chunks, num_layers)
     places = {}
     for (rank, second, third), path in paths.items():
         stage, expert_rank = (0, int(second or 0)) if alone else (int(second or 0), int(third or 0))
@@ -81,10 +82,11 @@ def load(folder: Path) -> Ranks:
     return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE) for place, path in places.items()})
 
 
-def _is_whole(chunks: list[dict[str, Stored]]) -> bool:
-    """Whether one rank holds both ends of the model."""
+def _is_whole(chunks: list[dict[str, Stored]], num_layers: int | None) -> bool:
+    """Whether one rank holds both ends of the model, or (of an adapter) as many layers."""
     names = {name for chunk in chunks for name in chunk}
-    return FINAL_NORM in names and EMBEDDING in names
+    last = f"{LAYERS}{(num_layers or 0) - 1}."
+    return {FINAL_NORM, EMBEDDING} <= names or any(name.startswith(last) for name in names)
 
 
 def _content(path: Path) -> Content:

@@ -16,15 +16,23 @@ class CheckpointConfig:
 
     load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or one that "
                                "training saved, which is then continued.")
+    ckpt_step: int | None = option(None, "Start from this iteration of --load; the last complete one where nothing is said.",
+                                   minimum=0)
     finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
+    load_optim: bool = option(True, "Of a run that is continued, take the optimizer's state too.")
+    load_rng: bool = option(True, "Of a run that is continued, take the random state too.")
     model_type_hf: str | None = option(None, "Family of a checkpoint that does not say it.")
     tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none.")
     save: Path | None = option(None, "Folder to save checkpoints in.")
     save_interval: int | None = option(None, "Iterations between two saves; the end of the run is always saved.", minimum=1)
+    save_total_limit: int | None = option(None, "Keep only so many of the newest checkpoints.", minimum=1)
     exit_interval: int | None = option(None, "Stop, saved, when the iteration is a multiple of this.", minimum=1)
+    exit_duration_in_mins: float | None = option(None, "Stop, saved, after the first iteration that ends later than this.",
+                                                 unit="minutes", minimum=0)
 
     def check(self) -> None:
         if self.load is not None and not self.load.exists():
             raise ModelLinkError("the checkpoint to load is missing", where=f"--load {self.load}")
-        if self.save_interval and self.save is None:
-            raise ModelLinkError("there is no folder to save in", where="--save-interval", fix="give one with --save")
+        for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit)):
+            if given and self.save is None:
+                raise ModelLinkError("there is no folder to save in", where=flag, fix="give one with --save")

@@ -23,6 +23,9 @@ class DataConfig:
     micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
     global_batch_size: int | None = option(None, "Samples of one iteration over all ranks; micro batch x DP where nothing "
                                            "is said.", minimum=1)
+    rampup_batch_size: tuple[int, ...] | None = option(
+        None, "Begin with a global batch of the first number, and add the second again and again until the third number of "
+        "samples, when it is whole.")
     reset_position_ids: bool = option(False, "Count positions from the beginning of each document of a sample, and let no token "
                                       "see another document.")
     reset_attention_mask: bool = option(False, "Let no token see another document, with positions of the sample.")
@@ -55,18 +58,47 @@ class DataConfig:
             prefixes = [f"{prefix}_packed_{field}_document" for prefix in prefixes for field in INSTRUCTION_FIELDS]
         return [Path(prefix + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
 
-    def num_microbatches(self, dp: int) -> int:
-        """Forward passes of an iteration on each rank."""
+    def num_microbatches(self, dp: int, consumed: int | None = None) -> int:
+        """Forward passes on each rank of the iteration that begins with sample `consumed`; None: of one past the ramp-up."""
         per_pass = self.micro_batch_size * dp
         total = self.global_batch_size or per_pass
         if total % per_pass:
             raise ModelLinkError(f"global batch size {total} is not a multiple of micro batch size {self.micro_batch_size} "
                                  f"x data parallel size {dp}", where="--global-batch-size")
-        return total // per_pass
+        return (total if consumed is None else self.batch_size_at(consumed, dp)) // per_pass
 
     def samples_per_iteration(self, dp: int) -> int:
-        """The global batch size."""
+        """The global batch size, past the ramp-up."""
         return self.num_microbatches(dp) * self.micro_batch_size * dp
+
+    def batch_size_at(self, consumed: int, dp: int) -> int:
+        """The global batch size of the iteration that begins with sample `consumed`."""
+        whole = self.samples_per_iteration(dp)
+        if self.rampup_batch_size is None:
+            return whole
+        start, step, samples = self.rampup_batch_size
+        return min(whole, start + step * (consumed * (whole - start) // (samples * step)))
+
+    def samples_of(self, iterations: int, dp: int) -> int:
+        """The samples of a run of so many iterations."""
+        consumed, whole = 0, self.samples_per_iteration(dp)
+        while iterations and (size := self.batch_size_at(consumed, dp)) < whole:
+            consumed, iterations = consumed + size, iterations - 1
+        return consumed + iterations * whole
+
+    def check_rampup(self, dp: int) -> None:
+        """Raise where the ramp-up has a global batch that the ranks cannot divide."""
+        if self.rampup_batch_size is None:
+            return
+        whole, unit = self.samples_per_iteration(dp), self.micro_batch_size * dp
+        if len(self.rampup_batch_size) != 3:
+            raise ModelLinkError(f"a ramp-up is three numbers, not {len(self.rampup_batch_size)}", where="--rampup-batch-size",
+                                 fix="give first batch, increment and samples, e.g. 16,16,30000")
+        start, step, samples = self.rampup_batch_size
+        if min(start, step, samples) < 1 or start % unit or step % unit or start > whole or (whole - start) % step:
+            raise ModelLinkError(f"a batch that begins with {start} and grows by {step} does not reach {whole} in multiples of "
+                                 f"{unit}, what all ranks take in one pass", where="--rampup-batch-size, --global-batch-size",
+                                 fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:
         if not self.data_path:

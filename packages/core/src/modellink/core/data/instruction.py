@@ -169,7 +169,7 @@ def iteration(share: Share, data: DataConfig, instruction: InstructionConfig, *,
         ModelLinkError: a token id the model does not have.
     """
     size, batches = data.micro_batch_size, []
-    passes = data.num_microbatches(dp)
+    passes = data.num_microbatches(dp, consumed)
     for number in range(passes):
         start = consumed + (number * dp + dp_rank) * size
         samples = [share[place] for place in range(start, start + size)]

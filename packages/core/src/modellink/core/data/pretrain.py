@@ -35,6 +35,16 @@ class TokenIds:
         return {"vocab_size": self.vocab_size}
 
 
+class Texts(GPTDataset):
+    """GPTDataset, which would look for samples without end in a share that has no token."""
+
+    def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
+        if num_tokens_per_epoch == 0 and self.num_samples:
+            raise ModelLinkError(f"the {self.index_split.name} share of the split has no document", where=f"{self.dataset_path}, "
+                                 "--split", fix="give more data, or another split; one that ends with 0 has no such share")
+        return 1 if num_tokens_per_epoch == 0 else int(super()._get_num_epochs(num_tokens_per_epoch))
+
+
 @dataclass(frozen=True)
 class Batch:
     """Samples of one forward pass, all [micro batch, seq].
@@ -71,7 +81,7 @@ def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: i
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
         eod_mask_loss=False, create_attention_mask=False)
     try:
-        sets = BlendedMegatronDatasetBuilder(GPTDataset, list(samples), lambda: True, dataset_config).build()
+        sets = BlendedMegatronDatasetBuilder(Texts, list(samples), lambda: True, dataset_config).build()
     except (IndexError, AssertionError) as error:
         raise ModelLinkError(f"the data does not give a sample of {config.seq_length} tokens for each share of the split "
                              f"({error})", where="--data-path, --split, --seq-length",

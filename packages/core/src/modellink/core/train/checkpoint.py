@@ -25,7 +25,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
-from modellink.ckpt_convert.iterations import TRACKER, iteration_folder
+from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
@@ -49,14 +49,15 @@ class Training:
     consumed_samples: int = 0
 
 
-def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None,
-         beside: Callable[[Path], None] | None = None) -> None:
+def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *,
+         beside: Callable[[Path], None] | None = None, keep: int | None = None) -> None:
     """Write the checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: what the checkpoint says of itself.
         companions: the folder whose config and tokenizer files travel with the weights.
         beside: writes what else belongs into the iteration's folder, before that is complete.
+        keep: how many of the newest checkpoints are kept; None: all.
     """
     path = folder / iteration_folder(training.iteration)
     temporary = path.with_name(path.name + ".tmp")
@@ -68,7 +69,9 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         write_companions(folder, manifest, companions)
     dist.barrier()
     with whole_parameters(training.models):
-        state, optimizer = _state(training, loading=False)
+        state = _weights(training)
+        optimizer = _optimizer(training, state, loading=False)
+        state["optimizer"] = optimizer.tensors
         state |= _random_state(training.layout)
         state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
         dist_checkpointing.save(state, str(temporary))
@@ -82,21 +85,34 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         kill_point("before-tracker")
         with atomic_write(folder / TRACKER, "w") as file:
             file.write(str(training.iteration))
+        if keep is not None:
+            drop_older(folder, keep)
         print(f"  successfully saved checkpoint at iteration {training.iteration:7d} to {folder}", flush=True)
     dist.barrier()
 
 
-def resume(training: Training, path: Path) -> None:
+def drop_older(folder: Path, keep: int) -> None:
+    """Remove all but the newest complete iterations; one that is half removed does not look complete."""
+    for path in sorted(path for path in folder.glob("iter_*") if FOLDER.match(path.name))[:-keep]:
+        leaving = path.rename(path.with_name(path.name + ".tmp"))
+        shutil.rmtree(leaving)
+
+
+def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng: bool = True) -> None:
     """Take weights, optimizer, schedule, random state and progress from an iteration's folder; all ranks call it.
 
     The layout may be another than the one it was saved at; then only the random state, which dropout uses, starts anew.
+    Without `load_optim` the optimizer starts anew, without `load_rng` the random state.
     """
     refuse_unknown_names(path)  # megatron-core will unpickle the metadata bare
     progress = read_progress(path)
     assert progress is not None
     same = progress.layout == str(training.layout)
-    wanted, optimizer = _state(training, loading=True)
-    wanted |= _random_state(training.layout) if same else {}
+    wanted = _weights(training)
+    optimizer = _optimizer(training, wanted, loading=True) if load_optim else None
+    if optimizer is not None:
+        wanted["optimizer"] = optimizer.tensors
+    wanted |= _random_state(training.layout) if same and load_rng else {}
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
@@ -104,12 +120,15 @@ def resume(training: Training, path: Path) -> None:
                              fix="give the settings it was made with, or take only its weights with --finetune") from None
     for name, model in _chunks(training):
         bare(model).load_state_dict(state[name], strict=all(parameter.requires_grad for parameter in model.parameters()))
-    with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
-        training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
+    if optimizer is not None:
+        with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
+            training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
+    else:
+        training.optimizer.reload_model_params()
     training.schedule.load_state_dict(state["schedule"])
-    if same:
+    if same and load_rng:
         _set_random_state(state)
-    elif dist.get_rank() == 0:
+    elif load_rng and dist.get_rank() == 0:
         print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
 
@@ -120,13 +139,16 @@ def _chunks(training: Training) -> list[tuple[str, Any]]:
     return [(f"model{number}", model) for number, model in enumerate(training.models)]
 
 
-def _state(training: Training, *, loading: bool) -> tuple[dict[str, Any], OptimizerState]:
-    """Model and optimizer as megatron-core's sharded state, and the optimizer's in its own form."""
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True,
-                "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+def _metadata() -> dict[str, Any]:
+    return {"distrib_optim_sharding_type": "fully_reshardable", "non_homogeneous_layers": True,
+            "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _weights(training: Training) -> dict[str, Any]:
+    """The model chunks as megatron-core's sharded state."""
     state: dict[str, Any] = {}
     for name, model in _chunks(training):
-        tensors = bare(model).sharded_state_dict(metadata=metadata)
+        tensors = bare(model).sharded_state_dict(metadata=_metadata())
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
         frozen = {key for key, parameter in bare(model).named_parameters() if not parameter.requires_grad}
@@ -134,10 +156,13 @@ def _state(training: Training, *, loading: bool) -> tuple[dict[str, Any], Optimi
             state[name] = {key: value for key, value in state[name].items() if ".lora_" in key}
         if lost := dict(bare(model).named_parameters()).keys() - state[name].keys() - frozen:
             raise InternalError(f"a checkpoint would leave out {sorted(lost)[:5]}")
-    models = state if len(training.models) > 1 else state["model"]
-    optimizer = OptimizerState(training.optimizer, models, loading=loading, metadata=metadata)
-    state["optimizer"] = optimizer.tensors
-    return state, optimizer
+    return state
+
+
+def _optimizer(training: Training, weights: dict[str, Any], *, loading: bool) -> OptimizerState:
+    """The optimizer's state beside that of its weights; `loading` makes room for it in the optimizer."""
+    models = dict(weights) if len(training.models) > 1 else weights["model"]
+    return OptimizerState(training.optimizer, models, loading=loading, metadata=_metadata())
 
 
 def _random_state(layout: ParallelLayout) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
-from modellink.core.train.metrics import Clock, Metrics, Step
+from modellink.core.train.guard import keep_batch, refuse_not_finite
+from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.step import run_schedule
+from modellink.core.train.stop import Stop, is_multiple
 
 Feed = Callable[..., Iterator[Batch]]
 """`feed(consumed=n)`: this rank's micro batches from global sample n on."""
@@ -27,31 +30,28 @@ Feed = Callable[..., Iterator[Batch]]
 def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Feed | None) -> list[Step]:
     """Train from `training.iteration` on; see `pretrain` for what comes back."""
     last, save, logging = run.optimizer.train_iters, run.checkpoint.save, run.logging
-    throughput = logging.log_throughput and not run.instruction.variable_seq_lengths
-    if logging.log_throughput and not throughput and dist.get_rank() == 0:
+    known = logging.log_throughput and not run.instruction.variable_seq_lengths
+    if logging.log_throughput and not known and dist.get_rank() == 0:
         print("note: no throughput is shown, the lengths of the samples differ", flush=True)
     metrics = Metrics(
         active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
-        global_batch_size=run.data.samples_per_iteration(run.layout.dp), log_interval=logging.log_interval, folder=save,
-        tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
-        flops=flops_per_rank(run) if throughput else None)
+        log_interval=logging.log_interval, folder=save, tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
+        throughput=throughput(run) if known else None)
     clock = Clock(run.device)
-    while training.iteration < last:
-        iterate(run, training, train, metrics, clock)
-        at = training.iteration
-        leaving = is_multiple(at, run.checkpoint.exit_interval)
-        if is_multiple(at, logging.eval_interval):
-            evaluate(run, training, valid, metrics, f"iteration {at}")
-        if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-            beside = None
-            if run.lora.on and run.checkpoint.load is not None:
-                beside = partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
+    with Stop(run.checkpoint, run.device.torch) as stop:
+        while training.iteration < last:
+            iterate(run, training, train, metrics, clock)
+            at = training.iteration
+            leaving = stop.reason(at)
+            if is_multiple(at, logging.eval_interval):
+                evaluate(run, training, valid, metrics, f"iteration {at}")
+            if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
+                _save(run, training, save)
+            if leaving:
                 if dist.get_rank() == 0:
-                    write_description(save, run.lora)
-            checkpoint.save(training, save, run.manifest, run.companions, beside)
-        if leaving:
-            break
-        clock.lap()  # evaluating and saving are not part of an iteration
+                    print(f"leaving after iteration {at}: {leaving}", flush=True)
+                break
+            clock.lap()  # evaluating and saving are not part of an iteration
     if training.iteration == last:
         evaluate(run, training, valid, metrics, f"iteration {last} on validation set")
         evaluate(run, training, test, metrics, f"iteration {last} on test set")
@@ -59,8 +59,13 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
     return metrics.history
 
 
-def is_multiple(iteration: int, interval: int | None) -> bool:
-    return interval is not None and iteration % interval == 0
+def _save(run: Run, training: Training, folder: Path) -> None:
+    beside = None
+    if run.lora.on and run.checkpoint.load is not None:
+        beside = partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
+        if dist.get_rank() == 0:
+            write_description(folder, run.lora)
+    checkpoint.save(training, folder, run.manifest, run.companions, beside=beside, keep=run.checkpoint.save_total_limit)
 
 
 def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock) -> None:
@@ -68,15 +73,20 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
     for model in training.models:
         model.zero_grad_buffer()
     training.optimizer.zero_grad()
-    loss = run_schedule(training.models, lambda: feed(consumed=training.consumed_samples), **_sizes(run))
+    start = training.consumed_samples
+    size = run.data.batch_size_at(start, run.layout.dp)
+    loss = run_schedule(training.models, lambda: feed(consumed=start), **_sizes(run, start))
+    if run.optimizer.check_for_nan_in_loss_and_grad and not run.optimizer.fp16:
+        refuse_not_finite(training.models, loss, f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}",
+                          lambda: _keep_batch(run, training, feed))
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()
     if updated:
         training.schedule.step(increment=1)
     training.iteration += 1
-    training.consumed_samples += run.data.samples_per_iteration(run.layout.dp)
+    training.consumed_samples += size
     metrics.add(Step(
-        iteration=training.iteration, consumed_samples=training.consumed_samples, loss=loss.item(),
+        iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size, loss=loss.item(),
         learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
         loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap()))
 
@@ -89,22 +99,31 @@ def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, 
     for model in training.models:
         model.eval()
     size = run.data.samples_per_iteration(run.layout.dp)
+    sizes = _sizes(run, None)
     with whole_parameters(training.models):
         losses = [run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True,
-                               **_sizes(run)) for number in range(run.logging.eval_iters)]
+                               **sizes) for number in range(run.logging.eval_iters)]
     for model in training.models:
         model.train()
     metrics.evaluation(where, torch.stack(losses).mean().item(), training.iteration)
 
 
-def _sizes(run: Run) -> dict[str, Any]:
-    return {"num_microbatches": run.data.num_microbatches(run.layout.dp), "seq_length": run.data.seq_length,
+def _keep_batch(run: Run, training: Training, feed: Feed) -> str:
+    if run.checkpoint.save is None:
+        return "and with --save the batch would have been kept"
+    start = training.consumed_samples
+    return keep_batch(run.checkpoint.save / f"not_finite_{training.iteration + 1:07d}", feed(consumed=start),
+                      run.data.num_microbatches(run.layout.dp, start))
+
+
+def _sizes(run: Run, consumed: int | None) -> dict[str, Any]:
+    return {"num_microbatches": run.data.num_microbatches(run.layout.dp, consumed), "seq_length": run.data.seq_length,
             "micro_batch_size": run.data.micro_batch_size}
 
 
-def flops_per_rank(run: Run) -> float:
-    """Floating point operations of an iteration's forward and backward passes on one rank (backward counts twice, and once for
-    weights that are frozen): the matrix products a token takes part in, and causal attention at half of its square (as in the
+def throughput(run: Run) -> Throughput:
+    """What an iteration's speed is measured by. A sample's forward and backward passes (backward counts twice, and once for
+    weights that are frozen) are the matrix products a token takes part in, and causal attention at half of its square (as in the
     appendix of Narayanan et al. 2021). Padding counts."""
     spec, seq = run.spec, run.data.seq_length
     attention = spec.num_layers * seq * spec.num_attention_heads * (spec.head_dim + spec.value_dim) / 2
@@ -112,5 +131,7 @@ def flops_per_rank(run: Run) -> float:
     for name, weight in weights(spec).items():
         if name.startswith("decoder.") and len(weight.shape) == 2:
             products += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
-    tokens = seq * run.data.samples_per_iteration(run.layout.dp)
-    return (6.0 * attention + (4.0 if run.lora.on else 6.0) * products) * tokens / run.layout.world_size
+    peak = run.logging.peak_tflops
+    tokens = seq / run.layout.world_size
+    flops = (6.0 * attention + (4.0 if run.lora.on else 6.0) * products) * tokens
+    return Throughput(tokens, flops, None if peak is None else peak * 1e12)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +28,7 @@ class Step:
 
     iteration: int
     consumed_samples: int
+    global_batch_size: int
     loss: float
     learning_rate: float
     grad_norm: float | None
@@ -35,19 +37,36 @@ class Step:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens and floating point operations that a sample is on one rank, and how many of these the device could do a second."""
+
+    tokens: float
+    flops: float
+    peak: float | None
+
+    def told(self, steps: Sequence[Step]) -> list[str]:
+        """Of these iterations, for the log line."""
+        rate = sum(step.global_batch_size for step in steps) / sum(step.seconds for step in steps)
+        told = [f"throughput per GPU (TFLOP/s/GPU): {rate * self.flops / 1e12:.1f}",
+                f"tokens per second per GPU: {rate * self.tokens:.1f}"]
+        return told if self.peak is None else [
+            *told, f"MFU: {rate * self.flops / self.peak:.1%} of {self.peak / 1e12:g} TFLOP/s"]
+
+
 class Metrics:
     """Gathers steps and writes them; on ranks other than the last it does nothing.
 
     Args:
-        flops: floating point operations of an iteration on one rank, for the throughput; None leaves it out.
+        throughput: what to measure speed by; None leaves it out of the log line.
         resumed: the iteration the run continues from.
     """
 
-    def __init__(self, *, active: bool, device: Device, train_iters: int, global_batch_size: int, log_interval: int,
-                 folder: Path | None, tensorboard_dir: Path | None, flops: float | None, resumed: int) -> None:
+    def __init__(self, *, active: bool, device: Device, train_iters: int, log_interval: int, folder: Path | None,
+                 tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int) -> None:
         self.active, self.device = active, device
-        self.train_iters, self.global_batch_size, self.log_interval = train_iters, global_batch_size, log_interval
-        self.flops, self._first = flops, True
+        self.train_iters, self.log_interval = train_iters, log_interval
+        self.throughput, self._first = throughput, True
         self.folder, self.tensorboard_dir, self.resumed = folder, tensorboard_dir, resumed
         self._opened = False
         self.history: list[Step] = []
@@ -98,9 +117,9 @@ class Metrics:
         parts = [f"iteration {last.iteration:8d}/{self.train_iters:8d}",
                  f"consumed samples: {last.consumed_samples:12d}",
                  f"elapsed time per iteration (ms): {seconds * 1000:.1f}"]
-        if self.flops is not None:
-            parts.append(f"throughput per GPU (TFLOP/s/GPU): {self.flops / seconds / 1e12:.1f}")
-        parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {self.global_batch_size:5d}"]
+        if self.throughput is not None:
+            parts += self.throughput.told(steps)
+        parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
         if good:
             parts.append(f"lm loss: {sum(good) / len(good):.6E}")
         parts.append(f"loss scale: {last.loss_scale:.1f}")

@@ -43,6 +43,8 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
         optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad,
         bf16=config.bf16, fp16=config.fp16, params_dtype=config.dtype, initial_loss_scale=config.initial_loss_scale,
+        loss_scale=config.loss_scale, min_loss_scale=config.min_loss_scale, loss_scale_window=config.loss_scale_window,
+        hysteresis=config.hysteresis, decoupled_lr=config.decoupled_lr, decoupled_min_lr=config.decoupled_min_lr,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather), list(models))
     no_sync = [model.no_sync for model in models]
@@ -56,8 +58,10 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
 
 def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:
     """The learning rate as a function of the iteration; `step(1)` after each."""
+    start, end = ((config.weight_decay if value is None else value)
+                  for value in (config.start_weight_decay, config.end_weight_decay))
     return OptimizerParamScheduler(
-        optimizer, init_lr=0.0, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup_iters,
-        lr_decay_steps=config.decay_iters, lr_decay_style=config.lr_decay_style, start_wd=config.weight_decay,
-        end_wd=config.weight_decay, wd_incr_steps=0, wd_incr_style="constant", use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True)
+        optimizer, init_lr=config.lr_warmup_init, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup_iters,
+        lr_decay_steps=config.decay_iters, lr_decay_style=config.lr_decay_style, start_wd=start, end_wd=end,
+        wd_incr_steps=config.train_iters, wd_incr_style=config.weight_decay_incr_style,
+        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

@@ -22,11 +22,11 @@ def pretrain(run: Run) -> list[Step]:
     """
     training = set_up(run)
     config, logging = run.data, run.logging
-    size = config.samples_per_iteration(run.layout.dp)
+    trained = config.samples_of(run.optimizer.train_iters, run.layout.dp)
+    evaluated = logging.eval_iters * config.samples_per_iteration(run.layout.dp)
     evaluations = run.optimizer.train_iters // logging.eval_interval + 1
-    sets = build_datasets(
-        config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size,
-        samples=(run.optimizer.train_iters * size, evaluations * logging.eval_iters * size, logging.eval_iters * size))
+    sets = build_datasets(config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size,
+                          samples=(trained, evaluations * evaluated, evaluated))
 
     def feed(dataset: Any) -> Feed | None:
         return None if dataset is None else partial(

@@ -43,7 +43,8 @@ def set_up(run: Run) -> Training:
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
                         run.parallel.use_distributed_optimizer)
     if run.resumed is not None:
-        checkpoint.resume(training, run.resumed)
+        checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
+                          load_rng=run.checkpoint.load_rng)
         if first:
             print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
     return training

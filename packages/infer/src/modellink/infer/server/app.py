@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from modellink.infer.request import Answer
 from modellink.infer.server import protocol
@@ -62,6 +63,10 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
     async def method(request: Request, _: Exception) -> Response:
         return _failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
 
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)  # in the middle of its body; nobody reads this
+
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
         text = files("modellink.infer.server").joinpath("page.html").read_text(encoding="utf-8")
@@ -105,7 +110,7 @@ def _gauges(service: Service) -> dict[str, tuple[str, float]]:
 
 async def _answer(service: Service, request: Request, name: str, largest_body: int, *, chat: bool) -> Response:
     """From a body to its response."""
-    content = await _content(request, largest_body)
+    content = await read_content(request, largest_body)
     if content is None:
         return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
     queue: asyncio.Queue[Event] = asyncio.Queue()
@@ -119,7 +124,8 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         wanted = protocol.field(body, "model", str, name)
         if wanted != name:
             return _no_model(wanted, name)
-        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name)
+        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
+                       prompt_type=service.engine.plan.prompt_type)
         asked = await asyncio.to_thread(read)
         submission = service.submit(asked.requests, notify)
     except Busy as error:
@@ -142,7 +148,7 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
     return JSONResponse(protocol.whole(asked, submission.answers, tokenizer))
 
 
-async def _content(request: Request, largest: int) -> bytes | None:
+async def read_content(request: Request, largest: int) -> bytes | None:
     """The body; None where it is too large, without reading on."""
     if int(request.headers.get("content-length") or 0) > largest:
         return None
@@ -157,11 +163,11 @@ async def _content(request: Request, largest: int) -> bytes | None:
 async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Event]) -> str | None:
     """Wait for all answers, or for the client to go; what failed, if something did."""
     left = len(submission.answers)
-    gone = asyncio.ensure_future(_gone(request))
+    leaving = asyncio.ensure_future(gone(request))
     try:
         while left:
             event = asyncio.ensure_future(queue.get())
-            await asyncio.wait({event, gone}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not event.done():
                 event.cancel()
                 return "the client is gone"
@@ -169,11 +175,12 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
                 return event.result().failure
             left -= event.result().done
     finally:
-        gone.cancel()
+        leaving.cancel()
     return None
 
 
-async def _gone(request: Request) -> None:
+async def gone(request: Request) -> None:
+    """Wait until the client goes."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

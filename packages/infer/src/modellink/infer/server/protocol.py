@@ -1,6 +1,6 @@
 """What a body of OpenAI's API asks for, and the objects that answer it. Plain dicts in and out; nothing here waits or computes.
 
-Not here: logit_bias, suffix and best_of, which are refused by name.
+Not here: logit_bias, suffix, best_of and beams, which are refused by name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.data_prep import Tokenizer, encode_chat
+from modellink.data_prep import Tokenizer
 from modellink.infer.prompts import Options, make_requests
 from modellink.infer.request import Answer, Request
+from modellink.infer.template import Chat
 from modellink.kernels.errors import ModelLinkError
 
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 WHOLE = ("seed", "top_k")
-UNKNOWN = ("logit_bias", "suffix", "best_of")  # fields of the API that would change the answer and are not there
+# Fields of the API, and of other servers, that would change the answer and are not there.
+UNKNOWN = ("logit_bias", "suffix", "best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping")
 MOST_ANSWERS = 128  # of one request
 
 
@@ -69,21 +71,23 @@ def field(body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], de
     return value
 
 
-def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str) -> Asked:
-    """What a body asks for, checked.
+def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str,
+               prompt_type: str | None = None) -> Asked:
+    """What a body asks for, checked; `prompt_type` is the template of chats.
 
     Raises:
         ModelLinkError: something in it is wrong; the message names the field.
     """
     for name in UNKNOWN:
-        if body.get(name) not in (None, {}, 1, ""):
+        value = body.get(name)
+        if value is True or value not in (None, {}, 1, "", False):
             raise ModelLinkError(f"{name} is not supported", where=name, fix="leave it out")
     options = _options(body, chat)
     count = field(body, "n", int, 1)
-    prompts = _chat(body, tokenizer) if chat else _prompts(body)
+    prompts: list[Any] = _chat(body, tokenizer) if chat else _prompts(body)
     if not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {MOST_ANSWERS} is the most", where="n")
-    requests = make_requests(prompts, spec, tokenizer, num_return_sequences=count, **options)
+    requests = make_requests(prompts, spec, tokenizer, num_return_sequences=count, prompt_type=prompt_type, **options)
     streaming = field(body, "stream", bool, False)
     usage = field(field(body, "stream_options", dict, {}), "include_usage", bool, False)
     return Asked(requests, chat, streaming, usage and streaming, not chat and field(body, "echo", bool, False), model,
@@ -110,9 +114,26 @@ def _options(body: Mapping[str, Any], chat: bool) -> Options:
         raise ModelLinkError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
     if not 0 <= top <= 20:
         raise ModelLinkError(f"{top} alternatives were asked for, 20 is the most", where="top_logprobs")
-    found: Options = {**drawn, "stop": stops, "ignore_eos": field(body, "ignore_eos", bool, False),  # type: ignore[typeddict-item]
+    found: Options = {**drawn, **_format(body), "stop": stops, "ignore_eos": field(body, "ignore_eos", bool, False),  # type: ignore[typeddict-item]
                       "logprobs": wanted, "top_logprobs": top, "max_new_tokens": longest}
     return found
+
+
+def _format(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the answer keeps to: `response_format` of the API, and its type `regex`."""
+    wanted = field(body, "response_format", dict, {})
+    kind = field(wanted, "type", str, "text")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_schema": {"type": "object"}}
+    if kind == "json_schema":
+        named = field(wanted, "json_schema", dict, {})
+        return {"json_schema": field(named, "schema", dict, {})}
+    if kind == "regex" and (expression := field(wanted, "regex", str)):
+        return {"regex": expression}
+    raise ModelLinkError("response_format is none of text, json_object, json_schema and regex (with the expression as regex)",
+                         where="response_format")
 
 
 def _prompts(body: Mapping[str, Any]) -> list[Any]:
@@ -133,8 +154,8 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[list[int]]:
-    """Token ids of the messages, with their tools, in the tokenizer's template."""
+def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[Chat]:
+    """The messages with their tools."""
     messages, tools = field(body, "messages", list), field(body, "tools", list)
     if not messages:
         raise ModelLinkError("there are no messages", where="messages")
@@ -142,8 +163,7 @@ def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[list[int
         raise ModelLinkError("the checkpoint carries no tokenizer, so there is no chat template", where="messages")
     plain = [_message(message, number) for number, message in enumerate(messages)]
     extra = field(body, "chat_template_kwargs", dict, {})
-    named = {"tools": tools} if tools else {}
-    return [encode_chat(tokenizer, plain, add_generation_prompt=True, **named, **extra)]
+    return [Chat(plain, tools, extra)]
 
 
 def _message(message: Any, number: int) -> dict[str, Any]:

@@ -1,0 +1,183 @@
+"""When a run ends early, what it leaves, and what the next one takes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modellink.core.testing import beside
+from modellink.kernels.errors import ModelLinkError
+
+training = beside(__file__, "test_training")
+
+
+@pytest.fixture
+def run(pools, tiny, corpus):
+    """`run(**options)`: the steps of a run of five iterations, of two ranks where data parallelism is asked for."""
+    def go(ranks: int = 1, **options: Any) -> list[tuple[int, int, float, float]]:
+        return pools(ranks)(training.train, options={"load": str(tiny), "data_path": (str(corpus),)} | options)[-1]
+    return go
+
+
+def iterations(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("iter_*"))
+
+
+def test_a_run_whose_time_is_over_leaves_a_checkpoint_to_go_on_with(run, tmp_path):
+    straight = run(2)
+    stopped = run(2, save=str(tmp_path), exit_duration_in_mins=0)
+    assert len(stopped) == 1 and iterations(tmp_path) == ["iter_0000001"]
+    assert stopped + run(2, load=str(tmp_path)) == straight
+
+
+def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
+    command = [sys.executable, "-m", "modellink.core.cli", "pretrain", "--load", tiny, "--data-path", corpus,
+               "--seq-length", "24", "--lr", "1e-3", "--train-iters", "100000", "--log-interval", "1", "--device", "cpu",
+               "--eval-iters", "0", "--tp", "2", "--save", tmp_path / "save", "--exit-signal-handler"]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "iteration        3/" in line:
+            process.send_signal(signal.SIGTERM)
+            break
+    told = process.stdout.read()
+    assert process.wait() == 0
+    (folder,) = iterations(tmp_path / "save")
+    assert f"leaving after iteration {int(folder[5:])}: SIGTERM" in told
+    assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
+
+
+def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
+    run(save=str(tmp_path), save_interval=1, save_total_limit=2)
+    assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
+
+
+def test_an_earlier_iteration_can_be_continued(run, tmp_path):
+    straight = run(save=str(tmp_path), save_interval=2)
+    assert run(load=str(tmp_path), ckpt_step=2) == straight[2:]
+
+
+def test_the_optimizer_can_start_anew(run, tmp_path):
+    straight = run(save=str(tmp_path), save_interval=2)
+    anew = run(2, load=str(tmp_path), ckpt_step=2, load_optim=False, use_distributed_optimizer=True)
+    assert [step[:2] for step in anew] == [step[:2] for step in straight[2:]]
+    assert anew[0][2] == pytest.approx(straight[2][2], rel=2e-6)  # the weights are the same until the first step
+    assert anew[1][2] != pytest.approx(straight[3][2], rel=1e-4)
+
+
+def test_the_random_state_can_start_anew(run, tmp_path):
+    dropout = {"hidden_dropout": 0.3}
+    straight = run(save=str(tmp_path), save_interval=2, **dropout)
+    assert run(load=str(tmp_path), ckpt_step=2, **dropout) == straight[2:]
+    assert run(load=str(tmp_path), ckpt_step=2, load_rng=False, **dropout)[0][2] != straight[2][2]
+
+
+def test_the_batch_grows(run, tmp_path):
+    grown = {"rampup_batch_size": (2, 1, 6), "micro_batch_size": 1}
+    straight = run(**grown)
+    assert [step[1] for step in straight] == [2, 4, 7, 11, 15]  # 4 samples are the whole batch, after 6 of them
+    stopped = run(save=str(tmp_path), exit_interval=2, **grown)
+    assert stopped + run(load=str(tmp_path), **grown) == straight
+    for two, one in zip(run(2, **grown | {"rampup_batch_size": (2, 2, 6)}), run(**grown | {"rampup_batch_size": (2, 2, 6)}),
+                        strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+
+
+@pytest.mark.parametrize("numbers", [(2, 1), (3, 2, 10), (2, 1, 0), (8, 1, 10)])
+def test_a_batch_that_cannot_grow_so_is_refused(run, numbers):
+    with pytest.raises(AssertionError, match="--rampup-batch-size"):
+        run(rampup_batch_size=numbers, micro_batch_size=1)
+
+
+def spoilt(folder: str, model: str) -> None:
+    """On a rank: a copy of a Hugging Face folder whose model says NaN."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    weights = load_file(file := str(Path(folder) / "model.safetensors"))
+    weights["lm_head.weight"][3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_and_leaves_the_batch(pools, run, tiny, tmp_path):
+    pools(1)(spoilt, folder=str(tmp_path / "spoilt"), model=str(tiny))
+    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is as it was, and the batch is in"):
+        run(2, load=str(tmp_path / "spoilt"), save=str(tmp_path / "save"))
+    kept = tmp_path / "save/not_finite_0000001"
+    assert np.load(kept / "tokens_dp0.npy").shape == np.load(kept / "labels_dp1.npy").shape == (2, 24)
+    assert not iterations(tmp_path / "save")
+    assert len(run(load=str(tmp_path / "spoilt"), check_for_nan_in_loss_and_grad=False)) == 5
+
+
+def poisoned(value: float) -> str:
+    """On a rank: what is said of a gradient buffer with `value` on the last rank."""
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from modellink.core.train.guard import refuse_not_finite
+
+    gradients = torch.ones(9)
+    gradients[4] = value if dist.get_rank() == dist.get_world_size() - 1 else 0
+    model = SimpleNamespace(buffers=[SimpleNamespace(grad_data=gradients)], expert_parallel_buffers=[])
+    try:
+        refuse_not_finite([model], torch.tensor(2.0), "iteration 7", lambda: "kept")
+    except ModelLinkError as error:
+        return error.what
+    return ""
+
+
+def test_a_gradient_that_is_not_finite_is_found_on_every_rank(pools):
+    assert pools(2)(poisoned, value=0.0) == ["", ""]
+    for value in (float("inf"), float("nan")):
+        assert all("a gradient is not" in said for said in pools(2)(poisoned, value=value))
+
+
+def rates(settings: dict[str, Any]) -> list[tuple[float, float, float]]:
+    """On a rank: (learning rate of the embedding, of a layer, weight decay of a layer) at each of five iterations."""
+    from modellink.ckpt_convert.spec import ModelSpec
+    from modellink.core import processes
+    from modellink.core.config import OptimizerConfig, ParallelConfig
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.core.train.optimizer import make_optimizer, make_schedule, wrap
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    processes.join(find("cpu"), ParallelLayout(), seed=1)
+    spec = ModelSpec(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, vocab_size=12,
+                     max_position_embeddings=8)
+    config = OptimizerConfig(train_iters=4, lr=1.0, **settings)
+    config.check()
+    models = wrap(build_models(spec, BuildSettings()), ParallelConfig())
+    optimizer = make_optimizer(models, config, ParallelConfig())
+    schedule, seen = make_schedule(optimizer, config), []
+    for _ in range(5):
+        groups = optimizer.param_groups
+        decoupled = [group for group in groups if group["max_lr"] == config.decoupled_lr]
+        words = (decoupled or groups)[0]
+        layer = next(group for group in groups if group["wd_mult"] and group["max_lr"] == 1.0)
+        seen.append((words["lr"], layer["lr"], layer["weight_decay"]))
+        schedule.step(increment=1)
+    return seen
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    ({"lr_warmup_iters": 2, "lr_warmup_init": 0.5, "lr_decay_style": "constant"}, [(0.5, 0.5, 0.01), (0.75, 0.75, 0.01)]),
+    ({"decoupled_lr": 4.0, "decoupled_min_lr": 2.0}, [(4.0, 1.0, 0.01), (3.5, 0.75, 0.01), (3.0, 0.5, 0.01)]),
+    ({"start_weight_decay": 0.0, "end_weight_decay": 0.4, "weight_decay_incr_style": "linear", "lr_decay_style": "constant"},
+     [(1.0, 1.0, 0.0), (1.0, 1.0, 0.1), (1.0, 1.0, 0.2), (1.0, 1.0, 0.3), (1.0, 1.0, 0.4)])])
+def test_learning_rates_and_weight_decay_over_time(pools, settings, expected):
+    (seen,) = pools(1)(rates, settings=settings)
+    for found, wanted in zip(seen, expected, strict=False):
+        assert found == pytest.approx(wanted)

@@ -1,0 +1,230 @@
+"""Several servers of the same model behind one: `serve --replicas N`.
+
+Each replica is a process (with `--tp` a group of them) that runs the whole server on a port of its own on this machine; the one
+in front hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. One that
+dies is started again. A request of which nothing was answered yet goes to another replica; a stream that was under way ends with
+an error. Not here: replicas on other machines, and a share of accelerators for each (all replicas see the same ones).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import json
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import httpx
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from starlette.requests import ClientDisconnect
+
+from modellink.core.processes import free_port
+from modellink.infer.server import protocol
+
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
+SOON = 60.0  # seconds
+POLL = 0.2  # seconds between questions whether a replica is ready
+STOP_SECONDS = 40.0  # in which a replica may end by itself
+PASSED_ON = ("authorization", "content-type")
+GIVEN_BACK = ("content-type", "retry-after", "content-security-policy", "cache-control", "x-accel-buffering")
+
+
+class Replica:
+    """One process.
+
+    Attributes:
+        under_way: requests that it works on.
+        ready: it answers.
+    """
+
+    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]) -> None:
+        self.index, self._command, self._environment = index, command, environment
+        self.under_way, self.ready, self.port = 0, False, 0
+        self.process: asyncio.subprocess.Process | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def live(self, client: httpx.AsyncClient) -> None:
+        """Start it, and again whenever it dies, until this is cancelled."""
+        wait = FIRST_WAIT
+        while True:
+            self.port, since = free_port(), time.monotonic()
+            command = [*self._command, "--host", "127.0.0.1", "--port", str(self.port)]
+            self.process = await asyncio.create_subprocess_exec(
+                *command, env=self._environment, start_new_session=True, preexec_fn=_end_with_parent)
+            ready = asyncio.ensure_future(self._wait_ready(client))
+            try:
+                status = await self.process.wait()
+            finally:
+                ready.cancel()
+                self.ready = False
+            wait = min(2 * wait, LONGEST_WAIT) if time.monotonic() - since < SOON else FIRST_WAIT
+            print(f"replica {self.index} ended with status {status}; it is started again in {wait:.0f} s", file=sys.stderr,
+                  flush=True)
+            await asyncio.sleep(wait)
+
+    async def _wait_ready(self, client: httpx.AsyncClient) -> None:
+        while not self.ready:
+            with suppress(httpx.HTTPError):
+                self.ready = (await client.get(f"{self.url}/health")).status_code == 200
+            await asyncio.sleep(POLL)
+
+    async def stop(self) -> None:
+        process = self.process
+        if process is None or process.returncode is not None:
+            return
+        process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+
+
+def make_replicas(count: int, arguments: Sequence[str]) -> list[Replica]:
+    """Replicas that run `modellink-infer` with these arguments; each has its share of the processor and of the free memory."""
+    threads = str(max(1, (os.cpu_count() or 1) // count))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "MODELLINK_REPLICAS": str(count)}
+    command = [sys.executable, "-m", "modellink.infer.cli", *arguments, "--replicas", "1"]
+    return [Replica(index, command, environment) for index in range(count)]
+
+
+def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
+    """The application in front of replicas that it starts and stops."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
+
+    @asynccontextmanager
+    async def life(_: FastAPI) -> AsyncIterator[None]:
+        lives = [asyncio.ensure_future(replica.live(client)) for replica in replicas]
+        yield
+        for task in lives:
+            task.cancel()
+        await asyncio.gather(*(replica.stop() for replica in replicas))
+        await client.aclose()
+
+    app = FastAPI(title="ModelLink", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.exception_handler(ClientDisconnect)
+    async def left(_: Request, __: Exception) -> Response:
+        return Response(status_code=499)
+
+    @app.get("/health")
+    async def health() -> Response:
+        ready = sum(replica.ready for replica in replicas)
+        state = {"status": "ok" if ready else "starting", "replicas": len(replicas), "ready": ready}
+        return JSONResponse(state, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        texts: dict[int, str] = {}
+        for replica in replicas:
+            try:
+                texts[replica.index] = (await client.get(f"{replica.url}/metrics")).text if replica.ready else ""
+            except httpx.HTTPError:
+                continue
+        ready = "\n".join(f'modellink_replica_ready{{replica="{one.index}"}} {one.ready:d}' for one in replicas)
+        head = "# HELP modellink_replica_ready Whether a replica answers.\n# TYPE modellink_replica_ready gauge\n"
+        return PlainTextResponse(f"{head}{ready}\n{join_metrics(texts)}", media_type="text/plain; version=0.0.4")
+
+    @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
+    async def rest(request: Request) -> Response:
+        from modellink.infer.server.app import read_content
+        content = await read_content(request, largest_body)
+        if content is None:
+            return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+        return await _hand_over(client, replicas, request, content)
+
+    return app
+
+
+async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request, content: bytes) -> Response:
+    """The answer of the replica with the least to do; of the next one, if that dies before it says anything."""
+    tried: set[int] = set()
+    while open_ones := [one for one in replicas if one.ready and one.index not in tried]:
+        replica = min(open_ones, key=lambda one: one.under_way)
+        tried.add(replica.index)
+        asked = client.build_request(request.method, replica.url + request.url.path, content=content, params=request.query_params,
+                                     headers={name: request.headers[name] for name in PASSED_ON if name in request.headers})
+        replica.under_way += 1
+        streaming = False
+        try:
+            answer = await _unless_gone(request, client.send(asked, stream=True))
+            if answer is None:
+                return Response(status_code=499)
+            given = {name: answer.headers[name] for name in GIVEN_BACK if name in answer.headers}
+            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                streaming = True
+                return StreamingResponse(_pass_on(replica, answer), answer.status_code, given)
+            try:
+                whole = await _unless_gone(request, answer.aread())
+            finally:
+                await answer.aclose()
+            return Response(whole or b"", answer.status_code, given)
+        except httpx.HTTPError:
+            continue
+        finally:
+            if not streaming:
+                replica.under_way -= 1
+    return _failure(503, "no replica is ready" if not tried else "the replicas ended before they answered", "server_error",
+                    headers={"Retry-After": "5"})
+
+
+async def _unless_gone(request: Request, work: Any) -> Any:
+    """What `work` gives; None, and it is cancelled, where the client goes before that."""
+    from modellink.infer.server.app import gone
+    task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        return await task if task.done() else None
+    finally:
+        leaving.cancel()
+        task.cancel()
+
+
+async def _pass_on(replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
+    try:
+        async for piece in answer.aiter_raw():
+            yield piece
+    except httpx.HTTPError:
+        yield f"data: {json.dumps(protocol.error('the replica ended', 'server_error'))}\n\n".encode()
+    finally:
+        replica.under_way -= 1
+        await answer.aclose()
+
+
+def join_metrics(texts: dict[int, str]) -> str:
+    """Metrics of several replicas as one text: each sample gets the label `replica`, samples of a name stay together."""
+    heads: dict[str, list[str]] = {}
+    samples: dict[str, list[str]] = {}
+    for index, text in texts.items():
+        name = ""
+        for line in text.splitlines():
+            if line.startswith("#"):
+                name = line.split(" ")[2]
+                if line not in heads.setdefault(name, []):
+                    heads[name].append(line)
+                continue
+            key, labels, value = re.fullmatch(r"([^{ ]+)(?:\{(.*)\})? (.*)", line).groups()  # type: ignore[union-attr]
+            joined = ",".join(filter(None, [f'replica="{index}"', labels]))
+            samples.setdefault(name, []).append(f"{key}{{{joined}}} {value}")
+    return "".join("\n".join([*lines, *samples.get(name, [])]) + "\n" for name, lines in heads.items())
+
+
+def _failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse(protocol.error(message, kind), status, headers=headers)
+
+
+def _end_with_parent() -> None:
+    """In the child: let it end when the process in front is killed (Linux)."""
+    prctl: Callable[..., int] = ctypes.CDLL(None).prctl
+    prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
