@@ -94,8 +94,8 @@ def test_stopping_and_going_on_changes_no_bit(run, tmp_path, layout):
 def test_the_prompt_type_is_noted_and_other_shares_are_evaluated(run, tmp_path):
     from modellink.ckpt_convert.manifest import read_manifest
 
-    run("variable of 4", save=str(tmp_path / "a"), prompt_type="chatml", split="80,10,10", eval_iters=2, global_batch_size=4,
-        train_iters=1)
+    run("variable of 4", save=str(tmp_path / "a"), prompt_type="chatml", split="80,10,10", eval_iters=2, global_batch_size=8,
+        train_iters=1, rampup_batch_size=(4, 4, 8))
     assert read_manifest(tmp_path / "a").prompt_type == "chatml"
 
 

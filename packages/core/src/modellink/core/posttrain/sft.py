@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from megatron.core import parallel_state
 
+from modellink.core.config import DataConfig
 from modellink.core.data.instruction import Share, build_sets, iteration
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop
@@ -18,12 +20,13 @@ def sft(run: Run) -> list[Step]:
     sets = build_sets(run.data, run.instruction, seed=run.optimizer.seed)
     training = set_up(run)
 
-    def feed(share: Share | None) -> Feed | None:
+    def feed(share: Share | None, data: DataConfig) -> Feed | None:
         return None if share is None else partial(
-            iteration, share, run.data, run.instruction, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
+            iteration, share, data, run.instruction, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
             multiple=run.sequence_multiple, vocab_size=run.spec.vocab_size, device=run.device.torch,
             group=parallel_state.get_data_parallel_group())
 
-    train, valid, test = map(feed, sets)
+    evaluated = replace(run.data, rampup_batch_size=None)  # whole batches, however small those of training still are
+    train, valid, test = map(feed, sets, (run.data, evaluated, evaluated))
     assert train is not None
     return loop(run, training, train, valid, test)

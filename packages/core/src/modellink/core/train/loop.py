@@ -30,10 +30,13 @@ Feed = Callable[..., Iterator[Batch]]
 def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Feed | None) -> list[Step]:
     """Train from `training.iteration` on; see `pretrain` for what comes back."""
     last, save, logging = run.optimizer.train_iters, run.checkpoint.save, run.logging
+    known = logging.log_throughput and not run.instruction.variable_seq_lengths
+    if logging.log_throughput and not known and dist.get_rank() == 0:
+        print("note: no throughput is shown, the lengths of the samples differ", flush=True)
     metrics = Metrics(
         active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
         log_interval=logging.log_interval, folder=save, tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
-        throughput=throughput(run) if logging.log_throughput else None)
+        throughput=throughput(run) if known else None)
     clock = Clock(run.device)
     with Stop(run.checkpoint, run.device.torch) as stop:
         while training.iteration < last:
@@ -119,14 +122,16 @@ def _sizes(run: Run, consumed: int | None) -> dict[str, Any]:
 
 
 def throughput(run: Run) -> Throughput:
-    """What an iteration's speed is measured by. A sample's forward and backward passes (backward counts twice) are the matrix
-    products a token takes part in, and causal attention at half of its square (as in the appendix of Narayanan et al. 2021)."""
+    """What an iteration's speed is measured by. A sample's forward and backward passes (backward counts twice, and once for
+    weights that are frozen) are the matrix products a token takes part in, and causal attention at half of its square (as in the
+    appendix of Narayanan et al. 2021). Padding counts."""
     spec, seq = run.spec, run.data.seq_length
-    used = spec.hidden_size * spec.vocab_size + spec.num_layers * seq * spec.num_attention_heads * (
-        spec.head_dim + spec.value_dim) / 2
+    attention = spec.num_layers * seq * spec.num_attention_heads * (spec.head_dim + spec.value_dim) / 2
+    products = float(spec.hidden_size * spec.vocab_size)
     for name, weight in weights(spec).items():
         if name.startswith("decoder.") and len(weight.shape) == 2:
-            used += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
+            products += math.prod(weight.shape) * (spec.moe_router_topk / (spec.num_experts or 1) if EXPERTS in name else 1)
     peak = run.logging.peak_tflops
     tokens = seq / run.layout.world_size
-    return Throughput(tokens, 6.0 * used * tokens, None if peak is None else peak * 1e12)
+    flops = (6.0 * attention + (4.0 if run.lora.on else 6.0) * products) * tokens
+    return Throughput(tokens, flops, None if peak is None else peak * 1e12)
