@@ -72,9 +72,9 @@ def served(folder: Path, dtype: str) -> Contender:
 
     from modellink.core.processes import free_port
     from modellink.infer import load
-    from modellink.infer.server.app import make_app
-    from modellink.infer.server.service import Service
     engine = load(folder, device="cpu", dtype=dtype, native=True)
+    from modellink.infer.server.app import make_app  # imports megatron, which is to know its device by then
+    from modellink.infer.server.service import Service
     service = Service(engine, most_waiting=64)
     app = make_app(service, name="model", api_key=None, largest_body=1 << 20)
     server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
