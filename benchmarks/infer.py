@@ -2,7 +2,8 @@
 
 Greedy, same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt (batch 1); sixteen
 prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it is,
-without the compiled step (eager), and with int8 weights. Each contender has a process of its own, so that the memory is its own;
+without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt (server), which is compared
+with the library (compiled). Each contender has a process of its own, so that the memory is its own;
 the rounds take turns and the best counts. The limit of one prompt is the read bandwidth of the memory, measured here, over the
 bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
 
@@ -29,7 +30,7 @@ import torch
 
 LENGTHS = {"first token of 512": [512], "one prompt": [12],
            "16 prompts": [5, 90, 17, 40, 64, 9, 120, 33, 51, 8, 77, 25, 13, 100, 60, 29]}
-CONTENDERS = ("compiled", "eager", "int8", "padded", "one by one")
+CONTENDERS = ("compiled", "eager", "int8", "server", "padded", "one by one")
 PEERS = ("padded", "one by one")
 
 
@@ -62,6 +63,39 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
     return generate
 
 
+def served(folder: Path, dtype: str) -> Contender:
+    import asyncio
+    import threading
+
+    import httpx
+    import uvicorn
+
+    from modellink.core.processes import free_port
+    from modellink.infer import load
+    engine = load(folder, device="cpu", dtype=dtype, native=True)
+    from modellink.infer.server.app import make_app  # imports megatron, which is to know its device by then
+    from modellink.infer.server.service import Service
+    service = Service(engine, most_waiting=64)
+    app = make_app(service, name="model", api_key=None, largest_body=1 << 20)
+    server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
+    threading.Thread(target=server.run, daemon=True).start()
+    while not server.started:
+        time.sleep(0.05)
+
+    async def ask(rows: list[list[int]], tokens: int) -> None:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600) as client:
+            found = await asyncio.gather(*(client.post("/v1/completions", json={
+                "prompt": row, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}) for row in rows))
+        assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [tokens] * len(rows)
+
+    def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
+        vars(engine).pop("cache", None)
+        service.batch = engine.batch()
+        asyncio.run(ask(rows, tokens))
+        return []
+    return generate
+
+
 def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
@@ -80,6 +114,8 @@ def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
 def make(who: str, folder: Path, dtype: str) -> Contender:
     if who in PEERS:
         return theirs(folder, dtype, padded=who == "padded")
+    if who == "server":
+        return served(folder, dtype)
     return ours(folder, dtype, native=who != "eager", int8=who == "int8")
 
 
@@ -118,10 +154,11 @@ def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str
             check(case, best)
         limit = bandwidth() / weight_bytes(folder, dtype) if case == "one prompt" else None
         for who in (who for who in CONTENDERS if who not in PEERS):
-            for peer in (peer for peer in PEERS if peer in best):
+            for peer in (peer for peer in (PEERS if who != "server" else ("compiled",)) if peer in best):
                 rows.append({"claim": f"{case}, {dtype}, {who}", "ours": best[who]["rate"], "peer": best[peer]["rate"],
-                             "unit": "tokens/s", "peer_name": f"transformers {peer}", "peak_memory": best[who]["peak"],
-                             "peer_peak_memory": best[peer]["peak"], "limit": None if who == "int8" else limit})
+                             "unit": "tokens/s", "peer_name": f"transformers {peer}" if who != "server" else "library",
+                             "peak_memory": best[who]["peak"],
+                             "peer_peak_memory": best[peer]["peak"], "limit": limit if who in ("compiled", "eager") else None})
                 show(rows[-1])
     for process in contenders.values():
         process.communicate()
