@@ -21,7 +21,8 @@ from modellink.kernels.parallel import ParallelLayout
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is no need of this package")
 SQUARE = {"hidden_size": 48, "kv_channels": 6}
 CLASSES: dict[str, dict[str, Any]] = {
-    "bloom": {}, "deepseek_v2": {}, "deepseek_v2 lite": {}, "gpt2": {}, "gemma2": SQUARE | {"embedding_multiplier_scale": 48 ** 0.5},
+    "bloom": {}, "deepseek_v2": {}, "deepseek_v2 lite": {}, "gpt2": {},
+    "gemma2": SQUARE | {"embedding_multiplier_scale": 48 ** 0.5},
     "llama": SQUARE, "mistral": SQUARE, "mixtral": SQUARE, "qwen2 tied": SQUARE, "qwen2_moe": SQUARE}
 
 
