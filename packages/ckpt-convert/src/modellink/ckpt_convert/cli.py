@@ -28,7 +28,7 @@ from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, option, resolve
 from modellink.kernels.original import original_flags, translate
 
-MMAP_THRESHOLD = -3  # of mallopt, see malloc.h
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -158,9 +158,14 @@ def diff_command(first: str, second: str, given: Layer) -> None:
 
 
 def give_memory_back() -> None:
-    """Have glibc return blocks of 4 MB and more to the system when they are freed; it would keep some for each thread."""
+    """Have glibc return blocks of 4 MB and more to the system when they are freed, and keep 16 MB of smaller ones a thread.
+
+    Else it would keep large blocks for each thread, and have the system clear the pages of every small one anew.
+    """
     with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 4 << 20)
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_THRESHOLD, 4 << 20)
+        libc.mallopt(TRIM_THRESHOLD, 16 << 20)
 
 
 def main() -> None:
