@@ -136,7 +136,8 @@ def main() -> None:
                          "peer_name": "transformers", "peak_memory": mine["peak"], "peer_peak_memory": peer["peak"],
                          "limit": limit["rate"]})
             print(f"{dtype}: {mine['rate']:.0f} tokens/s, transformers {peer['rate']:.0f}, "
-                  f"ratio {mine['rate'] / peer['rate']:.2f}; of the matmul rate {mine['rate'] / limit['rate']:.0%} and {peer['rate'] / limit['rate']:.0%}; "
+                  f"ratio {mine['rate'] / peer['rate']:.2f}; of the matmul rate {mine['rate'] / limit['rate']:.0%} and "
+                  f"{peer['rate'] / limit['rate']:.0%}; "
                   f"peak {mine['peak'] / 1e6:.0f} MB, theirs {peer['peak'] / 1e6:.0f} MB", flush=True)
         plain = measure(["ours", temporary, str(given.layers), "1", str(given.batch), "fp32", "none"])
         for name in MEMORY:
