@@ -34,7 +34,7 @@ def build(folder: Path, out: Path) -> tuple[Path, Path]:
     run("hatchling", "build", "-t", "sdist", "-d", str(out), cwd=folder)
     (sdist,) = out.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(out, filter="data")
+        archive.extractall(out)  # our own archive
     run("hatchling", "build", "-t", "wheel", "-d", str(out), cwd=out / sdist.name.removesuffix(".tar.gz"))
     (wheel,) = out.glob("*.whl")
     return sdist, wheel

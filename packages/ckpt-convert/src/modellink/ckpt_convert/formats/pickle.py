@@ -125,7 +125,12 @@ class Reader(pickle.Unpickler):
             return DTYPES[name]
         if full not in self._stand_ins:
             self._stand_ins[full] = type("Inert", (Inert,), {"name": full})
-        return self._stand_ins[full]
+        return self._attribute if full == "builtins.getattr" else self._stand_ins[full]
+
+    def _attribute(self, *args: Any) -> Inert:
+        """getattr, by which Python 3.11.0 to 3.11.3 write the member of an enum: what is asked for is a name like others."""
+        self.names.add(".".join(str(getattr(part, "name", part)) for part in args))
+        return self._stand_ins["builtins.getattr"](*args)
 
     def persistent_load(self, pid: Any) -> Any:
         if self._storage is None or not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":

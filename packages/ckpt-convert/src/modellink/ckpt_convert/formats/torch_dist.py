@@ -30,14 +30,15 @@ MODEL = ("decoder.", "embedding.", "output_layer.")
 STACKED = "mlp.experts.experts."
 """How Megatron-Core names the experts of a layer in such checkpoints."""
 
-KNOWN = {"torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
+KNOWN = {"builtins.getattr", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
     f"torch.{name}" for name in pickle.DTYPES} | {
     f"torch.distributed.checkpoint.{name}" for name in (
         "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
         "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
         "metadata._MEM_FORMAT_ENCODING", "planner.SavePlan", "planner.TensorWriteData", "planner.WriteItem",
-        "planner.WriteItemType")}
-"""What the metadata of a checkpoint that megatron-core or PyTorch saved refers to."""
+        "planner.WriteItemType", "planner.WriteItemType.TENSOR", "planner.WriteItemType.SHARD", "planner.WriteItemType.BYTE_IO",
+        *(f"metadata._MEM_FORMAT_ENCODING.TORCH_{name}" for name in ("CONTIGUOUS_FORMAT", "CHANNELS_LAST", "PRESERVE_FORMAT")))}
+"""What the metadata of a checkpoint that megatron-core or PyTorch saved refers to; getattr is how older Pythons write an enum."""
 
 
 @dataclass(frozen=True)
