@@ -95,6 +95,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Co
         child = os.fork()
         if child == 0:
             try:
+                torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew, before several threads do so at once
                 for number, path in enumerate(texts, 1):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
                 sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
