@@ -14,6 +14,7 @@ from modellink.kernels.options import Layer
 
 INSTRUCTIONS, MODELS, SFT = (beside(__file__, name) for name in ("instructions", "models", "test_sft"))
 TP2, PP2, VARIABLE = SFT.TP2, SFT.PP2, SFT.VARIABLE
+samples, chats = SFT.samples, SFT.chats  # the same set
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 LORA: dict[str, Any] = {"lora_target_modules": ALL, "lora_r": 4, "lora_alpha": 12, "lr": 2e-2}
 TABLE = {
@@ -24,18 +25,6 @@ TABLE = {
     "tp2": (2, {"tensor_model_parallel_size": 2}), "tp2 sp": (2, TP2 | {"micro_batch_size": 2}),
     "pp2": (2, PP2 | VARIABLE), "cp2": (2, SFT.CP2), "dp2": (2, {"use_distributed_optimizer": True}),
     "tp2 sp pp2": (4, TP2 | PP2 | {"recompute_activation_function": True})}
-
-
-@pytest.fixture(scope="module")
-def samples():
-    return INSTRUCTIONS.make_samples(30, 131)
-
-
-@pytest.fixture(scope="module")
-def chats(samples, tmp_path_factory):
-    prefix = tmp_path_factory.mktemp("chats") / "chats"
-    INSTRUCTIONS.write_set(prefix, samples)
-    return prefix
 
 
 @pytest.fixture(scope="module")

@@ -79,6 +79,7 @@ def test_a_good_run_is_settled(options):
     ({"eod_mask_loss": True, "eod_token_id": 500}, "500: not one of the 131 ids", "--eod-token-id"),
     ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
+    ({"ckpt_step": 3}, "iteration 3 was asked for, and the folder has no iterations", "leave it out"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):

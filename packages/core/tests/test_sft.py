@@ -146,6 +146,8 @@ def collated(prefix: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
+    ({"eod_mask_loss": True}, "says itself what is learned", "--reset-position-ids"),
+    ({"reset_attention_mask": True}, "which tokens are one sample", "--reset-attention-mask"),
     ({"data_path": ("gone",)}, "gone_packed_input_ids_document.idx is missing", "data/alpaca"),
     ({"data_path": ("0.5", "a", "0.5", "b")}, "instruction data is one set", "--merge-group-keys"),
     ({"is_instruction_dataset": False, "variable_seq_lengths": True, "data_path": ("{}_packed_labels_document",)},

@@ -60,9 +60,24 @@ def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
     assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
 
 
+def drop(folder: str, iteration: int, keep: int) -> None:
+    from modellink.core.train.checkpoint import drop_older
+
+    drop_older(Path(folder), iteration, keep)
+
+
+def test_what_is_kept_is_counted_back_from_the_save_of_now(pools, tmp_path):
+    for number in (2, 3, 4, 9):
+        (tmp_path / f"iter_{number:07d}").mkdir()
+    pools(1)(drop, folder=str(tmp_path), iteration=4, keep=1)
+    assert iterations(tmp_path) == ["iter_0000004", "iter_0000009"]
+
+
 def test_an_earlier_iteration_can_be_continued(run, tmp_path):
     straight = run(save=str(tmp_path), save_interval=2)
     assert run(load=str(tmp_path), ckpt_step=2) == straight[2:]
+    with pytest.raises(AssertionError, match="holds iter_0000005, which is later than iteration 2"):
+        run(load=str(tmp_path), save=str(tmp_path), ckpt_step=2)
 
 
 def test_the_optimizer_can_start_anew(run, tmp_path):

@@ -30,7 +30,6 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         hf: a Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that does not carry its own.
         iteration: which iteration; the last complete one where nothing is said.
         lora_r, lora_alpha: of an adapter in a Megatron checkpoint that does not say them.
-
         adapter: what is found may be a LoRA adapter without its model (`Checkpoint.adapter` is set then).
 
     A checkpoint with weights and an adapter is opened merged.
@@ -43,6 +42,9 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         raise ModelLinkError("the checkpoint folder is missing", where=path)
     if not path.is_dir():
         raise ModelLinkError("a checkpoint is a folder, this is a file", where=path)
+    if iteration is not None and (huggingface.is_huggingface(path) or peft.is_peft(path)):
+        raise ModelLinkError(f"iteration {iteration} was asked for, and the folder has no iterations", where=path,
+                             fix="leave it out")
     if huggingface.is_huggingface(path):
         return huggingface.open_folder(path, family)
     if peft.is_peft(path):

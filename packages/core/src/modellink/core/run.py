@@ -10,7 +10,7 @@ from pathlib import Path
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
 from modellink.ckpt_convert.formats.peft import is_peft
-from modellink.ckpt_convert.iterations import last_complete
+from modellink.ckpt_convert.iterations import FOLDER, last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
@@ -125,12 +125,15 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
                              iteration=None if lora.on and lora.lora_load else config.ckpt_step)
     if lora.lora_load is not None:
         adapters.check(lora.lora_load, lora, source)
+    if config.ckpt_step is not None and lora.lora_load is not None and is_peft(lora.lora_load):
+        raise ModelLinkError("the adapters are a folder of peft, which has no iterations", where="--ckpt-step, --lora-load")
     if lora.on:
         continued = None if lora.lora_load is None or is_peft(lora.lora_load) else lora.lora_load
     else:
         continued = None if source.iteration is None else config.load
     if continued is None or config.finetune:
         return source, None
+    _check_step(config, continued)
     folder = last_complete(continued, config.ckpt_step)
     progress = read_progress(folder)
     if progress is None:
@@ -141,6 +144,15 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
                              f"was saved with {flag}", where=folder,
                              fix=f"continue with {flag}, which works at any layout, or take only the weights with --finetune")
     return source, folder
+
+
+def _check_step(config: CheckpointConfig, continued: Path) -> None:
+    """Going on from an earlier iteration in its own folder would leave two runs there, and the next start take the wrong one."""
+    later = [path.name for path in continued.glob("iter_*") if (match := FOLDER.match(path.name))
+             and config.ckpt_step is not None and int(match[1]) > config.ckpt_step]
+    if later and config.save is not None and config.save.resolve() == continued.resolve():
+        raise ModelLinkError(f"the folder to save in holds {max(later)}, which is later than iteration {config.ckpt_step}",
+                             where=f"--ckpt-step, --save {config.save}", fix="save elsewhere, or move the later ones away")
 
 
 def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
@@ -208,6 +220,10 @@ def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: Instructi
             if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
                 raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
                                      fix="use modellink-train sft, or leave it out")
+    for flag, given in (("--reset-attention-mask", data.reset_attention_mask), ("--eod-mask-loss", data.eod_mask_loss)):
+        if data.is_instruction_dataset and given:
+            raise ModelLinkError("instruction data says itself what is learned and which tokens are one sample", where=flag,
+                                 fix="leave it out; --reset-position-ids keeps the samples of a packed row apart")
     if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
         raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
                              where="--variable-seq-lengths, --moe-token-dispatcher-type",

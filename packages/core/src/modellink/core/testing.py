@@ -78,7 +78,7 @@ class Ranks:
             results.append(value)
             if not good:
                 failures.append(f"rank {rank}:\n{value}")
-        if threading_of(self._processes) > THREADS * self.world_size:
+        if threads_of(self._processes) > THREADS * self.world_size:
             self.stop()
         if failures:
             self.stop()
@@ -92,7 +92,7 @@ class Ranks:
         self._processes, self._connections = [], []
 
 
-def threading_of(processes: list[subprocess.Popen[bytes]]) -> int:
+def threads_of(processes: list[subprocess.Popen[bytes]]) -> int:
     """How many threads they have; 0 where the system does not say."""
     return sum(len(list(tasks.iterdir())) for process in processes if (tasks := Path(f"/proc/{process.pid}/task")).is_dir())
 

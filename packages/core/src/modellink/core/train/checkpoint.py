@@ -86,14 +86,15 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         with atomic_write(folder / TRACKER, "w") as file:
             file.write(str(training.iteration))
         if keep is not None:
-            drop_older(folder, keep)
+            drop_older(folder, training.iteration, keep)
         print(f"  successfully saved checkpoint at iteration {training.iteration:7d} to {folder}", flush=True)
     dist.barrier()
 
 
-def drop_older(folder: Path, keep: int) -> None:
-    """Remove all but the newest complete iterations; one that is half removed does not look complete."""
-    for path in sorted(path for path in folder.glob("iter_*") if FOLDER.match(path.name))[:-keep]:
+def drop_older(folder: Path, iteration: int, keep: int) -> None:
+    """Of the saves up to `iteration` remove all but the newest `keep`; one that is half removed does not look complete."""
+    saves = sorted((int(match[1]), path) for path in folder.glob("iter_*") if (match := FOLDER.match(path.name)))
+    for _, path in [save for save in saves if save[0] <= iteration][:-keep]:
         leaving = path.rename(path.with_name(path.name + ".tmp"))
         shutil.rmtree(leaving)
 
