@@ -58,8 +58,6 @@ def help_of(*command: str) -> str:
     if found is None:
         pytest.skip(f"{command[0]} is not installed")
     done = subprocess.run([found, *command[1:], "--help"], text=True, capture_output=True, timeout=120)
-    if done.returncode and re.search(r"ModuleNotFoundError: No module named 'modellink\.\w+\.(cli|doctor)'", done.stderr):
-        pytest.skip(f"{command[0]} has no code yet")
     assert done.returncode == 0, f"{' '.join(command)} --help\n{done.stderr}"
     return done.stdout + done.stderr
 

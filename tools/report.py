@@ -47,7 +47,6 @@ class Entry:
     seconds: float = 0.0
     install_seconds: float = 0.0
     status: str = "failed"
-    reason: str = ""
 
     @contextmanager
     def installing(self) -> Iterator[None]:
@@ -81,8 +80,6 @@ class Report:
 
     def counts(self, entry: Entry) -> tuple[int, int, int]:
         """(passed, failed, skipped) of a session."""
-        if entry.status == "skipped":
-            return 0, 0, 0
         passed, failed, skipped = 0, 0, 0
         if not self.junit(entry.name).exists():
             return (1, 0, 0) if entry.status == "passed" else (0, 1, 0)
@@ -105,8 +102,7 @@ class Report:
             total = [a + b for a, b in zip(total, counts, strict=True)]
             install, whole = entry.install_seconds, entry.seconds
             minutes = f"{_minutes(install)}{_minutes(whole - install)}{_minutes(whole)}"
-            note = f"  {entry.status}: {entry.reason}" if entry.status == "skipped" else ""
-            print(f"{entry.name:<26}{minutes}  {counts[0]:>6}{counts[1]:>7}{counts[2]:>8}{note}")
+            print(f"{entry.name:<26}{minutes}  {counts[0]:>6}{counts[1]:>7}{counts[2]:>8}")
         print(f"\n{'against the share':<26}{'install':>9}{'tests':>9}{'minutes':>9}{'share':>8}")
         for label, share, names in SHARES:
             entries = [entry for entry in self.entries if entry.name in names]

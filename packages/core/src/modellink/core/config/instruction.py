@@ -16,4 +16,4 @@ class InstructionConfig:
     pad_to_multiple_of: int = option(8, "With --variable-seq-lengths: round that up to a multiple of this.", unit="tokens",
                                      minimum=1)
     shuffle: bool = option(True, "Mix the samples, every epoch anew.")
-    prompt_type: str | None = option(None, "Template the data was made with; noted in the checkpoints for chat and evaluation.")
+    prompt_type: str | None = option(None, "Template the data was made with; noted in the checkpoints, where chat finds it.")
