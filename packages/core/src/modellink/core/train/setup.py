@@ -11,6 +11,7 @@ from modellink.core.model.load import load_weights
 from modellink.core.parallel.attention import SequenceCut
 from modellink.core.posttrain.adapters import read
 from modellink.core.posttrain.lora import add_adapters
+from modellink.core.posttrain.quantized import quantize
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -38,6 +39,8 @@ def set_up(run: Run) -> Training:
     if run.lora.on:
         given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source)
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
+        if run.lora.lora_quantize is not None:
+            quantize(models, run.lora.lora_quantize)
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
