@@ -1,9 +1,11 @@
-"""What a run computes twice to hold less."""
+"""What a run does to hold less: compute twice, keep elsewhere, keep once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import torch
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
@@ -27,6 +29,8 @@ class MemoryConfig:
         False, "Compute the output of the feed-forward activation again in layers that are not recomputed in full.")
     recompute_activation_function_num_layers: int | None = option(
         None, "In so many layers of a pipeline stage; all where nothing is said.", minimum=1)
+    reuse_fp32_param: bool = option(
+        False, "bf16: the weights are the upper halves of the optimizer's fp32 parameters, 4 bytes for both instead of 6.")
 
     def check(self) -> None:
         full, wrong = self.recompute_granularity == "full", None
@@ -59,3 +63,9 @@ class MemoryConfig:
         if (wanted := self.recompute_num_layers or 0) > held:
             raise ModelLinkError(f"{wanted} layers cannot be recomputed where there are {held}",
                                  where="--recompute-num-layers", fix=f"use at most {held}")
+
+    def check_precision(self, dtype: torch.dtype) -> None:
+        """Raise when there are no bf16 weights to be halves of anything."""
+        if self.reuse_fp32_param and dtype != torch.bfloat16:
+            raise ModelLinkError(f"a weight of {str(dtype).removeprefix('torch.')} is not the upper half of an fp32 one",
+                                 where="--reuse-fp32-param, --bf16", fix="add --bf16")
