@@ -99,6 +99,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
     resolved[MemoryConfig].check_layers(layout, spec.num_layers)
+    resolved[MemoryConfig].check_precision(resolved[OptimizerConfig].dtype)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     adapters.targets(spec, lora)
     _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])

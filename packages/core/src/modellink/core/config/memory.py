@@ -1,13 +1,20 @@
-"""What a run computes twice to hold less."""
+"""What a run does to hold less: compute twice, keep elsewhere, keep once."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
+
+SWAPPED = "input_layernorm,self_attention,pre_cross_attn_layernorm"
+MODULES = {name: name for name in (*SWAPPED.split(","), "pre_mlp_layernorm", "mlp")} | {
+    "input_norm": "input_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
+"""Modules of a layer that can keep their activations elsewhere, also by their names in the original's Legacy models."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +34,35 @@ class MemoryConfig:
         False, "Compute the output of the feed-forward activation again in layers that are not recomputed in full.")
     recompute_activation_function_num_layers: int | None = option(
         None, "In so many layers of a pipeline stage; all where nothing is said.", minimum=1)
+    swap_attention: bool = option(
+        False, "Keep activations of --swap-modules in host memory until their layer goes backward; with --recompute-num-layers "
+        "and no granularity, feed-forward parts of the first so many layers of a stage are recomputed.")
+    swap_modules: str | None = option(None, f"Modules of a layer, with commas between; {SWAPPED} where nothing is said.")
+    reuse_fp32_param: bool = option(
+        False, "bf16: the weights are the upper halves of the optimizer's fp32 parameters, 4 bytes for both instead of 6.")
+
+    @property
+    def swap_module_names(self) -> list[str]:
+        """What the modules of --swap-modules are called here."""
+        return list(dict.fromkeys(MODULES[name] for name in (self.swap_modules or SWAPPED).split(",")))
+
+    @property
+    def method_in_full(self) -> str | None:
+        """The method where whole layers are recomputed."""
+        return self.recompute_method if self.recompute_granularity == "full" else None
+
+    @property
+    def feed_forwards_recomputed(self) -> int:
+        """In how many layers of a stage the feed-forward part alone is recomputed."""
+        return (self.recompute_num_layers or 0) if self.swap_attention and self.recompute_granularity is None else 0
 
     def check(self) -> None:
+        self._check_swap()
         full, wrong = self.recompute_granularity == "full", None
         if full and not (self.recompute_method and self.recompute_num_layers):
             wrong = ("full recomputation needs a method and a number of layers", "--recompute-method, --recompute-num-layers",
                      "e.g. --recompute-method block --recompute-num-layers 4")
-        elif not full and (self.recompute_method or self.recompute_num_layers):
+        elif not full and (self.recompute_method or self.recompute_num_layers) and not self.feed_forwards_recomputed:
             wrong = (f"a method and a number of layers belong to full recomputation, not to {self.recompute_granularity}",
                      "--recompute-granularity, --recompute-method, --recompute-num-layers", "use --recompute-granularity full")
         elif self.enable_recompute_layers_per_pp_rank and self.recompute_method != "block":
@@ -49,13 +78,37 @@ class MemoryConfig:
         if wrong:
             raise ModelLinkError(wrong[0], where=wrong[1], fix=wrong[2])
 
+    def _check_swap(self) -> None:
+        unknown = [name for name in (self.swap_modules or SWAPPED).split(",") if name not in MODULES]
+        if self.swap_modules is not None and not self.swap_attention:
+            raise ModelLinkError("modules were named, and nothing is moved", where="--swap-modules, --swap-attention",
+                                 fix="add --swap-attention")
+        if unknown:
+            raise ModelLinkError(f"a layer has no module {unknown[0]}", where="--swap-modules",
+                                 fix=f"use some of {', '.join(MODULES)}")
+        if self.swap_attention and self.recompute_method == "uniform":
+            raise ModelLinkError("with the uniform method every layer is recomputed and keeps nothing that could be moved",
+                                 where="--swap-attention, --recompute-method uniform", fix="use --recompute-method block")
+        if self.swap_attention and "mlp" in self.swap_module_names and (
+                self.recompute_activation_function or self.feed_forwards_recomputed):
+            raise ModelLinkError("the feed-forward part is recomputed, and should be moved",
+                                 where="--swap-modules, --recompute-activation-function, --recompute-num-layers",
+                                 fix="take mlp out of --swap-modules, or recompute nothing in it")
+
     def check_layers(self, layout: ParallelLayout, num_layers: int) -> None:
         """Raise when more layers are to be recomputed than there are."""
         if self.enable_recompute_layers_per_pp_rank and layout.vpp == 1:
             raise ModelLinkError("a stage has one model chunk, there is nothing to count together",
                                  where="--enable-recompute-layers-per-pp-rank, --num-layers-per-virtual-pipeline-stage")
         chunks = [len(layout.layers(num_layers, stage, 0)) for stage in range(layout.pp)]
-        held = min(chunks) * (layout.vpp if self.enable_recompute_layers_per_pp_rank else 1)
+        by_stage = self.enable_recompute_layers_per_pp_rank or self.feed_forwards_recomputed
+        held = min(chunks) * (layout.vpp if by_stage else 1)
         if (wanted := self.recompute_num_layers or 0) > held:
             raise ModelLinkError(f"{wanted} layers cannot be recomputed where there are {held}",
                                  where="--recompute-num-layers", fix=f"use at most {held}")
+
+    def check_precision(self, dtype: torch.dtype) -> None:
+        """Raise when there are no bf16 weights to be halves of anything."""
+        if self.reuse_fp32_param and dtype != torch.bfloat16:
+            raise ModelLinkError(f"a weight of {str(dtype).removeprefix('torch.')} is not the upper half of an fp32 one",
+                                 where="--reuse-fp32-param, --bf16", fix="add --bf16")

@@ -18,9 +18,19 @@ from modellink.core.model.feed_forward import FeedForward
 def in_full(memory: MemoryConfig, chunk: int, chunks: int) -> int | None:
     """How many of the first layers of a chunk (block) or of each group (uniform) are recomputed in full."""
     count = memory.recompute_num_layers
-    if count is None or not memory.enable_recompute_layers_per_pp_rank:
+    if count is None or memory.recompute_granularity != "full":
+        return None
+    if not memory.enable_recompute_layers_per_pp_rank:
         return count
     return max(0, -(-(count - chunk) // chunks))
+
+
+def feed_forwards(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
+    """Mark the layers of which the feed-forward part alone is recomputed: the first of a stage, beside --swap-attention."""
+    for chunk, model in enumerate(models):
+        layers: Any = model.get_submodule("decoder.layers")
+        for number, layer in enumerate(layers):
+            layer.recompute_mlp = number * len(models) + chunk < memory.feed_forwards_recomputed
 
 
 def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
@@ -28,12 +38,13 @@ def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
     if not memory.recompute_activation_function:
         return
     chunks, whole, count = len(models), memory.recompute_num_layers or 0, memory.recompute_activation_function_num_layers
-    everywhere = whole if memory.enable_recompute_layers_per_pp_rank else whole * chunks
+    by_stage = memory.enable_recompute_layers_per_pp_rank or memory.feed_forwards_recomputed
+    everywhere = whole if by_stage else whole * chunks
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):
             place, full = number * chunks + chunk, number < (in_full(memory, chunk, chunks) or 0)
-            if not full and (count is None or place < everywhere + count):
+            if not full and not layer.recompute_mlp and (count is None or place < everywhere + count):
                 for module in layer.modules():
                     if isinstance(module, FeedForward):
                         module.recompute_activation = True

@@ -29,6 +29,7 @@ class Rotary:
     def __init__(self, spec: ModelSpec) -> None:
         self._table = RotaryTable(spec) if spec.position_embedding_type == "rope" else None
         self._interleaved = spec.rotary_interleaved
+        self.angles: tuple[Tensor, ...] = ()  # those used last, which are not one layer's own
 
     def __call__(self, state: SequenceState, *heads: Tensor) -> list[Tensor]:
         """Heads [seq, batch, heads, dim], rotated; the angles of a pass are looked up once."""
@@ -39,7 +40,7 @@ class Rotary:
             if length is None:
                 length = heads[0].size(0) if state.positions is None else int(state.positions.max()) + 1
             state.angles = self._table(length, state.positions, heads[0].device, heads[0].dtype, state.lengths)
-        cos, sin = state.angles
+        cos, sin = self.angles = state.angles
         return [ops.rotary(x, cos, sin, interleaved=self._interleaved) for x in heads]
 
 

@@ -13,7 +13,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import engine
 from modellink.core.config import MemoryConfig, MoEConfig
-from modellink.core.memory.recompute import activations, in_full
+from modellink.core.memory.recompute import activations, feed_forwards, in_full
+from modellink.core.memory.swap import swap
 from modellink.core.model.feed_forward import ACTIVATIONS
 from modellink.core.model.gpt import Model
 from modellink.core.model.layers import block_spec
@@ -67,7 +68,7 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0)
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=settings.sequence_parallel, pipeline_model_parallel_layout=_stages(layout),
         context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep, perform_initialization=settings.initialise,
-        recompute_granularity=settings.memory.recompute_granularity, recompute_method=settings.memory.recompute_method,
+        recompute_granularity=settings.memory.recompute_granularity, recompute_method=settings.memory.method_in_full,
         recompute_num_layers=in_full(settings.memory, chunk, layout.vpp),
         **_experts(spec, settings.moe),
         # batched point-to-point gives wrong gradients, silently, with interleaved stages on two ranks; without it it is right
@@ -118,5 +119,7 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
         model.to(engine.current_device())  # norms and other parts of our own are made on the CPU
         model.model_type = None  # the schedules ask for it, decoders need none
         models.append(Float16Module(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
-    activations([model.module if isinstance(model, Float16Module) else model for model in models], settings.memory)
+    bare = [model.module if isinstance(model, Float16Module) else model for model in models]
+    for hold_less in (feed_forwards, activations, swap):
+        hold_less(bare, settings.memory)
     return models

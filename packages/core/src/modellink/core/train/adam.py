@@ -1,6 +1,7 @@
 """Adam and AdamW as megatron-core's optimizers expect it: the step count in the parameter group, as Apex has it.
 
-The arithmetic is `kernels.ops.adamw`. Not here: gradient clipping, loss scaling, sharding (megatron-core does those).
+The arithmetic is `kernels.ops.adamw`. A parameter that has `halves` (memory/reuse_fp32.py) is whole a slice at a time. Not here:
+gradient clipping, loss scaling, sharding (megatron-core does those).
 """
 
 from __future__ import annotations
@@ -29,9 +30,21 @@ class Adam(torch.optim.Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 if not self.state[param]:
-                    self.state[param] = {"exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+                    self.state[param] = {name: torch.zeros_like(param, memory_format=torch.contiguous_format)
+                                         for name in ("exp_avg", "exp_avg_sq")}
             beta1, beta2 = group["betas"]
-            ops.adamw(params, [param.grad for param in params], [self.state[param]["exp_avg"] for param in params],
-                      [self.state[param]["exp_avg_sq"] for param in params],
-                      Settings(step=group["step"], lr=group["lr"], beta1=beta1, beta2=beta2, epsilon=group["eps"],
-                               weight_decay=group["weight_decay"], decoupled=self.adam_w_mode))
+            settings = Settings(step=group["step"], lr=group["lr"], beta1=beta1, beta2=beta2, epsilon=group["eps"],
+                                weight_decay=group["weight_decay"], decoupled=self.adam_w_mode)
+            whole = [param for param in params if not hasattr(param, "halves")]
+            ops.adamw(whole, [param.grad for param in whole], [self.state[param]["exp_avg"] for param in whole],
+                      [self.state[param]["exp_avg_sq"] for param in whole], settings)
+            for param in params:
+                if hasattr(param, "halves"):
+                    self._step_of_halves(param, settings)
+
+    def _step_of_halves(self, param: Any, settings: Settings) -> None:
+        grad, mean, variance = (x.view(-1) for x in (param.grad, self.state[param]["exp_avg"], self.state[param]["exp_avg_sq"]))
+        for part in param.halves.slices():
+            value = param.halves.whole(part)
+            ops.adamw([value], [grad[part]], [mean[part]], [variance[part]], settings)
+            param.halves.store(value, part)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from modellink.core.memory.reuse_fp32 import share
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.parallel.attention import SequenceCut
@@ -43,6 +44,8 @@ def set_up(run: Run) -> Training:
             quantize(models, run.lora.lora_quantize)
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
+    if run.memory.reuse_fp32_param:
+        share(optimizer)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
                         run.parallel.use_distributed_optimizer)
     if run.resumed is not None:
