@@ -55,9 +55,38 @@ def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
     assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
 
 
-def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
-    run(save=str(tmp_path), save_interval=1, save_total_limit=2)
-    assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
+def test_saving_behind_training_changes_nothing(run, tmp_path):
+    """Every save of a run that goes on meanwhile is of the iteration it is called, and only the newest are kept."""
+    straight = run(2, save=str(tmp_path / "straight"), save_interval=1)
+    assert run(2, save=str(tmp_path / "a"), save_interval=1, save_total_limit=3, async_save=True) == straight
+    assert iterations(tmp_path / "a") == ["iter_0000003", "iter_0000004", "iter_0000005"]
+    for kept in (3, 4):
+        assert run(2, load=str(tmp_path / "a"), ckpt_step=kept) == straight[kept:]
+
+
+def without_room(options: dict[str, Any]) -> str:
+    """On a rank: what is said by a run that cannot write a file of more than 20 kB."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        training.train(options=options)
+    except ModelLinkError as error:
+        return error.what
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    return ""
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tmp_path, behind):
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
+    run(2, **options, exit_interval=2)
+    for said in pools(2)(without_room, options=options | {"load": str(tmp_path), "async_save": behind}):
+        assert "the checkpoint could not be written: rank 0: OSError: [Errno 27] File too large" in said
+    assert iterations(tmp_path) == ["iter_0000002", "iter_0000004.tmp"]
+    assert run(2, load=str(tmp_path))[-1][0] == 5
 
 
 def drop(folder: str, iteration: int, keep: int) -> None:

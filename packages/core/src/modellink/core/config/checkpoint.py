@@ -26,6 +26,7 @@ class CheckpointConfig:
     save: Path | None = option(None, "Folder to save checkpoints in.")
     save_interval: int | None = option(None, "Iterations between two saves; the end of the run is always saved.", minimum=1)
     save_total_limit: int | None = option(None, "Keep only so many of the newest checkpoints.", minimum=1)
+    async_save: bool = option(False, "Write checkpoints while training goes on; each rank copies its part to host memory first.")
     exit_interval: int | None = option(None, "Stop, saved, when the iteration is a multiple of this.", minimum=1)
     exit_duration_in_mins: float | None = option(None, "Stop, saved, after the first iteration that ends later than this.",
                                                  unit="minutes", minimum=0)
@@ -33,6 +34,7 @@ class CheckpointConfig:
     def check(self) -> None:
         if self.load is not None and not self.load.exists():
             raise ModelLinkError("the checkpoint to load is missing", where=f"--load {self.load}")
-        for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit)):
+        for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit),
+                            ("--async-save", self.async_save)):
             if given and self.save is None:
                 raise ModelLinkError("there is no folder to save in", where=flag, fix="give one with --save")
