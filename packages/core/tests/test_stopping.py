@@ -55,13 +55,30 @@ def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
     assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
 
 
-def test_saving_behind_training_changes_nothing(run, tmp_path):
-    """Every save of a run that goes on meanwhile is of the iteration it is called, and only the newest are kept."""
-    straight = run(2, save=str(tmp_path / "straight"), save_interval=1)
-    assert run(2, save=str(tmp_path / "a"), save_interval=1, save_total_limit=3, async_save=True) == straight
-    assert iterations(tmp_path / "a") == ["iter_0000003", "iter_0000004", "iter_0000005"]
-    for kept in (3, 4):
-        assert run(2, load=str(tmp_path / "a"), ckpt_step=kept) == straight[kept:]
+def slowly(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
+    """On a rank: a run whose disk takes its time."""
+    import time
+
+    from modellink.core.train import writer
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.3)  # a few iterations
+        return write(*args)
+
+    write, writer._write = writer._write, late
+    try:
+        return training.train(options=options)
+    finally:
+        writer._write = write
+
+
+def test_saving_behind_training_changes_nothing(pools, run, tiny, corpus, tmp_path):
+    """The save of a run that goes on meanwhile is of the iteration it is called, and only the newest are kept."""
+    straight = run(2)
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
+    assert pools(2)(slowly, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
+    assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
+    assert run(2, load=str(tmp_path), ckpt_step=4) == straight[4:]
 
 
 def without_room(options: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.run import Run
-from modellink.core.train import checkpoint
+from modellink.core.train import checkpoint, rank_files
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.guard import keep_batch, refuse_not_finite
 from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
@@ -69,6 +69,10 @@ def _save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
 
 def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
     """What a save has beside the state of the run."""
+    form = run.checkpoint.save_format
+    if form != "torch-dist":
+        return partial(rank_files.write, form=form, manifest=run.manifest, layout=run.layout,
+                       divisible_by=run.parallel.make_vocab_size_divisible_by)
     if not run.lora.on or run.checkpoint.load is None or dist.get_rank() > 0:
         return None
     write_description(folder, run.lora)
