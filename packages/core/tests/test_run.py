@@ -88,6 +88,10 @@ def test_a_good_run_is_settled(options):
     ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
     ({"ckpt_step": 3}, "iteration 3 was asked for, and the folder has no iterations", "leave it out"),
+    ({"async_save": True}, "no folder to save in", "--async-save"),
+    ({"save_format": "megatron-core"}, "no folder to save in", "--save-format"),
+    ({"save": "s", "save_format": "megatron-core", "lora_target_modules": ("linear_qkv",)}, "adapters alone are saved",
+     "--save-format, --lora-target-modules"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):
@@ -116,6 +120,14 @@ def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
     del options["load"]
     with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
         prepare([preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+
+
+def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_path):
+    del options["load"]
+    changes = {"save": str(tmp_path), "seq_length": 128, "save_format": "megatron-legacy"}
+    with pytest.raises(ModelLinkError, match="Megatron-Legacy has no name for") as caught:
+        prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
+    assert caught.value.where == "--save-format megatron-legacy"
 
 
 def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):

@@ -55,9 +55,55 @@ def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
     assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
 
 
-def test_only_the_newest_checkpoints_are_kept(run, tmp_path):
-    run(save=str(tmp_path), save_interval=1, save_total_limit=2)
+def slowly(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
+    """On a rank: a run whose disk takes its time."""
+    import time
+
+    from modellink.core.train import writer
+
+    def late(*args: Any) -> Any:
+        time.sleep(0.3)  # a few iterations
+        return write(*args)
+
+    write, writer._write = writer._write, late
+    try:
+        return training.train(options=options)
+    finally:
+        writer._write = write
+
+
+def test_saving_behind_training_changes_nothing(pools, run, tiny, corpus, tmp_path):
+    """The save of a run that goes on meanwhile is of the iteration it is called, and only the newest are kept."""
+    straight = run(2)
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
+    assert pools(2)(slowly, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
     assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
+    assert run(2, load=str(tmp_path), ckpt_step=4) == straight[4:]
+
+
+def without_room(options: dict[str, Any]) -> str:
+    """On a rank: what is said by a run that cannot write a file of more than 20 kB."""
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        training.train(options=options)
+    except ModelLinkError as error:
+        return error.what
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    return ""
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tmp_path, behind):
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
+    run(2, **options, exit_interval=2)
+    for said in pools(2)(without_room, options=options | {"load": str(tmp_path), "async_save": behind}):
+        assert "the checkpoint could not be written: rank 0: OSError: [Errno 27] File too large" in said
+    assert iterations(tmp_path) == ["iter_0000002", "iter_0000004.tmp"]
+    assert run(2, load=str(tmp_path))[-1][0] == 5
 
 
 def drop(folder: str, iteration: int, keep: int) -> None:

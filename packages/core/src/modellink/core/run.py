@@ -27,6 +27,7 @@ from modellink.core.config import (
     ParallelConfig,
 )
 from modellink.core.posttrain import adapters
+from modellink.core.train import rank_files
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
@@ -107,9 +108,21 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
         _check_family(checkpoint)
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
-    return Run(spec, parallel, data, resolved[InstructionConfig], lora, resolved[OptimizerConfig], resolved[MoEConfig],
-               resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
-               resumed)
+    run = Run(spec, parallel, data, resolved[InstructionConfig], lora, resolved[OptimizerConfig], resolved[MoEConfig],
+              resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
+              resumed)
+    if checkpoint.save_format != "torch-dist":
+        _check_save_format(run)
+    return run
+
+
+def _check_save_format(run: Run) -> None:
+    form = run.checkpoint.save_format
+    if run.lora.on:
+        raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
+                             where="--save-format, --lora-target-modules",
+                             fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
+    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by)
 
 
 def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) -> tuple[Checkpoint | None, Path | None]:

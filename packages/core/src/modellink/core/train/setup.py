@@ -37,6 +37,9 @@ def set_up(run: Run) -> Training:
     models: list[Any] = list(build_models(run.spec, settings))
     if run.source is not None and (run.resumed is None or run.lora.on):
         load_weights(models, run.source, settings, show=first)
+        if first and run.resumed is None and run.source.format != "Hugging Face" and not (run.checkpoint.finetune or run.lora.on):
+            print(f"note: {run.source.folder} ({run.source.format}) gives its weights; an optimizer state, schedule or random "
+                  "state that Megatron left there is not read, and training begins at iteration 0", flush=True)
     if run.lora.on:
         given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source)
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
