@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ class DataConfig:
     section: ClassVar[str] = "data"
 
     data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or weight and prefix in turn for a blend.")
-    is_instruction_dataset: bool = option(False, "The prefix is of instruction data; `sft` is `pretrain` with this.")
+    is_instruction_dataset: bool = option(False, "The prefixes are of instruction data; `sft` is `pretrain` with this.")
     split: str = option("969,30,1", "Shares of training, validation and test.")
     seq_length: int = option(4096, "Tokens of a sample.", unit="tokens", minimum=1)
     micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
@@ -44,9 +45,10 @@ class DataConfig:
         if len(self.data_path) == 1:
             return list(self.data_path), None
         try:
-            if len(self.data_path) % 2:
+            weights = [float(weight) for weight in self.data_path[::2]]
+            if len(self.data_path) % 2 or not all(0 < weight < math.inf for weight in weights):
                 raise ValueError
-            return list(self.data_path[1::2]), [float(weight) for weight in self.data_path[::2]]
+            return list(self.data_path[1::2]), weights
         except ValueError:
             raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
@@ -104,9 +106,6 @@ class DataConfig:
         if not self.data_path:
             raise ModelLinkError("there is no data", where="--data-path",
                                  fix="make some with modellink-preprocess, and give its output prefix with _text_document")
-        if self.is_instruction_dataset and len(self.data_path) > 1:
-            raise ModelLinkError("instruction data is one set", where="--data-path",
-                                 fix="join several with modellink-preprocess --merge-group-keys")
         for file in self.files():
             if not file.is_file():
                 example = "alpaca" if self.is_instruction_dataset else "enwiki_text_document"
