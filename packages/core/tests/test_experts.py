@@ -15,11 +15,15 @@ OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr"
            "moe_aux_loss_coeff": 0.05, "moe_device_level_aux_loss_coeff": 0.03, "moe_comm_aux_loss_coeff": 0.02,
            "moe_z_loss_coeff": 0.01}
 EP2, TP2 = {"expert_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+ALLTOALL, GROUPED = {"moe_token_dispatcher_type": "alltoall"}, {"moe_grouped_gemm": True}
 LAYOUTS = {
-    "one": (1, {}), "ep2": (2, EP2), "ep2 alltoall": (2, EP2 | {"moe_token_dispatcher_type": "alltoall"}), "tp2": (2, TP2),
+    "one": (1, {}), "ep2": (2, EP2), "ep2 alltoall": (2, EP2 | ALLTOALL), "tp2": (2, TP2),
     "ep2 distributed optimizer": (2, EP2 | {"use_distributed_optimizer": True}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
     "uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
+    "tp2 mc2": (2, TP2 | {"use_mc2": True}), "grouped": (1, GROUPED), "ep2 grouped": (2, EP2 | GROUPED),
+    "ep2 alltoall grouped": (2, EP2 | ALLTOALL | GROUPED), "tp2 ep2 grouped": (4, TP2 | EP2 | GROUPED),
+    "grouped, activation": (1, GROUPED | {"recompute_activation_function": True}),
     "cp2": (2, {"context_parallel_size": 2}), "tp2 ep2": (4, TP2 | EP2),
     "pp2 ep2": (4, EP2 | {"pipeline_model_parallel_size": 2})}
 
@@ -58,6 +62,57 @@ def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
     steps = run(layout)
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-4)
+
+
+def grouped(folder: str, biased: bool) -> tuple[int, int, float]:
+    """On a rank: (calls of single experts' linears, experts' matrices that are copied, largest difference of any gradient from
+    experts one after the other)."""
+    from dataclasses import replace
+
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.core import processes
+    from modellink.core.config import MoEConfig
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.kernels.device import find
+    from modellink.kernels.ops.grouped_matmul import together
+    from modellink.kernels.parallel import ParallelLayout
+
+    processes.join(find("cpu"), ParallelLayout(), seed=1)
+    spec, grads, calls, copied = replace(open_checkpoint(Path(folder)).spec, add_mlp_bias=biased), [], 0, 0
+    weights = None
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+    for on in (False, True):
+        (model,) = build_models(spec, BuildSettings(moe=MoEConfig(moe_grouped_gemm=on)))
+        if weights is None:
+            weights = {name: torch.randn_like(value) * 0.1 for name, value in model.named_parameters()}
+        model.load_state_dict(weights, strict=False)
+        for name, module in model.named_modules():
+            if on and name.endswith(".mlp.experts"):
+                for fc in ("linear_fc1", "linear_fc2"):
+                    matrices = [getattr(expert, fc).weight for expert in module.local_experts]
+                    copied += together(matrices).data_ptr() != matrices[0].data_ptr()
+            elif on and "local_experts" in name and ".linear_" in name:
+                module.register_forward_hook(count)
+        model.train()(torch.arange(24)[None]).square().mean().backward()
+        grads.append({name: value.grad for name, value in model.named_parameters() if "shared" not in name})  # has no biases
+    return calls, copied, max((grads[0][name] - grads[1][name]).abs().max().item() for name in grads[0])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_grouped_experts_are_one_product_over_weights_where_they_lie(pools, mixture, biased):
+    calls, copied, difference = pools(1)(grouped, folder=str(mixture), biased=biased)[0]
+    assert (calls, copied) == (0, 0) and difference < 1e-6
+
+
+def test_a_checkpoint_of_grouped_experts_trains_grouped(pools, corpus, mixture, run, whole, tmp_path):
+    from modellink.ckpt_convert import convert
+
+    convert(mixture, tmp_path / "core", to="megatron-core", moe_grouped_gemm=True)
+    steps = run("grouped", load=str(tmp_path / "core"))
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
 
 
 @pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff",

@@ -107,3 +107,68 @@ def test_memory_is_saved_and_layers_run_again(pools, tiny):
     assert sizes["uniform"][0] < sizes["block"][0] < sizes["activation"][0] < plain
     ffn = 4 * 24 * 112 * 4  # bytes: layers x tokens x width, kept for the second projection
     assert plain - sizes["activation"][0] >= ffn
+
+
+def dropped(folder: str, memories: list[dict[str, Any]]) -> list[list[int]]:
+    """On a rank of two interleaved stages of 8 layers: for each setting the bytes that each chunk's two layers keep."""
+    from dataclasses import replace
+
+    import torch
+
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.core import processes
+    from modellink.core.config import MemoryConfig
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    layout = ParallelLayout(pp=2, vpp=2)
+    processes.join(find("cpu"), layout, seed=1)
+    spec = replace(open_checkpoint(Path(folder)).spec, num_layers=8)
+    sizes = []
+    for memory in memories:
+        sizes.append([])
+        for model in build_models(spec, BuildSettings(layout=layout, memory=MemoryConfig(**memory))):
+            kept: dict[int, Any] = {}
+
+            def keep(tensor: Any, kept: dict[int, Any] = kept) -> Any:
+                if not isinstance(tensor, torch.nn.Parameter):
+                    kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+                return tensor
+            hidden = torch.randn(24, 1, 48, requires_grad=True)
+            model.decoder.set_input_tensor(hidden)
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+                output = model.train().decoder(hidden, None)
+            for angle in model.decoder.layers[0].self_attention.rotary.angles:  # all layers share them
+                kept.pop(angle.untyped_storage().data_ptr(), None)
+            sizes[-1].append(sum(storage.size() for storage in kept.values()))  # an activation that was dropped has none
+            output.sum().backward()
+    return sizes
+
+
+STAGE = {"enable_recompute_layers_per_pp_rank": True}
+ACTIVATION = {"recompute_activation_function": True}
+KINDS: list[tuple[dict[str, Any], list[tuple[int, int]]]] = [  # setting, (in full, activation alone) of each chunk's two layers
+    (BLOCK | {"recompute_num_layers": 1}, [(1, 0), (1, 0)]), (BLOCK | {"recompute_num_layers": 1} | STAGE, [(1, 0), (0, 0)]),
+    (BLOCK | {"recompute_num_layers": 3} | STAGE, [(2, 0), (1, 0)]),
+    (ACTIVATION, [(0, 2), (0, 2)]), (ACTIVATION | {"recompute_activation_function_num_layers": 1}, [(0, 1), (0, 0)]),
+    (ACTIVATION | {"recompute_activation_function_num_layers": 3}, [(0, 2), (0, 1)]),
+    (BLOCK | {"recompute_num_layers": 1} | ACTIVATION, [(1, 1), (1, 1)]),
+    (BLOCK | {"recompute_num_layers": 1} | ACTIVATION | {"recompute_activation_function_num_layers": 1}, [(1, 1), (1, 0)]),
+    (BLOCK | {"recompute_num_layers": 1} | STAGE | ACTIVATION, [(1, 1), (0, 2)]),
+    (BLOCK | {"recompute_num_layers": 1} | STAGE | ACTIVATION | {"recompute_activation_function_num_layers": 2},
+     [(1, 1), (0, 1)]),
+    (BLOCK | {"recompute_num_layers": 3} | STAGE | ACTIVATION, [(2, 0), (1, 1)])]
+
+
+def test_every_layer_of_every_chunk_drops_what_it_should(pools, tiny):
+    """Layer l of chunk v has place l x chunks + v: the first places in full, of the next the activation alone."""
+    for number, measured in enumerate(pools(2)(dropped, folder=str(tiny), memories=[{}, *(kind for kind, _ in KINDS)])):
+        plain, *others = measured
+        in_full = plain[0] - others[0][0]
+        activation = (plain[0] - others[3][0]) // 2
+        assert activation >= 24 * 112 * 4 and in_full > plain[0] // 3, number
+        for (setting, chunks), sizes in zip(KINDS, others, strict=True):
+            expected = [size - full * in_full - alone * activation
+                        for size, (full, alone) in zip(plain, chunks, strict=True)]
+            assert sizes == expected, setting

@@ -15,7 +15,7 @@ from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes, sc
 from modellink.kernels.ops.check import TOLERANCE, op_cases
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
-NAMES = ["rms_norm", "swiglu", "rotary", "attention", "ring_update", "cross_entropy", "adamw"]
+NAMES = ["rms_norm", "swiglu", "rotary", "attention", "ring_update", "grouped_matmul", "cross_entropy", "adamw"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -164,3 +164,29 @@ def test_ring_update_joins_attention_over_parts(qkv):
     for a, b in zip(ops.ring_update(*nothing, joined, lse), (joined, lse), strict=True):
         assert torch.equal(a, b)
     assert not ops.ring_update(*nothing, *nothing)[0].isnan().any()
+
+
+@pytest.mark.parametrize("block", [True, False], ids=["one block", "apart"])
+def test_the_fused_grouped_product_is_the_plain_one(block):
+    """torch's kernel runs on a CPU, too, where the door takes the plain form."""
+    module = importlib.import_module("modellink.kernels.ops.grouped_matmul")
+    generator = torch.Generator().manual_seed(3)
+    made = torch.randn(4, 24, 16, generator=generator).bfloat16()
+    weights = [(made[i] if block else made[i].clone()).requires_grad_() for i in range(4)]
+    assert (module.together(weights).data_ptr() == weights[0].data_ptr()) == block
+    x = torch.randn(12, 16, generator=generator).bfloat16().requires_grad_()
+    upstream = torch.randn(12, 24, generator=generator).bfloat16()
+    results = []
+    for form in (module.plain, module.torch_fused):
+        out = form(x, weights, [5, 0, 4, 3])
+        results.append([out, *torch.autograd.grad(out, [x, *weights], upstream)])
+    for plain, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-1, rtol=2e-2)
+    assert results[1][3].count_nonzero() == 0  # of the group without rows
+
+
+def test_a_grouped_product_is_a_product_a_group():
+    x, weights = torch.randn(5, 3), [torch.randn(2, 3) for _ in range(3)]
+    out = ops.grouped_matmul(x, weights, [2, 0, 3])
+    for row, which in enumerate([0, 0, 2, 2, 2]):
+        torch.testing.assert_close(out[row], weights[which] @ x[row])

@@ -38,22 +38,25 @@ class BuildSettings:
     memory: MemoryConfig = MemoryConfig()
     initialise: bool = True
     variable_seq_lengths: bool = False
+    use_mc2: bool = False
 
 
 @dataclass
 class Config(TransformerConfig):
-    """megatron-core's config, and what our router and attention read beside it."""
+    """megatron-core's config, and what our router, attention and linears read beside it."""
 
     spec: ModelSpec | None = None
     balance: MoEConfig = MoEConfig()
     sequence_cut: SequenceCut = SequenceCut()
+    use_mc2: bool = False
 
 
 def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0) -> Config:
     """megatron-core's configuration of a model chunk."""
     layout = settings.layout
     return Config(
-        spec=spec, balance=settings.moe, sequence_cut=settings.sequence_cut or SequenceCut(layout.ulysses),
+        spec=spec, balance=settings.moe, use_mc2=settings.use_mc2,
+        sequence_cut=settings.sequence_cut or SequenceCut(layout.ulysses),
         num_layers=spec.num_layers, hidden_size=spec.hidden_size, num_attention_heads=spec.num_attention_heads,
         num_query_groups=spec.groups, kv_channels=spec.head_dim, ffn_hidden_size=spec.ffn,
         normalization=spec.normalization, layernorm_epsilon=spec.norm_epsilon,
@@ -112,7 +115,8 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
     for chunk in range(layout.vpp):
         config = transformer_config(spec, settings, chunk)
         model = Model(
-            config, block_spec(spec, layout.layers(spec.num_layers, stage, chunk)), spec=spec,
+            config, block_spec(spec, layout.layers(spec.num_layers, stage, chunk), grouped=settings.moe.moe_grouped_gemm),
+            spec=spec,
             vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, settings.make_vocab_size_divisible_by),
             pre_process=stage == 0 and chunk == 0, post_process=stage == layout.pp - 1 and chunk == layout.vpp - 1,
             vp_stage=chunk if layout.vpp > 1 else None)

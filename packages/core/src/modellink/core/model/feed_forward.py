@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+import torch
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.model.linear import BiasedColumnParallelLinear, BiasedRowParallelLinear
+from modellink.core.model.linear import BiasedColumnLinear, BiasedRowLinear, ColumnLinear, RowLinear
 from modellink.kernels import ops
 
 
@@ -27,8 +28,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 def linears(spec: ModelSpec) -> MLPSubmodules:
     """fc1 and fc2, with biases where the model has them."""
     if spec.add_mlp_bias:
-        return MLPSubmodules(linear_fc1=BiasedColumnParallelLinear, linear_fc2=BiasedRowParallelLinear)
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        return MLPSubmodules(linear_fc1=BiasedColumnLinear, linear_fc2=BiasedRowLinear)
+    return MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class FeedForward(MLP):
@@ -40,19 +41,27 @@ class FeedForward(MLP):
         """[..., hidden] -> [..., hidden], and a bias still to be added; `per_token_scale` [tokens] is an expert's score."""
         x, bias = self.linear_fc1(hidden_states)
         x = x if bias is None else x + bias
-        if self.recompute_activation and self.training:
-            kept = CheckpointWithoutOutput()
-            output, bias = self.linear_fc2(kept.checkpoint(self._activate, x, per_token_scale))
-            kept.discard_output_and_register_recompute(output)
-        else:
-            output, bias = self.linear_fc2(self._activate(x, per_token_scale))
+        output, bias = self.activated(x, per_token_scale, self.linear_fc2)
         if per_token_scale is not None and bias is not None:
-            # every tensor-parallel rank adds its share: the dispatcher sums their outputs. The gradient is that of the whole
-            share = bias / self.tp_group.size()
-            bias = share + (bias - share) - (bias - share).detach()
-            output = output + bias * per_token_scale.unsqueeze(-1)
+            output = output + self.shared_bias(bias, per_token_scale)
             bias = None
         return output, bias
+
+    def activated(self, x: Tensor, scale: Tensor | None, then: Callable[[Tensor], tuple[Tensor, Tensor | None]],
+                  ) -> tuple[Tensor, Tensor | None]:
+        """The activation, and what comes behind it; the former's output is dropped and computed again where that is wanted."""
+        if not (self.recompute_activation and self.training):
+            return then(self._activate(x, scale))
+        kept = CheckpointWithoutOutput()
+        output, bias = then(kept.checkpoint(self._activate, x, scale))
+        kept.discard_output_and_register_recompute(output)
+        return output, bias
+
+    def shared_bias(self, bias: Tensor, scale: Tensor) -> Tensor:
+        """What an expert's bias adds: every tensor-parallel rank its share, as the dispatcher sums their outputs. The gradient is
+        that of the whole."""
+        share = bias / self.tp_group.size()
+        return (share + (bias - share) - (bias - share).detach()) * scale.unsqueeze(-1)
 
     def _activate(self, x: Tensor, scale: Tensor | None) -> Tensor:
         activation = self.config.activation_func
@@ -75,6 +84,40 @@ class Experts(SequentialMLP):
         self.local_experts = nn.ModuleList(
             FeedForward(self.config, submodules, ffn_hidden_size=self.config.moe_ffn_hidden_size, is_expert=True,
                         tp_group=pg_collection.expt_tp) for _ in range(num_local_experts))
+
+
+class GroupedExperts(Experts):
+    """The experts of this rank as one product (--moe-grouped-gemm); the same parameters, which lie in one block a linear."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("linear_fc1", "linear_fc2"):
+            linears = [getattr(expert, name) for expert in self.local_experts]
+            block = torch.stack([linear.weight.detach() for linear in linears])
+            for linear, weight in zip(linears, block, strict=True):
+                linear.weight.data = weight
+
+    def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor,
+                permuted_probs: Tensor) -> tuple[Tensor, None]:
+        """[tokens, hidden] sorted by expert -> the same; scores [tokens]."""
+        counts, first = tokens_per_expert.tolist(), self.local_experts[0]
+        x = self._multiply(permuted_local_hidden_states, "linear_fc1", counts)
+        if (bias := self._biases("linear_fc1", counts)) is not None:
+            x = x + bias
+        output, _ = first.activated(x, permuted_probs, lambda x: (self._multiply(x, "linear_fc2", counts), None))
+        if (bias := self._biases("linear_fc2", counts)) is not None:
+            output = output + first.shared_bias(bias, permuted_probs)
+        return output, None
+
+    def _multiply(self, x: Tensor, name: str, counts: list[int]) -> Tensor:
+        return ops.grouped_matmul(x, [getattr(expert, name).weight for expert in self.local_experts], counts)
+
+    def _biases(self, name: str, counts: list[int]) -> Tensor | None:
+        """The bias of each token's expert."""
+        biases = [getattr(expert, name).bias for expert in self.local_experts]
+        if biases[0] is None:
+            return None
+        return torch.cat([bias.expand(count, -1) for bias, count in zip(biases, counts, strict=True)])
 
 
 class SharedExpert(SharedExpertMLP, FeedForward):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.attention import Rotary
-from modellink.core.model.linear import ReplicatedLinear
+from modellink.core.model.linear import ColumnLinear, ReplicatedLinear
 from modellink.core.model.norm import Norm
 from modellink.core.model.state import SequenceState
 
@@ -49,9 +48,9 @@ class LatentAttention(MegatronModule):
             submodules.linear_proj, heads * self.value_dim, hidden, config=config, init_method=config.output_layer_init_method,
             bias=False, input_is_parallel=True, skip_bias_add=True, is_expert=False)
 
-    def _column(self, inputs: int, outputs: int) -> ColumnParallelLinear:
-        return ColumnParallelLinear(inputs, outputs, config=self.config, init_method=self.config.init_method, bias=False,
-                                    gather_output=False)
+    def _column(self, inputs: int, outputs: int) -> ColumnLinear:
+        return ColumnLinear(inputs, outputs, config=self.config, init_method=self.config.init_method, bias=False,
+                            gather_output=False)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:

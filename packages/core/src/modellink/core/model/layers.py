@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -20,9 +19,9 @@ from torch import Tensor, nn
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.attention import CoreAttention, Rotary, SelfAttention
-from modellink.core.model.feed_forward import Experts, FeedForward, SharedExpert, linears
+from modellink.core.model.feed_forward import Experts, FeedForward, GroupedExperts, SharedExpert, linears
 from modellink.core.model.latent import LatentAttention
-from modellink.core.model.linear import BiasedRowParallelLinear
+from modellink.core.model.linear import BiasedRowLinear, ColumnLinear, RowLinear
 from modellink.core.model.norm import Norm
 from modellink.core.model.router import Router
 
@@ -52,30 +51,31 @@ def _adder(norm: Norm | None, scale: float) -> Callable[[bool, bool], Callable[.
     return lambda training, fused: partial(add, training)
 
 
-def layer_spec(spec: ModelSpec, number: int, rotary: Rotary) -> ModuleSpec:
-    """The spec of a layer (from 0, over all stages)."""
+def layer_spec(spec: ModelSpec, number: int, rotary: Rotary, *, grouped: bool = False) -> ModuleSpec:
+    """The spec of a layer (from 0, over all stages); `grouped`: all experts are one product."""
     core = ModuleSpec(module=CoreAttention, params={"spec": spec})
-    projection = BiasedRowParallelLinear if spec.add_dense_bias else RowParallelLinear
+    projection = BiasedRowLinear if spec.add_dense_bias else RowLinear
     latent = {"spec": spec} if spec.multi_head_latent_attention else {}
     attention = ModuleSpec(
         module=LatentAttention if latent else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary, **latent},
-        submodules=SelfAttentionSubmodules(linear_qkv=ColumnParallelLinear, core_attention=core, linear_proj=projection,
+        submodules=SelfAttentionSubmodules(linear_qkv=ColumnLinear, core_attention=core, linear_proj=projection,
                                            q_layernorm=IdentityOp, k_layernorm=IdentityOp))
     return ModuleSpec(module=Layer, params={"spec": spec}, submodules=TransformerLayerSubmodules(
         input_layernorm=Norm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=Norm, mlp=_feed_forward(spec, number), mlp_bda=get_bias_dropout_add))
+        pre_mlp_layernorm=Norm, mlp=_feed_forward(spec, number, grouped), mlp_bda=get_bias_dropout_add))
 
 
-def _feed_forward(spec: ModelSpec, number: int) -> ModuleSpec:
+def _feed_forward(spec: ModelSpec, number: int, grouped: bool) -> ModuleSpec:
     if not spec.has_experts(number):
         return ModuleSpec(module=FeedForward, params={"ffn_hidden_size": spec.ffn}, submodules=linears(spec))
-    experts = ModuleSpec(module=Experts, submodules=linears(spec))
+    experts = ModuleSpec(module=GroupedExperts if grouped else Experts, submodules=linears(spec))
     shared = ModuleSpec(module=SharedExpert, submodules=linears(spec))
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts, shared_experts=shared))
 
 
-def block_spec(spec: ModelSpec, layers: range) -> TransformerBlockSubmodules:
+def block_spec(spec: ModelSpec, layers: range, *, grouped: bool = False) -> TransformerBlockSubmodules:
     """The spec of a model chunk with these layers and, on the last one, the final norm."""
     rotary = Rotary(spec)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(spec, number, rotary) for number in layers], layer_norm=Norm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(spec, number, rotary, grouped=grouped) for number in layers], layer_norm=Norm)

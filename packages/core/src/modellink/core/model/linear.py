@@ -1,4 +1,5 @@
-"""megatron-core's parallel linears with a bias of their own, where a model has one in some linears and not in others."""
+"""megatron-core's parallel linears, also with the collective inside the product (--use-mc2), and with a bias of their own where a
+model has one in some linears and not in others."""
 
 from __future__ import annotations
 
@@ -8,13 +9,40 @@ import torch
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
+from modellink.kernels import ops
 
-class BiasedColumnParallelLinear(ColumnParallelLinear):
+
+class ColumnLinear(ColumnParallelLinear):
+    """[seq / tp, batch, in] -> [seq, batch, out / tp] with sequence parallelism."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None,
+                      sequence_parallel: bool = False, **kwargs: Any) -> Tensor:
+        if not (self.config.use_mc2 and sequence_parallel):
+            output: Tensor = super()._forward_impl(input, weight, *args, bias=bias, sequence_parallel=sequence_parallel, **kwargs)
+            return output
+        output = ops.all_gather_matmul(input.flatten(0, 1), weight, self.tp_group).unflatten(0, (-1, input.size(1)))
+        return output if bias is None else output + bias
+
+
+class RowLinear(RowParallelLinear):
+    """[seq, batch, in / tp] -> [seq / tp, batch, out] with sequence parallelism."""
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not (self.config.use_mc2 and self.sequence_parallel) or self.explicit_expert_comm:
+            output: tuple[Tensor, Tensor | None] = super().forward(input_)
+            return output
+        product = ops.matmul_reduce_scatter(input_.flatten(0, 1), self.weight, self.tp_group).unflatten(0, (-1, input_.size(1)))
+        if self.skip_bias_add or self.bias is None:
+            return product, self.bias
+        return product + self.bias, None
+
+
+class BiasedColumnLinear(ColumnLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"bias": True}))
 
 
-class BiasedRowParallelLinear(RowParallelLinear):
+class BiasedRowLinear(RowLinear):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **(kwargs | {"bias": True}))
 

@@ -25,6 +25,7 @@ def build_settings(run: Run) -> BuildSettings:
         make_vocab_size_divisible_by=run.parallel.make_vocab_size_divisible_by,
         attention_dropout=run.optimizer.attention_dropout, hidden_dropout=run.optimizer.hidden_dropout,
         init_method_std=run.optimizer.init_method_std, moe=run.moe, memory=run.memory,
+        use_mc2=run.parallel.use_mc2,
         variable_seq_lengths=run.instruction.variable_seq_lengths,
         sequence_cut=SequenceCut(run.layout.ulysses, run.parallel.use_cp_send_recv_overlap,
                                  run.parallel.kv_head_repeat_before_uly_alltoall))

@@ -65,6 +65,7 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
     lse = torch.randn(9, 2, 6, generator=generator).to(device)
     labels = torch.randint(0, 48, (7, 3), generator=generator).to(device)
     step = Settings(step=3, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+    rows, matrices, counts = random(12, 16), [random(8, 16) for _ in range(4)], [5, 0, 4, 3]
     state = [random(5, 8).detach().float().abs() for _ in range(4)]
 
     def stepped(form: Callable[..., None]) -> torch.Tensor:
@@ -79,6 +80,7 @@ def op_cases(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[Ca
         "attention": lambda form: run(form, q, k, v, variant=Variant(0.25), positions=None),
         "ring_update": lambda form: run(lambda *inputs: torch.cat([part.flatten() for part in form(*inputs)]), q.float(), lse,
                                         k.float().repeat_interleave(2, 2), lse.flip(0)),
+        "grouped_matmul": lambda form: run(lambda rows, *matrices: form(rows, matrices, counts), rows, *matrices),
         "cross_entropy": lambda form: run(form, x, labels),
         "adamw": stepped,
     }

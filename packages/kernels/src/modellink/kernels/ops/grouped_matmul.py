@@ -1,0 +1,98 @@
+"""Rows in consecutive groups, each group times a matrix of its own: the products of a mixture of experts.
+
+The fused forms are one kernel for all groups. CUDA's wants the matrices in one block: they are used where they lie if that is
+one (experts are made so), else copied together for the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def grouped_matmul(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """x [rows, in], the first counts[0] rows for weights[0] [out, in] and so on -> [rows, out]."""
+    return FORMS.get(x.device.type, plain)(x, weights, counts)
+
+
+def plain(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    parts = x.split(list(counts))
+    return torch.cat([part @ weight.t() for part, weight in zip(parts, weights, strict=True)])
+
+
+class _Grouped(torch.autograd.Function):
+    """`multiply(x, matrices, counts)` and `outer(x, gradient, counts)` do the work."""
+
+    @staticmethod
+    def forward(ctx: Any, multiply: Any, outer: Any, counts: Sequence[int], x: Tensor, *weights: Tensor) -> Tensor:
+        ctx.multiply, ctx.outer, ctx.counts = multiply, outer, counts
+        ctx.save_for_backward(x, *weights)
+        out: Tensor = multiply(x, weights, counts, True)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, *weights = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        of_x = ctx.multiply(gradient, weights, ctx.counts, False) if ctx.needs_input_grad[3] else None
+        learned = any(ctx.needs_input_grad[4:])
+        return None, None, None, of_x, *(ctx.outer(gradient, x, ctx.counts) if learned else [None] * len(weights))
+
+
+def together(weights: Sequence[Tensor]) -> Tensor:
+    """[groups, out, in]: a view where the matrices follow each other in one storage, else a copy."""
+    first, size = weights[0], weights[0].numel()
+    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
+    if all(weight.untyped_storage().data_ptr() == storage and weight.storage_offset() == start + number * size
+           and weight.is_contiguous() for number, weight in enumerate(weights)):
+        return first.as_strided((len(weights), *first.shape), (size, *first.stride()), start)
+    return torch.stack(list(weights))
+
+
+def _ends(counts: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=device)
+
+
+def _multiply(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int], transposed: bool) -> Tensor:
+    block = together(weights)
+    return torch._grouped_mm(x, block.transpose(1, 2) if transposed else block, offs=_ends(counts, x.device))
+
+
+def _outer(gradient: Tensor, x: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    return torch._grouped_mm(gradient.t(), x, offs=_ends(counts, x.device)).unbind()
+
+
+def torch_fused(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    """torch's kernel takes bf16 with rows of a multiple of 16 bytes; anything else takes the plain form."""
+    if x.dtype != torch.bfloat16 or any(size % 8 for size in weights[0].shape) or not x.size(0):
+        return plain(x, weights, counts)
+    out: Tensor = _Grouped.apply(_multiply, _outer, counts, x.contiguous(), *weights)
+    return out
+
+
+def _npu_multiply(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int], transposed: bool) -> Tensor:
+    block = together(weights)
+    out: Tensor = torch.ops.npu.npu_grouped_matmul(
+        [x], [block.transpose(1, 2) if transposed else block], group_list=_ends(counts, x.device).long(), split_item=3,
+        group_type=0, group_list_type=0)[0]
+    return out
+
+
+def _npu_outer(gradient: Tensor, x: Tensor, counts: Sequence[int]) -> Sequence[Tensor]:
+    out: Tensor = torch.ops.npu.npu_grouped_matmul(
+        [gradient.t()], [x], group_list=_ends(counts, x.device).long(), split_item=3, group_type=2, group_list_type=0)[0]
+    return out.unbind()
+
+
+def npu(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
+    if not x.size(0):
+        return plain(x, weights, counts)
+    out: Tensor = _Grouped.apply(_npu_multiply, _npu_outer, counts, x.contiguous(), *weights)
+    return out
+
+
+FORMS: dict[str, Callable[[Tensor, Sequence[Tensor], Sequence[int]], Tensor]] = {"cuda": torch_fused, "npu": npu}
