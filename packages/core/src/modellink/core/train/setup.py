@@ -44,7 +44,7 @@ def set_up(run: Run) -> Training:
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
-                        run.parallel.use_distributed_optimizer)
+                        run.parallel.use_distributed_optimizer, run.optimizer.by_samples)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
                           load_rng=run.checkpoint.load_rng)
