@@ -152,6 +152,36 @@ def test_the_batch_grows(run, tmp_path):
         assert two == pytest.approx(one, rel=1e-4)
 
 
+def test_a_run_of_samples(run, pools, tiny, corpus, tmp_path):
+    """Whole batches of a ramp-up, a schedule that counts samples, and a stop in between."""
+    samples = {"rampup_batch_size": (2, 1, 6), "train_iters": None, "train_samples": 18, "lr_warmup_iters": 0,
+               "lr_warmup_samples": 4}
+    straight = run(**samples)
+    assert [step[1] for step in straight] == [2, 4, 7, 11, 15]  # three samples are less than another batch
+    stopped = run(save=str(tmp_path), exit_interval=2, **samples)
+    assert stopped + run(load=str(tmp_path), **samples) == straight
+    with pytest.raises(AssertionError, match="the run that is continued is counted by --train-samples"):
+        run(load=str(tmp_path))
+
+
+def test_a_run_made_longer_goes_on_in_its_order(run, tmp_path):
+    """Constant rate: the first iterations of a longer run are those of the shorter one; their layout does not matter."""
+    constant = {"lr_decay_style": "constant"}
+    short = run(save=str(tmp_path), **constant)
+    progress = json.loads((tmp_path / "iter_0000005/training.json").read_text())
+    assert (progress["ordered"], progress["consumed_samples"]) == ([20], 20)
+    longer = run(load=str(tmp_path), save=str(tmp_path), train_iters=40, exit_interval=20, save_interval=10, **constant)
+    assert [step[0] for step in longer] == list(range(1, 21)) and longer[:5] == short
+    assert json.loads((tmp_path / "iter_0000010/training.json").read_text())["ordered"] == [20, 140]
+    again = run(2, load=str(tmp_path), ckpt_step=10, train_iters=20, tensor_model_parallel_size=2, **constant)
+    assert [step[2] for step in again] == pytest.approx([step[2] for step in longer[10:20]], rel=2e-6)
+
+
+def test_evaluation_alone(run, tmp_path):
+    assert run(skip_train=True, eval_iters=1, split="80,10,10", save=str(tmp_path)) == []
+    assert not iterations(tmp_path)
+
+
 def spoilt(folder: str, model: str) -> None:
     """On a rank: a copy of a Hugging Face folder whose model says NaN."""
     import shutil
@@ -212,7 +242,7 @@ def rates(settings: dict[str, Any]) -> list[tuple[float, float, float]]:
     processes.join(find("cpu"), ParallelLayout(), seed=1)
     spec = ModelSpec(num_layers=1, hidden_size=8, num_attention_heads=2, ffn_hidden_size=16, vocab_size=12,
                      max_position_embeddings=8)
-    config = OptimizerConfig(train_iters=4, lr=1.0, **settings)
+    config = OptimizerConfig(**{"train_iters": 4, "lr": 1.0} | settings)
     config.check()
     models = wrap(build_models(spec, BuildSettings()), ParallelConfig())
     optimizer = make_optimizer(models, config, ParallelConfig())
@@ -223,16 +253,22 @@ def rates(settings: dict[str, Any]) -> list[tuple[float, float, float]]:
         words = (decoupled or groups)[0]
         layer = next(group for group in groups if group["wd_mult"] and group["max_lr"] == 1.0)
         seen.append((words["lr"], layer["lr"], layer["weight_decay"]))
-        schedule.step(increment=1)
+        schedule.step(increment=10 if config.by_samples else 1)
     return seen
 
 
 @pytest.mark.parametrize(("settings", "expected"), [
     ({"lr_warmup_iters": 2, "lr_warmup_init": 0.5, "lr_decay_style": "constant"}, [(0.5, 0.5, 0.01), (0.75, 0.75, 0.01)]),
+    ({"lr_warmup_iters": 2, "lr_decay_style": "cosine", "lr_decay_iters": 6, "min_lr": 0.2},
+     [(0.0, 0.0, 0.01), (0.5, 0.5, 0.01), (1.0, 1.0, 0.01), (0.8828, 0.8828, 0.01), (0.6, 0.6, 0.01)]),
+    ({"lr_warmup_fraction": 0.5, "lr_decay_style": "inverse-square-root"},
+     [(0.0, 0.0, 0.01), (0.5, 0.5, 0.01), (1.0, 1.0, 0.01), (0.8165, 0.8165, 0.01), (0.7071, 0.7071, 0.01)]),
+    ({"train_iters": 0, "train_samples": 50, "lr_warmup_samples": 20, "lr_decay_samples": 40, "lr_decay_style": "linear"},
+     [(0.0, 0.0, 0.01), (0.5, 0.5, 0.01), (1.0, 1.0, 0.01), (0.5, 0.5, 0.01), (0.0, 0.0, 0.01)]),
     ({"decoupled_lr": 4.0, "decoupled_min_lr": 2.0}, [(4.0, 1.0, 0.01), (3.5, 0.75, 0.01), (3.0, 0.5, 0.01)]),
     ({"start_weight_decay": 0.0, "end_weight_decay": 0.4, "weight_decay_incr_style": "linear", "lr_decay_style": "constant"},
      [(1.0, 1.0, 0.0), (1.0, 1.0, 0.1), (1.0, 1.0, 0.2), (1.0, 1.0, 0.3), (1.0, 1.0, 0.4)])])
 def test_learning_rates_and_weight_decay_over_time(pools, settings, expected):
     (seen,) = pools(1)(rates, settings=settings)
     for found, wanted in zip(seen, expected, strict=False):
-        assert found == pytest.approx(wanted)
+        assert found == pytest.approx(wanted, abs=5e-5)

@@ -88,6 +88,20 @@ class DataConfig:
             consumed, iterations = consumed + size, iterations - 1
         return consumed + iterations * whole
 
+    def iterations_of(self, samples: int, dp: int) -> int:
+        """The whole iterations that so many samples give.
+
+        Raises:
+            ModelLinkError: there is none.
+        """
+        consumed, iterations, whole = 0, 0, self.samples_per_iteration(dp)
+        while (size := self.batch_size_at(consumed, dp)) < whole and consumed + size <= samples:
+            consumed, iterations = consumed + size, iterations + 1
+        if not (total := iterations + (samples - consumed) // whole):
+            raise ModelLinkError(f"{samples} samples are less than one global batch of {size}",
+                                 where="--train-samples, --global-batch-size")
+        return total
+
     def check_rampup(self, dp: int) -> None:
         """Raise where the ramp-up has a global batch that the ranks cannot divide."""
         if self.rampup_batch_size is None:

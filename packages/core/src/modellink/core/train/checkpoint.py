@@ -47,8 +47,10 @@ class Training:
     schedule: Any
     layout: ParallelLayout
     distributed_optimizer: bool
+    by_samples: bool = False
     iteration: int = 0
     consumed_samples: int = 0
+    ordered: tuple[int, ...] = ()
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *,
@@ -74,7 +76,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         temporary.mkdir(parents=True)
         write_companions(folder, manifest, companions)
     dist.barrier()
-    progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer)
+    progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
+                        training.by_samples, training.ordered)
 
     def finish() -> None:
         if beside is not None:
@@ -144,6 +147,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     elif load_rng and dist.get_rank() == 0:
         print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
+    training.ordered = progress.ordered
 
 
 def _chunks(training: Training) -> list[tuple[str, Any]]:

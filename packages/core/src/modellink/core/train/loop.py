@@ -40,7 +40,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         throughput=throughput(run) if known else None)
     clock, writer = Clock(run.device), Writer()
     with Stop(run.checkpoint, run.device.torch) as stop:
-        while training.iteration < last:
+        while training.iteration < last and not logging.skip_train:
             iterate(run, training, train, metrics, clock, writer)
             writer.poll()
             at = training.iteration
@@ -55,9 +55,9 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
                 break
             clock.lap()  # evaluating and saving are not part of an iteration
         writer.wait()
-    if training.iteration == last:
-        evaluate(run, training, valid, metrics, f"iteration {last} on validation set")
-        evaluate(run, training, test, metrics, f"iteration {last} on test set")
+    if training.iteration == last or logging.skip_train:
+        evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
+        evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
     return metrics.history
 
@@ -93,7 +93,7 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()
     if updated:
-        training.schedule.step(increment=1)
+        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
     training.iteration += 1
     training.consumed_samples += size
     metrics.add(Step(

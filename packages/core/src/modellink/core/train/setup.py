@@ -51,7 +51,7 @@ def set_up(run: Run) -> Training:
     if run.memory.reuse_fp32_param:
         share(optimizer)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
-                        run.parallel.use_distributed_optimizer)
+                        run.parallel.use_distributed_optimizer, run.optimizer.by_samples)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
                           load_rng=run.checkpoint.load_rng)
