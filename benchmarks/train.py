@@ -1,4 +1,5 @@
-"""modellink-train pretrain beside a plain transformers loop: tokens a second in fp32 and in bf16, memory by what is recomputed.
+"""modellink-train pretrain beside a plain transformers loop: tokens a second in fp32 and in bf16, memory by what is
+recomputed, swapped or kept once.
 
 A model of SmolLM2-135M's shape with random weights, samples of 512 random tokens, one process on the CPU with all threads. The
 peer is transformers with torch's fused AdamW and a clipped gradient norm, in bf16 with bf16 weights and states as such loops have
@@ -30,6 +31,8 @@ SHAPE = {"hidden_size": 576, "num_attention_heads": 9, "ffn_hidden_size": 1536, 
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 MEMORY = {"activation function": {"recompute_activation_function": True}, "selective": {"recompute_granularity": "selective"},
           "full, half of the layers": BLOCK, "full": BLOCK}
+KEPT = {"swap-attention": ("fp32", {"swap_attention": True}), "reuse-fp32-param": ("bf16", {"reuse_fp32_param": True})}
+"""Dtype and setting; on a CPU, where host and device are one memory, what is swapped is moved and not saved."""
 
 
 def flops_per_token(layers: int) -> float:
@@ -50,6 +53,7 @@ def ours(work: Path, layers: int, steps: int, batch: int, dtype: str, recompute:
         "activation_func": "silu", "untie_embeddings_and_output_weights": False, "bf16": dtype == "bf16",
         "data_path": (str(work / "text_document"),), "seq_length": SEQ, "micro_batch_size": batch, "train_iters": steps + 1,
         "lr": 1e-4, "split": "1", "eval_iters": 0, "device": "cpu", **MEMORY.get(recompute, {}),
+        **KEPT.get(recompute, ("", {}))[1],
         **({"recompute_num_layers": count} if count else {})})], 1)
     processes.join(run.device, run.layout, run.optimizer.seed)
 
@@ -139,13 +143,16 @@ def main() -> None:
                   f"ratio {mine['rate'] / peer['rate']:.2f}; of the matmul rate {mine['rate'] / limit['rate']:.0%} and "
                   f"{peer['rate'] / limit['rate']:.0%}; "
                   f"peak {mine['peak'] / 1e6:.0f} MB, theirs {peer['peak'] / 1e6:.0f} MB", flush=True)
-        plain = measure(["ours", temporary, str(given.layers), "1", str(given.batch), "fp32", "none"])
-        for name in MEMORY:
-            found = measure(["ours", temporary, str(given.layers), "1", str(given.batch), "fp32", name])
-            rows.append({"claim": f"memory, recomputed: {name}", "ours": found["peak"] / 1e6, "peer": plain["peak"] / 1e6,
-                         "unit": "MB", "peer_name": "nothing recomputed", "peak_memory": found["peak"], "limit": None})
-            print(f"recomputed {name}: {found['peak'] / 1e6:.0f} MB of {plain['peak'] / 1e6:.0f} MB; one step at "
-                  f"{found['rate']:.0f} tokens/s, without {plain['rate']:.0f}", flush=True)
+        size = ["ours", temporary, str(given.layers), "1", str(given.batch)]
+        plain = {dtype: measure([*size, dtype, "none"]) for dtype in ("fp32", "bf16")}
+        for name in (*MEMORY, *KEPT):
+            dtype = KEPT.get(name, ("fp32", {}))[0]
+            found, without = measure([*size, dtype, name]), plain[dtype]
+            claim = f"recomputed: {name}" if name in MEMORY else name
+            rows.append({"claim": f"memory, {dtype}, {claim}", "ours": found["peak"] / 1e6, "peer": without["peak"] / 1e6,
+                         "unit": "MB", "peer_name": "without", "peak_memory": found["peak"], "limit": None})
+            print(f"{dtype}, {claim}: {found['peak'] / 1e6:.0f} MB of {without['peak'] / 1e6:.0f} MB; one step at "
+                  f"{found['rate']:.0f} tokens/s, without {without['rate']:.0f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

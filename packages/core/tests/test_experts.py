@@ -16,6 +16,7 @@ OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr"
            "moe_z_loss_coeff": 0.01}
 EP2, TP2 = {"expert_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 ALLTOALL, GROUPED = {"moe_token_dispatcher_type": "alltoall"}, {"moe_grouped_gemm": True}
+ASYNC = {"moe_permutation_async_comm": True}
 LAYOUTS = {
     "one": (1, {}), "ep2": (2, EP2), "ep2 alltoall": (2, EP2 | ALLTOALL), "tp2": (2, TP2),
     "ep2 distributed optimizer": (2, EP2 | {"use_distributed_optimizer": True}),
@@ -24,6 +25,15 @@ LAYOUTS = {
     "tp2 mc2": (2, TP2 | {"use_mc2": True}), "grouped": (1, GROUPED), "ep2 grouped": (2, EP2 | GROUPED),
     "ep2 alltoall grouped": (2, EP2 | ALLTOALL | GROUPED), "tp2 ep2 grouped": (4, TP2 | EP2 | GROUPED),
     "grouped, activation": (1, GROUPED | {"recompute_activation_function": True}),
+    "ring": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}),
+    "ring ep2 grouped": (2, EP2 | GROUPED | {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}),
+    "pp2 cp2": (4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}),
+    "ep2 together": (2, EP2 | ASYNC), "ep2 alltoall together": (2, EP2 | ALLTOALL | ASYNC),
+    "tp2 ep2 together": (4, TP2 | EP2 | ASYNC | GROUPED),
+    "uniform": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
+    "swap": (1, {"swap_attention": True, "swap_modules": "self_attention,mlp"}),
+    "vpp2 swap, feed-forward parts": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1,
+                                          "swap_attention": True, "recompute_num_layers": 1}),
     "cp2": (2, {"context_parallel_size": 2}), "tp2 ep2": (4, TP2 | EP2),
     "pp2 ep2": (4, EP2 | {"pipeline_model_parallel_size": 2})}
 
@@ -61,7 +71,7 @@ def whole(run):
 def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
     steps = run(layout)
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
-    assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-4)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-5)
 
 
 def grouped(folder: str, biased: bool) -> tuple[int, int, float]:
@@ -153,7 +163,7 @@ def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole
     padded = run("one", **few, moe_pad_expert_input_to_capacity=True)
     for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):  # of scores that are nearly equal, rounding decides later
         assert [step[2] for step in other[:3]] == pytest.approx([step[2] for step in one[:3]], rel=2e-6)
-        assert [step[3] for step in other[:3]] == pytest.approx([step[3] for step in one[:3]], rel=1e-4)
+        assert [step[3] for step in other[:3]] == pytest.approx([step[3] for step in one[:3]], rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [-1.0, 100.0])

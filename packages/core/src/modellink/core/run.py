@@ -103,7 +103,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     resolved[MemoryConfig].check_precision(resolved[OptimizerConfig].dtype)
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     adapters.targets(spec, lora)
-    _check_grouped(spec, resolved[MoEConfig], lora)
+    _check_experts(spec, resolved[MoEConfig], lora)
     optimizer = resolved[OptimizerConfig]
     if optimizer.train_samples is not None:
         optimizer = replace(optimizer, train_iters=data.iterations_of(optimizer.train_samples, layout.dp))
@@ -253,11 +253,13 @@ def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: Instructi
                              fix="use --moe-token-dispatcher-type alltoall")
 
 
-def _check_grouped(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
-    """One product for all experts is a product of their whole weights."""
+def _check_experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
+    """Switches for experts need some; one product for all of them is a product of their whole weights."""
     adapted = sorted({"linear_fc1", "linear_fc2"} & set(lora.modules))
-    if moe.moe_grouped_gemm and spec.num_experts is None:
-        raise ModelLinkError("the model has no experts to group", where="--moe-grouped-gemm, --num-experts", fix="leave it out")
+    for flag, given in (("--moe-grouped-gemm", moe.moe_grouped_gemm),
+                        ("--moe-permutation-async-comm", moe.moe_permutation_async_comm)):
+        if given and spec.num_experts is None:
+            raise ModelLinkError("the model has no experts", where=f"{flag}, --num-experts", fix="leave it out")
     if moe.moe_grouped_gemm and adapted:
         raise ModelLinkError(f"adapters of {', '.join(adapted)} are computed expert by expert",
                              where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")

@@ -19,6 +19,8 @@ class MoEConfig:
     moe_comm_aux_loss_coeff: float = option(0.0, "Weight of the loss on what is sent to each group (DeepSeek-V2).", minimum=0)
     moe_z_loss_coeff: float = option(0.0, "Weight of the squared size of the router's logits (ST-MoE).", minimum=0)
     moe_token_dispatcher_type: Literal["allgather", "alltoall"] = option("allgather", "How tokens reach experts on other ranks.")
+    moe_permutation_async_comm: bool = option(
+        False, "Send hidden states, scores and their routing to the experts' ranks at the same time.")
     moe_grouped_gemm: bool = option(False, "The experts of a rank are one grouped matrix product, not one after the other.")
     moe_expert_capacity_factor: float | None = option(
         None, "An expert takes so many times its even share of a micro batch's tokens, and the rest passes it by; all where "

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modellink.kernels.errors import InternalError
 
-SLICE = 1 << 22  # numbers that are whole at a time
+SLICE = 1 << 20  # numbers that are whole at a time
 
 
 class Halves:
