@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -93,30 +94,38 @@ def test_a_mistake_is_one_message_and_status_2(options, tmp_path, change, messag
     assert not save.exists()
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(12, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.stress)])
 def test_kills_at_any_time_change_no_bit(options, tmp_path, kills):
-    """The launcher dies at random moments; its ranks die with it, and what is left goes on to the same end."""
+    """One rank or all processes die at random moments of training and saving; every next start goes on to the same end."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    moments, save = random.Random(seed), tmp_path / "save"
-    options = [*options, "--tp", "2", "--save-interval", "1"]
+    chance, save = random.Random(seed), tmp_path / "save"
+    options = [*options, "--tp", "2", "--save-interval", "1", "--train-iters", str(3 * kills)]
     assert command(*options, "--save", str(tmp_path / "straight")).returncode == 0
-    for _ in range(kills):
+    for number in range(kills):
         start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
-        process = subprocess.Popen([*BARE, *options, *start, "--save", str(save)], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(moments.uniform(0, 15))
-        process.kill()
-        process.wait()
+        process = subprocess.Popen([*BARE, *options, *start, "--save", str(save), *["--async-save"] * chance.randrange(2)],
+                                   stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True, text=True)
+        assert process.stdout is not None
+        for _ in zip(range(chance.randrange(1, 3)), (line for line in process.stdout if "] iteration " in line), strict=False):
+            pass
+        time.sleep(chance.uniform(0, 0.3))
+        one = number % 2 == 0
+        ranks = [pid for pid in ranks_of(process.pid) if pid != process.pid]
+        for pid in [chance.choice(ranks)] if one and ranks else [process.pid, *ranks]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
         deadline = time.monotonic() + 20
         while ranks_of(process.pid) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not ranks_of(process.pid)
+        print("one rank" if one else "all", "killed;", *sorted(path.name for path in save.glob("iter_*"))[-2:])
     start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
     assert command(*options, *start, "--save", str(save)).returncode == 0
     told = [[(line["iteration"], line["loss"], line["grad_norm"]) for line in map(json.loads, (folder / "metrics.jsonl").open())]
             for folder in (tmp_path / "straight", save)]
-    assert told[0] == told[1]
+    assert told[0] == told[1] and len(told[0]) == 3 * kills
 
 
 def test_ranks_do_not_outlive_their_launcher(options):
