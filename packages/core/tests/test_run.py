@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 
 import pytest
 
@@ -100,16 +101,19 @@ def test_a_good_run_is_settled(options):
      "--global-batch-size"),
     ({"train_iters": None, "train_samples": 8, "lr_warmup_samples": 8}, "does not end within the decay of 8 samples",
      "--lr-warmup-samples, --lr-decay-samples"),
+    ({"wandb_exp_name": "x"}, "there is no project", "--wandb-project"),
     ({"async_save": True}, "no folder to save in", "--async-save"),
     ({"save_format": "megatron-core"}, "no folder to save in", "--save-format"),
     ({"save": "s", "save_format": "megatron-core", "lora_target_modules": ("linear_qkv",)}, "adapters alone are saved",
      "--save-format, --lora-target-modules"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
-def test_a_wrong_run_is_refused(options, changes, message, fix):
+def test_a_wrong_run_is_refused(options, monkeypatch, changes, message, fix):
+    monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
     with pytest.raises(ModelLinkError) as caught:
         prepare([Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
     assert message in str(caught.value) and fix in str(caught.value)
+    assert "--" in str(caught.value) or set(changes) <= {"trian_iters"}
 
 
 def test_model_options_may_repeat_what_the_checkpoint_says(options):

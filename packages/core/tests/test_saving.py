@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,37 @@ def test_weights_are_saved_in_files_of_the_original_too(pools, corpus, tmp_path,
     assert "an optimizer state, schedule or random state that Megatron left there is not read" in told
     assert anew[0][:2] == (1, 2) and anew[0][2] != straight[0][2]
     assert anew == pools(2)(train, options=texts | {"load": str(tmp_path / "a"), "finetune": True})[-1]
+
+
+DISTRIBUTED = {"use_distributed_optimizer": True}
+EP2 = {"expert_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}
+
+
+@pytest.mark.parametrize(("before", "after"), [
+    (EP2 | DISTRIBUTED, TP2 | DISTRIBUTED), (TP2 | DISTRIBUTED, EP2 | DISTRIBUTED), (EP2, PP2),
+    (CP2 | DISTRIBUTED, EP2 | DISTRIBUTED),
+    (EP2 | DISTRIBUTED, {"nproc_per_node": 1} | DISTRIBUTED)])
+def test_the_optimizer_of_experts_goes_on_at_another_layout(pools, corpus, mixtral, tmp_path, before, after):
+    """The second iteration after the change is of weights that the loaded moments have moved."""
+    texts = OPTIONS | {"data_path": (str(corpus),), "seq_length": 24, "train_iters": 5, "lr": 3e-3}
+    weights, straight = mixtral(texts)
+    pools(2)(train, options=texts | before | {"load": weights, "save": str(tmp_path), "exit_interval": 3})
+    steps = pools(after.get("nproc_per_node", 2))(train, options=texts | after | {"load": str(tmp_path)})[-1]
+    assert [step[:2] for step in steps] == [(4, 8), (5, 10)]
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in straight[3:]], rel=3e-6)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in straight[3:]], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def mixtral(pools, tmp_path_factory):
+    """`mixtral(options)`: a mixture of experts and its run on one rank."""
+    @cache
+    def go(folder: Path, options: Any) -> tuple[str, Any]:
+        MODELS.make("mixtral", folder)
+        return str(folder / "weights"), pools(1)(train, options=dict(options) | {"load": str(folder / "weights")})[-1]
+    folder = tmp_path_factory.mktemp("mixtral")
+    return lambda options: go(folder, tuple(options.items()))
 
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:

@@ -130,6 +130,25 @@ def test_metrics_on_disk_are_those_of_the_run(run, tmp_path):
     assert [path for path in (tmp_path / "events").iterdir() if path.stat().st_size]
 
 
+def offline(options: dict[str, Any]) -> None:
+    """On a rank: a run that must not look for a network."""
+    import os
+
+    os.environ["WANDB_MODE"] = "offline"
+    train(options)
+
+
+def test_weights_and_biases_without_a_network(pools, tiny, corpus, tmp_path):
+    pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
+    save = tmp_path / "a"
+    told = {"data_path": (str(corpus),), "save": str(save), "wandb_project": "words", "wandb_exp_name": "first"}
+    pools(1)(offline, options=told | {"load": str(tiny), "exit_interval": 2})
+    pools(1)(offline, options=told | {"load": str(save)})
+    folders = sorted((save / "wandb/wandb").glob("offline-run-*"))
+    assert {folder.name.rpartition("-")[2] for folder in folders} == {(save / "wandb.id").read_text()}  # one run
+    assert all(b"lm loss" in next(folder.glob("*.wandb")).read_bytes() for folder in folders)
+
+
 def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
     save = tmp_path / "a"
     run("tp1", save=str(save), save_interval=2, train_iters=4)

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -64,10 +63,7 @@ def _train(run: Run) -> None:
 
 def print_arguments(run: Run) -> None:
     """All settings, in the original's form."""
-    values: dict[str, Any] = {}
-    for config in (run.spec, run.parallel, run.data, run.instruction, run.lora, run.optimizer, run.moe, run.memory,
-                   run.checkpoint, run.logging):
-        values |= vars(config)
+    values = run.settings
     print("------------------------ ModelLink Arguments ------------------------")
     for name in sorted(values, key=str.lower):
         print(f"  {name} {'.' * max(1, 48 - len(name))} {values[name]}")

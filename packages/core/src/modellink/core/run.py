@@ -6,9 +6,11 @@ import json
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
+from typing import Any
 
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
+from modellink.ckpt_convert.formats.huggingface import is_huggingface
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import FOLDER, last_complete
 from modellink.ckpt_convert.manifest import Manifest
@@ -65,6 +67,15 @@ class Run:
         prompt_type = self.instruction.prompt_type or (self.source.prompt_type if self.source else None)
         return Manifest(family, self.spec, str(self.optimizer.dtype).removeprefix("torch."), prompt_type,
                         f"modellink-core {__version__}")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that the run was told, by name."""
+        values: dict[str, Any] = {}
+        for config in (self.spec, self.parallel, self.data, self.instruction, self.lora, self.optimizer, self.moe, self.memory,
+                       self.checkpoint, self.logging):
+            values |= vars(config)
+        return values
 
     @property
     def sequence_multiple(self) -> int:
@@ -140,6 +151,9 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig, 
     if (config.load / adapters.FILE).is_file():
         raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
                              fix="give it with --lora-load, and with --load what they were trained on")
+    if config.ckpt_step is not None and is_huggingface(config.load):
+        raise ModelLinkError(f"iteration {config.ckpt_step} was asked for, and the folder has no iterations",
+                             where=f"--ckpt-step, --load {config.load}", fix="leave it out")
     source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
                              iteration=None if lora.on and lora.lora_load else config.ckpt_step)
     if lora.lora_load is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 
 
@@ -21,4 +23,14 @@ class LoggingConfig:
     peak_tflops: float | None = option(None, "What a device could do, for the share of it that is used (MFU) in the log line.",
                                        unit="TFLOP/s", minimum=0)
     tensorboard_dir: Path | None = option(None, "Folder for TensorBoard events.")
+    wandb_project: str | None = option(None, "Project of Weights & Biases to tell the same to; needs the extra [wandb].")
+    wandb_exp_name: str | None = option(None, "Name of the run there; the last part of --save where nothing is said.")
+    wandb_save_dir: Path | None = option(None, "Folder for its files; SAVE/wandb where nothing is said.")
     curve: Path | None = option(None, "SVG picture of the loss, drawn at the end; SAVE/loss.svg where nothing is said.")
+
+    def check(self) -> None:
+        if self.wandb_project is None and (self.wandb_exp_name or self.wandb_save_dir):
+            raise ModelLinkError("there is no project", where="--wandb-exp-name, --wandb-save-dir", fix="give --wandb-project")
+        if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+            raise ModelLinkError("wandb is not installed", where="--wandb-project",
+                                 fix='python -m pip install "modellink-core[wandb]", or leave it out')

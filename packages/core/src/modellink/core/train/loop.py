@@ -22,6 +22,7 @@ from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.step import run_schedule
 from modellink.core.train.stop import Stop, is_multiple
+from modellink.core.train.tracker import Tracker
 from modellink.core.train.writer import Writer
 
 Feed = Callable[..., Iterator[Batch]]
@@ -37,7 +38,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
     metrics = Metrics(
         active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
         log_interval=logging.log_interval, folder=save, tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
-        throughput=throughput(run) if known else None)
+        throughput=throughput(run) if known else None,
+        tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
     clock, writer = Clock(run.device), Writer()
     with Stop(run.checkpoint, run.device.torch) as stop:
         while training.iteration < last and not logging.skip_train:

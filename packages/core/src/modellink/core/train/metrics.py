@@ -1,4 +1,4 @@
-"""What a run tells: the log line in the original's format, a line of JSON an iteration, TensorBoard events, a picture.
+"""What a run tells: the log line in the original's format, a line of JSON an iteration, TensorBoard events, W&B, a picture.
 
 The last rank prints, as the original does. `metrics.jsonl` lies beside the checkpoints; a resumed run drops what it holds of
 iterations that will be done again.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +18,7 @@ from tensorboardX import SummaryWriter
 
 from modellink.core.processes import rank
 from modellink.core.train.curve import draw
+from modellink.core.train.tracker import Tracker
 from modellink.kernels.device import Device
 from modellink.kernels.files import Journal, atomic_write
 
@@ -60,10 +61,12 @@ class Metrics:
     Args:
         throughput: what to measure speed by; None leaves it out of the log line.
         resumed: the iteration the run continues from.
+        tracker: opens an external one.
     """
 
     def __init__(self, *, active: bool, device: Device, train_iters: int, log_interval: int, folder: Path | None,
-                 tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int) -> None:
+                 tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int,
+                 tracker: Callable[[], Tracker] | None = None) -> None:
         self.active, self.device = active, device
         self.train_iters, self.log_interval = train_iters, log_interval
         self.throughput, self._first = throughput, True
@@ -73,6 +76,8 @@ class Metrics:
         self._window: list[Step] = []
         self._journal: Journal | None = None
         self._events: SummaryWriter | None = None
+        self._open_tracker = tracker
+        self._tracker: Tracker | None = None
 
     def _open(self) -> None:
         """Make the files, once there is something to write: a run that fails in its first iteration leaves none."""
@@ -80,6 +85,8 @@ class Metrics:
             self._open_journal(self.folder, self.resumed)
         if self.tensorboard_dir is not None:
             self._events = SummaryWriter(str(self.tensorboard_dir), purge_step=self.resumed + 1 if self.resumed else None)
+        if self._open_tracker is not None:
+            self._tracker = self._open_tracker()
 
     def _open_journal(self, folder: Path, resumed: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,13 +108,19 @@ class Metrics:
         self._window.append(step)
         if self._journal:
             self._journal.append(step.__dict__)
-        if self._events:
-            for name, value in (("lm loss", step.loss), ("learning-rate", step.learning_rate), ("grad-norm", step.grad_norm),
-                                ("loss-scale", step.loss_scale), ("iteration-time", step.seconds)):
-                if value is not None and math.isfinite(value):
-                    self._events.add_scalar(name, value, step.iteration)
+        self._draw({"lm loss": step.loss, "learning-rate": step.learning_rate, "grad-norm": step.grad_norm,
+                    "loss-scale": step.loss_scale, "iteration-time": step.seconds}, step.iteration)
         if step.iteration % self.log_interval == 0 or step.iteration == self.train_iters:
             self._print()
+
+    def _draw(self, values: Mapping[str, float | None], iteration: int) -> None:
+        """Tell TensorBoard and the tracker."""
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        if self._events:
+            for name, value in known.items():
+                self._events.add_scalar(name, value, iteration)
+        if self._tracker:
+            self._tracker.log(known, iteration)
 
     def _print(self) -> None:
         steps, self._window = self._window, []
@@ -141,13 +154,14 @@ class Metrics:
         line = (f" validation loss at {where} | lm loss value: {loss:.6E} | "
                 f"lm loss PPL: {math.exp(min(20.0, loss)):.6E} | ")
         print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
-        if self._events:
-            self._events.add_scalar("lm loss validation", loss, iteration)
+        self._draw({"lm loss test" if where.endswith("test set") else "lm loss validation": loss}, iteration)
 
     def close(self, curve: Path | None) -> None:
         """Flush everything; draw the loss where a picture is wanted."""
         if self._events:
             self._events.close()
+        if self._tracker:
+            self._tracker.close()
         if self._journal:
             self._journal.close()
         points = [(step.iteration, step.loss) for step in self.history if math.isfinite(step.loss)]
