@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert import open_checkpoint
-from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
 from modellink.ckpt_convert.formats.huggingface import is_huggingface
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import FOLDER, last_complete
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core import __version__
+from modellink.core import __version__, rules
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
@@ -29,7 +28,6 @@ from modellink.core.config import (
     ParallelConfig,
 )
 from modellink.core.posttrain import adapters
-from modellink.core.train import rank_files
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
@@ -110,34 +108,16 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
-    resolved[MemoryConfig].check_layers(layout, spec.num_layers)
-    resolved[MemoryConfig].check_precision(resolved[OptimizerConfig].dtype)
-    _check(spec, layout, parallel, data, resolved[OptimizerConfig])
-    adapters.targets(spec, lora)
-    _check_experts(spec, resolved[MoEConfig], lora)
     optimizer = resolved[OptimizerConfig]
     if optimizer.train_samples is not None:
         optimizer = replace(optimizer, train_iters=data.iterations_of(optimizer.train_samples, layout.dp))
-    _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
-    if source is None and checkpoint.save is not None:
-        _check_family(checkpoint)
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     run = Run(spec, parallel, data, resolved[InstructionConfig], lora, optimizer, resolved[MoEConfig],
               resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
               resumed)
-    if checkpoint.save_format != "torch-dist":
-        _check_save_format(run)
+    rules.check(run)
     return run
-
-
-def _check_save_format(run: Run) -> None:
-    form = run.checkpoint.save_format
-    if run.lora.on:
-        raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
-                             where="--save-format, --lora-target-modules",
-                             fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
-    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by)
 
 
 def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig, *,
@@ -210,34 +190,6 @@ def _spec(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
     return source.spec
 
 
-def _check(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
-           optimizer: OptimizerConfig) -> None:
-    """Rules between the concerns."""
-    data.num_microbatches(layout.dp)
-    data.check_rampup(layout.dp)
-    if data.seq_length > spec.max_position_embeddings:
-        raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
-                             where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "
-                             "longer sequences")
-    if parallel.sequence_parallel and data.seq_length % layout.tp:
-        raise ModelLinkError(f"sequence length {data.seq_length} is not a multiple of tensor parallel size {layout.tp}",
-                             where="--seq-length, --sequence-parallel")
-    if layout.cp > 1 and data.seq_length % (2 * layout.cp * (layout.tp if parallel.sequence_parallel else 1)):
-        raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
-                             + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
-                             where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
-    if optimizer.attention_dropout and layout.cp // layout.ulysses > 1:
-        raise ModelLinkError("ring attention drops no weights", where="--attention-dropout, --context-parallel-algo",
-                             fix="use --context-parallel-algo ulysses_cp_algo, or no attention dropout")
-    if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
-        raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
-                             where="--sequence-parallel", fix="add --sequence-parallel")
-    passes = data.num_microbatches(layout.dp)
-    if layout.vpp > 1 and passes % layout.pp:
-        raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
-                             where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
-
-
 def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int) -> int:
     """The id that ends a document: what was said, else what the model's own config says."""
     known: object = data.eod_token_id
@@ -248,42 +200,3 @@ def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int)
                              + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
                              where="--eod-token-id", fix="give the id of the tokenizer's end of text")
     return known
-
-
-def _check_instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:
-    """Settings of instruction data belong to it; and lengths that differ between ranks."""
-    if not data.is_instruction_dataset:
-        for field in fields_of(InstructionConfig):
-            if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
-                raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
-                                     fix="use modellink-train sft, or leave it out")
-    for flag, given in (("--reset-attention-mask", data.reset_attention_mask), ("--eod-mask-loss", data.eod_mask_loss)):
-        if data.is_instruction_dataset and given:
-            raise ModelLinkError("instruction data says itself what is learned and which tokens are one sample", where=flag,
-                                 fix="leave it out; --reset-position-ids keeps the samples of a packed row apart")
-    if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
-        raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
-                             where="--variable-seq-lengths, --moe-token-dispatcher-type",
-                             fix="use --moe-token-dispatcher-type alltoall")
-
-
-def _check_experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
-    """Switches for experts need some; one product for all of them is a product of their whole weights."""
-    adapted = sorted({"linear_fc1", "linear_fc2"} & set(lora.modules))
-    for flag, given in (("--moe-grouped-gemm", moe.moe_grouped_gemm),
-                        ("--moe-permutation-async-comm", moe.moe_permutation_async_comm)):
-        if given and spec.num_experts is None:
-            raise ModelLinkError("the model has no experts", where=f"{flag}, --num-experts", fix="leave it out")
-    if moe.moe_grouped_gemm and adapted:
-        raise ModelLinkError(f"adapters of {', '.join(adapted)} are computed expert by expert",
-                             where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")
-
-
-def _check_family(config: CheckpointConfig) -> None:
-    """A model that starts from random weights belongs to no family until somebody says to which."""
-    if config.model_type_hf is None:
-        raise ModelLinkError("the family of the model is not known, and its checkpoints could not become a Hugging Face folder",
-                             where="--model-type-hf",
-                             fix=f"give one of {', '.join(family_names())}, or {NO_FORM} for a model that has no such form")
-    if config.model_type_hf != NO_FORM:
-        family_of(config.model_type_hf, "--model-type-hf")

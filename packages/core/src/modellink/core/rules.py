@@ -1,0 +1,114 @@
+"""Rules between the concerns of a run; a concern's own stand beside its fields (config/)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
+from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core.config import (
+    CheckpointConfig,
+    DataConfig,
+    InstructionConfig,
+    LoraConfig,
+    MoEConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from modellink.core.posttrain import adapters
+from modellink.core.train import rank_files
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import fields_of
+from modellink.kernels.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    from modellink.core.run import Run
+
+
+def check(run: Run) -> None:
+    """Raise where settings of a run do not go together."""
+    run.memory.check_layers(run.layout, run.spec.num_layers)
+    run.memory.check_precision(run.optimizer.dtype)
+    _layout(run.spec, run.layout, run.parallel, run.data, run.optimizer)
+    adapters.targets(run.spec, run.lora)
+    _experts(run.spec, run.moe, run.lora)
+    _instruction(run.spec, run.data, run.instruction, run.moe)
+    if run.source is None and run.checkpoint.save is not None:
+        _family(run.checkpoint)
+    if run.checkpoint.save_format != "torch-dist":
+        _save_format(run)
+
+
+def _layout(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
+            optimizer: OptimizerConfig) -> None:
+    data.num_microbatches(layout.dp)
+    data.check_rampup(layout.dp)
+    if data.seq_length > spec.max_position_embeddings:
+        raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
+                             where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "
+                             "longer sequences")
+    if parallel.sequence_parallel and data.seq_length % layout.tp:
+        raise ModelLinkError(f"sequence length {data.seq_length} is not a multiple of tensor parallel size {layout.tp}",
+                             where="--seq-length, --sequence-parallel")
+    if layout.cp > 1 and data.seq_length % (2 * layout.cp * (layout.tp if parallel.sequence_parallel else 1)):
+        raise ModelLinkError(f"sequence length {data.seq_length} cannot be cut into {2 * layout.cp} chunks"
+                             + (f" for {layout.tp} tensor-parallel ranks" if parallel.sequence_parallel else ""),
+                             where="--seq-length, --context-parallel-size", fix="each rank holds two chunks of a sequence")
+    if optimizer.attention_dropout and layout.cp // layout.ulysses > 1:
+        raise ModelLinkError("ring attention drops no weights", where="--attention-dropout, --context-parallel-algo",
+                             fix="use --context-parallel-algo ulysses_cp_algo, or no attention dropout")
+    if spec.num_experts and layout.tp > 1 and not parallel.sequence_parallel:
+        raise ModelLinkError(f"experts with tensor parallel size {layout.tp} need sequence parallelism",
+                             where="--sequence-parallel", fix="add --sequence-parallel")
+    passes = data.num_microbatches(layout.dp)
+    if layout.vpp > 1 and passes % layout.pp:
+        raise ModelLinkError(f"{passes} micro batches are not a multiple of the {layout.pp} interleaved stages",
+                             where="--global-batch-size, --num-layers-per-virtual-pipeline-stage")
+
+
+def _experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
+    """Switches for experts need some; one product for all of them is a product of their whole weights."""
+    adapted = sorted({"linear_fc1", "linear_fc2"} & set(lora.modules))
+    for flag, given in (("--moe-grouped-gemm", moe.moe_grouped_gemm),
+                        ("--moe-permutation-async-comm", moe.moe_permutation_async_comm)):
+        if given and spec.num_experts is None:
+            raise ModelLinkError("the model has no experts", where=f"{flag}, --num-experts", fix="leave it out")
+    if moe.moe_grouped_gemm and adapted:
+        raise ModelLinkError(f"adapters of {', '.join(adapted)} are computed expert by expert",
+                             where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")
+
+
+def _instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:
+    """Settings of instruction data belong to it; and lengths that differ between ranks."""
+    if not data.is_instruction_dataset:
+        for field in fields_of(InstructionConfig):
+            if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
+                raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
+                                     fix="use modellink-train sft, or leave it out")
+    for flag, given in (("--reset-attention-mask", data.reset_attention_mask), ("--eod-mask-loss", data.eod_mask_loss)):
+        if data.is_instruction_dataset and given:
+            raise ModelLinkError("instruction data says itself what is learned and which tokens are one sample", where=flag,
+                                 fix="leave it out; --reset-position-ids keeps the samples of a packed row apart")
+    if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
+        raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
+                             where="--variable-seq-lengths, --moe-token-dispatcher-type",
+                             fix="use --moe-token-dispatcher-type alltoall")
+
+
+def _family(config: CheckpointConfig) -> None:
+    """A model that starts from random weights belongs to no family until somebody says to which."""
+    if config.model_type_hf is None:
+        raise ModelLinkError("the family of the model is not known, and its checkpoints could not become a Hugging Face folder",
+                             where="--model-type-hf",
+                             fix=f"give one of {', '.join(family_names())}, or {NO_FORM} for a model that has no such form")
+    if config.model_type_hf != NO_FORM:
+        family_of(config.model_type_hf, "--model-type-hf")
+
+
+def _save_format(run: Run) -> None:
+    form = run.checkpoint.save_format
+    if run.lora.on:
+        raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
+                             where="--save-format, --lora-target-modules",
+                             fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
+    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by)
