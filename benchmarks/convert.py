@@ -2,10 +2,11 @@
 
 A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the folder,
 which is the limit of the disk, and transformers, which loads the model and saves it. All of them fsync what they wrote; the
-source is in the page cache for all. Each run has a process of its own. Memory is RssAnon + RssShmem above what the imports take
-(mapped file pages are the system's to drop), sampled; VmHWM is printed beside.
+source is in the page cache for all. Each run has a process of its own, turns are taken, and the best round of each counts: a
+virtual machine gives memory at first touch, which costs whoever comes first more than the work. Memory is RssAnon + RssShmem
+above what the imports take (mapped file pages are the system's to drop), sampled; VmHWM is printed beside.
 
-    python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 3] [--folder DIR] [--json FILE]
+    python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 4] [--folder DIR] [--json FILE]
 
 `--sizes` measures the memory of other sizes too, to see that it is flat. Needs three times the model on the disk of `--folder`.
 """
@@ -110,28 +111,25 @@ def measure(what: str, source: Path, target: Path) -> None:
     print(json.dumps({"seconds": seconds, "anonymous": max(0, peak - before), "highest": memory()[1]}))
 
 
-def run(what: str, source: Path, target: Path, rounds: int) -> dict[str, float]:
-    """The best of some rounds; the target of the last one stays."""
-    found = []
-    for _ in range(rounds):
-        shutil.rmtree(target, ignore_errors=True)
-        os.sync()
-        done = subprocess.run([sys.executable, __file__, "--measure", what, str(source), str(target)], check=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    return min(found, key=lambda entry: entry["seconds"])
+def run(what: str, source: Path, target: Path) -> dict[str, float]:
+    shutil.rmtree(target, ignore_errors=True)
+    os.sync()
+    done = subprocess.run([sys.executable, __file__, "--measure", what, str(source), str(target)], check=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def compare(folder: Path, billions: float, rounds: int, peers: bool) -> list[dict[str, Any]]:
     size = make(folder / "hf", billions)
-    results = {"there": run("there", folder / "hf", folder / "mc", rounds)}
-    results["back"] = run("back", folder / "mc", folder / "back", rounds)
-    shutil.rmtree(folder / "mc")
-    shutil.rmtree(folder / "back")
-    for peer in ("cp", "transformers") if peers else ():
-        results[peer] = run(peer, folder / "hf", folder / "other", rounds)
-        shutil.rmtree(folder / "other")
-    shutil.rmtree(folder / "hf")
+    turns = [("there", "hf", "mc"), ("back", "mc", "back")] + [(peer, "hf", "back") for peer in ("cp", "transformers") if peers]
+    tries: dict[str, list[dict[str, float]]] = {what: [] for what, _, _ in turns}
+    for _ in range(rounds):
+        for what, source, target in turns:
+            tries[what].append(run(what, folder / source, folder / target))
+    results = {what: min(found, key=lambda entry: entry["seconds"]) for what, found in tries.items()}
+    for name in ("hf", "mc", "back"):
+        shutil.rmtree(folder / name)
     print(f"{billions}B, {size / 1e9:.2f} GB in bf16")
     for what, found in results.items():
         print(f"  {what:13} {found['seconds']:6.1f} s  {size / found['seconds'] / 1e6:6.0f} MB/s  "
@@ -147,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, default=1.3, choices=SHAPES)
     parser.add_argument("--sizes", type=float, nargs="*", default=[], choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder where nothing is said")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)

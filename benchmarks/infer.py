@@ -4,10 +4,11 @@ Greedy, same weights and dtype, in one run. Cases: the first token of a prompt o
 prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it is,
 without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt (server), which is compared
 with the library (compiled). Each contender has a process of its own, so that the memory is its own;
-the rounds take turns and the best counts. The limit of one prompt is the read bandwidth of the memory, measured here, over the
+the rounds take turns and the best counts. With --text, the perplexity of its first tokens is printed with the weights as they
+are and in int8. The limit of one prompt is the read bandwidth of the memory, measured here, over the
 bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
 
-    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--json FILE]
+    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text FILE] [--json FILE]
 
 `--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder; without one, a random model of SmolLM2-135M's size is written.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -32,6 +34,7 @@ LENGTHS = {"first token of 512": [512], "one prompt": [12],
            "16 prompts": [5, 90, 17, 40, 64, 9, 120, 33, 51, 8, 77, 25, 13, 100, 60, 29]}
 CONTENDERS = ("compiled", "eager", "int8", "server", "padded", "one by one")
 PEERS = ("padded", "one by one")
+WINDOW = 512  # tokens of a text that see each other
 
 
 def random_model(folder: Path) -> Path:
@@ -205,12 +208,29 @@ def bandwidth() -> float:
     return data.nbytes / min(seconds)
 
 
+def perplexities(folder: Path, dtype: str, text: Path) -> str:
+    """exp of the mean negative log-likelihood of a text's tokens, each window of 512 begun anew; as a line."""
+    from tokenizers import Tokenizer
+
+    from modellink.infer import load
+    ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text.read_text(encoding="utf-8")).ids
+    windows = [ids[start:start + WINDOW] for start in range(0, min(len(ids), 40 * WINDOW), WINDOW)]
+    found = []
+    for int8 in (False, True):
+        engine = load(folder, device="cpu", dtype=dtype, int8=int8)
+        sums = [total for total, _ in engine.loglikelihood([(window[:1], window[1:]) for window in windows if len(window) > 1])]
+        found.append(math.exp(-sum(sums) / sum(len(window) - 1 for window in windows)))
+    return (f"perplexity of {sum(map(len, windows)):,} tokens of {text.name}, {dtype}: {found[0]:.3f}, with int8 weights "
+            f"{found[1]:.3f} ({100 * (found[1] / found[0] - 1):+.2f} %)")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=os.environ.get("MODELLINK_TEST_MODEL"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--text", type=Path, help="UTF-8, for the perplexity; needs --model with a tokenizer.json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=4)
     given = parser.parse_args()
@@ -219,6 +239,8 @@ def main() -> None:
         return serve(who, Path(folder), dtype, int(tokens))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.model) if given.model else random_model(Path(temporary) / "model")
+        if given.text:
+            print("\n".join(perplexities(folder, dtype, given.text) for dtype in given.dtypes), flush=True)
         rows = [row for dtype in given.dtypes for row in compare(folder, dtype, given.tokens, given.rounds)]
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

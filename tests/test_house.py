@@ -31,7 +31,7 @@ def files() -> Iterator[Path]:
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and not {"__pycache__", "dist", "build", ".pytest_cache"} & set(path.parts):
+            if path.is_file() and not {"__pycache__", "dist", "build", ".pytest_cache", ".hypothesis"} & set(path.parts):
                 yield path
 
 

@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from modellink.core.testing import beside
+
+write_documents = beside(__file__, "conftest").write_documents
 CONFIG = {"seq_length": 24, "micro_batch_size": 2}
 
 
 def first_tokens(prefixes: tuple[str, ...], dp: int, consumed: int, passes: int, seed: int = 1, vocab_size: int = 131,
                  cache: str | None = None, split: str = "90,10,0",
-                 samples: tuple[int, int, int] = (40, 4, 0)) -> list[list[list[int]]]:
+                 trained: tuple[int, ...] = (40,), evaluated: int = 4) -> list[list[list[int]]]:
     """On a rank: the tokens of the first passes of every data-parallel rank, in the order of the samples."""
     import torch
 
@@ -19,7 +22,7 @@ def first_tokens(prefixes: tuple[str, ...], dp: int, consumed: int, passes: int,
     from modellink.core.data.pretrain import build_datasets, micro_batches
 
     config = DataConfig(data_path=prefixes, data_cache_path=Path(cache) if cache else None, split=split, **CONFIG)
-    train, _, test = build_datasets(config, samples=samples, seed=seed, vocab_size=vocab_size)
+    train, _, test = build_datasets(config, trained=trained, evaluated=evaluated, seed=seed, vocab_size=vocab_size)
     assert test is None
     feeds = [micro_batches(train, config, consumed=consumed, dp_rank=rank, dp=dp, vocab_size=vocab_size,
                            device=torch.device("cpu")) for rank in range(dp)]
@@ -54,6 +57,25 @@ def test_a_blend_draws_from_each_by_weight(pools, corpus, tmp_path):
     assert low == 10 and len(rows) == 40
 
 
+def test_a_longer_run_keeps_the_order_and_has_another_behind_it(pools, corpus):
+    one, longer, other = (pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=passes, trained=trained)[0]
+                          for passes, trained in ((3, (6,)), (20, (6, 34)), (20, (1000,))))
+    assert longer[:6] == one and other[:6] != one
+    assert len({tuple(row) for row in longer[6:]}) > 17 and longer[6:12] != one
+
+
+def test_data_replaced_under_its_name_is_noticed(pools, tmp_path):
+    """The sample index is kept by the names of the files, and is made anew when they change."""
+    prefix, kept = tmp_path / "words_text_document", str(tmp_path / "cache")
+    pools(1)(write_documents, prefix=str(prefix), seed=1, vocab_size=131, documents=50)
+    before = pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=kept)
+    assert pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=kept) == before
+    pools(1)(write_documents, prefix=str(prefix), seed=2, vocab_size=131, documents=50)
+    after, anew = (pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=folder)
+                   for folder in (kept, str(tmp_path / "another")))
+    assert after == anew != before
+
+
 def write_low(prefix: str) -> None:
     import numpy
     import torch
@@ -74,7 +96,8 @@ def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
 def test_a_share_without_a_document_is_refused_where_it_is_needed(pools, corpus, tmp_path):
     few = tmp_path / "few_text_document"
     pools(1)(write_low, prefix=str(few))
-    (rows,) = pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0", samples=(40, 0, 0))
+    (rows,) = pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0",
+                             evaluated=0)
     assert len(rows) == 2
     with pytest.raises(AssertionError, match="the valid share of the split has no document"):
         pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0")

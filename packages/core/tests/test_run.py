@@ -92,11 +92,23 @@ def test_a_good_run_is_settled(options):
     ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
     ({"ckpt_step": 3}, "iteration 3 was asked for, and the folder has no iterations", "leave it out"),
+    ({"train_iters": None}, "the run has no length", "--train-iters, --train-samples"),
+    ({"train_samples": 8}, "the length of the run is given twice", "--train-iters, --train-samples"),
+    ({"train_iters": None, "train_samples": 8, "lr_decay_iters": 2}, "its schedule in another unit", "--lr-decay-samples"),
+    ({"lr_warmup_samples": 2}, "its schedule in another unit", "--lr-warmup-iters"),
+    ({"train_iters": None, "train_samples": 8, "global_batch_size": 9}, "8 samples are less than one global batch of 9",
+     "--global-batch-size"),
+    ({"train_iters": None, "train_samples": 8, "lr_warmup_samples": 8}, "does not end within the decay of 8 samples",
+     "--lr-warmup-samples, --lr-decay-samples"),
+    ({"async_save": True}, "no folder to save in", "--async-save"),
+    ({"save_format": "megatron-core"}, "no folder to save in", "--save-format"),
+    ({"save": "s", "save_format": "megatron-core", "lora_target_modules": ("linear_qkv",)}, "adapters alone are saved",
+     "--save-format, --lora-target-modules"),
     ({"trian_iters": 3}, "unknown key 'trian_iters'", "train_iters"),
 ])
 def test_a_wrong_run_is_refused(options, changes, message, fix):
     with pytest.raises(ModelLinkError) as caught:
-        prepare([Layer("test", options | changes)], None)
+        prepare([Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
     assert message in str(caught.value) and fix in str(caught.value)
 
 
@@ -120,6 +132,14 @@ def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
     del options["load"]
     with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
         prepare([preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+
+
+def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_path):
+    del options["load"]
+    changes = {"save": str(tmp_path), "seq_length": 128, "save_format": "megatron-legacy"}
+    with pytest.raises(ModelLinkError, match="Megatron-Legacy has no name for") as caught:
+        prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
+    assert caught.value.where == "--save-format megatron-legacy"
 
 
 def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):

@@ -1,7 +1,10 @@
-"""Runs of all architectures are saved whole: they go on elsewhere as if they had not stopped, and become what they were."""
+"""What a run saves: whole for every architecture, in files of the original too; and what it starts from."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from modellink.core.testing import beside
 MODELS, PARITY = beside(__file__, "models"), beside(__file__, "test_parity")
 train = beside(__file__, "test_training").train
 OPTIONS = {"train_iters": 3, "lr": 1e-5, "lr_warmup_iters": 0, "global_batch_size": 2}
-TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
-PP2 = {"pipeline_model_parallel_size": 2}
+TP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 
 
 @pytest.mark.parametrize("case", PARITY.VARIED)
@@ -39,3 +42,46 @@ def test_every_weight_is_saved_and_goes_on(pools, corpus, tmp_path, case):
         assert moved < 1e-3, name  # two small steps, not random numbers
     assert any(not torch.equal(before.read(name, [range(tensor.shape[0])], 0), after.read(name, [range(tensor.shape[0])], 0))
                for name, tensor in before.tensors.items())
+
+
+@pytest.mark.parametrize(("form", "case", "layout", "names"), [
+    ("megatron-legacy", "llama tied", TP2, ["mp_rank_00", "mp_rank_01"]),
+    ("megatron-core", "mixtral", PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, ["mp_rank_00_000", "mp_rank_00_001"])])
+def test_weights_are_saved_in_files_of_the_original_too(pools, corpus, tmp_path, form, case, layout, names):
+    """They are what a conversion of the checkpoint gives, and the run goes on from the same folder."""
+    from modellink.ckpt_convert import convert, open_checkpoint
+
+    MODELS.make(case, tmp_path)
+    texts = OPTIONS | layout | {"data_path": (str(corpus),), "seq_length": 24}
+    straight = pools(2)(train, options=texts | {"load": str(tmp_path / "weights")})[-1]
+    pools(2)(train, options=texts | {"load": str(tmp_path / "weights"), "save": str(tmp_path / "a"), "exit_interval": 2,
+                                     "save_format": form, "async_save": True})
+    folder = tmp_path / "a/iter_0000002"
+    assert sorted(path.name for path in folder.glob("mp_rank_*")) == names
+    assert pools(2)(train, options=texts | {"load": str(tmp_path / "a")})[-1] == straight[2:]
+
+    (tmp_path / "theirs").mkdir()
+    for name in names:  # what the original's tools look at: these folders and the tracker
+        shutil.copytree(folder / name, tmp_path / "theirs/iter_0000002" / name)
+    (tmp_path / "theirs/latest_checkpointed_iteration.txt").write_text("2")
+    assert form.replace("m", "M", 1).replace("-c", "-C").replace("-l", "-L") in open_checkpoint(
+        tmp_path / "theirs", hf=tmp_path / "weights").describe()
+    for source in ("theirs", "a"):
+        convert(tmp_path / source, tmp_path / f"{source} hf", to="hf", hf=tmp_path / "weights")
+    assert (tmp_path / "theirs hf/model.safetensors").read_bytes() == (tmp_path / "a hf/model.safetensors").read_bytes()
+
+    # as a source they are weights alone, also as a `release`
+    (tmp_path / "theirs/iter_0000002").rename(tmp_path / "theirs/release")
+    (tmp_path / "theirs/latest_checkpointed_iteration.txt").write_text("release")
+    from_theirs = texts | {"load": str(tmp_path / "theirs"), "tokenizer_name_or_path": str(tmp_path / "weights")}
+    (_, told), (anew, _) = pools(2)(heard, options=from_theirs)
+    assert "an optimizer state, schedule or random state that Megatron left there is not read" in told
+    assert anew[0][:2] == (1, 2) and anew[0][2] != straight[0][2]
+    assert anew == pools(2)(train, options=texts | {"load": str(tmp_path / "a"), "finetune": True})[-1]
+
+
+def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
+    """On a rank: the steps of a run and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as told:
+        steps = train(options)
+    return steps, told.getvalue()

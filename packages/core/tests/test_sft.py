@@ -99,13 +99,14 @@ def test_the_prompt_type_is_noted_and_other_shares_are_evaluated(run, tmp_path):
     assert read_manifest(tmp_path / "a").prompt_type == "chatml"
 
 
-def rows(prefix: str, seq_length: int, numbers: list[int], packed: bool = False,
+def rows(prefix: str | list[str], seq_length: int, numbers: list[int], packed: bool = False, split: str = "80,20,0",
          **instruction: Any) -> list[tuple[list[int], list[int]]]:
-    """On a rank: ids and learned labels of samples by number, of the first 80 % of the set."""
+    """On a rank: ids and learned labels of samples by number, of the training share."""
     from modellink.core.config import DataConfig, InstructionConfig
     from modellink.core.data.instruction import build_sets
 
-    share = build_sets(DataConfig(data_path=(prefix,), seq_length=seq_length, split="80,20,0", is_instruction_dataset=True,
+    paths = (prefix,) if isinstance(prefix, str) else tuple(prefix)
+    share = build_sets(DataConfig(data_path=paths, seq_length=seq_length, split=split, is_instruction_dataset=True,
                                   reset_position_ids=packed), InstructionConfig(**instruction), seed=3)[0]
     assert share is not None
     return [(share[number].tokens.tolist(), share[number].labels.tolist()) for number in numbers]
@@ -117,6 +118,22 @@ def test_every_epoch_has_every_sample_once_in_another_order(pools, chats, sample
     ids = sorted(sample["input_ids"] for sample in samples[:24])
     assert sorted(row for row, _ in first) == ids == sorted(row for row, _ in again)
     assert first != again
+
+
+def test_a_blend_takes_each_set_in_its_order_and_proportion(pools, tmp_path, samples):
+    """Weights 1 : 3 : 2, wherever one begins to count; the smallest set begins anew."""
+    sets = {"a": samples[:5], "b": samples[5:15], "c": samples[15:30]}
+    path = [word for weight, name in zip("132", sets, strict=True) for word in (weight, str(tmp_path / name))]
+    for name, some in sets.items():
+        INSTRUCTIONS.write_set(tmp_path / name, some)
+    found = [ids for ids, _ in pools(1)(rows, prefix=path, seq_length=24, numbers=[*range(48)], split="100", shuffle=False)[0]]
+    where = {name: [ids for ids in found if ids in [sample["input_ids"] for sample in some]] for name, some in sets.items()}
+    assert {name: len(ids) for name, ids in where.items()} == {"a": 8, "b": 24, "c": 16}
+    for name, some in sets.items():
+        assert where[name] == [some[number % len(some)]["input_ids"] for number in range(len(where[name]))]
+    for start in range(0, 48, 6):  # evenly all along
+        assert sum(ids in where["b"] for ids in found[start:start + 6]) == 3
+    assert pools(1)(rows, prefix=path, seq_length=24, numbers=[40], split="100", shuffle=False)[0][0][0] == found[40]
 
 
 def test_a_long_sample_loses_its_end(pools, chats, samples):
@@ -149,7 +166,8 @@ def collated(prefix: str) -> list[list[int]]:
     ({"eod_mask_loss": True}, "says itself what is learned", "--reset-position-ids"),
     ({"reset_attention_mask": True}, "which tokens are one sample", "--reset-attention-mask"),
     ({"data_path": ("gone",)}, "gone_packed_input_ids_document.idx is missing", "data/alpaca"),
-    ({"data_path": ("0.5", "a", "0.5", "b")}, "instruction data is one set", "--merge-group-keys"),
+    ({"data_path": ("0.5", "{}", "0.5", "gone")}, "gone_packed_input_ids_document.idx is missing", "data/alpaca"),
+    ({"data_path": ("0.5", "{}", "0", "{}")}, "not weight and prefix in turn", "--data-path 0.3"),
     ({"is_instruction_dataset": False, "variable_seq_lengths": True, "data_path": ("{}_packed_labels_document",)},
      "--variable-seq-lengths is about instruction data", "modellink-train sft"),
 ])

@@ -31,7 +31,8 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     from modellink.core.train.pretrain import pretrain
     from modellink.kernels.options import Layer
 
-    run = prepare([Layer("test", OPTIONS | options)], processes.world_size())
+    given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
+    run = prepare([Layer("test", given)], processes.world_size())
     processes.join(run.device, run.layout, run.optimizer.seed)
     steps = pretrain(run)
     dist.barrier()

@@ -66,6 +66,9 @@ def data(tmp_path: Path, write_csv, write_jsonl) -> Path:
         {"question": f"is {city} the capital of {country}", "title": country, "answer": number % 3 > 0,
          "passage": f"{country} is a country. " * (number % 4 + 1) + f"{city} is {'' if number % 3 else 'not '}its capital."}
         for number, (country, city) in enumerate(CAPITALS)])
+    write_jsonl(folder / "gsm8k" / "test.jsonl", [
+        {"question": f"Ann has {number} apples" + " and eats none" * (number % 4) + ". How many are left?",
+         "answer": f"She keeps them.\n#### {number % 5}"} for number in range(12)])
     return folder
 
 

@@ -26,7 +26,7 @@ def test_examples_are_the_first_rows_in_the_files_order(data):
     assert (cities.name, len(cities.rows), rivers.name, len(rivers.rows)) == ("old_cities", 14, "rivers", 9)
     with (data / "mmlu/dev/old_cities_dev.csv").open(newline="") as file:
         written = list(csv.reader(file))
-    assert [list(row.values.values()) for row in cities.examples] == written[:5]
+    assert [list(row.values()) for row in cities.examples] == written[:5]
 
 
 @pytest.mark.parametrize("where", [".", "mmlu", "mmlu/test"])

@@ -1,11 +1,14 @@
 """Prompts, character by character."""
 
+from dataclasses import replace
+
 import pytest
 
-from modellink.eval import load_task, task_names
-from modellink.eval.data import Row, Subject
+from modellink.eval import Asking, Turn, load_task, task_names
+from modellink.eval.data import Subject
 from modellink.eval.prompts import make_questions
-from modellink.eval.task import parse_task
+from modellink.eval.rows import Row
+from modellink.eval.taskfile import parse_task
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -17,12 +20,12 @@ def mmlu_row(number, question, answer, choices=("w", "x", "y", "z")):
 def physics(tmp_path):
     examples = [mmlu_row(number, f"Question {number}?", "ABCDA"[number - 1]) for number in range(1, 6)]
     row = mmlu_row(1, " Is {{ this }} text? ", "C", ("1", "2, 3", "\"4\"", "é"))
-    return Subject("college_physics", tmp_path, [row], examples)
+    return Subject("college_physics", tmp_path, [row], [example.values for example in examples])
 
 
 def test_mmlu_original(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, task.style("original"), physics)
+    (question,) = make_questions(task, Asking("original"), physics)
     assert question.prompt == (
         "The following are multiple choice questions (with answers) about  college physics.\n\n"
         "Question 1?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\n"
@@ -31,12 +34,12 @@ def test_mmlu_original(physics):
         "Question 4?\nA. w\nB. x\nC. y\nD. z\nAnswer: D\n\n"
         "Question 5?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\n"
         " Is {{ this }} text? \nA. 1\nB. 2, 3\nC. \"4\"\nD. é\nAnswer:")
-    assert question.choices == (" A", " B", " C", " D") and question.gold == 2 and not question.alone
+    assert question.choices == (" A", " B", " C", " D") and question.golds == (2,) and not question.alone
 
 
 def test_mmlu_lm_eval(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, task.style("lm-eval"), physics)
+    (question,) = make_questions(task, Asking("lm-eval"), physics)
     assert question.prompt.startswith(
         "The following are multiple choice questions (with answers) about college physics.\n\n"
         "Question 1?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\nQuestion 2?\n")
@@ -52,43 +55,39 @@ def passage(tmp_path):
 
 def test_boolq_original(passage):
     task = load_task("boolq")
-    first, second = make_questions(task, task.style("original"), passage)
+    first, second = make_questions(task, Asking("original"), passage)
     assert first.prompt == second.prompt == "Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"
     assert first.choices == ("Yes", "No") and first.alone
-    assert (first.gold, second.gold) == (0, 1)
+    assert (first.golds, second.golds) == ((0,), (1,))
 
 
 def test_boolq_lm_eval(passage):
     task = load_task("boolq")
-    first, second = make_questions(task, task.style("lm-eval"), passage)
+    first, second = make_questions(task, Asking("lm-eval"), passage)
     assert first.prompt == "Honey -- Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"
     assert second.prompt == "Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"  # a row without a title
     assert first.choices == (" no", " yes") and not first.alone
-    assert (first.gold, second.gold) == (1, 0)
+    assert (first.golds, second.golds) == ((1,), (0,))
 
 
 def test_a_key_changes_with_everything_an_answer_depends_on(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, task.style("original"), physics)
-    changes = [{"body": question.body + " "}, {"head": ""}, {"choices": (" A", " B")}, {"alone": True}]
+    (question,) = make_questions(task, Asking("original"), physics)
+    changes = [{"context": question.prompt + " "}, {"context": (Turn("user", question.prompt),)},
+               {"choices": (" A", " B")}, {"alone": True}]
     keys = {type(question)(**vars(question) | change).key(task) for change in [{}, *changes]}
     keys.add(question.key(type(task)(**vars(task) | {"version": 2})))
     assert len(keys) == len(changes) + 2
-    assert type(question)(**vars(question) | {"gold": 0, "row": 9, "subject": "x"}).key(task) == question.key(task)
+    assert type(question)(**vars(question) | {"golds": (0,), "row": 9, "subject": "x"}).key(task) == question.key(task)
 
 
-def test_a_template_cannot_reach_python(physics):
+@pytest.mark.parametrize(("question", "message"), [
+    ("{{ ''.__class__.__mro__ }}", "a template does not work"), ("{{ qestion }}", "qestion")])
+def test_a_template_cannot_reach_python_and_names_columns_that_are_there(physics, question, message):
     task = load_task("mmlu")
-    style = type(task.style("original"))("{{ ''.__class__.__mro__ }}", task.style("original").choices)
-    with pytest.raises(ModelLinkError, match="a template does not work"):
-        list(make_questions(task, style, physics))
-
-
-def test_a_misspelt_column_in_a_template_is_an_error(physics):
-    task = load_task("mmlu")
-    style = type(task.style("original"))("{{ qestion }}", task.style("original").choices)
-    with pytest.raises(ModelLinkError, match="qestion"):
-        list(make_questions(task, style, physics))
+    style = replace(task.style("original"), question=question)
+    with pytest.raises(ModelLinkError, match=message):
+        list(make_questions(replace(task, styles={"original": (style,)}), Asking(), physics))
 
 
 YAML = """
@@ -108,6 +107,8 @@ styles: {original: {question: "{{ question }}", choices: {a: " a", b: " b"}}}
     ('"{{ question }}"', '"{{ question }} "', "ends with white space"),
     ("version: 1", "version: 1\nshots: 2", "no file of examples"),
     ("version: 1", "version: 1\naggregation: best", "aggregation is 'best'"),
+    ("version: 1", "version: one", "version is 'one'"),
+    ('choices: {a: " a", b: " b"}', "head: x", "needs either choices or generate"),
     ("styles:", "styles: [", "not YAML"),
 ])
 def test_a_wrong_task_file_is_named(old, new, message):
@@ -124,5 +125,5 @@ def test_an_unknown_style_says_what_there_is():
 
 
 def test_every_benchmark_has_both_styles():
-    assert task_names() == ["boolq", "mmlu"]
+    assert task_names() == ["agieval", "bbh", "boolq", "ceval", "gsm8k", "humaneval", "mmlu"]
     assert all(set(load_task(name).styles) == {"original", "lm-eval"} for name in task_names())

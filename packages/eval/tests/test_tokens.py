@@ -9,7 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from modellink.data_prep import Tokenizer
 from modellink.eval import Request
 from modellink.eval.backends.fingerprint import SAMPLE_BYTES, SAMPLES, fingerprint
-from modellink.eval.backends.tokens import PairEncoder, leading_tokens
+from modellink.eval.backends.tokens import Encoder, leading_tokens
 
 TEXTS = [pydoc_data.topics.topics[name] for name in ("assert", "with", "yield", "numbers")]
 
@@ -47,21 +47,21 @@ def texts(tokenizer, ids):
 
 def test_what_stands_before_a_text_is_kept_and_what_stands_after_is_not(byte_level):
     assert texts(byte_level, leading_tokens(byte_level)) == ["<s>"]
-    pair = PairEncoder(byte_level, 100)(Request("Answer:", " A"))
+    pair = Encoder(byte_level, 100)(Request("Answer:", " A"))
     assert texts(byte_level, pair.context)[0] == "<s>" and byte_level.decode(pair.context) == "Answer:"
     assert "</s>" not in texts(byte_level, pair.context)
 
 
 def test_the_continuation_owns_the_blank(byte_level, pieces):
-    assert texts(byte_level, PairEncoder(byte_level, 100)(Request("Answer:", " A")).continuation) == ["ĠA"]
-    assert texts(pieces, PairEncoder(pieces, 100)(Request("Answer:", " A")).continuation) == ["▁A"]
+    assert texts(byte_level, Encoder(byte_level, 100)(Request("Answer:", " A")).continuation) == ["ĠA"]
+    assert texts(pieces, Encoder(pieces, 100)(Request("Answer:", " A")).continuation) == ["▁A"]
 
 
 def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
     """A sentencepiece vocabulary has the blank in it, a byte-level one has not."""
     for tokenizer, wanted in ((byte_level, "Yes"), (pieces, "▁Yes")):
         own = tokenizer.encode("Yes", add_special_tokens=False)
-        pair = PairEncoder(tokenizer, 100)(Request("Answer:", "Yes", alone=True))
+        pair = Encoder(tokenizer, 100)(Request("Answer:", "Yes", alone=True))
         assert pair.continuation == own[-1:] and wanted.endswith(tokenizer.id_to_token(own[-1]))
 
 
@@ -70,7 +70,7 @@ def test_a_token_over_the_boundary_goes_to_neither_side(byte_level):
     words = [token for index in range(byte_level.vocab_size) if (token := byte_level.id_to_token(index)) and token.isalpha()]
     word = next(word for word in words if word.isascii() and len(word) > 3
                 and texts(byte_level, byte_level.encode(word, add_special_tokens=False)) == [word])
-    pair = PairEncoder(byte_level, 100)(Request(word[:2], word[2:]))
+    pair = Encoder(byte_level, 100)(Request(word[:2], word[2:]))
     assert pair.context[1:] == byte_level.encode(word[:2], add_special_tokens=False)
     assert pair.continuation == byte_level.encode(word[2:], add_special_tokens=False) != []
 
@@ -78,9 +78,9 @@ def test_a_token_over_the_boundary_goes_to_neither_side(byte_level):
 def test_a_context_too_long_loses_its_beginning_but_not_the_first_token(byte_level):
     request = Request(TEXTS[0][:400], " A")
     ids = byte_level.encode(request.context, add_special_tokens=False)
-    whole = PairEncoder(byte_level, len(ids) + 1)(request)
+    whole = Encoder(byte_level, len(ids) + 1)(request)
     assert whole.dropped == 0 and whole.context == [*leading_tokens(byte_level), *ids]
-    pair = PairEncoder(byte_level, 21)(request)  # 21 tokens are read: all but the last one
+    pair = Encoder(byte_level, 21)(request)  # 21 tokens are read: all but the last one
     assert len(pair.context) + len(pair.continuation) - 1 == 21
     assert pair.context == [*leading_tokens(byte_level), *ids[-20:]] and pair.dropped == len(ids) - 20
 

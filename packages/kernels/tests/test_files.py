@@ -10,7 +10,16 @@ import sys
 import pytest
 
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.files import Journal, atomic_folder, atomic_write, incomplete, read_json, remove_leftovers, write_json
+from modellink.kernels.files import (
+    Journal,
+    atomic_folder,
+    atomic_write,
+    incomplete,
+    read_json,
+    remove_leftovers,
+    start_writeback,
+    write_json,
+)
 
 WRITE_FILE = "from modellink.kernels.files import *\nwith atomic_write('{path}') as file: file.write(b'new')"
 WRITE_FOLDER = ("from modellink.kernels.files import *\nwith atomic_folder('{path}', overwrite=True) as folder:\n"
@@ -29,6 +38,17 @@ def test_a_file_is_old_or_new(tmp_path):
     assert path.read_bytes() == b"old"
     subprocess.run([sys.executable, "-c", WRITE_FILE.format(path=path)], check=True)
     assert path.read_bytes() == b"new"
+
+
+def test_writeback_is_a_request_of_the_kernel(tmp_path):
+    with open(tmp_path / "file", "wb", buffering=0) as file:
+        file.write(bytes(8192))
+        assert start_writeback(file.fileno(), 0, 8192)
+    reading, writing = os.pipe()
+    assert not start_writeback(writing, 0, 8192)  # a pipe has no disk
+    os.close(reading)
+    os.close(writing)
+    assert (tmp_path / "file").read_bytes() == bytes(8192)
 
 
 def test_an_exception_leaves_nothing(tmp_path):

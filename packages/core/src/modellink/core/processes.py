@@ -103,13 +103,13 @@ def _end_with_the_launcher() -> None:
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all have ended well (None) or one has failed (its number); a moment's grace lets rank 0 speak first."""
+    """Wait until all have ended well (None) or one has failed (its number); a moment's grace lets all speak."""
     while True:
         states = [process.poll() for process in ranks]
         bad = [number for number, state in enumerate(states) if state not in (None, 0)]
         if bad:
             deadline = time.monotonic() + 5
-            while ranks[0].poll() is None and time.monotonic() < deadline:
+            while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
                 time.sleep(0.05)
             return 0 if ranks[0].poll() not in (None, 0) else bad[0]
         if all(state == 0 for state in states):

@@ -27,6 +27,7 @@ from modellink.core.config import (
     ParallelConfig,
 )
 from modellink.core.posttrain import adapters
+from modellink.core.train import rank_files
 from modellink.core.train.progress import read_progress
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
@@ -94,7 +95,7 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     resolved = resolve(CONFIGS, *other_layers)
     parallel, data, checkpoint = resolved[ParallelConfig], resolved[DataConfig], resolved[CheckpointConfig]
     lora = resolved[LoraConfig]
-    source, resumed = _open(checkpoint, parallel, lora)
+    source, resumed = _open(checkpoint, parallel, lora, by_samples=resolved[OptimizerConfig].by_samples)
     spec = _spec(source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
     spec.check_layout(layout)
@@ -103,17 +104,33 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     _check(spec, layout, parallel, data, resolved[OptimizerConfig])
     adapters.targets(spec, lora)
     _check_experts(spec, resolved[MoEConfig], lora)
+    optimizer = resolved[OptimizerConfig]
+    if optimizer.train_samples is not None:
+        optimizer = replace(optimizer, train_iters=data.iterations_of(optimizer.train_samples, layout.dp))
     _check_instruction(spec, data, resolved[InstructionConfig], resolved[MoEConfig])
     if source is None and checkpoint.save is not None:
         _check_family(checkpoint)
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
-    return Run(spec, parallel, data, resolved[InstructionConfig], lora, resolved[OptimizerConfig], resolved[MoEConfig],
-               resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
-               resumed)
+    run = Run(spec, parallel, data, resolved[InstructionConfig], lora, optimizer, resolved[MoEConfig],
+              resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
+              resumed)
+    if checkpoint.save_format != "torch-dist":
+        _check_save_format(run)
+    return run
 
 
-def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) -> tuple[Checkpoint | None, Path | None]:
+def _check_save_format(run: Run) -> None:
+    form = run.checkpoint.save_format
+    if run.lora.on:
+        raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
+                             where="--save-format, --lora-target-modules",
+                             fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
+    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by)
+
+
+def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig, *,
+          by_samples: bool) -> tuple[Checkpoint | None, Path | None]:
     """The opened --load, and the iteration's folder where it (with adapters: --lora-load) holds a run to go on with."""
     if config.load is None:
         if lora.on:
@@ -145,6 +162,10 @@ def _open(config: CheckpointConfig, parallel: ParallelConfig, lora: LoraConfig) 
         raise ModelLinkError("the distributed optimizer keeps its state in another form than the plain one, and the checkpoint "
                              f"was saved with {flag}", where=folder,
                              fix=f"continue with {flag}, which works at any layout, or take only the weights with --finetune")
+    if progress.by_samples != by_samples:
+        unit = "samples" if progress.by_samples else "iters"
+        raise ModelLinkError(f"the run that is continued is counted by --train-{unit}", where=f"{folder}, --train-iters, "
+                             "--train-samples", fix=f"give --train-{unit}, or take only the weights with --finetune")
     return source, folder
 
 

@@ -12,9 +12,14 @@ from pathlib import Path
 
 import click
 
+from modellink.eval.backends.backend import Backend
+from modellink.eval.job import Job, prepare
+from modellink.eval.journal import check_output
 from modellink.eval.options import RunOptions
-from modellink.eval.report import print_results, print_tasks, read_results
-from modellink.eval.runner import check_output, prepare, run
+from modellink.eval.report.compare import print_comparison
+from modellink.eval.report.terminal import print_results, print_tasks, read_results
+from modellink.eval.runner import check_sandbox, run
+from modellink.eval.sandbox import Sandbox
 from modellink.kernels.errors import run_command
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
 
@@ -31,12 +36,26 @@ def evaluation() -> None:
 def run_tasks(config: Path | None, given: Layer) -> None:
     """Answer the questions of one benchmark or several and print the scores."""
     options = resolve([RunOptions], *([yaml_layer(config)] if config else []), given)[RunOptions]
-    jobs = prepare(options.task, options.task_data_path, options.prompt_style, options.max_eval_samples)
-    from modellink.eval.backends.local import LocalBackend
-    backend = LocalBackend(options.load, tp=options.tensor_model_parallel_size, device=options.device, dtype=options.dtype,
-                           tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf)
+    options.check()
+    jobs = prepare(options.task, options.task_data_path, options.asking(), options.max_eval_samples)
     rank = os.environ.get("RANK")
-    if rank not in (None, "0"):
+    first = rank in (None, "0")
+    wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
+    sandbox = Sandbox(options.isolation) if wanted else None
+    if first:
+        check_sandbox(jobs, sandbox)
+    if options.endpoint is not None:
+        from modellink.eval.backends.endpoint import Endpoint
+        with Endpoint(options.endpoint, options.endpoint_model, workers=options.evaluation_batch_size) as server:
+            check_output(jobs, server.describe(), options.output)
+            _run(options, jobs, server, sandbox)
+        return
+    from modellink.eval.backends.local import LocalBackend
+    assert options.load is not None
+    backend = LocalBackend(options.load, tp=options.tensor_model_parallel_size, device=options.device, dtype=options.dtype,
+                           tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf, chat=options.asking().chat,
+                           batch_size=min(options.evaluation_batch_size, 32))
+    if not first:
         backend.follow()
         return
     check_output(jobs, backend.describe(), options.output)
@@ -44,8 +63,12 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         from modellink.core.processes import spawn
         sys.exit(spawn(options.tensor_model_parallel_size, MODULE, sys.argv[1:]))
     backend.load()
-    results = run(jobs, backend, options.output, batch_size=options.evaluation_batch_size, show=True)
+    _run(options, jobs, backend, sandbox)
     backend.close()
+
+
+def _run(options: RunOptions, jobs: list[Job], backend: Backend, sandbox: Sandbox | None) -> None:
+    results = run(jobs, backend, options.output, batch_size=options.evaluation_batch_size, sandbox=sandbox, show=True)
     print_results(results | {"tasks": {job.task.name: results["tasks"][job.task.name] for job in jobs}})
 
 
@@ -56,10 +79,16 @@ def list_tasks() -> None:
 
 
 @evaluation.command("report")
-@click.argument("folder", type=click.Path(path_type=Path))
-def report(folder: Path) -> None:
-    """Print the results in FOLDER, the --output of a run, again."""
-    print_results(read_results(folder))
+@click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
+def report(results: tuple[Path, ...]) -> None:
+    """Print results again, or two of them side by side. RESULTS are the --output of a run or a results.json."""
+    if len(results) > 2:
+        raise click.UsageError("one run is printed, two are compared; more are not")
+    found = [read_results(path) for path in results]
+    if len(found) == 1:
+        print_results(found[0])
+    else:
+        print_comparison(results[0], results[1], found[0], found[1])
 
 
 evaluation.add_command(run_tasks)

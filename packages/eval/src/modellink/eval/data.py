@@ -8,8 +8,6 @@ Not here: downloading anything.
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from modellink.eval.task import Kind, Layout, Task
+from modellink.eval.examples import read_examples
+from modellink.eval.rows import Row, read_rows
+from modellink.eval.task import Layout, Task
 from modellink.kernels.errors import ModelLinkError
 
 DEPTH = 4  # folders below the one that is named
@@ -27,21 +27,18 @@ SEEN = 4  # files listed in a message
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row: its number in the file from 1, and its columns."""
-
-    number: int
-    values: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Subject:
-    """The questions of one file, and the solved examples that go before them."""
+    """The questions of one file, and what the solved examples before them hold.
+
+    Attributes:
+        about: what the paper's prompts say before the examples, where they say something.
+    """
 
     name: str
     path: Path
     rows: Sequence[Row]
-    examples: Sequence[Row]
+    examples: Sequence[Mapping[str, Any]]
+    about: str = ""
 
 
 def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None = None) -> list[Subject]:
@@ -59,8 +56,8 @@ def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None =
         rows = list(read_rows(path, task.data))
         if not rows:
             raise ModelLinkError("the file has no rows", where=path)
-        examples = _examples(task, name, path)
-        subjects.append(Subject(name, path, rows[:max_samples], examples))
+        examples, about = read_examples(task, name, path)
+        subjects.append(Subject(name, path, rows[:max_samples], examples, about))
     return subjects
 
 
@@ -80,7 +77,10 @@ def find_files(layout: Layout, task: str, folders: Sequence[Path]) -> dict[str, 
             if path.parent not in at_home:
                 unfit.setdefault(path, str(reasons[path]))
                 continue
-            name = match["subject"] if "subject" in match.groupdict() else path.stem
+            name = match["subject"] if "subject" in match.groupdict() else path.name.split(".")[0]
+            if layout.subjects is not None and name not in layout.subjects:
+                unfit.setdefault(path, f"{path} is not named like one of its subjects")
+                continue
             if name in found and not path.samefile(found[name]):
                 raise ModelLinkError(f"{task}: {name} is there twice: {found[name]} and {path}", where="--task-data-path",
                                      fix="name the folder of one of them")
@@ -93,93 +93,12 @@ def find_files(layout: Layout, task: str, folders: Sequence[Path]) -> dict[str, 
                          fix=f"looked for {looked}, {DEPTH} folders deep{seen}")
 
 
-def read_rows(path: Path, layout: Layout) -> Iterator[Row]:
-    """The checked rows of a file; blank lines are none."""
-    number = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, raw in _RAW[layout.reader](file):
-                number += 1
-                where = f"{path}, row {number}" + (f" (line {line})" if line != number else "")
-                yield Row(number, _columns(raw, layout, where))
-    except UnicodeDecodeError as error:
-        raise ModelLinkError(f"not UTF-8 text: {error.reason}", where=f"{path}, after row {number}",
-                             fix="write the file in UTF-8") from None
-    except (csv.Error, json.JSONDecodeError) as error:
-        raise ModelLinkError(f"not {layout.reader}: {error}", where=f"{path}, row {number + 1}") from None
-    except OSError as error:
-        raise ModelLinkError(f"cannot be read: {error.strerror}", where=path) from None
-
-
-def _csv(file: Any) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(file, strict=True)
-    for row in reader:
-        if row:
-            yield reader.line_num, row
-
-
-def _jsonl(file: Any) -> Iterator[tuple[int, Any]]:
-    for line, text in enumerate(file, 1):
-        if text.strip():
-            yield line, json.loads(text)
-
-
-_RAW = {"csv": _csv, "jsonl": _jsonl}
-
-
-def _columns(raw: Any, layout: Layout, where: str) -> dict[str, Any]:
-    names = ", ".join(layout.columns)
-    if layout.reader == "csv":
-        if len(raw) != len(layout.columns):
-            raise ModelLinkError(f"{len(raw)} columns, there must be {len(layout.columns)}: {names}", where=where)
-        raw = dict(zip(layout.columns, raw, strict=True))
-    elif not isinstance(raw, dict):
-        raise ModelLinkError(f"not an object with {names}", where=where)
-    return {name: _value(raw.get(name), kind, name, where) for name, kind in layout.columns.items()}
-
-
-def _value(value: Any, kind: Kind, name: str, where: str) -> Any:
-    if kind == "optional":
-        if value is None or isinstance(value, str):
-            return value or ""
-        wanted = "a text"
-    elif kind == "text":
-        if isinstance(value, str) and value.strip():
-            return value
-        wanted = "a text that is not blank"
-    elif kind == "bool":
-        if isinstance(value, bool):
-            return value
-        wanted = "true or false"
-    else:
-        if value in kind:
-            return value
-        wanted = "one of " + ", ".join(kind)
-    shown = "missing" if value is None else repr(value)[:60]
-    raise ModelLinkError(f"{name} is {shown}, it must be {wanted}", where=where)
-
-
 def _unfit(path: Path, layout: Layout) -> str | None:
     """Why the first rows of a file are none of this layout; an empty file is somebody else's."""
     try:
         return None if list(islice(read_rows(path, layout), FIRST)) else f"{path} is empty"
     except ModelLinkError as error:
         return f"{error.where} does not fit: {error.what}"
-
-
-def _examples(task: Task, subject: str, path: Path) -> list[Row]:
-    """The first rows of the subject's file of examples: beside the questions, or in a folder `dev` there or one up."""
-    if not task.shots or task.examples is None:
-        return []
-    name = task.examples.replace("*", subject)
-    places = [path.parent / name, path.parent / "dev" / name, path.parent.parent / "dev" / name]
-    for place in places:
-        if place.is_file():
-            rows = list(read_rows(place, task.data))
-            if len(rows) < task.shots:
-                raise ModelLinkError(f"{len(rows)} rows, {task.name} needs {task.shots} examples", where=place)
-            return rows[:task.shots]
-    raise ModelLinkError(f"the examples of {subject} are missing", where=path, fix=f"put {name} into {places[-1].parent}")
 
 
 def _pattern(pattern: str) -> re.Pattern[str]:

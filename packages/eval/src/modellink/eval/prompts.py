@@ -1,6 +1,7 @@
-"""From rows to questions: the text before an answer, and the answers it may have.
+"""From rows to questions: what the model is given, and what is right.
 
-Templates run in jinja2's immutable sandbox; a row's text is a value in them and never a template. Not here: chat templates.
+Templates run in jinja2's immutable sandbox; a row's text is a value in them and never a template. Chat templates are data-prep's
+and come later, when a back-end makes tokens of the turns.
 """
 
 from __future__ import annotations
@@ -8,17 +9,53 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from modellink.eval.backends.backend import Request
-from modellink.eval.data import Row, Subject
-from modellink.eval.task import Style, Task
+from modellink.eval.backends.backend import Context, Turn
+from modellink.eval.data import Subject
+from modellink.eval.rows import Row
+from modellink.eval.task import Generate, Style, Task
 from modellink.kernels.errors import ModelLinkError
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are asked, whatever the task.
+
+    Attributes:
+        style: whose prompts, `original` or `lm-eval`.
+        chat: the template around a chat: a prompt type of data-prep, or `hf-chat-template`; None asks with plain text.
+        language: of the words around a question in a chat.
+        max_new_tokens: instead of what the task says, where answers are generated.
+        samples: answers to each question that is answered by a program.
+        temperature: of generated answers; 0 takes the most likely token always.
+        top_p: the share of likely tokens they are drawn from.
+        seed: of the draws.
+    """
+
+    style: str = "original"
+    chat: str | None = None
+    language: Literal["en", "zh"] = "en"
+    max_new_tokens: int | None = None
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """A few words for results and journals."""
+        words = [self.style, *([f"chat {self.chat} {self.language}"] if self.chat else [])]
+        if self.max_new_tokens is not None:
+            words.append(f"at most {self.max_new_tokens} tokens")
+        if self.samples > 1 or self.temperature:
+            words.append(f"{self.samples} samples, temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True)
@@ -27,49 +64,126 @@ class Question:
 
     Attributes:
         row: its number in the file, from 1.
-        head: what all questions of a subject begin with, examples included; the prompt is `head + body`.
-        choices: the texts whose likelihoods are compared.
-        gold: the index of the right one.
+        digest: of the row; the same whatever the prompt.
+        head: what all questions of a subject begin with, examples included.
+        context: what the model is given: a text, or the turns of a chat.
+        choices: the texts whose likelihoods are compared; none where an answer is generated.
+        golds: the indices of the right ones.
         alone: see `Request.alone`.
+        generate: how an answer is generated and judged.
+        target: the right answer as a text, or the program that tests one.
+        program: what a generated program begins with; entry: the function in it that is tested.
     """
 
     subject: str
     row: int
+    digest: str
     head: str
-    body: str
-    choices: tuple[str, ...]
-    gold: int
-    alone: bool
+    context: Context
+    choices: tuple[str, ...] = ()
+    golds: tuple[int, ...] = ()
+    alone: bool = False
+    generate: Generate | None = None
+    target: str = ""
+    program: str = ""
+    entry: str = ""
 
     @property
     def prompt(self) -> str:
-        return self.head + self.body
-
-    def requests(self) -> list[Request]:
-        """One for each choice."""
-        return [Request(self.prompt, choice, self.alone) for choice in self.choices]
+        """The context as people read it."""
+        if isinstance(self.context, str):
+            return self.context
+        return "\n".join(f"[{turn.role}] {turn.text}" for turn in self.context)
 
     def key(self, task: Task) -> str:
         """What its answer is filed under: a digest over everything the answer depends on but the model."""
-        parts = [task.name, task.version, self.prompt, self.choices, self.alone]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+        parts: list[Any] = [task.name, task.version, self.context, self.choices, self.alone]
+        if self.generate is not None:
+            parts += [self.generate.until, self.generate.max_tokens, self.target, self.program, self.entry]
+        return _digest(parts)
 
 
-def make_questions(task: Task, style: Style, subject: Subject) -> Iterator[Question]:
-    """The questions of a subject in the order of its file."""
-    answers = list(style.choices)
-    spoken = {"subject": subject.name.replace("_", " ")}
-    head = _render(style.head, spoken, task.name) + "".join(
-        _render(style.question, spoken | dict(row.values), task.name) + style.choices[_answer(row)] + style.separator
-        for row in subject.examples)
+def make_questions(task: Task, asking: Asking, subject: Subject) -> Iterator[Question]:
+    """The questions of a subject in the order of its file.
+
+    Raises:
+        ModelLinkError: a style the task does not have, a template that does not work, a right answer that is no choice.
+    """
+    style = task.style(asking.style, subject.name)
+    chat = task.chat_style(asking.language) if asking.chat else None
+    writer = _Writer(task, chat or style, subject)
     for row in subject.rows:
-        body = _render(style.question, spoken | dict(row.values), task.name)
-        yield Question(subject.name, row.number, head, body, tuple(style.choices.values()), answers.index(_answer(row)),
-                       style.tokens == "alone")
+        question = writer.question(row, asking)
+        if asking.chat:
+            turns = writer.turns(row) if chat else (Turn("user", str(question.context)),)
+            # a chat's answer begins after a header of its own: the blank before a choice belongs to plain text
+            question = replace(question, context=turns, choices=tuple(choice.strip() for choice in question.choices))
+        yield question
 
 
-def _answer(row: Row) -> Any:
-    return row.values["answer"]
+class _Writer:
+    """Prompts of one subject in one style."""
+
+    def __init__(self, task: Task, style: Style, subject: Subject) -> None:
+        self.task, self.style, self.subject = task, style, subject
+        self.spoken = task.spoken(subject.name)
+        examples = subject.examples[:style.shots]
+        self.opening = self._render(style.head, {"about": subject.about})
+        self.asked = [(self._render(style.question, values, number, example=True), self._answer(values, number))
+                      for number, values in enumerate(examples, 1)]
+        self.head = self.opening + "".join(question + answer + style.separator for question, answer in self.asked)
+
+    def question(self, row: Row, asking: Asking) -> Question:
+        context = self.head + self._ask(row)
+        found = Question(self.subject.name, row.number, _digest(row.values), self.head, context)
+        style = self.style
+        if style.generate is not None:
+            generate = style.generate if asking.max_new_tokens is None else replace(
+                style.generate, max_tokens=asking.max_new_tokens)
+            target, program, entry = (self._render(template, row.values) for template in (
+                generate.target or generate.test, generate.prompt, generate.entry))
+            if not target.strip():
+                raise ModelLinkError("the right answer is missing", where=f"{self.subject.path}, row {row.number}")
+            return replace(found, generate=generate, target=target, program=program, entry=entry)
+        choices, golds = self._choices(row.values, f"{self.subject.path}, row {row.number}")
+        return replace(found, choices=choices, golds=golds, alone=style.tokens == "alone")
+
+    def turns(self, row: Row) -> tuple[Turn, ...]:
+        """A chat in which the examples were asked and answered; its first question begins with what stands before them."""
+        said = [turn for question, answer in self.asked for turn in (Turn("user", question), Turn("assistant", answer.strip()))]
+        turns = [*said, Turn("user", self._ask(row))]
+        return (Turn("user", self.opening + turns[0].text), *turns[1:])
+
+    def _ask(self, row: Row) -> str:
+        return self._render(self.style.question, row.values, len(self.asked) + 1)
+
+    def _choices(self, values: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        style, gold = self.style, values[self.style.gold]
+        if isinstance(style.choices, str):
+            choices = tuple(f" {text}" for text in values[style.choices])
+            answers: Sequence[Any] = [chr(ord("A") + number) for number in range(len(choices))]
+        else:
+            assert style.choices is not None
+            choices, answers = tuple(style.choices.values()), list(style.choices)
+        golds = gold if isinstance(gold, list) else [gold]
+        wrong = [one for one in golds if one not in answers]
+        if wrong or not golds:
+            raise ModelLinkError(f"{style.gold} is {wrong[0] if wrong else 'missing'!r}, it must be one of "
+                                 f"{', '.join(map(str, answers)) or 'no choices at all'}", where=where)
+        return choices, tuple(answers.index(one) for one in golds)
+
+    def _answer(self, values: Mapping[str, Any], number: int) -> str:
+        if self.style.answer is not None:
+            return self._render(self.style.answer, values, number, example=True)
+        choices, golds = self._choices(values, f"{self.task.name}, example {number} of {self.subject.name}")
+        return choices[golds[0]]
+
+    def _render(self, template: str, values: Mapping[str, Any], number: int = 0, *, example: bool = False) -> str:
+        return _render(template, {"subject": self.spoken, "number": number, "example": example, **values}, self.task.name)
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def _render(template: str, values: Mapping[str, Any], where: str) -> str:

@@ -1,21 +1,34 @@
-"""From likelihoods to accuracies, with their standard errors."""
+"""From marks of questions to accuracies, with their standard errors."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
-def choose(logprobs: Sequence[float]) -> int:
-    """The index of the most likely choice; of equals the first."""
-    return max(range(len(logprobs)), key=lambda index: logprobs[index])
+from modellink.eval.task import Task
 
 
-def per_byte(logprobs: Sequence[float], choices: Sequence[str]) -> list[float]:
-    """Log-probabilities divided by the choices' lengths in UTF-8 bytes, without the blank before them."""
-    return [value / max(1, len(text.strip().encode())) for value, text in zip(logprobs, choices, strict=True)]
+@dataclass(frozen=True)
+class Mark:
+    """What an answer is worth.
+
+    Attributes:
+        score: 1 for a right one, 0 for a wrong one, between them the share of several that are right.
+        answer: what was answered, as people read it.
+        right: what would have been right.
+        unparsed: no answer was found in the text; it counts as wrong.
+        margin: how much more likely the right answer is than the best wrong one, in nats; None where answers are written.
+        also: scores by other rules, by name.
+    """
+
+    score: float
+    answer: str
+    right: str
+    unparsed: bool = False
+    margin: float | None = None
+    also: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -23,23 +36,33 @@ class Accuracy:
     """How many of `questions` were right.
 
     Attributes:
-        stderr: standard error of the mean, sqrt(p (1 - p) / (n - 1)); None for a single question.
-        accuracy_per_byte: the same accuracy where the choice with the highest log-probability per byte is taken.
+        correct: the sum of the questions' scores.
+        stderr: standard error of the mean, sqrt(sum (score - mean)^2 / (n - 1) / n), which for right and wrong alone is
+            sqrt(p (1 - p) / (n - 1)); None for a single question.
+        unparsed: how many answers could not be found in what was written.
+        also: the accuracy by other rules, by name.
     """
 
     questions: int
-    correct: int
+    correct: float
     accuracy: float
     stderr: float | None
-    accuracy_per_byte: float
+    unparsed: int
+    also: Mapping[str, float]
 
 
-def accuracy(right: Sequence[bool], right_per_byte: Sequence[bool]) -> Accuracy:
+def accuracy(marks: Sequence[Mark]) -> Accuracy:
     """Of one subject or of all questions together; there must be at least one."""
-    count, correct = len(right), sum(right)
+    count, correct = len(marks), sum(mark.score for mark in marks)
     mean = correct / count
-    stderr = math.sqrt(mean * (1 - mean) / (count - 1)) if count > 1 else None
-    return Accuracy(count, correct, mean, stderr, sum(right_per_byte) / count)
+    spread = sum((mark.score - mean) ** 2 for mark in marks)
+    names = {name: None for mark in marks for name in mark.also}
+    also = {}
+    for name in names:
+        found = [mark.also[name] for mark in marks if name in mark.also]
+        also[name] = sum(found) / len(found)
+    return Accuracy(count, int(correct) if correct == int(correct) else correct, mean,
+                    math.sqrt(spread / (count - 1) / count) if count > 1 else None, sum(mark.unparsed for mark in marks), also)
 
 
 def macro(subjects: Sequence[Accuracy]) -> tuple[float, float | None]:
@@ -50,17 +73,18 @@ def macro(subjects: Sequence[Accuracy]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum(error * error for error in known)) / len(errors) if len(known) == len(errors) else None
 
 
-def summarise(right: Mapping[str, Sequence[tuple[bool, bool]]], aggregation: str) -> dict[str, Any]:
-    """The numbers of a task as JSON holds them.
-
-    Args:
-        right: by subject, for each question whether the most likely choice and the most likely per byte are right.
-        aggregation: which accuracy is the headline, `micro` or `macro`.
-    """
-    subjects = {name: accuracy(*zip(*marks, strict=True)) for name, marks in right.items()}
-    micro = accuracy(*zip(*(mark for marks in right.values() for mark in marks), strict=True))
+def summarise(marks: Mapping[str, Sequence[Mark]], task: Task) -> dict[str, Any]:
+    """The numbers of a task, from the marks of each subject, as JSON holds them. A category counts each question the same."""
+    subjects = {name: accuracy(found) for name, found in marks.items()}
+    micro = accuracy([mark for found in marks.values() for mark in found])
     mean, error = macro(list(subjects.values()))
-    headline = (micro.accuracy, micro.stderr) if aggregation == "micro" else (mean, error)
-    return {"accuracy": headline[0], "stderr": headline[1], "aggregation": aggregation, "micro": asdict(micro),
+    headline = (micro.accuracy, micro.stderr) if task.aggregation == "micro" else (mean, error)
+    grouped: dict[str, list[Mark]] = {name: [] for name in task.categories}
+    for name, found in marks.items():
+        if (category := task.category(name)) is not None:
+            grouped[category] += found
+    return {"accuracy": headline[0], "stderr": headline[1], "aggregation": task.aggregation, "micro": asdict(micro),
             "macro": {"subjects": len(subjects), "accuracy": mean, "stderr": error},
-            "subjects": {name: asdict(subject) for name, subject in subjects.items()}}
+            "categories": {name: asdict(accuracy(found)) for name, found in grouped.items() if found},
+            "subjects": {name: asdict(subject) for name, subject in subjects.items()},
+            "category_of": {name: category for name in subjects if (category := task.category(name)) is not None}}

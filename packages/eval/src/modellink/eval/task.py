@@ -1,44 +1,95 @@
-"""A benchmark as data: what a task.yaml says, checked when it is read.
+"""A benchmark as data: what a task.yaml may say. Reading one, with all checks, is in taskfile.py.
 
 Not here: reading the questions (data.py) and making prompts of them (prompts.py).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Literal
 
-import yaml
-
-from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.errors import ModelLinkError
 
 Answer = str | bool
 Kind = str | tuple[str, ...]
-"""`text` (not blank), `optional` (a text, blank or absent), `bool`, or the texts a column may hold."""
+"""`text` (not blank), `optional` (a text, blank or absent), `bool`, `texts` (a list of them, or absent), `letters` (a capital
+letter, a list of them, or absent), or the texts a column may hold."""
 Tokens = Literal["joined", "alone"]
 Aggregation = Literal["micro", "macro"]
+Compare = Literal["text", "math"]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How an answer is found in a text: what the expression's first group that is not empty says, or all it matches.
+
+    Attributes:
+        regex: searched in the text; `^` and `$` are the ends of the text.
+        pick: which of several matches counts.
+    """
+
+    regex: str
+    pick: Literal["first", "last"] = "first"
+
+
+@dataclass(frozen=True)
+class Generate:
+    """An answer that the model writes.
+
+    Attributes:
+        until: strings that end it and are not part of it, beside the model's end tokens.
+        max_tokens: its longest length.
+        target: a template of the right answer.
+        extract: ways to find the answer in the text, by name; the first one is the score, the others stand beside it.
+        ignore: expressions that are removed from both answers before they are compared.
+        ignore_case: compare without regard to case.
+        compare: `text` as it is, or `math` as math.py does.
+        test: a template of a program that is run after the one written, which proves it by ending without an error.
+        prompt: a template of the beginning of that program, which the text goes on with.
+        entry: a template of the name of the function that the test calls.
+    """
+
+    until: tuple[str, ...]
+    max_tokens: int
+    target: str = ""
+    extract: Mapping[str, Extraction] = field(default_factory=dict)
+    ignore: tuple[str, ...] = ()
+    ignore_case: bool = False
+    compare: Compare = "text"
+    test: str = ""
+    prompt: str = ""
+    entry: str = ""
 
 
 @dataclass(frozen=True)
 class Style:
-    """One way to ask, as Jinja templates over the columns of a row and `subject`.
+    """One way to ask, as Jinja templates over the columns of a row, `subject` (its spoken name), `number` and
+    `example` (whether it is one).
 
     Attributes:
-        question: what stands before an answer; it does not end with a blank, the answer owns the one between them.
-        choices: an answer as the data writes it, to the text whose likelihood is measured. Of equals the first one counts.
+        question: what stands before an answer; where the choices are given it does not end with a blank, they own it.
+        subjects: patterns of the subjects it is for; with none for all of them.
+        choices: an answer as the data writes it, to the text whose likelihood is measured, of equals the first one counts;
+            or the name of a column of texts. None where the answer is generated.
+        gold: the column of the right answer; for a column of choices, letters.
+        answer: the answer of an example; without it the text of its choice.
         head: what stands before everything.
         separator: what follows the answer of each example.
+        shots: how many of the task's examples are shown; None for all.
         tokens: see `Request.alone`.
     """
 
     question: str
-    choices: Mapping[Answer, str]
+    subjects: tuple[str, ...] = ()
+    choices: Mapping[Answer, str] | str | None = None
+    generate: Generate | None = None
+    gold: str = "answer"
+    answer: str | None = None
     head: str = ""
     separator: str = "\n\n"
+    shots: int | None = None
     tokens: Tokens = "joined"
 
 
@@ -47,14 +98,31 @@ class Layout:
     """How the data lies on disk.
 
     Attributes:
-        reader: `csv` (no header) or `jsonl`.
+        reader: `csv` (no header), `csv-header`, `jsonl` (also .gz) or `json` (an object whose `examples` are the rows).
         files: file names, `*` standing for the subject; the first of them that finds anything counts.
-        columns: name to kind; of a csv file in this order.
+        columns: name to kind; of a csv file without a header in this order.
+        subjects: all that there are; files of other names are left alone. None: any.
     """
 
-    reader: Literal["csv", "jsonl"]
+    reader: Literal["csv", "csv-header", "jsonl", "json"]
     files: tuple[str, ...]
     columns: Mapping[str, Kind]
+    subjects: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Where solved examples come from.
+
+    Attributes:
+        file: `folder/name`, `*` standing for the subject; in that folder or without it, beside the questions or one folder up.
+        reader: `rows` (a file like that of the questions), or the layout of a paper's own prompts, see examples.py.
+        samples: the examples themselves, as columns of a row.
+    """
+
+    file: str | None = None
+    reader: Literal["rows", "bbh-prompts", "agieval-prompts"] = "rows"
+    samples: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)
@@ -63,96 +131,48 @@ class Task:
 
     Attributes:
         version: goes up whenever a score may change.
-        shots: how many solved examples stand before a question.
-        examples: the name of the file they are the first rows of, `*` standing for the subject.
+        shots: how many solved examples stand before a question at most.
         aggregation: which accuracy is the headline: over all questions, or the mean over subjects.
+        categories: name to the subjects it holds.
+        names: a subject to how it is spoken of in prompts; where it is not there, its own name with blanks for underscores.
+        chat: language to the way to ask where the prompt is a chat and the examples are turns of it.
     """
 
     name: str
     version: int
     summary: str
     data: Layout
-    styles: Mapping[str, Style]
+    styles: Mapping[str, tuple[Style, ...]]
     shots: int = 0
-    examples: str | None = None
+    examples: Examples | None = None
     aggregation: Aggregation = "micro"
+    categories: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    chat: Mapping[str, Style] = field(default_factory=dict)
 
-    def style(self, name: str) -> Style:
-        """Raises ModelLinkError where the task is not asked that way."""
+    def style(self, name: str, subject: str = "") -> Style:
+        """How a subject is asked. Raises ModelLinkError where the task is not asked that way."""
         if name not in self.styles:
             raise ModelLinkError(f"{self.name} has no prompt style {name!r}", where="--prompt-style",
                                  fix=f"choose one of {', '.join(self.styles)}")
-        return self.styles[name]
+        styles = self.styles[name]
+        fitting = (style for style in styles if any(fnmatchcase(subject, pattern) for pattern in style.subjects or ("*",)))
+        return next(fitting, styles[-1])
 
+    def chat_style(self, language: str) -> Style | None:
+        """How it is asked in a chat, None where it has no way of its own. Raises ModelLinkError for a language it is not in."""
+        if self.chat and language not in self.chat:
+            raise ModelLinkError(f"{self.name} is not asked in {language!r}", where="--eval-language",
+                                 fix=f"choose one of {', '.join(self.chat)}")
+        return self.chat.get(language)
 
-def task_names() -> list[str]:
-    """The benchmarks that come with the package."""
-    folder = resources.files("modellink.eval") / "tasks"
-    return sorted(entry.name for entry in folder.iterdir() if (entry / "task.yaml").is_file())
+    def spoken(self, subject: str) -> str:
+        return self.names.get(subject, subject.replace("_", " "))
 
+    def category(self, subject: str) -> str | None:
+        return next((name for name, subjects in self.categories.items() if subject in subjects), None)
 
-def load_task(name: str | Path) -> Task:
-    """A benchmark of the package by name, or one of your own by the path of its YAML file.
-
-    Raises:
-        ModelLinkError: there is none of that name, or its file says something a task cannot have.
-    """
-    if str(name).endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise ModelLinkError("the task file is missing", where=path)
-        return parse_task(path.read_text(encoding="utf-8"), str(path))
-    if name not in task_names():
-        raise ModelLinkError(f"there is no task {str(name)!r}", where="--task",
-                             fix=near(str(name), task_names()) or f"choose one of {', '.join(task_names())}")
-    file = resources.files("modellink.eval") / "tasks" / str(name) / "task.yaml"
-    return parse_task(file.read_text(encoding="utf-8"), str(name))
-
-
-def parse_task(text: str, where: str) -> Task:
-    """The task that a YAML text describes; `where` is for messages."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ModelLinkError(f"not YAML: {error}", where=where) from None
-    values = _checked(Task, values, where)
-    data = _checked(Layout, values["data"], f"{where}, data")
-    if data["reader"] not in ("csv", "jsonl"):
-        raise ModelLinkError(f"reader is {data['reader']!r}", where=f"{where}, data", fix="use csv or jsonl")
-    columns = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in data["columns"].items()}
-    for name, kind in columns.items():
-        if kind not in ("text", "optional", "bool") and not isinstance(kind, tuple):
-            raise ModelLinkError(f"column {name} is of kind {kind!r}", where=f"{where}, data",
-                                 fix="use text, optional, bool, or a list of texts")
-    values["data"] = Layout(data["reader"], tuple(data["files"]), columns)
-    values["styles"] = {name: _style(style, f"{where}, style {name}") for name, style in values["styles"].items()}
-    task = Task(**values)
-    if task.aggregation not in get_args(Aggregation):
-        raise ModelLinkError(f"aggregation is {task.aggregation!r}", where=where, fix="use micro or macro")
-    if task.shots and not task.examples:
-        raise ModelLinkError(f"{task.shots} examples are wanted, but no file of examples is named", where=where)
-    return task
-
-
-def _style(values: object, where: str) -> Style:
-    style = Style(**_checked(Style, values, where))
-    if style.question != style.question.rstrip():
-        raise ModelLinkError("the question ends with white space", where=where,
-                             fix="let the choices begin with it: tokens of a word and of the blank before it are one")
-    if style.tokens not in get_args(Tokens):
-        raise ModelLinkError(f"tokens is {style.tokens!r}", where=where, fix="use joined or alone")
-    return style
-
-
-def _checked(cls: type, values: object, where: str) -> dict[str, Any]:
-    """`values` as a mapping that has what the dataclass needs and nothing else."""
-    if not isinstance(values, dict):
-        raise ModelLinkError(f"holds {values!r} where `name: value` lines belong", where=where)
-    fields = {item.name: item for item in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            raise ModelLinkError(f"unknown key {name!r}", where=where, fix=near(str(name), list(fields)) or None)
-    missing = [name for name, item in fields.items() if item.default is dataclasses.MISSING and name not in values]
-    if missing:
-        raise ModelLinkError(f"{', '.join(missing)} is missing", where=where)
-    return dict(values)
+    @property
+    def runs_code(self) -> bool:
+        return any(style.generate is not None and bool(style.generate.test)
+                   for styles in self.styles.values() for style in styles)

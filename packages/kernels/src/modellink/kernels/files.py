@@ -9,6 +9,7 @@ Not here: the formats of what is written, and locks between processes (each piec
 
 from __future__ import annotations
 
+import ctypes
 import glob
 import json
 import os
@@ -22,6 +23,7 @@ from typing import IO, Any
 from modellink.kernels.errors import ModelLinkError
 
 MARKER = "modellink.complete"
+SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: start writing dirty pages, do not wait
 
 
 def kill_point(name: str) -> None:
@@ -37,6 +39,16 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def start_writeback(handle: int, offset: int, count: int) -> bool:
+    """Have the kernel begin to move bytes already written to the disk, so that a later fsync finds little left to wait for.
+
+    This is Linux' sync_file_range(2), which Python has no name for. Returns whether the kernel took it; nothing depends on it.
+    """
+    begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    return begin is not None and not begin(
+        handle, ctypes.c_int64(offset), ctypes.c_int64(count), ctypes.c_uint(SYNC_FILE_RANGE_WRITE))
 
 
 @contextmanager

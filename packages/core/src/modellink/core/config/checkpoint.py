@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
+
+SaveFormat = Literal["torch-dist", "megatron-core", "megatron-legacy"]
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,11 @@ class CheckpointConfig:
     model_type_hf: str | None = option(None, "Family of a checkpoint that does not say it.")
     tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none.")
     save: Path | None = option(None, "Folder to save checkpoints in.")
+    save_format: SaveFormat = option("torch-dist", "Put the weights beside the state of the run also in the files that the "
+                                     "original's programs read.")
     save_interval: int | None = option(None, "Iterations between two saves; the end of the run is always saved.", minimum=1)
     save_total_limit: int | None = option(None, "Keep only so many of the newest checkpoints.", minimum=1)
+    async_save: bool = option(False, "Write checkpoints while training goes on; each rank copies its part to host memory first.")
     exit_interval: int | None = option(None, "Stop, saved, when the iteration is a multiple of this.", minimum=1)
     exit_duration_in_mins: float | None = option(None, "Stop, saved, after the first iteration that ends later than this.",
                                                  unit="minutes", minimum=0)
@@ -33,6 +38,7 @@ class CheckpointConfig:
     def check(self) -> None:
         if self.load is not None and not self.load.exists():
             raise ModelLinkError("the checkpoint to load is missing", where=f"--load {self.load}")
-        for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit)):
+        for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit),
+                            ("--async-save", self.async_save), ("--save-format", self.save_format != "torch-dist")):
             if given and self.save is None:
                 raise ModelLinkError("there is no folder to save in", where=flag, fix="give one with --save")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,7 @@ class DataConfig:
     section: ClassVar[str] = "data"
 
     data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or weight and prefix in turn for a blend.")
-    is_instruction_dataset: bool = option(False, "The prefix is of instruction data; `sft` is `pretrain` with this.")
+    is_instruction_dataset: bool = option(False, "The prefixes are of instruction data; `sft` is `pretrain` with this.")
     split: str = option("969,30,1", "Shares of training, validation and test.")
     seq_length: int = option(4096, "Tokens of a sample.", unit="tokens", minimum=1)
     micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
@@ -44,9 +45,10 @@ class DataConfig:
         if len(self.data_path) == 1:
             return list(self.data_path), None
         try:
-            if len(self.data_path) % 2:
+            weights = [float(weight) for weight in self.data_path[::2]]
+            if len(self.data_path) % 2 or not all(0 < weight < math.inf for weight in weights):
                 raise ValueError
-            return list(self.data_path[1::2]), [float(weight) for weight in self.data_path[::2]]
+            return list(self.data_path[1::2]), weights
         except ValueError:
             raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
@@ -86,6 +88,20 @@ class DataConfig:
             consumed, iterations = consumed + size, iterations - 1
         return consumed + iterations * whole
 
+    def iterations_of(self, samples: int, dp: int) -> int:
+        """The whole iterations that so many samples give.
+
+        Raises:
+            ModelLinkError: there is none.
+        """
+        consumed, iterations, whole = 0, 0, self.samples_per_iteration(dp)
+        while (size := self.batch_size_at(consumed, dp)) < whole and consumed + size <= samples:
+            consumed, iterations = consumed + size, iterations + 1
+        if not (total := iterations + (samples - consumed) // whole):
+            raise ModelLinkError(f"{samples} samples are less than one global batch of {size}",
+                                 where="--train-samples, --global-batch-size")
+        return total
+
     def check_rampup(self, dp: int) -> None:
         """Raise where the ramp-up has a global batch that the ranks cannot divide."""
         if self.rampup_batch_size is None:
@@ -104,9 +120,6 @@ class DataConfig:
         if not self.data_path:
             raise ModelLinkError("there is no data", where="--data-path",
                                  fix="make some with modellink-preprocess, and give its output prefix with _text_document")
-        if self.is_instruction_dataset and len(self.data_path) > 1:
-            raise ModelLinkError("instruction data is one set", where="--data-path",
-                                 fix="join several with modellink-preprocess --merge-group-keys")
         for file in self.files():
             if not file.is_file():
                 example = "alpaca" if self.is_instruction_dataset else "enwiki_text_document"

@@ -16,6 +16,7 @@ class LoggingConfig:
     log_interval: int = option(100, "Iterations between two log lines.", minimum=1)
     eval_interval: int = option(1000, "Iterations between two evaluations on the validation share.", minimum=1)
     eval_iters: int = option(100, "Iterations of an evaluation; 0 for none.", minimum=0)
+    skip_train: bool = option(False, "Only evaluate on the validation and test shares.")
     log_throughput: bool = option(False, "Add the model's TFLOP/s and tokens a second per rank to the log line.")
     peak_tflops: float | None = option(None, "What a device could do, for the share of it that is used (MFU) in the log line.",
                                        unit="TFLOP/s", minimum=0)

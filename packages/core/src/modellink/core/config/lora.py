@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
@@ -27,6 +28,9 @@ class LoraConfig:
     lora_use_rslora: bool = option(False, "Multiply by alpha / sqrt(r) (rsLoRA).")
     lora_load: Path | None = option(None, "Adapters to go on with, of a run on the same --load.")
 
+    lora_quantize: Literal["nf4", "int8"] | None = option(
+        None, "Hold the frozen linears in this form (QLoRA); needs modellink-core[qlora], on CPU and CUDA.")
+
     @property
     def on(self) -> bool:
         return bool(self.lora_target_modules)
@@ -46,3 +50,9 @@ class LoraConfig:
                                  fix="repeat the --lora-target-modules of that run")
         if self.lora_load is not None and not self.lora_load.is_dir():
             raise ModelLinkError("the adapters to load are missing", where=f"--lora-load {self.lora_load}")
+        if self.lora_quantize is not None and not self.on:
+            raise ModelLinkError("weights that are learned cannot be held in fewer bits", where=f"--lora-quantize "
+                                 f"{self.lora_quantize}", fix="give --lora-target-modules: then they are frozen")
+        if self.lora_quantize is not None and find_spec("bitsandbytes") is None:
+            raise ModelLinkError("the library bitsandbytes is missing", where=f"--lora-quantize {self.lora_quantize}",
+                                 fix="install modellink-core[qlora]")

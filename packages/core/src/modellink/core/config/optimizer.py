@@ -15,12 +15,17 @@ from modellink.kernels.options import option
 class OptimizerConfig:
     section: ClassVar[str] = "optimizer"
 
-    train_iters: int = option(doc="Iterations of the whole run.", minimum=1)
     lr: float = option(doc="Peak learning rate.", minimum=0)
+    train_iters: int = option(0, "Iterations of the whole run; or --train-samples.", minimum=1)
+    train_samples: int | None = option(None, "Samples of the whole run, in whole batches; schedules then count samples.",
+                                       minimum=1)
     min_lr: float = option(0.0, "Learning rate at the end of the decay.", minimum=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option("linear", "Shape of the decay.")
     lr_decay_iters: int | None = option(None, "Iterations of the decay; all of them where nothing is said.", minimum=1)
     lr_warmup_iters: int = option(0, "Iterations of linear warm-up.", minimum=0)
+    lr_decay_samples: int | None = option(None, "With --train-samples: samples of the decay; all of them where nothing is said.",
+                                          minimum=1)
+    lr_warmup_samples: int = option(0, "With --train-samples: samples of linear warm-up.", minimum=0)
     lr_warmup_fraction: float | None = option(None, "Warm-up as a share of the decay.", minimum=0, maximum=1)
     lr_warmup_init: float = option(0.0, "Learning rate at the beginning of the warm-up.", minimum=0)
     decoupled_lr: float | None = option(None, "Peak learning rate of the embedding and the output layer.", minimum=0)
@@ -52,21 +57,31 @@ class OptimizerConfig:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
 
     @property
-    def decay_iters(self) -> int:
-        return self.lr_decay_iters or self.train_iters
+    def by_samples(self) -> bool:
+        """Whether schedules count samples, not iterations."""
+        return self.train_samples is not None
 
     @property
-    def warmup_iters(self) -> float:
-        return self.lr_warmup_iters if self.lr_warmup_fraction is None else self.lr_warmup_fraction * self.decay_iters
+    def total(self) -> int:
+        """The length of the run as schedules count it."""
+        return self.train_samples or self.train_iters
+
+    @property
+    def decay(self) -> int:
+        """The length of the decay."""
+        return (self.lr_decay_samples if self.by_samples else self.lr_decay_iters) or self.total
+
+    @property
+    def warmup(self) -> float:
+        """The length of the warm-up."""
+        if self.lr_warmup_fraction is not None:
+            return self.lr_warmup_fraction * self.decay
+        return self.lr_warmup_samples if self.by_samples else self.lr_warmup_iters
 
     def check(self) -> None:
         if self.bf16 and self.fp16:
             raise ModelLinkError("a run has one precision", where="--bf16, --fp16")
-        if self.lr_warmup_iters and self.lr_warmup_fraction is not None:
-            raise ModelLinkError("the warm-up is given twice", where="--lr-warmup-iters, --lr-warmup-fraction")
-        if self.warmup_iters >= self.decay_iters and self.warmup_iters:
-            raise ModelLinkError(f"the warm-up of {self.warmup_iters:g} iterations does not end within the decay of "
-                                 f"{self.decay_iters}", where="--lr-warmup-iters")
+        self._check_length()
         if self.min_lr > self.lr:
             raise ModelLinkError(f"the smallest learning rate {self.min_lr} is above the peak {self.lr}", where="--min-lr")
         if self.lr_warmup_init > self.lr:
@@ -75,6 +90,27 @@ class OptimizerConfig:
         if self.decoupled_min_lr is not None and (self.decoupled_lr is None or self.decoupled_min_lr > self.decoupled_lr):
             raise ModelLinkError(f"the smallest decoupled learning rate {self.decoupled_min_lr} has no peak above it",
                                  where="--decoupled-min-lr, --decoupled-lr")
+        self._check_weight_decay()
+
+    def _check_length(self) -> None:
+        """Iterations or samples, for the run and its schedules."""
+        unit = "samples" if self.by_samples else "iters"
+        if bool(self.train_iters) == self.by_samples:
+            raise ModelLinkError("the length of the run is given twice" if self.by_samples else "the run has no length",
+                                 where="--train-iters, --train-samples", fix="give one of them")
+        others = {"--lr-decay-samples": self.lr_decay_samples, "--lr-warmup-samples": self.lr_warmup_samples} if (
+            not self.by_samples) else {"--lr-decay-iters": self.lr_decay_iters, "--lr-warmup-iters": self.lr_warmup_iters}
+        for flag, given in others.items():
+            if given:
+                raise ModelLinkError(f"the run is counted by --train-{unit}, and its schedule in another unit", where=flag,
+                                     fix=f"give {flag.rpartition('-')[0]}-{unit}")
+        if (self.lr_warmup_iters or self.lr_warmup_samples) and self.lr_warmup_fraction is not None:
+            raise ModelLinkError("the warm-up is given twice", where=f"--lr-warmup-{unit}, --lr-warmup-fraction")
+        if self.warmup >= self.decay and self.warmup:
+            raise ModelLinkError(f"the warm-up of {self.warmup:g} does not end within the decay of {self.decay} {unit}",
+                                 where=f"--lr-warmup-{unit}, --lr-decay-{unit}")
+
+    def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)
         if (self.weight_decay_incr_style == "constant") == (ends != (None, None)) or ends.count(None) == 1:
             raise ModelLinkError(f"a weight decay that is {self.weight_decay_incr_style} has both ends, or none if constant",

@@ -7,7 +7,7 @@
 An iteration's loss is the mean over all its learned tokens, whatever micro batches and ranks they are dealt to. As in
 pretraining, a position in the data is one number, the samples consumed over all ranks.
 
-Not here: templates and labels (data-prep made them), packing, blends of several sets.
+Not here: templates and labels (data-prep made them), packing, the order of a blend (mixture.py).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from modellink.core.config import DataConfig, InstructionConfig
 from modellink.core.config.data import INSTRUCTION_FIELDS
 from modellink.core.data.documents import starts_by_number
+from modellink.core.data.mixture import Mixture, Samples
 from modellink.core.data.pretrain import Batch
 from modellink.kernels.errors import ModelLinkError
 
@@ -117,20 +118,30 @@ def shares(total: int, split: str) -> list[range]:
     return [range(start, stop) for start, stop in pairwise(edges)]
 
 
-def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -> list[Share | None]:
-    """The three shares of the set, None for an empty one.
+def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -> list[Samples[Sample] | None]:
+    """Training, validation and test samples, of one set or a blend of several; None where no set has any.
 
     Raises:
-        ModelLinkError: nothing to train on, or files that do not belong together.
+        ModelLinkError: a set with nothing to train on, or files that do not belong together.
     """
-    samples = Instructions(data.data_path[0], data.seq_length, packed=data.reset_position_ids)
+    prefixes, weights = data.blend()
+    sets = [_split(prefix, data, instruction, seed) for prefix in prefixes]
+    made: list[Samples[Sample] | None] = []
+    for parts in zip(*sets, strict=True):
+        there = [(part, weight) for part, weight in zip(parts, weights or [1.0], strict=True) if part is not None]
+        made.append(Mixture(*zip(*there, strict=True)) if there else None)
+    return made
+
+
+def _split(prefix: str, data: DataConfig, instruction: InstructionConfig, seed: int) -> list[Share | None]:
+    samples = Instructions(prefix, data.seq_length, packed=data.reset_position_ids)
     rows = shares(len(samples), data.split)
     if not rows[0]:
-        raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where="--data-path, --split",
+        raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where=f"--data-path {prefix}, --split",
                              fix="give more data, or another split")
     if samples.cut and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(f"note: {samples.cut} of {len(samples)} samples are longer than --seq-length {data.seq_length} and lose their end",
-              flush=True)
+        print(f"note: {samples.cut} of {len(samples)} samples of {prefix} are longer than --seq-length {data.seq_length} and "
+              "lose their end", flush=True)
     return [Share(samples, part, seed, instruction.shuffle) if part else None for part in rows]
 
 
@@ -158,7 +169,7 @@ def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig
     return min(math.ceil(longest / step) * step, data.seq_length)
 
 
-def iteration(share: Share, data: DataConfig, instruction: InstructionConfig, *, consumed: int, dp_rank: int, dp: int,
+def iteration(share: Samples[Sample], data: DataConfig, instruction: InstructionConfig, *, consumed: int, dp_rank: int, dp: int,
               multiple: int, vocab_size: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Iterator[Batch]:
     """This rank's micro batches of the iteration that begins with sample `consumed`.
 

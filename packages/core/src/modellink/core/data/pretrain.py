@@ -1,12 +1,14 @@
 """Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank takes which sample.
 
-The order of samples depends on the seed, the data and the number of iterations alone. A position in it is one number, the
-samples consumed over all ranks, so a run goes on at any data-parallel size without reading a sample twice.
+The order of samples depends on the seed, the data and the length of the run alone. A position in it is one number, the samples
+consumed over all ranks, so a run goes on at any data-parallel size without reading a sample twice. A run that is made longer
+keeps its order and has another one behind it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +71,43 @@ class Batch:
         return replace(self, **moved)
 
 
-def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
-    """The training, validation and test sets (None for an empty share), of at least that many samples each.
+@dataclass(frozen=True)
+class Parts:
+    """Sets one behind the other: of each so many samples."""
+
+    sets: Sequence[Any]
+    counts: Sequence[int]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def __getitem__(self, number: int) -> Any:
+        for part, count in zip(self.sets, self.counts, strict=True):
+            if number < count:
+                return part[number % len(part)]
+            number -= count
+        raise IndexError(number)
+
+
+def extended(ordered: tuple[int, ...], total: int) -> tuple[int, ...]:
+    """The parts of an order that is to have `total` samples, from those it has already."""
+    return ordered if sum(ordered) >= total else (*ordered, total - sum(ordered))
+
+
+def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: int, seed: int, vocab_size: int) -> list[Any]:
+    """The training set, in parts of so many samples, and the validation and test sets (None for an empty share)."""
+    train, valid, test = _build(config, (trained[0], evaluated, evaluated), seed, vocab_size)
+    more = [_build(config, (count, 0, 0), seed + number, vocab_size)[0] for number, count in enumerate(trained[1:], 1)]
+    return [None if train is None else Parts([train, *more], trained), valid, test]
+
+
+def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
+    """The three sets of at least that many samples each.
 
     Rank 0 writes the sample index, the others wait for it and read it.
     """
     first = config.blend()[0][0]
-    cache = config.data_cache_path or Path(first).parent / "cache"
+    cache = (config.data_cache_path or Path(first).parent / "cache") / _fingerprint(config)
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
@@ -89,6 +121,15 @@ def build_datasets(config: DataConfig, *, samples: tuple[int, int, int], seed: i
     if dist.is_initialized():
         dist.barrier()
     return list(sets)
+
+
+def _fingerprint(config: DataConfig) -> str:
+    """Changes with the data, which megatron-core's names for what it keeps do not."""
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.files()]
+    told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told)  # copies on other machines may have other times
+    return told[0]
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,

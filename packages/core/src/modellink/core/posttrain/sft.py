@@ -8,7 +8,8 @@ from functools import partial
 from megatron.core import parallel_state
 
 from modellink.core.config import DataConfig
-from modellink.core.data.instruction import Share, build_sets, iteration
+from modellink.core.data.instruction import Sample, build_sets, iteration
+from modellink.core.data.mixture import Samples
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop
 from modellink.core.train.metrics import Step
@@ -20,7 +21,7 @@ def sft(run: Run) -> list[Step]:
     sets = build_sets(run.data, run.instruction, seed=run.optimizer.seed)
     training = set_up(run)
 
-    def feed(share: Share | None, data: DataConfig) -> Feed | None:
+    def feed(share: Samples[Sample] | None, data: DataConfig) -> Feed | None:
         return None if share is None else partial(
             iteration, share, data, run.instruction, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
             multiple=run.sequence_multiple, vocab_size=run.spec.vocab_size, device=run.device.torch,

@@ -4,8 +4,9 @@
     SAVE/iter_0000010/{*.distcp, .metadata, common.pt, training.json, modellink.complete}
     SAVE/latest_checkpointed_iteration.txt           moved last
 
-Ranks write to `iter_N.tmp/` together; when all have, rank 0 fsyncs, marks, renames and moves the tracker. A reader takes the
-last complete iteration, whatever the tracker says. Weights have their canonical names, so the converter reads them too.
+Ranks write to `iter_N.tmp/` together, also while training goes on (writer.py); when all have, rank 0 fsyncs, marks, renames,
+moves the tracker and drops old saves. A reader takes the last complete iteration, whatever the tracker says. Weights have their
+canonical names, so the converter reads them too.
 
 Not here: loading bare weights (model/load.py).
 """
@@ -31,6 +32,7 @@ from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
+from modellink.core.train.writer import Writer
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
 from modellink.kernels.parallel import ParallelLayout
@@ -45,50 +47,63 @@ class Training:
     schedule: Any
     layout: ParallelLayout
     distributed_optimizer: bool
+    by_samples: bool = False
     iteration: int = 0
     consumed_samples: int = 0
+    ordered: tuple[int, ...] = ()
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *,
-         beside: Callable[[Path], None] | None = None, keep: int | None = None) -> None:
+         beside: Callable[[Path], None] | None = None, keep: int | None = None, behind: Writer | None = None) -> None:
     """Write the checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: what the checkpoint says of itself.
         companions: the folder whose config and tokenizer files travel with the weights.
-        beside: writes what else belongs into the iteration's folder, before that is complete.
+        beside: writes what else belongs into the iteration's folder, before that is complete; every rank calls it.
         keep: how many of the newest checkpoints are kept; None: all.
+        behind: writes while training goes on; None: the checkpoint is complete when this returns.
     """
-    path = folder / iteration_folder(training.iteration)
+    iteration = training.iteration
+    path = folder / iteration_folder(iteration)
     temporary = path.with_name(path.name + ".tmp")
     first = dist.get_rank() == 0
+    writer = behind or Writer()
+    writer.wait()
     if first:
-        print(f"saving checkpoint at iteration {training.iteration:7d} to {folder} in torch_dist format", flush=True)
+        print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch_dist format", flush=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         write_companions(folder, manifest, companions)
     dist.barrier()
+    progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
+                        training.by_samples, training.ordered)
+
+    def finish() -> None:
+        if beside is not None:
+            beside(temporary)
+        dist.barrier()
+        if first:
+            write_progress(temporary, progress)
+            finish_folder(temporary, path)
+            kill_point("before-tracker")
+            with atomic_write(folder / TRACKER, "w") as file:
+                file.write(str(iteration))
+            if keep is not None:
+                drop_older(folder, iteration, keep)
+            print(f"  successfully saved checkpoint at iteration {iteration:7d} to {folder}", flush=True)
+        dist.barrier()
+
     with whole_parameters(training.models):
         state = _weights(training)
         optimizer = _optimizer(training, state, loading=False)
         state["optimizer"] = optimizer.tensors
         state |= _random_state(training.layout)
         state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
-        dist_checkpointing.save(state, str(temporary))
-    dist.barrier()
-    if first:
-        write_progress(temporary, Progress(
-            training.iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer))
-        if beside is not None:
-            beside(temporary)
-        finish_folder(temporary, path)
-        kill_point("before-tracker")
-        with atomic_write(folder / TRACKER, "w") as file:
-            file.write(str(training.iteration))
-        if keep is not None:
-            drop_older(folder, training.iteration, keep)
-        print(f"  successfully saved checkpoint at iteration {training.iteration:7d} to {folder}", flush=True)
-    dist.barrier()
+        request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
+        writer.start(request, finish, temporary, copy=behind is not None)
+    if behind is None:
+        writer.wait()
 
 
 def drop_older(folder: Path, iteration: int, keep: int) -> None:
@@ -132,6 +147,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     elif load_rng and dist.get_rank() == 0:
         print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
+    training.ordered = progress.ordered
 
 
 def _chunks(training: Training) -> list[tuple[str, Any]]:

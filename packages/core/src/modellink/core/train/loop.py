@@ -15,13 +15,14 @@ from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.run import Run
-from modellink.core.train import checkpoint
+from modellink.core.train import checkpoint, rank_files
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.guard import keep_batch, refuse_not_finite
 from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.step import run_schedule
 from modellink.core.train.stop import Stop, is_multiple
+from modellink.core.train.writer import Writer
 
 Feed = Callable[..., Iterator[Batch]]
 """`feed(consumed=n)`: this rank's micro batches from global sample n on."""
@@ -37,38 +38,48 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
         log_interval=logging.log_interval, folder=save, tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
         throughput=throughput(run) if known else None)
-    clock = Clock(run.device)
+    clock, writer = Clock(run.device), Writer()
     with Stop(run.checkpoint, run.device.torch) as stop:
-        while training.iteration < last:
-            iterate(run, training, train, metrics, clock)
+        while training.iteration < last and not logging.skip_train:
+            iterate(run, training, train, metrics, clock, writer)
+            writer.poll()
             at = training.iteration
             leaving = stop.reason(at)
             if is_multiple(at, logging.eval_interval):
                 evaluate(run, training, valid, metrics, f"iteration {at}")
             if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-                _save(run, training, save)
+                _save(run, training, save, writer)
             if leaving:
                 if dist.get_rank() == 0:
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
                 break
             clock.lap()  # evaluating and saving are not part of an iteration
-    if training.iteration == last:
-        evaluate(run, training, valid, metrics, f"iteration {last} on validation set")
-        evaluate(run, training, test, metrics, f"iteration {last} on test set")
+        writer.wait()
+    if training.iteration == last or logging.skip_train:
+        evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
+        evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
     return metrics.history
 
 
-def _save(run: Run, training: Training, folder: Path) -> None:
-    beside = None
-    if run.lora.on and run.checkpoint.load is not None:
-        beside = partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
-        if dist.get_rank() == 0:
-            write_description(folder, run.lora)
-    checkpoint.save(training, folder, run.manifest, run.companions, beside=beside, keep=run.checkpoint.save_total_limit)
+def _save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
+    checkpoint.save(training, folder, run.manifest, run.companions, beside=_beside(run, folder),
+                    keep=run.checkpoint.save_total_limit, behind=writer if run.checkpoint.async_save else None)
 
 
-def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock) -> None:
+def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
+    """What a save has beside the state of the run."""
+    form = run.checkpoint.save_format
+    if form != "torch-dist":
+        return partial(rank_files.write, form=form, manifest=run.manifest, layout=run.layout,
+                       divisible_by=run.parallel.make_vocab_size_divisible_by)
+    if not run.lora.on or run.checkpoint.load is None or dist.get_rank() > 0:
+        return None
+    write_description(folder, run.lora)
+    return partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
+
+
+def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock, writer: Writer) -> None:
     """One iteration: gradients over all micro batches, an optimizer step, a line of metrics."""
     for model in training.models:
         model.zero_grad_buffer()
@@ -78,11 +89,11 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
     loss = run_schedule(training.models, lambda: feed(consumed=start), **_sizes(run, start))
     if run.optimizer.check_for_nan_in_loss_and_grad and not run.optimizer.fp16:
         refuse_not_finite(training.models, loss, f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}",
-                          lambda: _keep_batch(run, training, feed))
+                          lambda: _keep_batch(run, training, feed, writer))
     learning_rate = training.optimizer.param_groups[0]["lr"]
     updated, grad_norm, _ = training.optimizer.step()
     if updated:
-        training.schedule.step(increment=1)
+        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
     training.iteration += 1
     training.consumed_samples += size
     metrics.add(Step(
@@ -108,7 +119,8 @@ def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, 
     metrics.evaluation(where, torch.stack(losses).mean().item(), training.iteration)
 
 
-def _keep_batch(run: Run, training: Training, feed: Feed) -> str:
+def _keep_batch(run: Run, training: Training, feed: Feed, writer: Writer) -> str:
+    writer.wait()  # the save that is on its way is of good weights
     if run.checkpoint.save is None:
         return "and with --save the batch would have been kept"
     start = training.consumed_samples

@@ -57,11 +57,11 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
 
 
 def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:
-    """The learning rate as a function of the iteration; `step(1)` after each."""
+    """The learning rate as a function of the iterations or samples so far, which `step` is told after each iteration."""
     start, end = ((config.weight_decay if value is None else value)
                   for value in (config.start_weight_decay, config.end_weight_decay))
     return OptimizerParamScheduler(
-        optimizer, init_lr=config.lr_warmup_init, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup_iters,
-        lr_decay_steps=config.decay_iters, lr_decay_style=config.lr_decay_style, start_wd=start, end_wd=end,
-        wd_incr_steps=config.train_iters, wd_incr_style=config.weight_decay_incr_style,
+        optimizer, init_lr=config.lr_warmup_init, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup,
+        lr_decay_steps=config.decay, lr_decay_style=config.lr_decay_style, start_wd=start, end_wd=end,
+        wd_incr_steps=config.total, wd_incr_style=config.weight_decay_incr_style,
         use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)

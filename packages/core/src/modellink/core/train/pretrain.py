@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 
-from modellink.core.data.pretrain import build_datasets, micro_batches
+from modellink.core.data.pretrain import build_datasets, extended, micro_batches
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop
 from modellink.core.train.metrics import Step
@@ -24,9 +24,9 @@ def pretrain(run: Run) -> list[Step]:
     config, logging = run.data, run.logging
     trained = config.samples_of(run.optimizer.train_iters, run.layout.dp)
     evaluated = logging.eval_iters * config.samples_per_iteration(run.layout.dp)
-    evaluations = run.optimizer.train_iters // logging.eval_interval + 1
-    sets = build_datasets(config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size,
-                          samples=(trained, evaluations * evaluated, evaluated))
+    training.ordered = extended(training.ordered, trained)
+    sets = build_datasets(config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size, trained=training.ordered,
+                          evaluated=evaluated)
 
     def feed(dataset: Any) -> Feed | None:
         return None if dataset is None else partial(

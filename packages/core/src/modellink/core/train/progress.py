@@ -16,6 +16,10 @@ class Progress:
     consumed_samples: int
     layout: str
     distributed_optimizer: bool
+    by_samples: bool = False
+    """Whether its schedules count samples."""
+    ordered: tuple[int, ...] = ()
+    """Samples of each part of the order of the data: a run that was made longer has its first order, then another."""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
@@ -24,4 +28,7 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 def read_progress(folder: Path) -> Progress | None:
     """None where the folder holds no training run."""
-    return Progress(**read_json(folder / FILE)) if (folder / FILE).is_file() else None
+    if not (folder / FILE).is_file():
+        return None
+    values = read_json(folder / FILE)
+    return Progress(**values | {"ordered": tuple(values.get("ordered", ()))})

@@ -12,6 +12,7 @@ from modellink.core.model.load import load_weights
 from modellink.core.parallel.attention import SequenceCut
 from modellink.core.posttrain.adapters import read
 from modellink.core.posttrain.lora import add_adapters
+from modellink.core.posttrain.quantized import quantize
 from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.checkpoint import Training
@@ -37,15 +38,20 @@ def set_up(run: Run) -> Training:
     models: list[Any] = list(build_models(run.spec, settings))
     if run.source is not None and (run.resumed is None or run.lora.on):
         load_weights(models, run.source, settings, show=first)
+        if first and run.resumed is None and run.source.format != "Hugging Face" and not (run.checkpoint.finetune or run.lora.on):
+            print(f"note: {run.source.folder} ({run.source.format}) gives its weights; an optimizer state, schedule or random "
+                  "state that Megatron left there is not read, and training begins at iteration 0", flush=True)
     if run.lora.on:
         given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source)
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
+        if run.lora.lora_quantize is not None:
+            quantize(models, run.lora.lora_quantize)
     models = list(wrap(models, run.parallel))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     if run.memory.reuse_fp32_param:
         share(optimizer)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
-                        run.parallel.use_distributed_optimizer)
+                        run.parallel.use_distributed_optimizer, run.optimizer.by_samples)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
                           load_rng=run.checkpoint.load_rng)

@@ -6,17 +6,28 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
+class Turn(NamedTuple):
+    """What `user` or `assistant` says in a chat."""
+
+    role: str
+    text: str
+
+
+Context = str | tuple[Turn, ...]
+"""What a model is given: a text, or the turns of a chat, which the backend puts into a template."""
+
+
 class Request(NamedTuple):
     """A text and a continuation of it.
 
     Attributes:
-        context: what stands before; it does not end with white space.
+        context: what stands before; a text does not end with white space.
         continuation: what follows. It owns the blank between the two: " A" after "Answer:".
         alone: the continuation is tokenised by itself, and only its last token counts. Else its tokens are those that follow
             the context's when both are tokenised as one text.
     """
 
-    context: str
+    context: Context
     continuation: str
     alone: bool = False
 
@@ -35,14 +46,39 @@ class Likelihood(NamedTuple):
     dropped: int = 0
 
 
+class Writing(NamedTuple):
+    """A text to be written.
+
+    Attributes:
+        until: strings that end it and are not part of it, beside the model's own end tokens.
+        max_tokens: its longest length.
+        temperature: 0 takes the most likely token always.
+        seed: of the draws, where it is not 0.
+    """
+
+    context: Context
+    until: tuple[str, ...]
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Written(NamedTuple):
+    """What a model wrote; `dropped` tokens were cut from the beginning of a context too long for it."""
+
+    text: str
+    dropped: int = 0
+
+
 class Backend(Protocol):
-    """Something that knows how likely texts are."""
+    """Something that knows how likely texts are, and writes some."""
 
     def describe(self) -> Mapping[str, Any]:
         """What it is, as values that JSON can hold.
 
         `fingerprint` must be there: a text that is the same for as long as answers are, whatever the batch or the layout, and
-        another one for other weights or another precision. It is asked for before `loglikelihood` and must be cheap.
+        another one for other weights or another precision. It is asked for before anything else and must be cheap.
         """
         ...
 
@@ -52,4 +88,8 @@ class Backend(Protocol):
         The choices of one question come one after the other and share their context. What an answer is must not depend on the
         other requests.
         """
+        ...
+
+    def generate(self, requests: Sequence[Writing]) -> list[Written]:
+        """A text for each request, in their order, which must not depend on the others."""
         ...

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modellink.eval.backends.backend import Likelihood, Request
+from modellink.eval.backends.backend import Likelihood, Request, Writing, Written
 from modellink.eval.backends.fingerprint import fingerprint
-from modellink.eval.backends.tokens import Pair, PairEncoder
+from modellink.eval.backends.tokens import Encoder
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
@@ -38,15 +38,17 @@ class LocalBackend:
         dtype: None takes what most of the checkpoint's weights have.
         tokenizer: a Hugging Face folder, for a checkpoint that does not carry its own.
         family: the family where the checkpoint does not say it.
+        chat: the template around chats, a prompt type of data-prep or `hf-chat-template`.
+        batch_size: how many texts are written together.
 
     Raises:
         ModelLinkError: modellink-infer is not installed, the checkpoint cannot be opened or has no tokenizer, a layout that
-            does not fit.
+            does not fit, a template that is not there.
     """
 
     def __init__(self, path: Path | str, *, tp: int = 1, device: Literal["auto", "cpu", "cuda", "npu"] = "auto",
                  dtype: Literal["float32", "bfloat16", "float16"] | None = None, tokenizer: Path | str | None = None,
-                 family: str | None = None) -> None:
+                 family: str | None = None, chat: str | None = None, batch_size: int = 16) -> None:
         require_infer()
         from modellink.infer.plan import make_plan
         self._plan = make_plan(path, layout=ParallelLayout(tp=tp), device=device, index=int(os.environ.get("LOCAL_RANK", "0")),
@@ -54,49 +56,68 @@ class LocalBackend:
         if self._plan.tokenizer is None:
             raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
                                  fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
-        self.tp = tp
-        self._encode = PairEncoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings)
+        self.tp, self.batch_size = tp, batch_size
+        self.encode = Encoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings, chat)
         self._engine: Engine | None = None
 
     def describe(self) -> Mapping[str, Any]:
         import modellink.infer
         source, dtype = self._plan.source, str(self._plan.dtype).removeprefix("torch.")
-        folders = dict.fromkeys((source.folder, source.companions, self._encode.tokenizer.folder))
+        folders = dict.fromkeys((source.folder, source.companions, self.encode.tokenizer.folder))
         companions = {folder / name for folder in folders for name in MODEL_FILES if (folder / name).is_file()}
         return {"checkpoint": source.folder.name, "family": source.family, "stored as": source.describe(), "dtype": dtype,
                 "fingerprint": fingerprint({*source.files(), *companions}, dtype),
                 "versions": {"modellink-infer": modellink.infer.__version__} | {name: version(name) for name in LIBRARIES}}
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
-        pairs = [self._encode(request) for request in requests]
-        found = self._compute(pairs)
+        pairs = self.encode.pairs(requests)
+        found = self._compute("likelihoods", [pair[:2] for pair in pairs])
         return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
+
+    def generate(self, requests: Sequence[Writing]) -> list[Written]:
+        prompts = [self.encode.prompt(request) for request in requests]
+        asked = [(ids, {"max_new_tokens": request.max_tokens, "stop": [*request.until, *self.encode.stop_ids],
+                        **({"temperature": request.temperature, "top_p": request.top_p, "top_k": 0, "seed": request.seed}
+                           if request.temperature else {"do_sample": False})})
+                 for (ids, _), request in zip(prompts, requests, strict=True)]
+        texts = self._compute("texts", asked)
+        return [Written(text, dropped) for text, (_, dropped) in zip(texts, prompts, strict=True)]
 
     def load(self) -> None:
         """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
         if self._engine is None:
             from modellink.infer import Engine
-            self._engine = Engine(self._plan, show=True)
+            self._engine = Engine(self._plan, batch_size=self.batch_size, show=True)
 
     def follow(self) -> None:
         """What every rank but the first does: compute what the first one asks for, until it closes."""
-        while self._compute(None):
+        while self._compute(None, None) is not None:
             pass
 
     def close(self) -> None:
         """Let the other ranks go; the first rank calls it after its work."""
         if self.tp > 1:
-            self._compute([])
+            self._compute(None, [])
 
-    def _compute(self, pairs: list[Pair] | None) -> list[tuple[float, bool]]:
-        """The likelihoods of pairs, or on a following rank (None) of those the first rank has. No pairs end the work."""
+    def _compute(self, what: str | None, asked: list[Any] | None) -> Any:
+        """What is asked for, on a following rank (asked None) what the first rank asks for; None at the end of the work."""
         self.load()
         if self.tp > 1:
             import torch.distributed as dist
-            box = [pairs]
+            box = [what, asked]
             dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)
-            pairs = box[0]
-        return self._engine.loglikelihood([pair[:2] for pair in pairs]) if self._engine and pairs else []
+            what, asked = box
+        assert self._engine is not None
+        return _WORK[what](self._engine, asked) if what else None
+
+
+def _texts(engine: Engine, asked: list[Any]) -> list[str]:
+    requests = [request for ids, options in asked for request in engine.requests(ids, **options)]
+    return [answer.text for answer in engine.answer(requests)]
+
+
+_WORK: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+    "likelihoods": lambda engine, pairs: engine.loglikelihood(pairs), "texts": _texts}
 
 
 def require_infer() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from modellink.data_prep import Tokenizer
-from modellink.eval.backends.backend import Request
+from modellink.data_prep import ChatFormat, Tokenizer, chat_format, from_messages
+from modellink.eval.backends.backend import Context, Request, Writing
+from modellink.kernels.errors import ModelLinkError
+
+HF_CHAT = "hf-chat-template"
 
 
 class Pair(NamedTuple):
@@ -16,28 +20,64 @@ class Pair(NamedTuple):
     dropped: int
 
 
-class PairEncoder:
-    """Requests to pairs of at most `longest` + 1 tokens: the last token is predicted, not read."""
+def open_chat(tokenizer: Tokenizer, chat: str | None) -> ChatFormat | None:
+    """The template of that name; raises ModelLinkError where there is none."""
+    if chat is None:
+        return None
+    return chat_format(tokenizer, hf_chat_template=True) if chat == HF_CHAT else chat_format(tokenizer, chat)
 
-    def __init__(self, tokenizer: Tokenizer, longest: int) -> None:
+
+class Encoder:
+    """Requests to ids of at most `longest` tokens read: of a pair the last token is predicted, not read.
+
+    Attributes:
+        stop_ids: what ends an answer in a chat.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, longest: int, chat: str | None = None) -> None:
         self.tokenizer, self.longest = tokenizer, longest
         self.leading = leading_tokens(tokenizer)
-        self._last: tuple[str, list[int]] | None = None  # the choices of a question share their context
+        self._chat = open_chat(tokenizer, chat)
+        self.stop_ids = self._chat.stop_token_ids if self._chat else ()
+        self._last: tuple[Context, list[int]] | None = None  # the choices of a question share their context
+
+    def pairs(self, requests: Sequence[Request]) -> list[Pair]:
+        return [self(request) for request in requests]
 
     def __call__(self, request: Request) -> Pair:
         context = self._context(request.context)
         continuation = self._continuation(request, context)
-        room = self.longest + 1 - len(continuation) - len(self.leading)
-        kept = context if len(context) <= room else context[len(context) - room:]
-        return Pair(self.leading + kept, continuation, len(context) - len(kept))
+        kept, dropped = self._cut(context, self.longest + 1 - len(continuation), request.context)
+        return Pair(kept, continuation, dropped)
 
-    def _context(self, text: str) -> list[int]:
-        if self._last is None or self._last[0] != text:
-            self._last = text, self.tokenizer.encode(text, add_special_tokens=False)
+    def prompt(self, request: Writing) -> tuple[list[int], int]:
+        """The ids of a context with room for what is to be written, and how many were cut from it."""
+        room = self.longest - request.max_tokens
+        if room < 1:
+            raise ModelLinkError(f"{request.max_tokens} tokens are to be written; the model's longest sequence is {self.longest}",
+                                 where="--max-new-tokens", fix="ask for fewer")
+        return self._cut(self._context(request.context), room, request.context)
+
+    def _cut(self, ids: list[int], room: int, context: Context) -> tuple[list[int], int]:
+        leading = self.leading if isinstance(context, str) else []  # a chat's template says what it begins with
+        room -= len(leading)
+        kept = ids if len(ids) <= room else ids[len(ids) - room:]
+        return leading + kept, len(ids) - len(kept)
+
+    def _context(self, context: Context) -> list[int]:
+        if self._last is None or self._last[0] != context:
+            self._last = context, self._encode(context)
         return self._last[1]
 
+    def _encode(self, context: Context) -> list[int]:
+        if isinstance(context, str):
+            return self.tokenizer.encode(context, add_special_tokens=False)
+        if self._chat is None:
+            raise ModelLinkError("chats need a template", where="--prompt-type", fix="name one, or pass --hf-chat-template")
+        return self._chat.encode(from_messages([{"role": turn.role, "content": turn.text} for turn in context])).ids
+
     def _continuation(self, request: Request, context: list[int]) -> list[int]:
-        if not request.alone:
+        if not request.alone and isinstance(request.context, str):
             whole = self.tokenizer.encode(request.context + request.continuation, add_special_tokens=False)
             if len(whole) > len(context) and whole[:len(context)] == context:
                 return whole[len(context):]

@@ -9,23 +9,25 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from modellink.eval.runner import RESULTS
-from modellink.eval.task import load_task, task_names
+from modellink.eval.journal import RESULTS
+from modellink.eval.taskfile import load_task, task_names
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
+FORMAT = {"modellink-eval", "model", "tasks", "run"}
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """What `results.json` in a folder holds.
+
+def read_results(path: Path) -> dict[str, Any]:
+    """What a results.json holds, named itself or by its folder.
 
     Raises:
         ModelLinkError: there is none, or it is not ours.
     """
-    path = folder / RESULTS
+    path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
         raise ModelLinkError("there are no results", where=path, fix="name a folder that was the --output of a run that ended")
     results = read_json(path)
-    if not isinstance(results, dict) or not {"modellink-eval", "model", "tasks", "run"} <= set(results):
+    if not isinstance(results, dict) or not set(results) >= FORMAT:
         raise ModelLinkError("this is not a results file of ours", where=path)
     return results
 
@@ -37,6 +39,11 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
         console.print(_table(name, task, results["run"][name]))
         if task["prompts_cut"]:
             console.print(f"{task['prompts_cut']} prompts were too long for the model and lost their beginning", style="bold")
+        if task["micro"]["unparsed"]:
+            console.print(f"{task['micro']['unparsed']} answers could not be found in what was written and count as wrong; they "
+                          f"are marked in {name}.questions.csv", style="bold", soft_wrap=True)
+        for rule, value in task["micro"]["also"].items():
+            console.print(f"{name} {rule}: {100 * value:.2f} %", soft_wrap=True, markup=False, highlight=False)
         console.print(original_line(name, task), soft_wrap=True, markup=False, highlight=False)
 
 
@@ -52,7 +59,7 @@ def _table(name: str, task: Mapping[str, Any], run: Mapping[str, Any]) -> Table:
     table = Table(title=f"{name}, style {task['style']}, {task['shots']} examples", title_justify="left",
                   caption=f"{run['seconds']:,.1f} s{speed}{found}", caption_justify="left")
     table.add_column("subject")
-    for heading in ("questions", "right", "accuracy", "± stderr"):
+    for heading in ("questions", "right", "accuracy", "± stderr", "unparsed"):
         table.add_column(heading, justify="right")
     for row in _rows(task):
         table.add_row(*row)
@@ -61,12 +68,19 @@ def _table(name: str, task: Mapping[str, Any], run: Mapping[str, Any]) -> Table:
 
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for subject, score in task["subjects"].items():
-        yield subject, str(score["questions"]), str(score["correct"]), *_percent(score)
-    if len(task["subjects"]) > 1:
-        macro, micro = task["macro"], task["micro"]
+        yield subject, *_counts(score)
+    if task["categories"]:
         yield ()
-        yield "macro: mean of subjects", "", "", *_percent(macro)
-        yield "micro: all questions", str(micro["questions"]), str(micro["correct"]), *_percent(micro)
+    for category, score in task["categories"].items():
+        yield f"category {category}", *_counts(score)
+    if len(task["subjects"]) > 1:
+        yield ()
+        yield "macro: mean of subjects", "", "", *_percent(task["macro"])
+        yield "micro: all questions", *_counts(task["micro"])
+
+
+def _counts(score: Mapping[str, Any]) -> tuple[str, ...]:
+    return (str(score["questions"]), f"{score['correct']:g}", *_percent(score), str(score["unparsed"] or ""))
 
 
 def _percent(score: Mapping[str, Any]) -> tuple[str, str]:
@@ -82,6 +96,5 @@ def print_tasks(console: Console | None = None) -> None:
     table.add_column("what it is")
     for name in task_names():
         task = load_task(name)
-        files = ", ".join([*task.data.files, *([task.examples] if task.examples else [])])
-        table.add_row(name, str(task.version), ", ".join(task.styles), str(task.shots), files, task.summary)
+        table.add_row(name, str(task.version), ", ".join(task.styles), str(task.shots), task.data.files[0], task.summary)
     (console or Console()).print(table)

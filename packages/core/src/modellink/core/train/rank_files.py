@@ -1,0 +1,54 @@
+"""Weights in the files of the original's Megatron, beside the state of the run in the folder of an iteration.
+
+    SAVE/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    --save-format megatron-core or megatron-legacy
+    SAVE/iter_0000010/{*.distcp, .metadata, ...}                   what the run goes on with, as always
+
+The files are cut by the run's own TP, PP, VPP and EP and hold weights alone: the original's programs read them with
+--no-load-optim --no-load-rng. They are made of what was just saved, each by another rank. Not here: their layout (ckpt_convert).
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from modellink.ckpt_convert.formats import torch_dist, writing
+from modellink.ckpt_convert.formats.rank_state import Style
+from modellink.ckpt_convert.manifest import Manifest
+from modellink.ckpt_convert.plan import Plan, plan_megatron
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.core.config.checkpoint import SaveFormat
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import atomic_write
+from modellink.kernels.parallel import ParallelLayout
+
+
+def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, iteration: Path | None = None) -> Plan:
+    """All files of an iteration; without its folder only whether they can be made.
+
+    Raises:
+        ModelLinkError: the form has no place for a weight of the model.
+    """
+    tensors = {} if iteration is None else torch_dist.read(iteration, manifest.spec)
+    number = 1 if iteration is None else int(iteration.name.removeprefix("iter_").removesuffix(".tmp"))
+    source = Checkpoint("torch_dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
+    cut = ParallelLayout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, num_layer_list=layout.num_layer_list)
+    style = Style(form == "megatron-legacy", "modellink-1.0", divisible_by=divisible_by)
+    try:
+        return plan_megatron(source, cut, style, dtype=getattr(torch, manifest.dtype))
+    except ModelLinkError as error:
+        raise ModelLinkError(error.what, where=f"--save-format {form}", fix="use --save-format megatron-core") from None
+
+
+def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int) -> None:
+    """Write them into the folder of an iteration; every rank calls it and writes its share of the files."""
+    files = plan(form, manifest, layout, divisible_by, iteration).files
+    with ThreadPoolExecutor(1) as pool:
+        for file in files[dist.get_rank()::dist.get_world_size()]:
+            path = iteration / Path(file.name).relative_to(Path(file.name).parts[0])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as handle:
+                writing.write(handle.fileno(), file.layout, pool, lambda _: None, path)

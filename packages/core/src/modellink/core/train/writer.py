@@ -1,0 +1,130 @@
+"""A save on its way to disk: threads write it, waited for at once or while training goes on.
+
+megatron-core plans which rank writes which tensors and collects what was written. Its own writers are forked processes, and it
+waits forever for one that dies; these are threads, so that a rank and its writers are one process: an error of theirs ends the
+run, and a kill leaves `iter_N.tmp`, which no reader takes for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from modellink.core.engine import current_device
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import kill_point
+
+
+@dataclass
+class _Pending:
+    request: AsyncRequest
+    writes: Sequence[Future[Any]]
+    finish: Callable[[], None]
+    where: Path
+
+
+class Writer:
+    """Holds at most one save that is not finished. All ranks call the same methods after the same iterations."""
+
+    def __init__(self) -> None:
+        self._pending: _Pending | None = None
+
+    def start(self, request: AsyncRequest, finish: Callable[[], None], where: Path, *, copy: bool) -> None:
+        """Begin to write; `finish` is called on every rank when all have written.
+
+        Args:
+            request: megatron-core's plan of a save.
+            where: the folder that is written, for a message.
+            copy: training goes on, so that tensors in host memory are copied first. Those of a device always are.
+        """
+        self.wait()
+        buckets = _staged(request, copy=copy)
+        pool = ThreadPoolExecutor(max(1, len(buckets)), thread_name_prefix="checkpoint")
+        transforms = request.async_fn.args[0] if request.async_fn is not None else []
+        writes = [pool.submit(_write, transforms, number, bucket) for number, bucket in enumerate(buckets)]
+        pool.shutdown(wait=False)
+        self._pending = _Pending(request, writes, finish, where)
+
+    def poll(self) -> None:
+        """Finish the save if all ranks have written it."""
+        self._advance(block=False)
+
+    def wait(self) -> None:
+        """Wait until nothing is on its way.
+
+        Raises:
+            ModelLinkError: on every rank, a rank could not write; what was complete before still is.
+        """
+        self._advance(block=True)
+
+    def _advance(self, *, block: bool) -> None:
+        if self._pending is None:
+            return
+        pending = self._pending
+        if block:
+            wait(pending.writes)
+        errors = [error for write in pending.writes if write.done() and (error := write.exception()) is not None]
+        states = torch.tensor([not all(write.done() for write in pending.writes), bool(errors)], dtype=torch.int32,
+                              device=current_device())
+        dist.all_reduce(states, op=dist.ReduceOp.MAX)
+        writing, failed = states.tolist()
+        if failed:
+            self._pending = None
+            _raise(errors, pending.where)
+        if writing:
+            return
+        self._pending = None
+        if pending.writes:  # what megatron-core's own writers would have left for its finalize functions
+            results = pending.request.async_fn_args[2]
+            results.put({number: write.result() for number, write in enumerate(pending.writes)})
+        for function in pending.request.finalize_fns:
+            function()
+        pending.finish()
+
+
+def _staged(request: AsyncRequest, *, copy: bool) -> list[Any]:
+    """The files of this rank as (path, name, (bytes, tensors)), tensors in host memory."""
+    if request.async_fn is None:
+        return []
+    staged = []
+    for (path, name, (data, before)), (_, _, (_, after)) in zip(request.async_fn_args[1], request.preload_fn(), strict=True):
+        tensors = [(item, tensor.clone() if copy and tensor.data_ptr() == given.data_ptr() else tensor)
+                   for (_, given), (item, tensor) in zip(before, after, strict=True)]
+        staged.append((path, name, (data, tensors)))
+    return staged
+
+
+def _write(transforms: list[Any], number: int, bucket: Any) -> Any:
+    """Write one file; megatron-core's list of what lies where in it."""
+    kill_point("while-writing")
+    results: queue.Queue[tuple[int, Any]] = queue.Queue()
+    counted: queue.Queue[int] = queue.Queue()
+    counted.put(number)
+    FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, counted, True)
+    outcome = results.get()[1]
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
+
+
+def _raise(errors: Sequence[BaseException], where: Path) -> None:
+    told: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(told, [f"rank {dist.get_rank()}: {type(error).__name__}: {error}" for error in map(_origin, errors)])
+    raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in told for line in lines),
+                         where=where, fix="make room or choose another --save, and continue from the last complete checkpoint")
+
+
+def _origin(error: BaseException) -> BaseException:
+    """What the system said, where torch.save puts an error of its own over it."""
+    while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__) is not None:
+        error = before
+    return error

@@ -1,0 +1,135 @@
+"""Any server that speaks OpenAI's HTTP interface (platform.openai.com/docs/api-reference): ours, vLLM, llama.cpp and others.
+
+Texts are written by `completions`, chats by `chat/completions`. A likelihood is asked for as `completions` with `echo`,
+`logprobs` and one new token, which gives the log-probability of each token of the prompt; servers that do not do that are told
+apart by their answer, and tasks that need likelihoods end with a message that says so. Where a token reaches over the boundary
+between prompt and choice, its whole likelihood counts for the choice. Not here: retrying a request that the server refuses.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+
+from modellink.eval.backends.backend import Likelihood, Request, Writing, Written
+from modellink.kernels.errors import ModelLinkError
+
+STOPS = 4  # more than that many stop strings are refused by some servers; the others are looked for here
+BUSY = (429, 502, 503, 504)
+WAITS = (0.5, 1, 2, 4, 8)  # seconds before a request to a server that is busy is made again
+
+
+class Endpoint:
+    """A server's model.
+
+    Args:
+        address: up to and with `/v1`.
+        model: one of those it lists; None where it lists one.
+        workers: how many requests are under way together.
+
+    Raises:
+        ModelLinkError: nobody answers, or not in the way of that interface, or there are several models.
+    """
+
+    def __init__(self, address: str, model: str | None = None, *, workers: int = 32, timeout: float = 600.0) -> None:
+        self.address = address.rstrip("/")
+        key = os.environ.get("OPENAI_API_KEY")
+        self._client = httpx.Client(timeout=timeout, headers={"Authorization": f"Bearer {key}"} if key else {})
+        self._pool = ThreadPoolExecutor(workers)
+        try:
+            listed = [str(item["id"]) for item in self._ask("GET", "models")["data"]]
+        except (KeyError, TypeError):
+            raise self._strange("models") from None
+        if model is None and len(listed) != 1:
+            raise ModelLinkError(f"the server has {len(listed)} models: {', '.join(listed[:8])}", where=address,
+                                 fix="name one with --endpoint-model")
+        if model is not None and listed and model not in listed:
+            raise ModelLinkError(f"the server has no model {model}", where="--endpoint-model",
+                                 fix=f"it has {', '.join(listed[:8])}")
+        self.model = model or listed[0]
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._client.close()
+
+    def describe(self) -> Mapping[str, Any]:
+        """A server does not say which weights it has: the fingerprint is its model's name."""
+        return {"endpoint": self.address, "served model": self.model, "fingerprint": f"endpoint {self.model}"}
+
+    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+        return list(self._pool.map(self._likelihood, requests))
+
+    def generate(self, requests: Sequence[Writing]) -> list[Written]:
+        return list(self._pool.map(self._write, requests))
+
+    def _write(self, request: Writing) -> Written:
+        body = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
+        if request.temperature:
+            body["seed"] = request.seed
+        if request.until:
+            body["stop"] = list(request.until[:STOPS])
+        try:
+            if isinstance(request.context, str):
+                text = self._ask("POST", "completions", body | {"prompt": request.context})["choices"][0]["text"]
+            else:
+                messages = [{"role": turn.role, "content": turn.text} for turn in request.context]
+                text = self._ask("POST", "chat/completions", body | {"messages": messages})["choices"][0]["message"]["content"]
+        except (KeyError, TypeError, IndexError):
+            raise self._strange("completions") from None
+        ends = [place for stop in request.until if (place := (text or "").find(stop)) >= 0]
+        return Written((text or "")[:min(ends, default=None)])
+
+    def _likelihood(self, request: Request) -> Likelihood:
+        if not isinstance(request.context, str) or request.alone:
+            raise ModelLinkError("a server does not say how likely a choice is " + (
+                "by its last token alone" if request.alone else "in a chat"), where="--endpoint",
+                fix="use --prompt-style lm-eval" if request.alone else "ask with plain text (--no-chat-template)")
+        text = request.context + request.continuation
+        body = {"prompt": text, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        try:
+            found = self._ask("POST", "completions", body)["choices"][0]["logprobs"]
+            offsets, logprobs, best = found["text_offset"], found["token_logprobs"], found["top_logprobs"]
+        except (KeyError, TypeError, IndexError):
+            found = None
+        if not found or len(offsets) != len(logprobs) or not offsets or len(logprobs) < 2:
+            raise ModelLinkError("the server does not give the log-probabilities of a prompt", where=self.address,
+                                 fix="use a server that does, or a task whose answers are written")
+        boundary, ends = len(request.context), [*offsets[1:], len(text)]
+        places = [place for place, end in enumerate(ends) if end > boundary and offsets[place] < len(text)]
+        values = [logprobs[place] for place in places]
+        if any(value is None for value in values):
+            raise ModelLinkError("the server gives no log-probability for a token of a choice", where=self.address)
+        highest = [max((best[place] or {"": -math.inf}).values()) for place in places]
+        return Likelihood(sum(values), all(value >= high - 1e-6 for value, high in zip(values, highest, strict=True)))
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        if body is not None:
+            body = {"model": self.model, **body}
+        for wait in (*WAITS, None):
+            try:
+                answer = self._client.request(method, f"{self.address}/{path}", json=body)
+            except httpx.HTTPError as error:
+                raise ModelLinkError(f"the server cannot be asked: {error}", where=f"--endpoint {self.address}",
+                                     fix="give the address up to /v1 of a server that runs") from None
+            if answer.status_code not in BUSY or wait is None:
+                break
+            time.sleep(wait)
+        if answer.status_code != httpx.codes.OK:
+            raise ModelLinkError(f"the server answers {answer.status_code}: {answer.text[:300]}", where=f"{self.address}/{path}")
+        try:
+            return answer.json()
+        except ValueError:
+            raise self._strange(path) from None
+
+    def _strange(self, path: str) -> ModelLinkError:
+        return ModelLinkError("the server answers in another way than OpenAI's interface", where=f"{self.address}/{path}",
+                              fix="give the address up to /v1")

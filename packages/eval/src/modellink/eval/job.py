@@ -1,0 +1,68 @@
+"""What a run is to do: tasks whose data is read and whose prompts are made. Nothing is computed or written yet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modellink.eval.data import Subject, read_subjects
+from modellink.eval.prompts import Asking, Question, make_questions
+from modellink.eval.task import Task
+from modellink.eval.taskfile import load_task, task_names
+from modellink.kernels.errors import ModelLinkError
+
+FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task whose data is read and whose prompts are made."""
+
+    task: Task
+    asking: Asking
+    subjects: Sequence[Subject]
+    questions: Sequence[Question]
+
+    @property
+    def runs_code(self) -> bool:
+        return any(question.generate is not None and question.generate.test for question in self.questions)
+
+    def header(self, model: Mapping[str, Any]) -> dict[str, Any]:
+        """The first line of its journal."""
+        return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.asking.label,
+                "model": dict(model)}
+
+
+def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence[Path | str], asking: Asking,
+            max_samples: int | None = None) -> list[Job]:
+    """Read tasks and data and make the prompts.
+
+    Raises:
+        ModelLinkError: an unknown task or style, or data that is missing or broken.
+    """
+    names = [task] if isinstance(task, (str, Path)) else list(task)
+    folders = [Path(folder) for folder in ([data] if isinstance(data, (str, Path)) else data)]
+    if not names or not folders:
+        raise ModelLinkError("a task and a folder with its data are needed", where="--task, --task-data-path")
+    if max_samples is not None and max_samples < 1:
+        raise ModelLinkError(f"{max_samples} questions of each subject were asked for", where="--max-eval-samples")
+    if asking.samples > 1 and not asking.temperature:
+        raise ModelLinkError(f"{asking.samples} samples of the most likely text are one text {asking.samples} times",
+                             where="--num-samples", fix="give a --temperature, the paper's is 0.8 for many samples")
+    if names == ["all"]:
+        names = list(task_names())
+    tasks = [load_task(name) for name in names]
+    if len({item.name for item in tasks}) < len(tasks):
+        raise ModelLinkError("a task is named twice", where="--task")
+    for item in tasks:
+        item.style(asking.style)
+        if asking.chat:
+            item.chat_style(asking.language)
+    jobs = []
+    for item in tasks:
+        subjects = read_subjects(item, folders, max_samples)
+        questions = [question for subject in subjects for question in make_questions(item, asking, subject)]
+        jobs.append(Job(item, asking, subjects, questions))
+    return jobs

@@ -1,0 +1,51 @@
+"""The answer is the choice that is most likely after the prompt; there is nothing to find in a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from modellink.eval.backends.backend import Backend, Request
+from modellink.eval.prompts import Asking, Question
+from modellink.eval.sandbox import Sandbox
+from modellink.eval.score import Mark
+from modellink.kernels.errors import ModelLinkError
+
+NAME = "likelihood of choices"
+
+
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+    found = iter(backend.loglikelihood([
+        Request(question.context, choice, question.alone) for question in questions for choice in question.choices]))
+    answers = []
+    for question in questions:
+        mine = [next(found) for _ in question.choices]
+        if not all(math.isfinite(one.logprob) for one in mine):
+            raise ModelLinkError(f"the likelihoods are {[one.logprob for one in mine]}",
+                                 where=f"{question.subject}, row {question.row}",
+                                 fix="look at the checkpoint: weights that are no numbers, or float16 that overflows?")
+        answers.append({"logprobs": [one.logprob for one in mine], "greedy": [one.greedy for one in mine],
+                        "dropped": max(one.dropped for one in mine)})
+    return answers
+
+
+def mark(question: Question, answer: dict[str, Any]) -> Mark:
+    logprobs = answer["logprobs"]
+    chosen = choose(logprobs)
+    gold = max(logprobs[index] for index in question.golds)
+    others = [value for index, value in enumerate(logprobs) if index not in question.golds]
+    return Mark(float(chosen in question.golds), question.choices[chosen].strip(),
+                " or ".join(question.choices[index].strip() for index in question.golds),
+                margin=gold - max(others) if others else None,
+                also={"per character": float(choose(per_character(logprobs, question.choices)) in question.golds)})
+
+
+def choose(logprobs: Sequence[float]) -> int:
+    """The index of the most likely choice; of equals the first."""
+    return max(range(len(logprobs)), key=lambda index: logprobs[index])
+
+
+def per_character(logprobs: Sequence[float], choices: Sequence[str]) -> list[float]:
+    """Log-probabilities divided by the choices' lengths in characters, without the blank before them (lm-eval's acc_norm)."""
+    return [value / max(1, len(text.strip())) for value, text in zip(logprobs, choices, strict=True)]

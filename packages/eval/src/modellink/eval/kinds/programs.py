@@ -1,0 +1,58 @@
+"""The answer is a program, which is run with a test in a sandbox; several samples give pass@k.
+
+pass@k by the unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, section
+2.1: of n samples c pass, then 1 - C(n - c, k) / C(n, k).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import comb
+from typing import Any
+
+from modellink.eval.backends.backend import Backend
+from modellink.eval.kinds.texts import write
+from modellink.eval.prompts import Asking, Question
+from modellink.eval.sandbox import Sandbox
+from modellink.eval.score import Mark
+from modellink.kernels.errors import ModelLinkError
+
+NAME = "generated program, tests passed"
+KS = (1, 2, 5, 10, 20, 50, 100)
+BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+PASSED = "passed"
+
+
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+    if sandbox is None:
+        raise ModelLinkError("these answers are programs, and running them was not allowed", where="--allow-code-execution")
+    written = write(backend, questions, asking, asking.samples)
+    jobs = [(question.program, complete(question.program, text.text), question.target, question.entry)
+            for question, texts in zip(questions, written, strict=True) for text in texts]
+    with ThreadPoolExecutor(sandbox.workers) as pool:
+        outcomes = iter(list(pool.map(lambda job: sandbox.passes(*job), jobs)))
+    return [{"texts": [text.text for text in texts], "outcomes": [next(outcomes) for _ in texts],
+             "dropped": max(text.dropped for text in texts)} for texts in written]
+
+
+def mark(question: Question, answer: dict[str, Any]) -> Mark:
+    outcomes = answer["outcomes"]
+    count, passed = len(outcomes), outcomes.count(PASSED)
+    failed = next((number for number, outcome in enumerate(outcomes) if outcome != PASSED), 0)
+    return Mark(passed / count, f"{outcomes[failed]}\n{answer['texts'][failed]}", PASSED,
+                also={f"pass@{k}": pass_at_k(count, passed, k) for k in KS if k <= count})
+
+
+def pass_at_k(count: int, passed: int, k: int) -> float:
+    """How likely one of k samples passes, where `passed` of `count` did."""
+    return 1.0 - comb(count - passed, k) / comb(count, k)
+
+
+def complete(prompt: str, text: str) -> str:
+    """The program: the prompt and its continuation, or the block of code a chat put around one."""
+    block = BLOCK.search(text)
+    if block is None:
+        return prompt + text
+    return f"{prompt}\n    pass\n\n{block[1]}\n" if re.search(r"^def ", block[1], re.MULTILINE) else prompt + block[1]

@@ -1,0 +1,73 @@
+"""The answer is written and has to be found in the text; where it is not, it counts as unparsed and is listed, never guessed."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from modellink.eval.backends.backend import Backend, Writing, Written
+from modellink.eval.kinds import mathtext
+from modellink.eval.prompts import Asking, Question
+from modellink.eval.sandbox import Sandbox
+from modellink.eval.score import Mark
+from modellink.eval.task import Extraction, Generate
+
+NAME = "generated text, answer extracted"
+SHOWN = 200  # characters of a text in which nothing was found
+
+
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+    return [{"texts": [text.text for text in texts], "dropped": max(text.dropped for text in texts)}
+            for texts in write(backend, questions, asking, 1)]
+
+
+def write(backend: Backend, questions: Sequence[Question], asking: Asking, samples: int) -> list[list[Written]]:
+    """`samples` texts for each question; without a temperature they are all the same, so one is asked for."""
+    requests = []
+    for question in questions:
+        assert question.generate is not None
+        requests += [Writing(question.context, question.generate.until, question.generate.max_tokens, asking.temperature,
+                             asking.top_p, asking.seed + number) for number in range(samples)]
+    found = iter(backend.generate(requests))
+    return [[next(found) for _ in range(samples)] for _ in questions]
+
+
+def mark(question: Question, answer: dict[str, Any]) -> Mark:
+    generate = question.generate
+    assert generate is not None
+    text = answer["texts"][0]
+    found = {name: extract(extraction, text) for name, extraction in generate.extract.items()}
+    target = question.target
+    if generate.compare == "math":
+        target = target.replace("$", "")
+        found = {name: value and mathtext.read(value, target) for name, value in found.items()}
+    right = {name: float(value is not None and same(value, target, generate)) for name, value in found.items()}
+    first, *others = found
+    answered = found[first]
+    return Mark(right[first], text.strip()[:SHOWN] if answered is None else answered, question.target,
+                unparsed=answered is None, also={name: right[name] for name in others})
+
+
+def extract(extraction: Extraction, text: str) -> str | None:
+    """What stands in the text where the answer is looked for; None where it is not there or blank."""
+    matches = list(re.finditer(extraction.regex, text))
+    if not matches:
+        return None
+    match = matches[0 if extraction.pick == "first" else -1]
+    found = next((group for group in match.groups() if group), "") if match.re.groups else match[0]
+    return found.strip() or None
+
+
+def same(answer: str, target: str, generate: Generate) -> bool:
+    """Whether two answers are the same by the rules of a task."""
+    answer, target = (_plain(text, generate.ignore, generate.ignore_case) for text in (answer, target))
+    return mathtext.same(answer, target) if generate.compare == "math" else answer == target
+
+
+@functools.lru_cache(maxsize=4096)
+def _plain(text: str, ignore: tuple[str, ...], ignore_case: bool) -> str:
+    for expression in ignore:
+        text = re.sub(expression, "", text)
+    return text.lower() if ignore_case else text

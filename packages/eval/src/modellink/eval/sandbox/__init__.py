@@ -1,0 +1,93 @@
+"""Running programs a model wrote, which may do anything: where they can do nothing to this machine.
+
+See `Sandbox`; README.md of this folder says what is contained and what is not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import time
+from typing import Literal
+
+from modellink.eval.sandbox.limits import Limits
+from modellink.eval.sandbox.process import Confined, folder
+from modellink.kernels.errors import ModelLinkError
+
+Isolation = Literal["namespaces", "none"]
+DEFAULT = Limits()
+POLL = 0.02  # seconds between two looks at the memory
+PROBE = ("def probe():\n", "def probe():\n    return 41 + 1\n", "assert probe() == 42\n")
+
+
+class Sandbox:
+    """Runs programs, each in fresh processes.
+
+    Args:
+        isolation: `namespaces`: own user, network, mount, pid, ipc and host name, a root folder with nothing of this machine but
+            system libraries and the interpreter, no privilege. `none`: limits and an own user where there was root, no more.
+
+    Raises:
+        ModelLinkError: this machine does not allow that isolation.
+    """
+
+    def __init__(self, isolation: Isolation = "namespaces", limits: Limits = DEFAULT, workers: int | None = None) -> None:
+        self.isolation, self.limits = isolation, limits
+        self.workers = workers or min(8, os.cpu_count() or 1)
+        self._unshare = shutil.which("unshare") or ""
+        if isolation == "namespaces":
+            reason = "the program `unshare` of util-linux is not there" if not self._unshare else ""
+            verdict = reason or self.passes("", PROBE[1], PROBE[2], "probe")
+            if verdict != "passed":
+                raise ModelLinkError(f"programs cannot be isolated here: {verdict}", where="--allow-code-execution",
+                                     fix="allow user namespaces or start as root; or, in a machine made for that, "
+                                     "pass --isolation none")
+
+    def passes(self, prompt: str, program: str, test: str, entry: str) -> str:
+        """`passed`, or why not.
+
+        Args:
+            prompt: what the data set says before the program; helpers in it are there for the test.
+            program: the whole program of the model.
+            test: a program that fails where an answer of `entry` is wrong.
+            entry: the name of the function that is tested; the test's is one that asks the other process.
+        """
+        to_candidate, to_judge, verdict = os.pipe(), os.pipe(), os.pipe()
+        with folder() as first, folder() as second:
+            started: list[Confined] = []
+            try:
+                for told, data, handles, place in (
+                    ({"role": "candidate", "listen": to_candidate[0], "reply": to_judge[1]},
+                     {"program": program, "entry": entry}, (to_candidate[0], to_judge[1]), first),
+                    ({"role": "judge", "listen": to_judge[0], "reply": to_candidate[1], "verdict": verdict[1]},
+                     {"prompt": prompt, "test": test, "entry": entry}, (to_judge[0], to_candidate[1], verdict[1]), second)):
+                    told["error"] = verdict[1] if told["role"] == "judge" else to_judge[1]
+                    started.append(Confined(told, data, handles, self.limits, self.isolation, self._unshare, place))
+                for handle in (*to_candidate, *to_judge, verdict[1]):
+                    os.close(handle)
+                return self._watch(verdict[0], started)
+            finally:
+                for process in started:
+                    process.end()
+                os.close(verdict[0])
+
+    def _watch(self, handle: int, processes: list[Confined]) -> str:
+        end = time.monotonic() + self.limits.seconds
+        held = b""
+        while not held.endswith(b"\n"):
+            left = end - time.monotonic()
+            if left <= 0:
+                return f"failed: not done after {self.limits.seconds:g} seconds"
+            if select.select([handle], [], [], min(POLL, left))[0]:
+                piece = os.read(handle, 1 << 16)
+                if not piece:
+                    return "failed: the test was ended before it was done"
+                held += piece
+            elif any(process.over() for process in processes):
+                return f"failed: more than {self.limits.memory >> 20} MB of memory"
+        return str(json.loads(held)["verdict"])
+
+
+__all__ = ["Isolation", "Limits", "Sandbox"]

@@ -1,0 +1,180 @@
+"""Runs inside: a process takes away from itself what it shall not have, then does its part of the dialogue.
+
+Started as a script, twice. First it waits for a line on its standard input (by then its parent has put it under a memory limit),
+becomes nobody where it may not stay root and has no namespaces to hide in, and turns into `unshare`. What that starts is this
+script again, process 1 of new namespaces, which builds a root folder of its own (system libraries and the interpreter, all read
+only, and an empty folder that is limited in size), leaves the old one, sets limits and gives up every privilege.
+
+Only the standard library, because nothing else is to be seen from here.
+"""
+
+# os alone, so that a start is short
+# ruff: noqa: PTH100, PTH103, PTH106, PTH112, PTH114, PTH115, PTH120, PTH211
+import ctypes
+import json
+import os
+import resource
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import dialogue
+from limits import NOBODY, Limits
+
+LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("null", "zero", "full", "random", "urandom")
+FOLDER = "/sandbox"  # the only place that can be written
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
+MNT_DETACH = 2
+CLONE_NEWUSER = 0x10000000
+PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG = 24, 38, 1
+SYS = {"x86_64": {"pivot_root": 155, "mount_setattr": 442, "capset": 126},
+       "aarch64": {"pivot_root": 41, "mount_setattr": 442, "capset": 91}}
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def check(result, what):
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def syscall(name, *args):
+    return libc.syscall(ctypes.c_long(SYS[os.uname().machine][name]), *args)
+
+
+def mount(source, target, kind, flags, options=""):
+    names = [None if text is None else text.encode() for text in (source, target, kind, options)]
+    check(libc.mount(names[0], names[1], names[2], ctypes.c_ulong(flags), names[3]), f"mount {target}")
+
+
+def bind(source, target):
+    """A file or folder at another place, read only with all that is mounted in it."""
+    if os.path.isdir(source):
+        os.makedirs(target, exist_ok=True)
+    else:
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        open(target, "w").close()
+    mount(source, target, None, MS_BIND | MS_REC)
+    attributes = (ctypes.c_uint64 * 4)(MS_RDONLY | MS_NOSUID, 0, 0, 0)  # MOUNT_ATTR_RDONLY and _NOSUID have the same values
+    recursive = 0x8000
+    check(syscall("mount_setattr", -100, target.encode(), recursive, attributes, ctypes.c_size_t(32)), f"read only {target}")
+
+
+def build_root(limits, visible):
+    """A root folder in memory with nothing in it but what a Python program needs; the old one is gone afterwards."""
+    check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount /")
+    top = "/tmp"  # any folder that is there: it is covered in this namespace only
+    kept = {path: os.open(path, os.O_PATH) for path in visible}  # some may lie below what is now covered
+    mount("sandbox", top, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
+    for path in (*LIBRARIES, *visible):
+        target = top + path
+        if os.path.lexists(target) or (path not in kept and not os.path.lexists(path)):
+            continue
+        if os.path.islink(path):
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.symlink(os.readlink(path), target)
+        else:
+            bind(f"/proc/self/fd/{kept[path]}" if path in kept else path, target)
+    for name in DEVICES:
+        os.makedirs(top + "/dev", exist_ok=True)
+        open(f"{top}/dev/{name}", "w").close()
+        mount(f"/dev/{name}", f"{top}/dev/{name}", None, MS_BIND)
+    for name in ("proc", "old", FOLDER.strip("/")):
+        os.makedirs(f"{top}/{name}", exist_ok=True)
+    mount("proc", top + "/proc", "proc", MS_NOSUID | MS_NODEV)
+    mount("folder", top + FOLDER, "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.folder},mode=777")
+    for handle in kept.values():
+        os.close(handle)
+    os.chdir(top)
+    check(syscall("pivot_root", b".", b"old"), "pivot_root")
+    os.chdir("/")
+    check(libc.umount2(b"/old", MNT_DETACH), "umount /old")
+    os.rmdir("/old")
+    mount(None, "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
+    os.chdir(FOLDER)
+
+
+def set_limits(limits):
+    for name, value in (("CORE", 0), ("CPU", limits.cpu_seconds), ("AS", limits.address_space), ("FSIZE", limits.file_size),
+                        ("NOFILE", limits.open_files), ("NPROC", limits.processes), ("MEMLOCK", 0), ("MSGQUEUE", 0)):
+        kind = getattr(resource, f"RLIMIT_{name}")
+        hard = resource.getrlimit(kind)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (value, value))
+
+
+def become_nobody():
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+
+
+def drop_privileges():
+    """No capability is left, and no program that is started brings any back."""
+    for number in range(64):
+        libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    check(syscall("capset", header, (ctypes.c_uint32 * 6)()), "capset")
+    check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
+
+
+def enter(told):
+    """The first start: `unshare`, as root or in a user namespace of one's own."""
+    sys.stdin.readline()
+    if told["isolation"] == "none":
+        confine_little(told)
+        return
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    os.execv(told["unshare"], ["unshare", *user, "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child",
+                               sys.executable, "-I", "-S", "-B", os.path.abspath(__file__), "inside", json.dumps(told)])
+
+
+def confine_little(told):
+    """Without namespaces: limits, another user where there was root, and a folder of its own, no more."""
+    os.chdir(told["folder"])
+    if os.geteuid() == 0:
+        os.chown(told["folder"], NOBODY, NOBODY)
+        become_nobody()
+    set_limits(Limits(**told["limits"]))
+    drop_privileges()
+
+
+def confine(told):
+    """The second start, as process 1 of its namespaces."""
+    limits = Limits(**told["limits"])
+    root = told["root"]
+    os.setsid()
+    build_root(limits, told["visible"])
+    if root:
+        become_nobody()
+        check(libc.unshare(CLONE_NEWUSER), "user namespace")
+    try:
+        with open("/proc/sys/user/max_user_namespaces", "w") as file:
+            file.write("0")  # in this namespace: nobody inside becomes root of another one
+    except OSError:
+        pass  # a kernel without that switch; what a nested namespace could do is bounded by this one
+    set_limits(limits)
+    drop_privileges()
+
+
+def main():
+    stage, told = sys.argv[1], json.loads(sys.argv[2])
+    silent = os.open(os.devnull, os.O_RDWR)
+    try:
+        if stage == "enter":
+            enter(told)
+        else:
+            confine(told)
+    except OSError as error:
+        os.write(told["error"], json.dumps({"error": str(error), "verdict": f"failed: {error}"}).encode() + b"\n")
+        os._exit(1)
+    with open(told["data"], encoding="utf-8") as file:  # closes it: what else is open the other side must not get
+        part = json.load(file)
+    for number in range(3):
+        os.dup2(silent, number)
+    os.close(silent)
+    dialogue.take_part(told | part)
+
+
+if __name__ == "__main__":
+    main()

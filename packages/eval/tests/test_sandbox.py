@@ -1,0 +1,186 @@
+"""The sandbox: right programs pass, wrong ones do not, and those that try to get out get nowhere, started as root and as nobody.
+
+The attempts are in attempts.yaml.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from string import Template
+
+import pytest
+import yaml
+
+from modellink.eval import Sandbox, load_task
+from modellink.eval.sandbox import Limits
+from modellink.kernels.errors import ModelLinkError
+
+SOURCES = [path for path in sys.path if path and Path(path).is_dir()]
+TEST = "assert f({argument!r}) == 'escaped'"
+
+ATTEMPTS = yaml.safe_load((Path(__file__).parent / "attempts.yaml").read_text(encoding="utf-8"))
+
+
+def attempts(folder: Path, port: int) -> dict[str, str]:
+    """What each attempt ended with; also run by itself, as another user."""
+    sandbox = Sandbox(limits=Limits(seconds=2.5, cpu_seconds=2, memory=256 << 20))
+    values = {"home": folder, "port": port, "pid": os.getpid()}
+    test = "mark = 'hidden-' + 'test'\n" + TEST.format(argument=1)
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(lambda code: sandbox.passes("", Template(code).substitute(values), test, "f"), ATTEMPTS.values())
+        return dict(zip(ATTEMPTS, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox(limits=Limits(seconds=20))
+    except ModelLinkError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A secret in a folder, one in the environment, and a server that counts who calls."""
+    (tmp_path / "secret").write_text("hidden-token")
+    monkeypatch.setenv("SECRET", "hidden-token")
+    server, unix, calls = socket.create_server(("127.0.0.1", 0)), socket.socket(socket.AF_UNIX), []
+    unix.bind(f"\0modellink-{server.getsockname()[1]}")
+    unix.listen()
+
+    def listen(listening: socket.socket) -> None:
+        while True:
+            try:
+                calls.append(listening.accept())
+            except OSError:
+                return
+    for listening in (server, unix):
+        threading.Thread(target=listen, args=(listening,), daemon=True).start()
+    yield tmp_path, server.getsockname()[1], calls
+    server.close()
+    unix.close()
+
+
+def strangers() -> set[str]:
+    """Processes that run the sandbox's script."""
+    found = set()
+    for pid in (path.name for path in Path("/proc").iterdir() if path.name.isdigit()):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text()
+        except OSError:
+            continue
+        if "confine.py" in words and str(os.getpid()) != pid:
+            found.add(pid)
+    return found
+
+
+def test_every_attempt_is_contained_and_wrong(sandbox, world):
+    folder, port, calls = world
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    found = attempts(folder, port)
+    assert len(found) >= 15
+    assert {name: verdict for name, verdict in found.items() if not verdict.startswith("failed: ")} == {}
+    assert not calls and {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "seconds" in found["endless sleep"] and "seconds" not in found["memory bomb of many processes"]
+    assert sandbox.passes("", "def f(x):\n    return x + 1", "assert f(1) == 2", "f") == "passed"  # the runner is alive
+    time.sleep(0.2)
+    assert strangers() == set()
+
+
+AS_NOBODY = """
+set -e
+mkdir -p {apart}
+mount --bind {base} {apart}
+for top in {hidden}; do mount -t tmpfs -o mode=755 cover "$top"; done
+mkdir -p {base}
+mount --bind {apart} {base}
+exec setpriv --reuid=65534 --regid=65534 --clear-groups {python} {script} {folder} {port}
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start something as nobody; this run is not root's")
+def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, tmp_path_factory):
+    """Where the interpreter lies in a folder only root may enter, it is shown to nobody in a mount namespace of its own."""
+    folder, port, calls = world
+    place = tmp_path_factory.mktemp("nobody")
+    for path in (place, *place.parents):
+        if path.stat().st_uid == 0 and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+    folder.chmod(0o755)
+    hidden = [str(parent) for parent in Path(sys.base_prefix).parents if not parent.stat().st_mode & 0o001][-1:]
+    script = place / "attempts.py"
+    script.write_text(f"import json, sys\nfrom pathlib import Path\nsys.path[:0] = {[*SOURCES, str(Path(__file__).parent)]!r}\n"
+                      "import test_sandbox\nprint(json.dumps(test_sandbox.attempts(Path(sys.argv[1]), int(sys.argv[2]))))\n")
+    text = AS_NOBODY.format(apart=place / "python", base=sys.base_prefix, hidden=" ".join(hidden), python=sys.executable,
+                            script=script, folder=folder, port=port)
+    done = subprocess.run(["unshare", "--mount", "sh", "-c", text], capture_output=True, text=True, timeout=200,
+                          env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd="/")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found.keys() == ATTEMPTS.keys()
+    assert {name: verdict for name, verdict in found.items() if not verdict.startswith("failed: ")} == {}
+    assert not calls
+
+
+def test_without_namespaces_limits_and_the_verdict_hold():
+    sandbox = Sandbox("none", Limits(seconds=2, cpu_seconds=1, memory=256 << 20))
+    names = ("memory bomb", "early end", "patched builtins", "an equal text", "endless loop", "large file", "environment secrets")
+    for name in names:
+        verdict = sandbox.passes("", Template(ATTEMPTS[name]).safe_substitute(home="/nowhere"), TEST.format(argument=1), "f")
+        assert verdict.startswith("failed: "), (name, verdict)
+    assert sandbox.passes("", "def f(x):\n    return x", "assert f(3) == 3", "f") == "passed"
+
+
+def test_where_isolation_is_not_to_be_had_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ModelLinkError, match="unshare") as caught:
+        Sandbox()
+    assert "--isolation none" in str(caught.value)
+    (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "unshare").chmod(0o755)
+    with pytest.raises(ModelLinkError, match="cannot be isolated"):
+        Sandbox()
+
+
+@pytest.mark.parametrize("value", [1, True, None, -2.5, float("inf"), "é\n", b"\xff", [1, (2, {3})], {"a": [None], 2: ()}, 1 + 2j,
+                                   10**40, frozenset({1}), ""])
+def test_plain_values_cross_over_as_they_are(sandbox, value):
+    names = f"inf = float('inf')\nvalue = {value!r}\n"
+    test = f"{names}found = f(value, key=value)\nassert found == (value, value) and type(found[0]) is type(value)"
+    assert sandbox.passes("", "def f(x, key):\n    return x, key", test, "f") == "passed"
+
+
+def test_helpers_of_the_prompt_are_there_for_the_test(sandbox):
+    prompt = "def double(x):\n    return 2 * x\n\ndef half(x):\n    \"\"\"Half.\"\"\"\n"
+    program = prompt + "    return x / 2\n"
+    assert sandbox.passes(prompt, program, "assert half(double(4)) == 4.0", "half") == "passed"
+    assert sandbox.passes(prompt, program + "\ndef double(x):\n    return 0\n", "assert double(4) == 8", "half") == "passed"
+
+
+def problems(real_data: Path, count: int | None) -> list[dict[str, str]]:
+    path = real_data / "humaneval" / "HumanEval.jsonl.gz"
+    if not path.is_file():
+        pytest.skip(f"no HumanEval in {real_data}")
+    return [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")][:count]
+
+
+@pytest.mark.parametrize(("body", "passing"), [("canonical_solution", 164), (None, 0)])
+def test_canonical_solutions_of_humaneval_pass_and_broken_ones_do_not(sandbox, real_data, body, passing):
+    assert load_task("humaneval").runs_code
+    rows = problems(real_data, None)
+
+    def passes(row):
+        program = row["prompt"] + (row[body] if body else "    return None\n")
+        return sandbox.passes(row["prompt"], program, f"{row['test']}\ncheck({row['entry_point']})", row["entry_point"])
+    with ThreadPoolExecutor(2) as pool:
+        verdicts = list(pool.map(passes, rows))
+    assert len(verdicts) == 164 and verdicts.count("passed") == passing
