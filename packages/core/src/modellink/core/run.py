@@ -260,6 +260,9 @@ def _check_experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
                         ("--moe-permutation-async-comm", moe.moe_permutation_async_comm)):
         if given and spec.num_experts is None:
             raise ModelLinkError("the model has no experts", where=f"{flag}, --num-experts", fix="leave it out")
+    if moe.moe_grouped_gemm and lora.lora_quantize is not None:
+        raise ModelLinkError(f"weights held as {lora.lora_quantize} are made whole expert by expert",
+                             where="--moe-grouped-gemm, --lora-quantize", fix="leave out --moe-grouped-gemm")
     if moe.moe_grouped_gemm and adapted:
         raise ModelLinkError(f"adapters of {', '.join(adapted)} are computed expert by expert",
                              where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")
