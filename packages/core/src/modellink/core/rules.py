@@ -73,6 +73,9 @@ def _experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
                         ("--moe-permutation-async-comm", moe.moe_permutation_async_comm)):
         if given and spec.num_experts is None:
             raise ModelLinkError("the model has no experts", where=f"{flag}, --num-experts", fix="leave it out")
+    if moe.moe_grouped_gemm and lora.lora_quantize is not None:
+        raise ModelLinkError(f"weights held as {lora.lora_quantize} are made whole expert by expert",
+                             where="--moe-grouped-gemm, --lora-quantize", fix="leave out --moe-grouped-gemm")
     if moe.moe_grouped_gemm and adapted:
         raise ModelLinkError(f"adapters of {', '.join(adapted)} are computed expert by expert",
                              where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")
@@ -111,4 +114,5 @@ def _save_format(run: Run) -> None:
         raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
                              where="--save-format, --lora-target-modules",
                              fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
-    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by)
+    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by,
+                    run.moe.moe_grouped_gemm)

@@ -74,7 +74,7 @@ def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
     form = run.checkpoint.save_format
     if form != "torch-dist":
         return partial(rank_files.write, form=form, manifest=run.manifest, layout=run.layout,
-                       divisible_by=run.parallel.make_vocab_size_divisible_by)
+                       divisible_by=run.parallel.make_vocab_size_divisible_by, grouped=run.moe.moe_grouped_gemm)
     if not run.lora.on or run.checkpoint.load is None or dist.get_rank() > 0:
         return None
     write_description(folder, run.lora)

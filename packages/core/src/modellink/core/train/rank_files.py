@@ -26,7 +26,8 @@ from modellink.kernels.files import atomic_write
 from modellink.kernels.parallel import ParallelLayout
 
 
-def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, iteration: Path | None = None) -> Plan:
+def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool,
+         iteration: Path | None = None) -> Plan:
     """All files of an iteration; without its folder only whether they can be made.
 
     Raises:
@@ -36,16 +37,16 @@ def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible
     number = 1 if iteration is None else int(iteration.name.removeprefix("iter_").removesuffix(".tmp"))
     source = Checkpoint("torch_dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
     cut = ParallelLayout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, num_layer_list=layout.num_layer_list)
-    style = Style(form == "megatron-legacy", "modellink-1.0", divisible_by=divisible_by)
+    style = Style(form == "megatron-legacy", "modellink-1.0", grouped, divisible_by)
     try:
         return plan_megatron(source, cut, style, dtype=getattr(torch, manifest.dtype))
     except ModelLinkError as error:
         raise ModelLinkError(error.what, where=f"--save-format {form}", fix="use --save-format megatron-core") from None
 
 
-def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int) -> None:
+def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool) -> None:
     """Write them into the folder of an iteration; every rank calls it and writes its share of the files."""
-    files = plan(form, manifest, layout, divisible_by, iteration).files
+    files = plan(form, manifest, layout, divisible_by, grouped, iteration).files
     with ThreadPoolExecutor(1) as pool:
         for file in files[dist.get_rank()::dist.get_world_size()]:
             path = iteration / Path(file.name).relative_to(Path(file.name).parts[0])
