@@ -44,7 +44,8 @@ def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible
         raise ModelLinkError(error.what, where=f"--save-format {form}", fix="use --save-format megatron-core") from None
 
 
-def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool) -> None:
+def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int,
+          grouped: bool) -> None:
     """Write them into the folder of an iteration; every rank calls it and writes its share of the files."""
     files = plan(form, manifest, layout, divisible_by, grouped, iteration).files
     with ThreadPoolExecutor(1) as pool:
