@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from modellink.eval.runner import check_sandbox, run
 from modellink.eval.sandbox import Sandbox
 from modellink.kernels.errors import run_command
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
+from modellink.kernels.original import original_flags, translate
 
 MODULE = "modellink.eval.cli"
 
@@ -95,7 +97,24 @@ evaluation.add_command(run_tasks)
 
 
 def main() -> None:
-    run_command(lambda: evaluation(standalone_mode=False))
+    run_command(_run_command)
+
+
+def _run_command() -> None:
+    if sys.argv[1:2] == ["run"]:
+        sys.argv[2:] = in_our_words(sys.argv[2:])  # also for the ranks that are started with it
+    evaluation(standalone_mode=False)
+
+
+def in_our_words(args: list[str]) -> list[str]:
+    """Arguments of `run`, those of the original's evaluation.py translated; its scripts repeat the flags of training."""
+    own = {name for option in run_tasks.params for name in (*option.opts, *option.secondary_opts)}
+    table = original_flags("modellink.eval")
+    known = own | set(table)
+    if any(arg.partition("=")[0] not in known for arg in args if arg.startswith("--")) and find_spec("modellink.infer"):
+        from modellink.infer.original import training  # a local model needs it anyway
+        table = training() | table
+    return translate(args, {flag: about for flag, about in table.items() if flag not in own})
 
 
 if __name__ == "__main__":

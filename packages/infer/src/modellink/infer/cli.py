@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from modellink.infer.options import AnswerOptions, ChatOptions, ModelOptions, PromptOptions, ServeOptions
+from modellink.infer.original import in_our_words
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, resolve
 
@@ -242,7 +243,14 @@ def _heading(number: int, count: int, what: str = "prompt") -> None:
 
 
 def main() -> None:
-    run_command(lambda: infer(standalone_mode=False))
+    run_command(_run)
+
+
+def _run() -> None:
+    command = infer.commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None:
+        sys.argv[2:] = in_our_words(sys.argv[2:], command)  # also for the ranks that are started with it
+    infer(standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> li
         ModelLinkError: a flag asks for something that is not done, or its value is none of those known.
     """
     made: list[str] = []
+    ignored: dict[str, list[str]] = {}
     index = 0
     while index < len(args):
         flag, joined, value = args[index].partition("=")
@@ -49,16 +50,18 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> li
         while not joined and len(values) < about.get("values", 0) and index < len(args) and not args[index].startswith("--"):
             values.append(args[index])
             index += 1
-        made += _words(flag, values, about)
+        if "ignored" in about:
+            ignored.setdefault(about["ignored"], []).append(flag)
+        else:
+            made += _words(flag, values, about)
+    for why, flags in ignored.items():
+        print(f"note: {', '.join(flags)} {'is' if len(flags) == 1 else 'are'} ignored: {why}", file=sys.stderr)
     return made
 
 
 def _words(flag: str, values: list[str], about: Mapping[str, Any]) -> list[str]:
     if "refused" in about:
         raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about.get("fix"))
-    if "ignored" in about:
-        print(f"note: {flag} is ignored: {about['ignored']}", file=sys.stderr)
-        return []
     if "choices" in about:
         (value,) = values or [""]
         if value not in about["choices"]:

@@ -1,0 +1,47 @@
+"""Command lines of the original's inference.py: every flag is an option, is called otherwise, or is answered with a reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from modellink.infer.cli import chat, generate
+from modellink.infer.original import in_our_words, training
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.original import original_flags
+
+FLAGS = ("task", "top-p", "top-k", "temperature", "max-length", "max-new-tokens", "hf-chat-template", "add-eos-token",
+         "use-kv-cache", "history-turns")
+
+
+def test_no_flag_is_unknown():
+    known = {name for command in (generate, chat) for option in command.params for name in option.opts}
+    assert [flag for flag in FLAGS if f"--{flag}" not in known and f"--{flag}" not in original_flags("modellink.infer")] == []
+
+
+def test_a_script_of_the_original(capsys):
+    """The arguments of one of its LLaMA scripts."""
+    script = """--use-mcore-models --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --task chat --num-layers 32
+        --hidden-size 4096 --ffn-hidden-size 11008 --position-embedding-type rope --normalization RMSNorm --swiglu
+        --seq-length 4096 --max-new-tokens 64 --micro-batch-size 1 --num-attention-heads 32
+        --max-position-embeddings 4096 --load CKPT
+        --tokenizer-type PretrainedFromHF --tokenizer-name-or-path HF --tokenizer-not-use-fast --bf16 --use-flash-attn
+        --no-masked-softmax-fusion --attention-softmax-in-fp32 --exit-on-missing-checkpoint --hf-chat-template --top-k 20"""
+    made = in_our_words(script.split(), chat)
+    values = chat.make_context("chat", made).params
+    assert values["dtype"] == "bfloat16" and int(values["top_k"]) == 20 and int(values["max_new_tokens"]) == 64
+    assert str(values["load"]) == "CKPT" and int(values["tensor_model_parallel_size"]) == 2 and values["hf_chat_template"]
+    said = capsys.readouterr().err
+    assert "--hidden-size" in next(line for line in said.splitlines() if line.endswith("the checkpoint says what the model is"))
+    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # a line a reason
+
+
+def test_an_adapter_is_not_passed_over():
+    with pytest.raises(ModelLinkError, match="--lora-load is not done here"):
+        in_our_words(["--load", "a", "--lora-load", "b"], generate)
+
+
+def test_our_own_words_and_unknown_ones_stay(capsys):
+    args = ["--load", "a", "--tmperature=1", "--prompt", "--lr"]
+    assert in_our_words(args[:3], generate) == args[:3]
+    assert in_our_words(["--load", "a", "--tp", "2"], generate) == ["--load", "a", "--tp", "2"]
+    assert "--lr" in training() and not capsys.readouterr().err
