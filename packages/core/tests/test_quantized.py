@@ -34,6 +34,8 @@ def held_and_rounded(folder: str, tp: int, form: str) -> dict[str, Any]:
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
 
+    before = gc.get_objects()  # what other tests left in this process
+    there = set(map(id, before))
     processes.join(find("cpu"), layout := ParallelLayout(tp=tp), seed=1)
     settings = BuildSettings(layout=layout, sequence_parallel=tp > 1, make_vocab_size_divisible_by=8)
     source = open_checkpoint(folder)
@@ -58,8 +60,9 @@ def held_and_rounded(folder: str, tp: int, form: str) -> dict[str, Any]:
         weight = rounded.get_submodule(name).weight
         weight.data.copy_(hold(weight.data, form).whole())
     logits, sizes = model(ids), {held.shape for held in linears.values()}
-    gc.collect()  # what a test before this one left
-    alive = [x for x in gc.get_objects() if isinstance(x, torch.Tensor) and x.shape in sizes and x.is_floating_point()]
+    gc.collect()
+    made = [x for x in gc.get_objects() if id(x) not in there and isinstance(x, torch.Tensor)]
+    alive = [x for x in made if x.shape in sizes and x.is_floating_point()]
     known = {parameter.data_ptr() for own in (model, rounded) for parameter in own.parameters()}
     whole = [tuple(x.shape) for x in alive if x.data_ptr() not in known]
     expected = rounded(ids)

@@ -23,7 +23,7 @@ from typing import Any
 from modellink.core.processes import free_port
 
 SECONDS = 120  # for one task
-THREADS = 200  # of one rank; megatron's distributed optimizer keeps what it was made for, with process groups and their threads
+THREADS = 300  # of one rank; megatron's distributed optimizer keeps what it was made for, with process groups and their threads
 
 
 def beside(file: str, name: str) -> ModuleType:
