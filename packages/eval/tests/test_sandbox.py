@@ -98,30 +98,36 @@ def test_every_attempt_is_contained_and_wrong(sandbox, world):
 
 AS_NOBODY = """
 set -e
-mkdir -p {apart}
-mount --bind {base} {apart}
-for top in {hidden}; do mount -t tmpfs -o mode=755 cover "$top"; done
-mkdir -p {base}
-mount --bind {apart} {base}
+n=0
+for tree in {trees}; do n=$((n + 1)); mkdir -p {apart}/$n; mount --bind $tree {apart}/$n; done
+for top in {hidden}; do mount -t tmpfs -o mode=755 cover $top; done
+n=0
+for tree in {trees}; do n=$((n + 1)); mkdir -p $tree; mount --bind {apart}/$n $tree; done
 exec setpriv --reuid=65534 --regid=65534 --clear-groups {python} {script} {folder} {port}
 """
 
 
+def closed(path: Path) -> list[Path]:
+    """The folders above `path` that only their owner may enter, the outermost first."""
+    return [parent for parent in reversed(path.parents) if not parent.stat().st_mode & 0o001]
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start something as nobody; this run is not root's")
 def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, tmp_path_factory):
-    """Where the interpreter lies in a folder only root may enter, it is shown to nobody in a mount namespace of its own."""
+    """Interpreter and packages that lie in folders only root may enter are shown to nobody in a mount namespace of its own."""
     folder, port, calls = world
     place = tmp_path_factory.mktemp("nobody")
     for path in (place, *place.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
             path.chmod(path.stat().st_mode | 0o055)
     folder.chmod(0o755)
-    hidden = [str(parent) for parent in Path(sys.base_prefix).parents if not parent.stat().st_mode & 0o001][-1:]
+    needed = {Path(path) for path in (sys.base_prefix, sys.prefix, *SOURCES, Path(__file__).parent)}
+    trees = sorted(path for path in needed if closed(path) and not needed & set(path.parents))
     script = place / "attempts.py"
     script.write_text(f"import json, sys\nfrom pathlib import Path\nsys.path[:0] = {[*SOURCES, str(Path(__file__).parent)]!r}\n"
                       "import test_sandbox\nprint(json.dumps(test_sandbox.attempts(Path(sys.argv[1]), int(sys.argv[2]))))\n")
-    text = AS_NOBODY.format(apart=place / "python", base=sys.base_prefix, hidden=" ".join(hidden), python=sys.executable,
-                            script=script, folder=folder, port=port)
+    text = AS_NOBODY.format(apart=place / "apart", trees=" ".join(map(str, trees)), python=sys.executable, script=script,
+                            hidden=" ".join(sorted({str(closed(path)[0]) for path in trees})), folder=folder, port=port)
     done = subprocess.run(["unshare", "--mount", "sh", "-c", text], capture_output=True, text=True, timeout=200,
                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd="/")
     assert done.returncode == 0, done.stderr
