@@ -2,11 +2,12 @@
 
 A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the folder,
 which is the limit of the disk, and transformers, which loads the model and saves it. All of them fsync what they wrote; the
-source is in the page cache for all. Each run has a process of its own, turns are taken, and the best round of each counts: a
-virtual machine gives memory at first touch, which costs whoever comes first more than the work. Memory is RssAnon + RssShmem
-above what the imports take (mapped file pages are the system's to drop), sampled; VmHWM is printed beside.
+source is in the page cache for all. Each run has a process of its own, turns are taken in an order that changes, and the best
+round of each counts: a virtual machine takes freed memory back and gives it anew at first touch, which costs more than the work.
+Memory is RssAnon + RssShmem above what the imports take (mapped file pages are the system's to drop), sampled; VmHWM is printed
+beside.
 
-    python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 4] [--folder DIR] [--json FILE]
+    python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 6] [--folder DIR] [--json FILE]
 
 `--sizes` measures the memory of other sizes too, to see that it is flat. Needs three times the model on the disk of `--folder`.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -124,8 +126,9 @@ def compare(folder: Path, billions: float, rounds: int, peers: bool) -> list[dic
     size = make(folder / "hf", billions)
     turns = [("there", "hf", "mc"), ("back", "mc", "back")] + [(peer, "hf", "back") for peer in ("cp", "transformers") if peers]
     tries: dict[str, list[dict[str, float]]] = {what: [] for what, _, _ in turns}
-    for _ in range(rounds):
-        for what, source, target in turns:
+    run("there", folder / "hf", folder / "mc")  # for `back` to read
+    for number in range(rounds):
+        for what, source, target in random.Random(number).sample(turns, len(turns)):
             tries[what].append(run(what, folder / source, folder / target))
     results = {what: min(found, key=lambda entry: entry["seconds"]) for what, found in tries.items()}
     for name in ("hf", "mc", "back"):
@@ -145,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--billions", type=float, default=1.3, choices=SHAPES)
     parser.add_argument("--sizes", type=float, nargs="*", default=[], choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder where nothing is said")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
