@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-SHAPES = {0.5: (1536, 4096, 16), 1.3: (2048, 5504, 24), 5.0: (4096, 11008, 23)}  # billions -> hidden, FFN, layers
+SHAPES = {0.5: (1536, 4096, 16), 1.3: (2048, 5504, 24), 5.0: (4096, 11008, 24)}  # billions -> hidden, FFN, layers
 
 
 def config(billions: float) -> dict[str, Any]:
