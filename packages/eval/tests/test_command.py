@@ -45,6 +45,12 @@ GOOD = {"--task": ["mmlu"], "--task-data-path": ["data"], "--load": ["model"], "
     ({"--evaluation-batch-size": ["0"]}, "--evaluation-batch-size is 0"),
     ({"--max-eval-samples": ["0"]}, "--max-eval-samples is 0"),
     ({"--tp": ["x"]}, "--tensor-model-parallel-size is 'x'"),
+    ({"--load": None}, "a model is needed"),
+    ({"--endpoint": ["http://x/v1"]}, "one only"),
+    ({"--prompt-type": ["qwen"], "--no-chat-template": ["--seed", "1"]}, "contradict each other"),
+    ({"--prompt-type": ["qwen"], "--eval-language": ["fr"]}, "'fr' is not one of"),
+    ({"--num-samples": ["5"]}, "one text 5 times"),
+    ({"--task": ["gsm8k"], "--max-new-tokens": ["0"]}, "--max-new-tokens is 0"),
     ({"--output": None}, "--output must be given"),
     ({"--task-data-paht": ["data"]}, "No such option"),
 ])

@@ -108,25 +108,28 @@ def test_a_run_killed_at_a_point_continues_to_the_same_results(data, backend, tm
     assert len(lines(out / "mmlu.journal.jsonl")) == 24
 
 
-def test_a_run_killed_at_random_moments_continues_to_the_same_results(data, backend, tmp_path, start):
+@pytest.mark.parametrize(("task", "kills"), [
+    ("mmlu", 2), ("gsm8k", 2), pytest.param("mmlu", 20, marks=pytest.mark.stress),
+    pytest.param("gsm8k", 20, marks=pytest.mark.stress)])
+def test_a_run_killed_at_random_moments_continues_to_the_same_results(data, backend, tmp_path, start, task, kills):
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     moments = random.Random(seed)
-    evaluate("mmlu", data, backend, tmp_path / "whole", prompt_style="lm-eval")
-    journal = tmp_path / "out" / "mmlu.journal.jsonl"
-    for kill in range(2):
-        process = start("mmlu", data, tmp_path / "out", "lm-eval", 2 + kill, 0.1)
+    evaluate(task, data, backend, tmp_path / "whole", prompt_style="lm-eval")
+    journal = tmp_path / "out" / f"{task}.journal.jsonl"
+    for kill in range(kills):
+        process = start(task, data, tmp_path / "out", "lm-eval", 1 if kills > 2 else 2 + kill, 0.1)
         deadline = time.monotonic() + 60
         before = journal.stat().st_size if journal.exists() else 0
         while (journal.stat().st_size if journal.exists() else 0) <= before and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.5))
+        time.sleep(moments.uniform(0, 0.5 if kills == 2 else 0.1))
         process.kill()
         process.wait()
-    assert start("mmlu", data, tmp_path / "out", "lm-eval", 8).wait() == 0
+    assert start(task, data, tmp_path / "out", "lm-eval", 8).wait() == 0
     assert results(tmp_path / "out") == results(tmp_path / "whole")
-    assert len(lines(journal)) == 24
+    assert len(lines(journal)) == {"mmlu": 24, "gsm8k": 13}[task]
 
 
 def test_a_line_that_was_cut_off_is_answered_again(data, backend, tmp_path, ngram):

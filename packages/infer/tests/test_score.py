@@ -71,6 +71,27 @@ def test_a_shared_context_is_computed_once(engine, monkeypatch):
     assert passes == [(1, 3)]
 
 
+def test_what_rows_begin_with_is_computed_once(engine, full_logits, monkeypatch):
+    head = random_ids(99, 150)
+    asked = [(head + random_ids(seed, 5 + seed), [seed + 3, 7]) for seed in range(8)]
+    computed = []
+    compute = type(engine.network).logits
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
+        computed.append(ids.numel()), compute(self, ids, state))[1])
+    found = engine.loglikelihood(asked)
+    lengths = [len(context) + len(continuation) - 1 for context, continuation in asked]
+    assert computed == [lengths[computed_first(asked)], sum(lengths) - lengths[computed_first(asked)] - 7 * 128]
+    again = engine.loglikelihood(asked)
+    assert [value for value, _ in again] == pytest.approx([value for value, _ in found], abs=1e-4)
+    assert sum(computed[2:]) <= sum(lengths) - 8 * 128  # a later call finds the pages of an earlier one
+    expected = [reference(full_logits, *pair) for pair in asked]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+
+
+def computed_first(asked) -> int:
+    return min(range(len(asked)), key=lambda number: asked[number][0])
+
+
 def test_the_whole_length_of_the_model_can_be_scored(engine):
     ids = random_ids(1, 257)
     assert len(engine.score([ids])[0]) == 256

@@ -1,19 +1,28 @@
-"""How likely a model holds given texts: log-probabilities of tokens that are there, in batches with padding at the right."""
+"""How likely a model holds given texts: log-probabilities of tokens that are there.
+
+A pass is one line of tokens of many rows, without padding, over a cache of pages. What rows begin with in common (the solved
+examples before all questions of a subject) is computed once and its pages are shared, also with rows that are asked for later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from modellink.core.model.state import SequenceState
 from modellink.infer.cache import SIZE, PagedCache, Piece, Row
 from modellink.infer.network import Network
+from modellink.kernels.errors import ModelLinkError
 
-PASS_TOKENS = 2048  # of all rows of one pass, padding included
+PASS_TOKENS = 2048  # of all rows of one pass
 PASS_LOGITS = 1 << 26  # numbers in the logits of one pass, 256 MB in fp32
+PASS_ROWS = 64
+WORTH = 4  # pages that rows must have in common for one to wait until the other's are there
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Token ids of a context and of its continuation, neither empty."""
@@ -27,6 +36,32 @@ class Likelihood:
     greedy: bool = True
 
 
+@dataclass(eq=False)
+class _Input:
+    """Tokens to compute, and after which of them somebody wants to know what comes; `users` are the pairs that do."""
+
+    row: Row
+    first: int
+    users: list[int]
+    shared: bool
+    admitted: bool = False
+
+    @property
+    def left(self) -> int:
+        return len(self.row.tokens) - self.row.computed
+
+    def admit(self, cache: PagedCache) -> None:
+        """Take the pages that are there already, up to the first token after which something is wanted."""
+        tokens, self.row.tokens = self.row.tokens, self.row.tokens[:self.first + 1]
+        cache.tables.admit(self.row, shared=self.shared)
+        self.row.tokens, self.admitted = tokens, True
+
+    def common(self, other: _Input) -> int:
+        """How many whole pages both begin with."""
+        pages = range(min(len(self.row.tokens), len(other.row.tokens)) // SIZE)
+        return sum(1 for _ in takewhile(lambda page: self.row.digest(page) == other.row.digest(page), pages))
+
+
 @torch.inference_mode()
 def likelihoods(network: Network, pairs: Sequence[Pair], done: Callable[[int], None] = lambda count: None) -> list[Likelihood]:
     """Each continuation's likelihood after its context, in the order of `pairs`.
@@ -35,18 +70,97 @@ def likelihoods(network: Network, pairs: Sequence[Pair], done: Callable[[int], N
     pairs were finished.
     """
     found = [Likelihood() for _ in pairs]
-    users: dict[tuple[int, ...], list[int]] = {}  # the pairs that need an input
+    waiting = deque(_inputs(network, pairs))
+    if not waiting:
+        return found
+    cache = _cache(network, max(len(one.row.tokens) for one in waiting))
+    try:
+        while waiting:
+            chosen = _choose(cache, waiting, PASS_LOGITS // network.spec.vocab_size)
+            for (one, piece), logprobs in zip(chosen, _compute(network, cache, chosen), strict=True):
+                low = max(one.first, piece.start)
+                best = logprobs.argmax(-1)
+                for number in one.users:
+                    _note(found[number], pairs[number], low, logprobs, best)
+                cache.tables.advance(one.row, piece.count, shared=one.shared)
+                if not one.left:
+                    cache.tables.release(one.row)
+                    waiting.remove(one)
+                    done(len(one.users))
+    finally:
+        for one in waiting:
+            if one.admitted:
+                cache.tables.release(one.row)
+    return found
+
+
+def _inputs(network: Network, pairs: Sequence[Pair]) -> list[_Input]:
+    """What is to be computed, sorted so that rows with the same beginning are neighbours."""
+    users: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         users.setdefault((*context, *continuation)[:-1], []).append(number)
-    needed = [(row, min(len(pairs[number][0]) for number in numbers) - 1) for row, numbers in users.items()]
-    for rows, first in _batches(needed, PASS_LOGITS // network.spec.vocab_size):
-        for low, logprobs in _passes(network, rows, first):
-            best = logprobs.argmax(-1)
-            for place, row in enumerate(rows):
-                for number in users[row]:
-                    _note(found[number], pairs[number], low, logprobs[place], best[place])
-        done(sum(len(users[row]) for row in rows))
-    return found
+    spec = network.spec
+    fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
+    return [_Input(Row(list(tokens)), min(len(pairs[number][0]) for number in numbers) - 1, numbers,
+                   shared=fixed is None or len(tokens) <= fixed)  # beyond, a row's angles depend on its length
+            for tokens, numbers in sorted(users.items())]
+
+
+_caches: WeakKeyDictionary[Network, tuple[int, int, PagedCache]] = WeakKeyDictionary()
+
+
+def _cache(network: Network, longest: int) -> PagedCache:
+    """A network's cache for scoring, which lives on; a larger one where a row or a pass does not fit."""
+    rows, piece, cache = _caches.get(network, (0, 0, None))
+    if cache is None or longest > rows or piece < PASS_TOKENS:
+        tokens = longest + PASS_TOKENS + PASS_ROWS * SIZE
+        cache = network.cache(rows=PASS_ROWS, piece=PASS_TOKENS, tokens=tokens)
+        _caches[network] = longest, PASS_TOKENS, cache
+    return cache
+
+
+def _choose(cache: PagedCache, waiting: Sequence[_Input], room: int) -> list[tuple[_Input, Piece]]:
+    """What the next pass computes, rows in their order, single tokens first.
+
+    Args:
+        room: how many tokens' logits there is memory for.
+    """
+    chosen: list[tuple[_Input, Piece]] = []
+    budget, room = max(PASS_TOKENS, 1), max(room, 1)
+    for one in waiting:
+        if not budget or not room or len(chosen) == PASS_ROWS:
+            break
+        if not one.admitted:
+            before = chosen[-1][0] if chosen else None
+            if before is not None and one.shared and one.common(before) - before.row.computed // SIZE >= WORTH:
+                break  # in the next pass it finds them computed
+            one.admit(cache)
+        start = one.row.computed
+        count = min(one.left, budget, max(one.first - start, 0) + room)
+        if not cache.tables.grow(one.row, start + count):
+            break
+        chosen.append((one, Piece(one.row, start, count)))
+        budget, room = budget - count, room - max(0, start + count - max(one.first, start))
+    if not chosen:
+        raise ModelLinkError(f"a text of {len(waiting[0].row.tokens)} tokens does not fit into a cache of {cache.tokens}",
+                             fix="shorten the context, or free memory")
+    return sorted(chosen, key=lambda item: item[1].count > 1)
+
+
+def _compute(network: Network, cache: PagedCache, chosen: Sequence[tuple[_Input, Piece]]) -> list[Tensor]:
+    """Log-probabilities [n, vocabulary] after the tokens of each piece that are wanted, which may be none."""
+    wanted: list[int] = []
+    counts, place = [], 0
+    for one, piece in chosen:
+        places = range(place + max(0, one.first - piece.start), place + piece.count)
+        wanted += places
+        counts.append(len(places))
+        place += piece.count
+    ids = [token for _, piece in chosen for token in piece.row.tokens[piece.start:piece.start + piece.count]]
+    # a pass of which nothing is wanted fills the cache alone; one token's logits are asked for and not used
+    state = cache.state([piece for _, piece in chosen], wanted or [place - 1])
+    logits = network.logits(torch.tensor([ids]), state)[0][:len(wanted)].log_softmax(-1)
+    return list(logits.split(counts))
 
 
 def _note(likelihood: Likelihood, pair: Pair, low: int, logprobs: Tensor, best: Tensor) -> None:
@@ -60,59 +174,3 @@ def _note(likelihood: Likelihood, pair: Pair, low: int, logprobs: Tensor, best: 
     rows = slice(start - low, stop - low)
     likelihood.logprobs += logprobs[rows].gather(-1, targets[:, None])[:, 0].tolist()
     likelihood.greedy &= bool((best[rows] == targets).all())
-
-
-def _batches(needed: Sequence[tuple[tuple[int, ...], int]], room: int) -> Iterator[tuple[list[tuple[int, ...]], int]]:
-    """Rows of similar length, and the first token after which any of them wants something.
-
-    Args:
-        needed: rows, each with the first token after which it wants something.
-        room: how many tokens' logits there is memory for.
-    """
-    rows: list[tuple[int, ...]] = []
-    first = 0
-    for row, start in sorted(needed, key=lambda item: len(item[0]), reverse=True):
-        longest = len(rows[0]) if rows else 0
-        earlier = min(first, start)
-        if rows and ((len(rows) + 1) * longest > PASS_TOKENS or (len(rows) + 1) * (longest - earlier) > room):
-            yield rows, first
-            rows = []
-        rows, first = [*rows, row], earlier if rows else start
-    if rows:
-        yield rows, first
-
-
-def _passes(network: Network, rows: Sequence[tuple[int, ...]], first: int) -> Iterator[tuple[int, Tensor]]:
-    """(low, log-probabilities [batch, n, vocabulary] after the tokens low .. low + n - 1), from `first` to the longest row's end.
-
-    One pass where its logits fit into memory, else several over a cache.
-    """
-    longest = max(map(len, rows))
-    step = max(1, PASS_LOGITS // network.spec.vocab_size // len(rows))
-    if longest - first <= step and not (network.step and network.step.int8):  # int8 weights are used over a cache alone
-        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        wanted = torch.arange(first, longest, device=network.device).expand(len(rows), -1)
-        yield first, network.logits(padded, SequenceState(length=longest, wanted=wanted)).log_softmax(-1)
-        return
-    cache = network.cache(rows=len(rows), piece=longest, tokens=len(rows) * (longest + SIZE))
-    held = [Row([*row, *[0] * (longest - len(row))]) for row in rows]
-    for row in held:
-        cache.tables.admit(row, shared=False)
-    begin = 0
-    for low in range(first, longest, step):
-        high = min(low + step, longest)
-        yield low, _piece(network, cache, held, begin, low, high).log_softmax(-1)
-        begin = high
-
-
-def _piece(network: Network, cache: PagedCache, rows: Sequence[Row], begin: int, low: int, high: int) -> Tensor:
-    """Logits [rows, high - low, vocabulary] after tokens low .. high - 1, where those before `begin` are in the cache."""
-    count = high - begin
-    for row in rows:
-        cache.tables.grow(row, high)
-    wanted = [number * count + place for number in range(len(rows)) for place in range(low - begin, count)]
-    state = cache.state([Piece(row, begin, count) for row in rows], wanted)
-    logits = network.logits(torch.tensor([[token for row in rows for token in row.tokens[begin:high]]]), state)
-    for row in rows:
-        cache.tables.advance(row, count, shared=False)
-    return logits.view(len(rows), high - low, -1)

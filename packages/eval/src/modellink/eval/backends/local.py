@@ -83,6 +83,10 @@ class LocalBackend:
         texts = self._compute("texts", asked)
         return [Written(text, dropped) for text, (_, dropped) in zip(texts, prompts, strict=True)]
 
+    def rolling(self, text: str) -> float:
+        """The log-probability of a whole text, in windows of the longest sequence, one after the other."""
+        return float(sum(value for value, _ in self._compute("likelihoods", self.encode.windows(text))))
+
     def load(self) -> None:
         """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
         if self._engine is None:

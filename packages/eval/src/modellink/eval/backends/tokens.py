@@ -58,6 +58,20 @@ class Encoder:
                                  where="--max-new-tokens", fix="ask for fewer")
         return self._cut(self._context(request.context), room, request.context)
 
+    def windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """A text as pairs of what stands before and what is asked about, each token asked once, as the harness cuts it.
+
+        Before the first stands the beginning token, or else the end token, also where the tokenizer puts one there itself; the
+        last one is given as much of the text before it as fits.
+        """
+        ids, first = self.tokenizer.encode(text), self.tokenizer.bos_token_id
+        before = [first] if first is not None else list(self.tokenizer.eos_token_ids[:1])
+        pairs = [(before, ids[:self.longest])]
+        for start in range(self.longest, len(ids), self.longest):
+            end = min(start + self.longest, len(ids))
+            pairs.append((ids[end - self.longest - 1:start], ids[start:end]))
+        return pairs
+
     def _cut(self, ids: list[int], room: int, context: Context) -> tuple[list[int], int]:
         leading = self.leading if isinstance(context, str) else []  # a chat's template says what it begins with
         room -= len(leading)

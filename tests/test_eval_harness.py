@@ -1,0 +1,69 @@
+"""modellink-eval beside lm-evaluation-harness, where that is installed: the same prompts give the same numbers and texts.
+
+The harness' own model classes are asked from Python, its Hugging Face one and ours, because its tasks would download data. More
+questions, with real weights, are compared by `benchmarks/eval.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from modellink.eval import Asking, Request, Writing
+from modellink.eval.backends.local import LocalBackend
+from modellink.eval.job import prepare
+from tests.test_eval_local import DATA, folder
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+__all__ = ["folder"]
+
+
+@pytest.fixture(scope="module")
+def models(folder: Path):
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    from modellink.eval.backends.harness import harness_model
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
+    return theirs, harness_model()(path=str(folder), device="cpu", dtype="float32")
+
+
+def asked(kind: str, *args: object):
+    from lm_eval.api.instance import Instance
+    return [Instance(kind, {}, one, number) for number, one in enumerate(args)]
+
+
+def test_likelihoods_are_the_harness_ones(models):
+    theirs, ours = models
+    jobs = prepare(["mmlu", "boolq"], DATA, Asking("lm-eval"), 6)
+    pairs = [(question.context, choice) for job in jobs for question in job.questions for choice in question.choices]
+    # of a prompt that is too long the harness also cuts the token that the tokenizer puts first; we keep it
+    pairs = [pair for pair in pairs if not ours.backend.encode(Request(*pair)).dropped]
+    assert len({len(choice) for _, choice in pairs}) > 1 and len(pairs) > 20
+    pairs.append(("a context with a blank at its end ", "and more"))
+    expected = theirs.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
+    found = ours.loglikelihood(asked("loglikelihood", *pairs))
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    direct = ours.backend.loglikelihood([Request(*pair) for pair in pairs[:8]])
+    assert [one.logprob for one in direct] == pytest.approx([value for value, _ in expected[:8]], abs=1e-3)
+
+
+def test_rolling_likelihoods_are_the_harness_ones(models):
+    theirs, ours = models
+    texts = [("short",), (" ".join(f"word {number}" for number in range(400)),)]  # the second is longer than the model's sequence
+    expected = theirs.loglikelihood_rolling(asked("loglikelihood_rolling", *texts), disable_tqdm=True)
+    assert ours.loglikelihood_rolling(asked("loglikelihood_rolling", *texts)) == pytest.approx(expected, abs=1e-2)
+
+
+def test_texts_are_the_harness_ones(models):
+    theirs, ours = models
+    questions = [question for job in prepare("boolq", DATA, Asking("lm-eval"), 3) for question in job.questions]
+    options = {"until": ["\n", "th"], "max_gen_toks": 24, "do_sample": False}
+    args = [(question.context, options) for question in questions]
+    expected = theirs.generate_until(asked("generate_until", *args), disable_tqdm=True)
+    assert ours.generate_until(asked("generate_until", *args)) == expected
+    backend: LocalBackend = ours.backend
+    assert [one.text for one in backend.generate([Writing(context, ("\n", "th"), 24) for context, _ in args])] == expected
