@@ -9,11 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.test_eval_local import DATA, folder
 
 from modellink.eval import Asking, Request, Writing
 from modellink.eval.backends.local import LocalBackend
 from modellink.eval.job import prepare
-from tests.test_eval_local import DATA, folder
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
