@@ -21,7 +21,7 @@ import torch
 import xxhash
 
 from modellink.ckpt_convert.formats import archive
-from modellink.ckpt_convert.formats.pickle import Inert, Reader, load
+from modellink.ckpt_convert.formats.pickle import Inert, Reader, read_archive
 from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
 from modellink.ckpt_convert.formats.writing import Planned, write
 from modellink.kernels.errors import ModelLinkError
@@ -60,23 +60,23 @@ def test_tensors_equal_those_of_torch(tmp_path: Path) -> None:
     state = {"whole": base, "view": base[2:5], "half": torch.randn(3, 5).bfloat16(), "vector": torch.arange(7),
              "parameter": torch.nn.Parameter(torch.randn(2, 2)), "empty": torch.zeros(0, 3)}
     torch.save(state, tmp_path / "x.pt")
-    for name, stored in load(tmp_path / "x.pt").items():
+    for name, stored in read_archive(tmp_path / "x.pt").items():
         assert torch.equal(whole(stored), state[name].detach()), name
-    assert torch.equal(load(tmp_path / "x.pt")["whole"].read(range(1, 3), range(2, 4)), base[1:3, 2:4])
+    assert torch.equal(read_archive(tmp_path / "x.pt")["whole"].read(range(1, 3), range(2, 4)), base[1:3, 2:4])
 
 
 def test_a_window_of_a_larger_file(tmp_path: Path) -> None:
     body = io.BytesIO()
     torch.save(torch.arange(12.0).view(3, 4), body)
     (tmp_path / "x").write_bytes(b"before!" + body.getvalue() + b"after" * 99)
-    assert torch.equal(whole(load(tmp_path / "x", 7, len(body.getvalue()))), torch.arange(12.0).view(3, 4))
+    assert torch.equal(whole(read_archive(tmp_path / "x", 7, len(body.getvalue()))), torch.arange(12.0).view(3, 4))
 
 
 def test_unknown_objects_become_inert(tmp_path: Path) -> None:
     state = {"args": Namespace(kind=Kind.A, dtype=torch.bfloat16, path=Path("x"), layers=3),
              "rng": np.random.RandomState(1).get_state(), "file": io.BytesIO(b"abc"), "default": collections.defaultdict(list)}
     torch.save(state, tmp_path / "x.pt")
-    args = load(tmp_path / "x.pt")["args"]
+    args = read_archive(tmp_path / "x.pt")["args"]
     assert isinstance(args, Inert) and args.name == "argparse.Namespace"
     assert args.state["layers"] == 3 and args.state["dtype"] == torch.bfloat16 and isinstance(args.state["kind"], Inert)
 
@@ -112,7 +112,7 @@ def test_hostile_opcodes_run_nothing(case: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
         made.writestr("archive/data.pkl", code)
     try:
-        load(tmp_path / "x.pt")
+        read_archive(tmp_path / "x.pt")
     except ModelLinkError as error:  # refusing is as good as an inert object
         assert str(tmp_path / "x.pt") in str(error)
     assert not victim.exists() and not Path("VICTIM").exists()
@@ -132,7 +132,7 @@ def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> No
 
     torch.save(Lying(), tmp_path / "x.pt")
     with pytest.raises(ModelLinkError, match=r"storage|row by row"):
-        load(tmp_path / "x.pt")
+        read_archive(tmp_path / "x.pt")
 
 
 def test_a_storage_stays_within_its_record(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_a_storage_stays_within_its_record(tmp_path: Path) -> None:
     assert data.count(count) == 1
     (tmp_path / "x.pt").write_bytes(data.replace(count, b"K\x40tq"))
     with pytest.raises(ModelLinkError, match="64 elements"):
-        load(tmp_path / "x.pt")
+        read_archive(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("keep", [0, 10, 500, -40, -1])
@@ -151,7 +151,7 @@ def test_a_file_that_was_cut_off(keep: int, tmp_path: Path) -> None:
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(data[:keep])
     with pytest.raises(ModelLinkError, match=r"not a whole torch.save archive"):
-        load(tmp_path / "x.pt")
+        read_archive(tmp_path / "x.pt")
 
 
 def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
@@ -160,14 +160,14 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         for name in old.namelist():
             new.writestr(name, old.read(name))
     with pytest.raises(ModelLinkError, match="is compressed"):
-        load(tmp_path / "y.pt")
+        read_archive(tmp_path / "y.pt")
 
 
 def test_a_damaged_pickle(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
         made.writestr("archive/data.pkl", b"\x80\x02}q\x00(X\x01")
     with pytest.raises(ModelLinkError, match="the pickle in it cannot be read"):
-        load(tmp_path / "x.pt")
+        read_archive(tmp_path / "x.pt")
 
 
 def test_our_writer_is_read_by_torch_and_repeats_itself(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_our_writer_is_read_by_torch_and_repeats_itself(tmp_path: Path) -> None:
         found = torch.load(tmp_path / "x.pt", weights_only=False, mmap=mmap)
         assert all(torch.equal(found["model"][name], tensor) for name, tensor in tensors.items())
     assert (tmp_path / "x.pt").read_bytes() == (tmp_path / "y.pt").read_bytes()
-    assert all(stored.offset % archive.ALIGNMENT == 0 for stored in load(tmp_path / "x.pt")["model"].values())
+    assert all(stored.offset % archive.ALIGNMENT == 0 for stored in read_archive(tmp_path / "x.pt")["model"].values())
     with zipfile.ZipFile(tmp_path / "x.pt") as read:
         assert read.testzip() is None  # the CRC of every record
 
@@ -197,7 +197,7 @@ def test_records_beyond_four_gigabytes(tmp_path: Path) -> None:
     assert found["first"].shape == large.shape and torch.equal(found["second"], torch.arange(3.0))
     with zipfile.ZipFile(tmp_path / "x.pt") as read:
         assert read.getinfo("archive/data/0").file_size == large.nbytes > 1 << 32
-    assert torch.equal(whole(load(tmp_path / "x.pt")["second"]), torch.arange(3.0))
+    assert torch.equal(whole(read_archive(tmp_path / "x.pt")["second"]), torch.arange(3.0))
 
 
 def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from modellink.infer.cli import chat, generate
-from modellink.infer.original import in_our_words, training
+from modellink.infer.original import in_our_words
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags
 
@@ -41,7 +41,6 @@ def test_an_adapter_is_not_passed_over():
 
 
 def test_our_own_words_and_unknown_ones_stay(capsys):
-    args = ["--load", "a", "--tmperature=1", "--prompt", "--lr"]
-    assert in_our_words(args[:3], generate) == args[:3]
-    assert in_our_words(["--load", "a", "--tp", "2"], generate) == ["--load", "a", "--tp", "2"]
-    assert "--lr" in training() and not capsys.readouterr().err
+    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses what nobody knows
+        assert in_our_words(args, generate) == args
+    assert not capsys.readouterr().err

@@ -12,7 +12,8 @@ from typing import Any
 
 from modellink.ckpt_convert.families import family_of, fitting, read_spec
 from modellink.ckpt_convert.family import config_of
-from modellink.ckpt_convert.formats import pickle, safetensors
+from modellink.ckpt_convert.formats import safetensors
+from modellink.ckpt_convert.formats.pickle import read_archive
 from modellink.ckpt_convert.formats.tensors import Part, Stored, as_bytes
 from modellink.ckpt_convert.formats.writing import Planned
 from modellink.ckpt_convert.hf_config import Config
@@ -90,7 +91,7 @@ def pickled(path: Path) -> dict[str, Stored]:
     Raises:
         ModelLinkError: the file is missing, damaged or cut off, or holds something else than tensors of floating numbers.
     """
-    content = pickle.load(path)
+    content = read_archive(path)
     if not isinstance(content, Mapping):
         raise ModelLinkError("the file holds no tensors by name", where=path)
     found = {str(name): value for name, value in content.items() if isinstance(value, Stored)}

@@ -142,7 +142,7 @@ class Reader(pickle.Unpickler):
         return self._storage(str(key), STORAGES[storage], numel)
 
 
-def load_pickle(path: Path) -> Any:
+def read_pickle(path: Path) -> Any:
     """A bare pickle without tensors, e.g. `.metadata` of torch.distributed.checkpoint."""
     with open(path, "rb") as file:
         return _guarded(path, lambda: Reader(file).load())
@@ -156,7 +156,7 @@ def names(path: Path) -> set[str]:
     return reader.names
 
 
-def load(path: Path, start: int = 0, length: int | None = None) -> Any:
+def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
     """What `torch.save` wrote to `path`, or to `length` bytes of it from `start`; tensors are `Stored`, unknown objects `Inert`.
 
     Raises:

@@ -13,8 +13,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from modellink.ckpt_convert.formats import legacy, pickle
+from modellink.ckpt_convert.formats import legacy
 from modellink.ckpt_convert.formats.dialects import renamed
+from modellink.ckpt_convert.formats.pickle import read_archive
 from modellink.ckpt_convert.formats.tensors import Stored
 from modellink.ckpt_convert.weights import EMBEDDING, FINAL_NORM, LAYERS
 from modellink.kernels.errors import ModelLinkError
@@ -90,7 +91,7 @@ def _is_whole(chunks: list[dict[str, Stored]], num_layers: int | None) -> bool:
 
 
 def _content(path: Path) -> Content:
-    content = pickle.load(path)
+    content = read_archive(path)
     if not isinstance(content, Mapping):
         raise ModelLinkError("the file holds no state of a model", where=path)
     if isinstance(version := content.get("checkpoint_version"), (int, float)) and version < 2:

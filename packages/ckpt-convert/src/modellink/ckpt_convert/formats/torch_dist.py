@@ -17,8 +17,8 @@ from operator import add
 from pathlib import Path
 from typing import Any
 
-from modellink.ckpt_convert.formats import pickle
 from modellink.ckpt_convert.formats.dialects import our_name
+from modellink.ckpt_convert.formats.pickle import DTYPES, names, read_archive, read_pickle
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.source import assemble, refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec
@@ -31,7 +31,7 @@ STACKED = "mlp.experts.experts."
 """How Megatron-Core names the experts of a layer in such checkpoints."""
 
 KNOWN = {"builtins.getattr", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
-    f"torch.{name}" for name in pickle.DTYPES} | {
+    f"torch.{name}" for name in DTYPES} | {
     f"torch.distributed.checkpoint.{name}" for name in (
         "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
         "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
@@ -113,7 +113,7 @@ class Place:
 
 def _entries(folder: Path) -> dict[str, Entry]:
     """The model's tensors by name."""
-    metadata = pickle.load_pickle(folder / METADATA)
+    metadata = read_pickle(folder / METADATA)
     try:
         fields = metadata.state
         places = {(key.state["fqn"], key.state.get("offset")): info.state for key, info in fields["storage_data"].items()}
@@ -156,7 +156,7 @@ def _check_shape(name: str, entry: Entry, weight: Weight, axes: list[int], folde
 
 def _parts(name: str, chunk: Chunk, weight: Weight, axes: int) -> Iterator[tuple[tuple[int, ...], Part]]:
     """(index along the leading axes, part) of each tensor a chunk covers."""
-    stored = pickle.load(chunk.file, chunk.start, chunk.length)
+    stored = read_archive(chunk.file, chunk.start, chunk.length)
     if not isinstance(stored, Stored) or prod(stored.shape) != prod(chunk.sizes):
         raise ModelLinkError(f"a piece of {name} should have the shape {list(chunk.sizes)}", where=chunk.file)
     offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
@@ -174,7 +174,7 @@ def refuse_unknown_names(folder: Path) -> None:
 
     For a program that is about to hand the folder to another reader, which will unpickle the metadata and call what it names.
     """
-    unknown = pickle.names(folder / METADATA) - KNOWN
+    unknown = names(folder / METADATA) - KNOWN
     if unknown:
         raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which no checkpoint needs",
                              where=folder / METADATA,

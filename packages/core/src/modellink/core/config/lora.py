@@ -27,7 +27,6 @@ class LoraConfig:
     lora_dropout: float = option(0.0, "Share of an adapter's input dropped.", minimum=0, maximum=1)
     lora_use_rslora: bool = option(False, "Multiply by alpha / sqrt(r) (rsLoRA).")
     lora_load: Path | None = option(None, "Adapters to go on with, of a run on the same --load.")
-
     lora_quantize: Literal["nf4", "int8"] | None = option(
         None, "Hold the frozen linears in this form (QLoRA); needs modellink-core[qlora], on CPU and CUDA.")
 
