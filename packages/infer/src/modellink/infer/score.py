@@ -106,16 +106,16 @@ def _inputs(network: Network, pairs: Sequence[Pair]) -> list[_Input]:
             for tokens, numbers in sorted(users.items())]
 
 
-_caches: WeakKeyDictionary[Network, tuple[int, int, PagedCache]] = WeakKeyDictionary()
+_caches: WeakKeyDictionary[Network, tuple[int, PagedCache]] = WeakKeyDictionary()  # with the row it was made for
 
 
 def _cache(network: Network, longest: int) -> PagedCache:
-    """A network's cache for scoring, which lives on; a larger one where a row or a pass does not fit."""
-    rows, piece, cache = _caches.get(network, (0, 0, None))
-    if cache is None or longest > rows or piece < PASS_TOKENS:
-        tokens = longest + PASS_TOKENS + PASS_ROWS * SIZE
+    """A network's cache for scoring, which lives on; a larger one where a row does not fit."""
+    made_for, cache = _caches.get(network, (0, None))
+    if cache is None or longest > made_for:
+        tokens = longest + PASS_TOKENS + PASS_ROWS * SIZE  # of which memory may have fewer
         cache = network.cache(rows=PASS_ROWS, piece=PASS_TOKENS, tokens=tokens)
-        _caches[network] = longest, PASS_TOKENS, cache
+        _caches[network] = longest, cache
     return cache
 
 
@@ -126,7 +126,7 @@ def _choose(cache: PagedCache, waiting: Sequence[_Input], room: int) -> list[tup
         room: how many tokens' logits there is memory for.
     """
     chosen: list[tuple[_Input, Piece]] = []
-    budget, room = max(PASS_TOKENS, 1), max(room, 1)
+    budget, room = PASS_TOKENS, max(room, 1)
     for one in waiting:
         if not budget or not room or len(chosen) == PASS_ROWS:
             break
