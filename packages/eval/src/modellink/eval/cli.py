@@ -108,7 +108,7 @@ def _run_command() -> None:
 
 def in_our_words(args: list[str]) -> list[str]:
     """Arguments of `run`, those of the original's evaluation.py translated; its scripts repeat the flags of training."""
-    own = {name for option in run_tasks.params for name in (*option.opts, *option.secondary_opts)}
+    own = {"--help"} | {name for option in run_tasks.params for name in (*option.opts, *option.secondary_opts)}
     table = original_flags("modellink.eval")
     known = own | set(table)
     if any(arg.partition("=")[0] not in known for arg in args if arg.startswith("--")) and find_spec("modellink.infer"):

@@ -15,7 +15,7 @@ MODEL, TRAINING = "the checkpoint says what the model is", "it is about training
 
 def in_our_words(args: list[str], command: click.Command) -> list[str]:
     """The arguments of one of our commands, those of the original translated."""
-    own = {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
+    own = {"--help"} | {name for option in command.params for name in (*option.opts, *option.secondary_opts)}
     if all(arg.partition("=")[0] in own for arg in args if arg.startswith("--")):
         return args
     table = training() | original_flags("modellink.infer")  # imports torch, which help and our own flags do not wait for
