@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from modellink.eval.cli import in_our_words, run_tasks
@@ -33,3 +36,10 @@ def test_what_is_not_done_is_said(flag):
     with pytest.raises(ModelLinkError, match=f"{flag} is not done here") as caught:
         in_our_words(["--task", "mmlu", flag, "1"])
     assert caught.value.fix
+
+
+def test_help_waits_for_no_torch():
+    code = ("import sys; from modellink.eval.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+            "print('torch' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", code, "run", "--help"], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False", done.stderr
