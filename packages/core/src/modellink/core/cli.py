@@ -14,8 +14,11 @@ import click
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import processes
+from modellink.core.determinism import set_variables
+from modellink.core.digests import digests
 from modellink.core.models import models
 from modellink.core.presets import load_preset
+from modellink.core.repeatability import determinism
 from modellink.core.run import CONFIGS, Run, prepare
 from modellink.kernels.errors import run_command
 from modellink.kernels.options import Layer, command, yaml_layer
@@ -47,6 +50,8 @@ def _start(model: str | None, config: Path | None, given: Layer) -> None:
     layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
     launched = processes.under_launcher()
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
+    if run.determinism.use_deter_comp:
+        set_variables(run.device.kind)
     if not launched and run.layout.world_size > 1:
         sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
@@ -73,6 +78,8 @@ def print_arguments(run: Run) -> None:
 train.add_command(pretrain)
 train.add_command(sft)
 train.add_command(models)
+train.add_command(digests)
+train.add_command(determinism)
 
 
 def main() -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`weight` * x / sqrt(mean(x^2) + `epsilon`) over the last dimension; the mean is taken in fp32."""
-    return FORMS.get(x.device.type, plain)(x, weight, epsilon)
+    return form_of("rms_norm", x.device.type, FORMS, plain)(x, weight, epsilon)
 
 
 def plain(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first `cos.size(-1)` dimensions of every head and leave the others.
@@ -24,7 +26,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         interleaved: dimension 2i is paired with 2i + 1, not dimension i with i + rotated dim / 2.
     """
     size = cos.size(-1)
-    form = plain_interleaved if interleaved else FORMS.get(x.device.type, plain)
+    form = plain_interleaved if interleaved else form_of("rotary", x.device.type, FORMS, plain)
     if size == x.size(-1):
         return form(x, cos, sin)
     return torch.cat([form(x[..., :size], cos, sin), x[..., size:]], dim=-1)

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def swiglu(x: Tensor) -> Tensor:
     """[..., 2 x ffn] (gate, then up) -> silu(gate) * up [..., ffn]."""
-    return FORMS.get(x.device.type, plain)(x)
+    return form_of("swiglu", x.device.type, FORMS, plain)(x)
 
 
 def plain(x: Tensor) -> Tensor:
