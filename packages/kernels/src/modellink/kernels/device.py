@@ -6,6 +6,8 @@ on a device (core's engine.py) and the fused ops (ops/).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import resource
@@ -19,6 +21,7 @@ import torch
 from modellink.kernels.errors import ModelLinkError
 
 Kind = Literal["cpu", "cuda", "npu"]
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h; 32 MiB is the largest threshold glibc takes
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -47,6 +50,8 @@ class Device:
         """Make it the current device of this process."""
         if self.module:
             self.module.set_device(self.index)
+        else:
+            _keep_memory()
 
     def synchronize(self) -> None:
         if self.module:
@@ -70,6 +75,14 @@ class Device:
         if self.module:
             return int(self.module.mem_get_info(self.index)[0])
         return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what tensors free for those that come: else it goes back to the system, which clears each page anew."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        adjust = ctypes.CDLL(None).mallopt
+        for name, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
+            adjust(name, value)
 
 
 def _available() -> int | None:

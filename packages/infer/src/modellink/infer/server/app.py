@@ -127,7 +127,7 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
                        prompt_type=service.engine.plan.prompt_type)
         asked = await asyncio.to_thread(read)
-        submission = service.submit(asked.requests, notify)
+        submission = service.submit(asked.requests, notify, every_piece=asked.stream)
     except Busy as error:
         service.metrics.count("refused")
         return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
