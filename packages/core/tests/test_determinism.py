@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from modellink.core.determinism import deterministic
+from modellink.core.determinism import deterministic, set_variables
 from modellink.core.digests import Parting, compare, digests
 from modellink.core.repeatability import CONFIGURATIONS, rows, run_all
 from modellink.core.testing import beside
@@ -52,6 +53,15 @@ def test_an_operation_that_cannot_promise_its_bits_is_refused():
     with deterministic(True, 1), pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
         put()
     put()
+
+
+def test_the_libraries_of_an_accelerator_are_asked_where_the_user_has_not(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"HCCL_DETERMINISTIC": "strict"})
+    set_variables("cpu")
+    set_variables("npu")
+    assert os.environ == {"HCCL_DETERMINISTIC": "strict", "CLOSE_MATMUL_K_SHIFT": "1"}
+    set_variables("cuda")
+    assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":4096:8", "Ring")
 
 
 def spoilt(options: dict[str, Any], where: str, iteration: int, name: str) -> bool:

@@ -163,6 +163,23 @@ def test_what_was_trained_goes_on_elsewhere_and_becomes_a_hugging_face_folder(ru
         assert torch.equal(first.read(name, rows, 0), second.read(name, rows, 0)), name
 
 
+def threads(runs: list[dict[str, Any]]) -> list[int]:
+    """On a rank: the threads of its process after each of these runs; the groups of every layout have some."""
+    found = []
+    for options in runs:
+        train(options)
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+    return found
+
+
+def test_a_run_leaves_no_groups_and_threads_behind(pools, mixture, corpus):
+    """Models and optimizers hang on autograd's nodes, which hang on them."""
+    texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),), "exit_interval": 1}
+    runs = [texts | more for more in (EP2 | {"use_distributed_optimizer": True}, TP2)]
+    for first, second, *later in pools(2)(threads, runs=runs * 3):
+        assert later == [first, second] * 2
+
+
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole, policy):
     few = {"moe_token_dispatcher_type": "alltoall", "moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": policy}
@@ -170,7 +187,7 @@ def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole
     assert one[0][2] != pytest.approx(whole[0][2], rel=1e-5)
     padded = run("one", **few, moe_pad_expert_input_to_capacity=True)
     for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):  # of scores that are nearly equal, rounding decides later
-        assert [step[2] for step in other[:3]] == pytest.approx([step[2] for step in one[:3]], rel=2e-6)
+        assert [step[2] for step in other[:2]] == pytest.approx([step[2] for step in one[:2]], rel=2e-6)
         assert [step[3] for step in other[:2]] == pytest.approx([step[3] for step in one[:2]], rel=1e-5)
 
 

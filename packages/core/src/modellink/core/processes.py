@@ -180,6 +180,7 @@ def second_ring() -> Any:
 def _end_groups() -> None:
     """Take megatron-core's process groups apart: it would only forget them, and each keeps threads and sockets of its own."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
     for group in parallel_state._global_process_group_list or ():
         if group is not None:
             dist.destroy_process_group(group)
@@ -187,6 +188,7 @@ def _end_groups() -> None:
     if _second_ring is not None:
         dist.destroy_process_group(_second_ring)
         _second_ring = None
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # balance losses, with the groups that are to sum them
     parallel_state.destroy_model_parallel()
     gc.collect()  # models of an earlier layout hold its groups
 

@@ -22,7 +22,7 @@ from modellink.core.train.checkpoint import Training
 from modellink.core.train.digest import Digests
 from modellink.core.train.guard import keep_batch, refuse_not_finite
 from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
-from modellink.core.train.optimizer import whole_parameters
+from modellink.core.train.optimizer import let_go, whole_parameters
 from modellink.core.train.step import run_schedule
 from modellink.core.train.stop import Stop, is_multiple
 from modellink.core.train.tracker import Tracker
@@ -67,6 +67,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
     digests.close()
+    let_go(training.models)
     return metrics.history
 
 

@@ -56,6 +56,18 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
     return optimizer
 
 
+def let_go(models: Sequence[Any]) -> None:
+    """After a run: untie what its models and its optimizer hold of each other; the models are of no use then.
+
+    Parameters have hooks of the data-parallel wrapper, which so hangs on autograd's nodes, where Python's garbage collection does
+    not see it: with it would stay memory, process groups and their threads.
+    """
+    for model in models:
+        model.config.grad_scale_func = model.config.no_sync_func = model.config.finalize_model_grads_func = None
+        model.grad_accs.clear()
+        model._modules.clear()
+
+
 def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:
     """The learning rate as a function of the iterations or samples so far, which `step` is told after each iteration."""
     start, end = ((config.weight_decay if value is None else value)
