@@ -26,6 +26,7 @@ from modellink.core.config import (
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
+    ResilienceConfig,
 )
 from modellink.core.posttrain import adapters
 from modellink.core.train.progress import read_progress
@@ -35,7 +36,7 @@ from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
 CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, LoraConfig, OptimizerConfig, MoEConfig, MemoryConfig,
-           CheckpointConfig, LoggingConfig)
+           CheckpointConfig, LoggingConfig, ResilienceConfig)
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class Run:
     memory: MemoryConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    resilience: ResilienceConfig
     layout: ParallelLayout
     device: Device
     source: Checkpoint | None = None
     resumed: Path | None = None
+    optimizer_instances: int = 1
 
     @property
     def manifest(self) -> Manifest:
@@ -71,7 +74,7 @@ class Run:
         """All that the run was told, by name."""
         values: dict[str, Any] = {}
         for config in (self.spec, self.parallel, self.data, self.instruction, self.lora, self.optimizer, self.moe, self.memory,
-                       self.checkpoint, self.logging):
+                       self.checkpoint, self.logging, self.resilience):
             values |= vars(config)
         return values
 
@@ -114,8 +117,9 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     run = Run(spec, parallel, data, resolved[InstructionConfig], lora, optimizer, resolved[MoEConfig],
-              resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
-              resumed)
+              resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], (resilience := resolved[ResilienceConfig]), layout,
+              find(parallel.device, local_rank), source, resumed,
+              2 if resilience.enable_high_availability and parallel.use_distributed_optimizer else 1)
     rules.check(run)
     return run
 

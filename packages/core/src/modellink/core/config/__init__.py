@@ -9,6 +9,7 @@ from modellink.core.config.memory import MemoryConfig
 from modellink.core.config.moe import MoEConfig
 from modellink.core.config.optimizer import OptimizerConfig
 from modellink.core.config.parallel import ParallelConfig
+from modellink.core.config.resilience import ResilienceConfig
 
 __all__ = ["CheckpointConfig", "DataConfig", "InstructionConfig", "LoggingConfig", "LoraConfig", "MemoryConfig",
-           "MoEConfig", "OptimizerConfig", "ParallelConfig"]
+           "MoEConfig", "OptimizerConfig", "ParallelConfig", "ResilienceConfig"]
