@@ -17,8 +17,11 @@ import click
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import processes
+from modellink.core.determinism import set_variables
+from modellink.core.digests import digests
 from modellink.core.models import models
 from modellink.core.presets import load_preset
+from modellink.core.repeatability import determinism
 from modellink.core.run import CONFIGS, Run, prepare
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, yaml_layer
@@ -54,6 +57,8 @@ def _start(model: str | None, config: Path | None, given: Layer) -> None:
         sys.exit(_start_agent(run, layers))
     if launched and (again := _continued(run)) is not None:
         run = prepare([*layers, again], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    if run.determinism.use_deter_comp:
+        set_variables(run.device.kind)
     if not launched and run.layout.world_size > 1:
         sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
@@ -112,6 +117,8 @@ def print_arguments(run: Run) -> None:
 train.add_command(pretrain)
 train.add_command(sft)
 train.add_command(models)
+train.add_command(digests)
+train.add_command(determinism)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -126,6 +126,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
 
 _groups_of: ParallelLayout | None = None
 """The layout the process groups stand for."""
+_second_ring: Any = None
 
 
 def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45, instances: int = 1) -> None:
@@ -194,6 +195,19 @@ def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         num_distributed_optimizer_instances=instances,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)
+    global _second_ring
+    _second_ring = None
+    if layout.cp // layout.ulysses > 1:
+        order = parallel_state.RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
+        rings = [ranks[first::layout.ulysses] for ranks in order.get_ranks("cp") for first in range(layout.ulysses)]
+        for ranks in rings:  # every rank takes part in making each
+            made = dist.new_group(ranks)
+            _second_ring = made if dist.get_rank() in ranks else _second_ring
+
+
+def second_ring() -> Any:
+    """Another group of the ranks between which this one passes keys and values round."""
+    return _second_ring
 
 
 def _end_groups() -> None:
@@ -202,6 +216,10 @@ def _end_groups() -> None:
     for group in parallel_state._global_process_group_list or ():
         if group is not None:
             dist.destroy_process_group(group)
+    global _second_ring
+    if _second_ring is not None:
+        dist.destroy_process_group(_second_ring)
+        _second_ring = None
     parallel_state.destroy_model_parallel()
     gc.collect()  # models of an earlier layout hold its groups
 

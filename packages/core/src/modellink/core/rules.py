@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def check(run: Run) -> None:
     """Raise where settings of a run do not go together."""
     run.memory.check_layers(run.layout, run.spec.num_layers)
+    run.profile.check_ranks(run.layout.world_size)
     run.memory.check_precision(run.optimizer.dtype)
     _layout(run.spec, run.layout, run.parallel, run.data, run.optimizer)
     adapters.targets(run.spec, run.lora)

@@ -110,14 +110,16 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     Returns:
         The run as it is then.
     """
-    training.models, training.optimizer, training.schedule = [], None, None
+    training.models.clear()
+    training.optimizer = training.schedule = None
     gc.collect()
     layout = replace(run.layout, dp=dp)
     instances = run.optimizer_instances if dp == run.layout.dp else 1
     again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, source=run.source if run.lora.on else None)
     processes.rejoin(run.device, layout, ranks, prefix, instances)
     made = set_up(again)
-    training.models, training.optimizer, training.schedule = made.models, made.optimizer, made.schedule
+    training.models.extend(made.models)
+    training.optimizer, training.schedule = made.optimizer, made.schedule
     training.layout = layout
     fill(training, snapshot)
     return replace(again, source=run.source)

@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.posttrain.adapters import write_description, write_peft
+from modellink.core.profiling import Profiler
 from modellink.core.resilience.guard import guard
 from modellink.core.run import Run
 from modellink.core.train import checkpoint, rank_files
 from modellink.core.train.checkpoint import Training
+from modellink.core.train.digest import Digests
 from modellink.core.train.guard import keep_batch, refuse_not_finite
 from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
 from modellink.core.train.optimizer import whole_parameters
@@ -43,10 +46,12 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         throughput=throughput(run) if known else None,
         tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
     clock, writer = Clock(run.device), Writer()
+    digests = Digests(run, training.models, training.iteration)
     watched = guard(run, training, partial(_save_now, training), partial(advance, run, training))
-    with Stop(run.checkpoint, run.device.torch) as stop, watched:
+    with (Stop(run.checkpoint, run.device.torch) as stop, Profiler(run, training.models, training.iteration) as profiler, watched):
         while training.iteration < last and not logging.skip_train:
-            watched.attempt(partial(iterate, run, training, train, metrics, clock, writer))
+            watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
+            profiler.step()
             writer.poll()
             at = training.iteration
             leaving = stop.reason(at)
@@ -65,6 +70,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
         evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
+    digests.close()
     return metrics.history
 
 
@@ -90,7 +96,8 @@ def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
     return partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
 
 
-def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock, writer: Writer) -> None:
+def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock, writer: Writer,
+            digests: Digests) -> None:
     """One iteration: gradients over all micro batches, an optimizer step, a line of metrics."""
     for model in training.models:
         model.zero_grad_buffer()
@@ -102,8 +109,11 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
         refuse_not_finite(training.models, loss, f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}",
                           lambda: _keep_batch(run, training, feed, writer))
     learning_rate = training.optimizer.param_groups[0]["lr"]
-    updated, grad_norm, _ = training.optimizer.step()
+    digests.gradients()
+    with record_function("optimizer-step"):  # a range in the traces of --profile
+        updated, grad_norm, _ = training.optimizer.step()
     advance(run, training, updated=updated)
+    digests.write(training.iteration, loss)
     metrics.add(Step(
         iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size, loss=loss.item(),
         learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,7 +28,7 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Ten
           settings: Settings) -> None:
     """Update `params`, `means` (first moments) and `variances` (second moments), all of one device, in place."""
     if params:
-        FORMS.get(params[0].device.type, plain)(params, grads, means, variances, settings)
+        form_of("adamw", params[0].device.type, FORMS, plain)(params, grads, means, variances, settings)
 
 
 def plain(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 _NPU_MASK = 2048  # npu_fusion_attention wants its compressed masks in this size
 
 
@@ -70,7 +72,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, posit
     Returns:
         [seq, batch, heads, value dim].
     """
-    return FORMS.get(query.device.type, torch_fused)(query, key, value, variant, positions)
+    return form_of("attention", query.device.type, FORMS, plain)(query, key, value, variant, positions)
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -177,4 +179,5 @@ def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: 
     return (out if shape == "BSND" else out.unflatten(0, (query.size(1), -1))).transpose(0, 1)
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {"npu": npu}
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {
+    "cpu": torch_fused, "cuda": torch_fused, "npu": npu}

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def grouped_matmul(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """x [rows, in], the first counts[0] rows for weights[0] [out, in] and so on -> [rows, out]."""
-    return FORMS.get(x.device.type, plain)(x, weights, counts)
+    return form_of("grouped_matmul", x.device.type, FORMS, plain)(x, weights, counts)
 
 
 def plain(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over both sets of keys, from the attention over each.
@@ -15,7 +17,7 @@ def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> t
         out, new_out: [seq, batch, heads, dim], fp32.
         lse, new_lse: [seq, batch, heads], logarithm of the sum of exponentiated scores; -inf where no key was seen.
     """
-    return FORMS.get(out.device.type, plain)(out, lse, new_out, new_lse)
+    return form_of("ring_update", out.device.type, FORMS, plain)(out, lse, new_out, new_lse)
 
 
 def plain(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
