@@ -92,7 +92,8 @@ def _continued(run: Run) -> Layer | None:
     save = run.checkpoint.save
     if int(os.environ.get(processes.START, "1")) == 1 or save is None or newest(save) is None:
         return None
-    return Layer("the start after a failure", {"lora_load" if run.lora.on else "load": save, "finetune": False, "ckpt_step": None})
+    where = "lora_load" if run.lora.on else "load"
+    return Layer("the start after a failure", {where: save, "finetune": False, "ckpt_step": None})
 
 
 def _train(run: Run) -> None:

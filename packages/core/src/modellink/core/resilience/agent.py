@@ -87,13 +87,12 @@ class Agent(LocalElasticAgent):
         store = self._keys(processes.keys(self._generation()))
         names = ", ".join(str(first + rank) for rank in failed)
         report(store, Failure(f"rank {names} is gone", dead=[first + rank for rank in failed]))
-        deadline, at_first = time.monotonic() + SAVING, set(running)
+        deadline, count = time.monotonic() + SAVING, len(running)
         while running and time.monotonic() < deadline:
             time.sleep(0.1)
             running = self._states()[1]
-            if len(running) < len(at_first):
-                deadline = min(deadline, time.monotonic() + GRACE)
-                at_first = set(running)
+            if len(running) < count:
+                deadline, count = min(deadline, time.monotonic() + GRACE), len(running)
 
     def _generation(self) -> int:
         return int(self._keys(processes.keys(0)).add("generation", 0))
@@ -106,8 +105,8 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0
         causes = [rank for rank, code in codes.items() if code != GASPED] or sorted(codes)
         now = (causes[0], self._saved())
-        print(f"note: rank {causes[0]} ended with {_told(codes[causes[0]])}"
-              + (f"; the run starts again, {self._remaining_restarts} times more at most" if self._remaining_restarts else ""), flush=True)
+        again = f"; the run starts again, {self._remaining_restarts} times more at most" if self._remaining_restarts else ""
+        print(f"note: rank {causes[0]} ended with {_told(codes[causes[0]])}{again}", flush=True)
         if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
             print(f"note: it failed twice without a step between: {count} ranks start now", flush=True)
             self._worker_group.spec.local_world_size = count
@@ -121,8 +120,7 @@ def _told(code: int) -> str:
 def launch(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int], int | None],
            saved: Callable[[], object]) -> int:
     """Run `python -m module arguments` as the ranks of this machine until they end well; the exit status."""
-    for name in ("torch.distributed.elastic", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said here
     low, high = run.resilience.nodes
     count = run.parallel.nproc_per_node or run.parallel.processes()
     endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{processes.free_port()}"
@@ -135,7 +133,7 @@ def launch(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int
             local_addr="127.0.0.1" if high == 1 else None, last_call_timeout=5))
         spec = WorkerSpec(role="rank", local_world_size=count, entrypoint=sys.executable, args=("-m", module, *arguments),
                           rdzv_handler=handler, max_restarts=run.resilience.max_restarts, monitor_interval=0.1)
-        agent = Agent(spec, DefaultLogsSpecs(logs, redirects={rank: Std.ERR for rank in range(1, count)}), fewer, saved)
+        agent = Agent(spec, DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, count), Std.ERR)), fewer, saved)
         try:
             result = agent.run()
         finally:

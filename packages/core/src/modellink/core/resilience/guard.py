@@ -200,7 +200,9 @@ def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Ca
 
 
 def _of_a_collective(error: Exception) -> bool:
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE))
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
 
 
 def _wait_for(store: dist.Store, key: str, seconds: float) -> None:

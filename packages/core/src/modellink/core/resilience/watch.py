@@ -59,9 +59,9 @@ def read(store: dist.Store) -> Failure | None:
 def sockets() -> set[str]:
     """The sockets of this process, by number in the kernel."""
     found = set()
-    for entry in os.scandir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
-            if (target := os.readlink(entry.path)).startswith("socket:"):
+            if (target := str(entry.readlink())).startswith("socket:"):
                 found.add(target)
     return found
 
@@ -104,6 +104,8 @@ class Watch:
             os._exit(1)
 
     def _abort(self) -> None:
+        if not dist.is_initialized():  # this rank ends
+            return
         if dist.get_backend() != "gloo":
             for group in list(dist.distributed_c10d._world.pg_map):
                 group.abort()
@@ -111,7 +113,7 @@ class Watch:
         port = int(os.environ["MASTER_PORT"])
         for entry in list(Path("/proc/self/fd").iterdir()):
             with contextlib.suppress(OSError):
-                if os.readlink(entry) not in self._sockets:
+                if str(entry.readlink()) not in self._sockets:
                     continue
                 with socket.socket(fileno=os.dup(int(entry.name))) as copy:
                     if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != port:

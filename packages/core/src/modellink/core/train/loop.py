@@ -48,7 +48,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
     clock, writer = Clock(run.device), Writer()
     digests = Digests(run, training.models, training.iteration)
     watched = guard(run, training, partial(_save_now, training), partial(advance, run, training))
-    with (Stop(run.checkpoint, run.device.torch) as stop, Profiler(run, training.models, training.iteration) as profiler, watched):
+    profiled = Profiler(run, training.models, training.iteration)
+    with Stop(run.checkpoint, run.device.torch) as stop, profiled as profiler, watched:
         while training.iteration < last and not logging.skip_train:
             watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
             profiler.step()
