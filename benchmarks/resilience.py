@@ -1,8 +1,8 @@
 """What high availability promises, kind of fault by kind: a table of what was injected, what was lost, and what it cost.
 
-Not a speed against a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) into which faults of one kind are
-injected, compared with the same run left alone. `steps lost` counts the iterations that were done again from a checkpoint older than
-the last finished step; losses must be those of the undisturbed run.
+Not a speed against a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) into which faults of one kind
+are injected, compared with the same run left alone. `steps lost` counts the iterations that were done again from a checkpoint
+older than the last finished step; losses must be those of the undisturbed run.
 
     python benchmarks/resilience.py [--layouts plain distributed tensor] [--random N --seed S] [--json FILE]
 
@@ -33,10 +33,10 @@ KINDS = {"exception": "saved by the survivors", "kill": "saved by the survivors"
 LAYOUTS = {"plain": ["--nproc-per-node", "2"],
            "distributed": ["--nproc-per-node", "4", "--use-distributed-optimizer"],
            "tensor": ["--nproc-per-node", "4", "--tp", "2", "--sequence-parallel"]}
-MODEL = ["--num-layers", "2", "--hidden-size", "24", "--num-attention-heads", "4", "--num-query-groups", "2", "--ffn-hidden-size",
-         "52", "--vocab-size", "131", "--max-position-embeddings", "64", "--model-type-hf", "llama"]
-TRAINING = ["--seq-length", "24", "--lr", "1e-3", "--global-batch-size", "8", "--eval-iters", "0", "--split", "100,0,0", "--device",
-            "cpu", "--log-interval", "1"]
+MODEL = ["--num-layers", "2", "--hidden-size", "24", "--num-attention-heads", "4", "--num-query-groups", "2",
+         "--ffn-hidden-size", "52", "--vocab-size", "131", "--max-position-embeddings", "64", "--model-type-hf", "llama"]
+TRAINING = ["--seq-length", "24", "--lr", "1e-3", "--global-batch-size", "8", "--eval-iters", "0", "--split", "100,0,0",
+            "--device", "cpu", "--log-interval", "1"]
 
 
 def train(work: Path, name: str, iterations: int, *more: str) -> tuple[dict[int, float], str, float]:
@@ -72,8 +72,9 @@ def write_text(work: Path) -> None:
 
 def random_faults(count: int, ranks: int, seed: int) -> str:
     chance = random.Random(seed)
-    return ";".join(f"kind={chance.choice(list(KINDS))},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(ranks)},"
-                    f"when={chance.choice(['start', 'update', 'random'])}" for number in range(count))
+    return ";".join(
+        f"kind={chance.choice(list(KINDS))},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(ranks)},"
+        f"when={chance.choice(['start', 'update', 'random'])}" for number in range(count))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -102,14 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 straight, _, alone = expected[iterations]
                 found, said, seconds = train(
                     work, f"{layout}-{name}", iterations, *LAYOUTS[layout], "--enable-high-availability",
-                    "--enable-optimizer-state-local-copy", "--hang-timeout", "8", "--max-restarts", "1000", "--save-interval", "3",
-                    "--inject-fault", faults)
+                    "--enable-optimizer-state-local-copy", "--hang-timeout", "8", "--max-restarts", "1000",
+                    "--save-interval", "3", "--inject-fault", faults)
                 worst = max(abs(found.get(number, float("inf")) - loss) / loss for number, loss in straight.items())
-                rows.append({"layout": layout, "fault": name, "starts": 1 + said.count("the run starts again"), "lost": lost(said),
-                             "difference": worst, "seconds": seconds, "undisturbed_seconds": alone})
+                starts = 1 + said.count("the run starts again")
+                rows.append({"layout": layout, "fault": name, "starts": starts, "lost": lost(said), "difference": worst,
+                             "seconds": seconds, "undisturbed_seconds": alone})
                 told = "equal bits" if worst == 0 else f"within {worst:.0e}"
-                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {rows[-1]['starts']:6} {rows[-1]['lost']:10} "
-                      f"{told:>16} {seconds:8.0f}", flush=True)
+                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {starts:6} {rows[-1]['lost']:10} {told:>16} "
+                      f"{seconds:8.0f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     if any(row["difference"] > 2e-6 or row["lost"] for row in rows):

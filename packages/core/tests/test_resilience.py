@@ -16,8 +16,11 @@ from modellink.core.cli import _run
 from modellink.core.resilience.faults import read_faults
 from modellink.core.resilience.gasp import State, decide
 from modellink.core.resilience.watch import Failure
+from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
+
+reuse_fp32 = beside(__file__, "test_reuse_fp32")
 
 
 @pytest.fixture
@@ -36,7 +39,8 @@ def watched(options: list[str], save: Path, faults: str, *more: str) -> str:
     """What a run with high availability says; it ends well."""
     done = subprocess.run(
         [sys.executable, "-m", "modellink.core.cli", "pretrain", *options, *more, "--save", str(save),
-         "--enable-high-availability", "--hang-timeout", "8", "--inject-fault", faults], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+         "--enable-high-availability", "--hang-timeout", "8", "--inject-fault", faults],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
     return done.stdout
@@ -63,7 +67,7 @@ def test_a_repairable_step_is_done_again_to_the_bit(pools, options, tmp_path):
     pytest.param(["--nproc-per-node", "4", "--use-distributed-optimizer"], marks=pytest.mark.stress),
     pytest.param(["--nproc-per-node", "4", "--tp", "2", "--sequence-parallel"], marks=pytest.mark.stress)], ids=" ".join)
 def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
-    """A rank is killed, fails, and hangs; the run starts again each time from the step before, with no other checkpoint there."""
+    """A rank is killed, fails, and hangs; the run starts again each time from the step before, with no other checkpoint."""
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     said = watched(options, save, "kind=kill,step=3,rank=1;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
@@ -90,6 +94,14 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, more):
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     watched(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20")
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
+
+
+def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path):
+    """Of 4 ranks: the weight and its gradient are 6 bytes, and the optimizer's 12 are cut over the 2 ranks of a half."""
+    given = {"load": options[1], "data_path": (options[3],), "bf16": True, "use_distributed_optimizer": True}
+    given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
+    for size, count in pools(4)(reuse_fp32.held, options=given):
+        assert size / count == pytest.approx(6 + 24 / 4, abs=0.2)
 
 
 FOUR = ParallelLayout(dp=4)

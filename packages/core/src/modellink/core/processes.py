@@ -124,8 +124,8 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-_groups_of: ParallelLayout | None = None
-"""The layout the process groups stand for."""
+_groups_of: tuple[ParallelLayout, int] | None = None
+"""The layout the process groups stand for, and the instances of the distributed optimizer."""
 _second_ring: Any = None
 
 
@@ -156,10 +156,10 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     elif dist.get_world_size() != layout.world_size:
         raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
     global _groups_of
-    if _groups_of != layout or not parallel_state.model_parallel_is_initialized():
+    if _groups_of != (layout, instances) or not parallel_state.model_parallel_is_initialized():
         _end_groups()
         make_groups(layout, instances=instances)
-        _groups_of = layout
+        _groups_of = (layout, instances)
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
@@ -182,7 +182,7 @@ def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix:
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(len(ranks))}
     _meet(device, prefix, 45)
     make_groups(layout, instances=instances)
-    _groups_of = layout
+    _groups_of = (layout, instances)
 
 
 def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1) -> None:
