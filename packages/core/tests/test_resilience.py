@@ -39,7 +39,7 @@ def watched(options: list[str], save: Path, faults: str, *more: str) -> str:
     """What a run with high availability says; it ends well."""
     done = subprocess.run(
         [sys.executable, "-m", "modellink.core.cli", "pretrain", *options, *more, "--save", str(save),
-         "--enable-high-availability", "--hang-timeout", "8", "--inject-fault", faults],
+         "--enable-high-availability", "--hang-timeout", "12", "--inject-fault", faults],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:]
