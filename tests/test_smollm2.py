@@ -96,6 +96,52 @@ def greedy(smollm2) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, answers
 
 
+TWENTY = [*PROMPTS, "2 + 2 =", "In 1969,", "Dear Sir or Madam,", "import numpy as np\n", "List three fruits:", "Je m'appelle",
+          "The quick brown fox jumps over the lazy dog and then", "Q: Who wrote Hamlet?\nA:", "She said", "A recipe:", "My",
+          "To be or not to be", "Once", "The largest planet of the solar system is", "Photosynthesis is a process in plants " * 6]
+
+
+@pytest.fixture(scope="module")
+def decoded(smollm2) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Token ids of twenty prompts, and the 24 tokens that transformers gives in fp32: greedy, and as the best of four beams."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    prompts = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in TWENTY]
+    answers = [[model.generate(row := torch.tensor([ids]), attention_mask=torch.ones_like(row), max_new_tokens=24,
+                               do_sample=False, num_beams=beams)[0, len(ids):].tolist() for ids in prompts] for beams in (1, 4)]
+    return prompts, answers[0], answers[1]
+
+
+def decode(folder: str, layout: ParallelLayout, prompts: list[list[int]], beams: int, native: bool) -> list[list[int]]:
+    """On a rank: the prompts in one mixed batch, or each by beams."""
+    from modellink.infer import load
+
+    engine = load(folder, layout=layout, device="cpu", dtype=torch.float32, native=native)
+    return [answer.token_ids for answer in engine.generate(prompts, max_new_tokens=24, ignore_eos=True, num_beams=beams)]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("layout", "native", "searched"), [
+    (ParallelLayout(), False, 20), (ParallelLayout(), True, 20), (TP3, False, 6), (ParallelLayout(pp=2), False, 6)],
+    ids=["one rank", "one rank compiled", "tp3", "pp2"])
+def test_twenty_prompts_greedy_and_by_beams(ranks, smollm2, decoded, layout, native, searched):
+    prompts, greedy, beams = decoded
+    assert len(prompts) == 20 and greedy != beams
+    rank = ranks(layout.world_size)
+    for found in rank(decode, folder=str(smollm2), layout=layout, prompts=prompts, beams=1, native=native):
+        assert found == greedy
+    for start in range(0, searched, 5):
+        stop = min(start + 5, searched)
+        for found in rank(decode, folder=str(smollm2), layout=layout, prompts=prompts[start:stop], beams=4, native=native):
+            assert found == beams[start:stop]
+    if layout.world_size == 1:
+        for ids, expected in zip(prompts[:5], greedy, strict=False):
+            assert rank(decode, folder=str(smollm2), layout=layout, prompts=[ids], beams=1, native=native) == [[expected]]
+
+
 def test_there_and_back_changes_no_bit(smollm2, megatron, tmp_path):
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from modellink.core.testing import beside
+from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 
+MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
 ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         for length in (1, 4, 31, 50, 9)]
 
@@ -67,6 +72,17 @@ def test_a_stop_string_ends_a_beam(engine):
 def test_what_makes_no_search_is_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate([ROWS[0]], **options)
+
+
+@pytest.mark.parametrize("case", ["mistral window", "gemma2"])
+def test_beams_over_windows_with_a_prompt_longer_than_they_have_room_for(tmp_path, case):
+    MODELS.make(case, tmp_path)
+    row = [token % 131 for token in ROWS[3]]
+    expected = load(tmp_path / "weights", device="cpu").generate([row], num_beams=3, max_new_tokens=6, ignore_eos=True)
+    small = load(tmp_path / "weights", device="cpu")
+    small.__dict__["cache"] = small.network.cache(rows=3, piece=8, tokens=512)
+    assert any(pool.window and pool.window < len(row) for pool in small.cache.pools)
+    assert small.generate([row], num_beams=3, max_new_tokens=6, ignore_eos=True) == expected
 
 
 def test_too_many_beams_for_the_cache(llama, engine):

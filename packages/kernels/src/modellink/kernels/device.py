@@ -12,11 +12,13 @@ import importlib.util
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from modellink.kernels.errors import ModelLinkError
 
@@ -69,6 +71,30 @@ class Device:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak if (now := _resident()) is None else now, peak
+
+    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`work` as a graph: what is returned starts its kernels as one, on the tensors they had, and gives the same tensor each
+        time. On a CPU it is `work` itself.
+
+        Raises:
+            RuntimeError: it does something that cannot be captured, such as to wait for the device.
+        """
+        if (module := self.module) is None:
+            return work
+        aside = module.Stream()
+        aside.wait_stream(module.current_stream())
+        with module.stream(aside):  # what is made once is made before
+            for _ in range(2):
+                work()
+        module.current_stream().wait_stream(aside)
+        graph = module.CUDAGraph() if self.kind == "cuda" else module.NPUGraph()
+        with module.graph(graph):
+            output = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+        return replay
 
     def available(self) -> int:
         """Bytes that can still be allocated."""

@@ -177,7 +177,7 @@ class Service:
             return
         submission, index = self._jobs[number]
         answer = submission.answers[index]
-        if not failure:
+        if not failure and answer.token_ids:
             self.metrics.token(first=len(answer.token_ids) == 1, waited=time.monotonic() - submission.since)
         if done or failure:
             del self._jobs[number]
