@@ -206,10 +206,11 @@ def test_a_bad_body_gets_a_proper_error(server, body, status, message):
 
 @pytest.mark.parametrize(("body", "message"), [
     ({}, "no messages"), ({"messages": ["a"]}, "message 0"), ({"messages": [{"role": "user", "content": 5}]}, "is no text"),
+    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "not Unicode"),
     ({"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": False}}, "the server says itself"),
     ({"messages": CHAT, "top_logprobs": 2}, "needs logprobs"), ({"messages": CHAT, "stream": "yes"}, "type bool")])
 def test_a_bad_chat_gets_a_proper_error(server, body, message):
-    response = post(server, "/v1/chat/completions", **body)
+    response = server.client.post("/v1/chat/completions", content=json.dumps(body))
     assert response.status_code == 400 and message in response.json()["error"]["message"]
 
 

@@ -28,6 +28,37 @@ def test_the_form_of_this_device_means_the_plain_form(name, dtype):
     torch.testing.assert_close(case(getattr(ops, name)), case(module.plain), atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu"])
+@pytest.mark.parametrize("name", sorted(door.OPS))
+def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, device_type):
+    module = importlib.import_module(f"modellink.kernels.ops.{name}")
+
+    def taken() -> object:
+        return door.form_of(name, device_type, module.FORMS, module.plain)
+    usual = taken()
+    assert usual is module.FORMS.get(device_type, module.plain)
+    with ops.plain_forms(name):
+        assert taken() is module.plain
+        with ops.plain_forms(*door.OPS - {name}):  # the inner ones come beside the outer
+            assert taken() is module.plain
+    assert taken() is usual
+    with ops.plain_forms(*door.OPS - {name}):
+        assert taken() is usual
+
+
+def test_the_plain_form_is_what_runs(qkv, monkeypatch):
+    """Of the ops with a fused form on a CPU: that one is not called any more, and the result is the same."""
+    attention = importlib.import_module("modellink.kernels.ops.attention")
+    fused = ops.attention(*qkv, Variant(0.3))
+    monkeypatch.setitem(attention.FORMS, "cpu", None)
+    with pytest.raises(TypeError):
+        ops.attention(*qkv, Variant(0.3))
+    with ops.plain_forms("attention"):
+        torch.testing.assert_close(ops.attention(*qkv, Variant(0.3)), fused, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="rmsnorm is not one of adamw, attention"), ops.plain_forms("rmsnorm"):
+        pass
+
+
 def with_gradients(form, tensors, **kwargs):
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     result = form(*leaves, **kwargs)
@@ -79,37 +110,6 @@ def test_cross_entropy_by_rows_is_the_plain_one(monkeypatch, dtype, overwrite, t
     torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, of_plain, atol=TOLERANCE[dtype], rtol=0)
     assert torch.equal(after, before) != overwrite
-
-
-@pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu"])
-@pytest.mark.parametrize("name", sorted(door.OPS))
-def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, device_type):
-    module = importlib.import_module(f"modellink.kernels.ops.{name}")
-
-    def taken() -> object:
-        return door.form_of(name, device_type, module.FORMS, module.plain)
-    usual = taken()
-    assert usual is module.FORMS.get(device_type, module.plain)
-    with ops.plain_forms(name):
-        assert taken() is module.plain
-        with ops.plain_forms(*door.OPS - {name}):  # the inner ones come beside the outer
-            assert taken() is module.plain
-    assert taken() is usual
-    with ops.plain_forms(*door.OPS - {name}):
-        assert taken() is usual
-
-
-def test_the_plain_form_is_what_runs(qkv, monkeypatch):
-    """Of the ops with a fused form on a CPU: that one is not called any more, and the result is the same."""
-    attention = importlib.import_module("modellink.kernels.ops.attention")
-    fused = ops.attention(*qkv, Variant(0.3))
-    monkeypatch.setitem(attention.FORMS, "cpu", None)
-    with pytest.raises(TypeError):
-        ops.attention(*qkv, Variant(0.3))
-    with ops.plain_forms("attention"):
-        torch.testing.assert_close(ops.attention(*qkv, Variant(0.3)), fused, atol=1e-6, rtol=1e-5)
-    with pytest.raises(ValueError, match="rmsnorm is not one of adamw, attention"), ops.plain_forms("rmsnorm"):
-        pass
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from modellink.core.config import (
     OptimizerConfig,
     ParallelConfig,
     ProfileConfig,
+    ResilienceConfig,
 )
 from modellink.core.posttrain import adapters
 from modellink.core.train.progress import read_progress
@@ -38,7 +39,7 @@ from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
 CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, LoraConfig, OptimizerConfig, MoEConfig, MemoryConfig, FusedConfig,
-           CheckpointConfig, LoggingConfig, ProfileConfig, DeterminismConfig)
+           CheckpointConfig, LoggingConfig, ProfileConfig, DeterminismConfig, ResilienceConfig)
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class Run:
     logging: LoggingConfig
     profile: ProfileConfig
     determinism: DeterminismConfig
+    resilience: ResilienceConfig
     layout: ParallelLayout
     device: Device
     source: Checkpoint | None = None
     resumed: Path | None = None
+    optimizer_instances: int = 1
 
     @property
     def manifest(self) -> Manifest:
@@ -77,7 +80,8 @@ class Run:
         """All that the run was told, by name."""
         values: dict[str, Any] = {}
         for config in (self.spec, self.parallel, self.data, self.instruction, self.lora, self.optimizer, self.moe, self.memory,
-                       self.fused, self.checkpoint, self.logging, self.profile, self.determinism):
+                       self.fused, self.checkpoint, self.logging, self.profile, self.determinism,
+                       self.resilience):
             values |= vars(config)
         return values
 
@@ -121,7 +125,8 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     run = Run(spec, parallel, data, resolved[InstructionConfig], lora, optimizer, resolved[MoEConfig],
               resolved[MemoryConfig], resolved[FusedConfig], checkpoint, resolved[LoggingConfig], resolved[ProfileConfig],
-              resolved[DeterminismConfig], layout, find(parallel.device, local_rank), source, resumed)
+              resolved[DeterminismConfig], (resilience := resolved[ResilienceConfig]), layout, find(parallel.device, local_rank),
+              source, resumed, 2 if resilience.enable_high_availability and parallel.use_distributed_optimizer else 1)
     rules.check(run)
     return run
 

@@ -12,6 +12,7 @@ from modellink.core.config.moe import MoEConfig
 from modellink.core.config.optimizer import OptimizerConfig
 from modellink.core.config.parallel import ParallelConfig
 from modellink.core.config.profile import ProfileConfig
+from modellink.core.config.resilience import ResilienceConfig
 
 __all__ = ["CheckpointConfig", "DataConfig", "DeterminismConfig", "FusedConfig", "InstructionConfig", "LoggingConfig",
-           "LoraConfig", "MemoryConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig", "ProfileConfig"]
+           "LoraConfig", "MemoryConfig", "MoEConfig", "OptimizerConfig", "ParallelConfig", "ProfileConfig", "ResilienceConfig"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.posttrain.adapters import write_description, write_peft
 from modellink.core.profiling import Profiler
+from modellink.core.resilience.guard import guard
 from modellink.core.run import Run
 from modellink.core.train import checkpoint, rank_files
 from modellink.core.train.checkpoint import Training
@@ -45,9 +47,11 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
     clock, writer = Clock(run.device), Writer()
     digests = Digests(run, training.models, training.iteration)
-    with Stop(run.checkpoint, run.device.torch) as stop, Profiler(run, training.models, training.iteration) as profiler:
+    watched = guard(run, training, partial(_save_now, training), partial(advance, run, training))
+    profiled = Profiler(run, training.models, training.iteration)
+    with Stop(run.checkpoint, run.device.torch) as stop, profiled as profiler, watched:
         while training.iteration < last and not logging.skip_train:
-            iterate(run, training, train, metrics, clock, writer, digests)
+            watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
             profiler.step()
             writer.poll()
             at = training.iteration
@@ -55,7 +59,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
             if is_multiple(at, logging.eval_interval):
                 evaluate(run, training, valid, metrics, f"iteration {at}")
             if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-                _save(run, training, save, writer)
+                with watched.saving(last=bool(at == last or leaving)):
+                    _save(run, training, save, writer)
             if leaving:
                 if dist.get_rank() == 0:
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
@@ -74,6 +79,11 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
 def _save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
     checkpoint.save(training, folder, run.manifest, run.companions, beside=_beside(run, folder),
                     keep=run.checkpoint.save_total_limit, behind=writer if run.checkpoint.async_save else None)
+
+
+def _save_now(training: Training, run: Run) -> None:
+    assert run.checkpoint.save is not None
+    _save(replace(run, checkpoint=replace(run.checkpoint, async_save=False)), training, run.checkpoint.save, Writer())
 
 
 def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
@@ -104,15 +114,21 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
     digests.gradients()
     with record_function("optimizer-step"):  # a range in the traces of --profile
         updated, grad_norm, _ = training.optimizer.step()
-    if updated:
-        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
-    training.iteration += 1
-    training.consumed_samples += size
+    advance(run, training, updated=updated)
     digests.write(training.iteration, loss)
     metrics.add(Step(
         iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size, loss=loss.item(),
         learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
         loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap()))
+
+
+def advance(run: Run, training: Training, *, updated: bool = True) -> None:
+    """The training is one iteration further."""
+    size = run.data.batch_size_at(training.consumed_samples, run.layout.dp)
+    if updated:
+        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
+    training.iteration += 1
+    training.consumed_samples += size
 
 
 @torch.no_grad()

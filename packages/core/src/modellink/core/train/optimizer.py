@@ -15,10 +15,11 @@ from torch import nn
 from modellink.core.config import OptimizerConfig, ParallelConfig
 
 
-def wrap(models: Sequence[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Data parallelism around each model chunk; gradients are summed in fp32."""
+def wrap(models: Sequence[Any], parallel: ParallelConfig, instances: int = 1) -> list[DistributedDataParallel]:
+    """Data parallelism around each model chunk; gradients are summed in fp32. `instances` as in `processes.join`."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+        grad_reduce_in_fp32=True, num_distributed_optimizer_instances=instances,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce, overlap_param_gather=parallel.overlap_param_gather)
     wrapped = [DistributedDataParallel(model.config, settings, model) for model in models]
     for model in wrapped:

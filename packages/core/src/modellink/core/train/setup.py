@@ -48,7 +48,7 @@ def set_up(run: Run) -> Training:
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
         if run.lora.lora_quantize is not None:
             quantize(models, run.lora.lora_quantize)
-    models = list(wrap(models, run.parallel))
+    models = list(wrap(models, run.parallel, run.optimizer_instances))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     if run.memory.reuse_fp32_param:
         share(optimizer)
