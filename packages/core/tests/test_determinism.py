@@ -89,7 +89,7 @@ def spoilt(options: dict[str, Any], where: str, iteration: int, name: str) -> bo
 
     def write(self: Any, number: int, loss: Any) -> None:
         if where == "parameter" and number == iteration and dist.get_rank() == dist.get_world_size() - 1:
-            spoil(self.models, "data")
+            spoil(self.training.models, "data")
         step(self, number, loss)
     try:
         loop.run_schedule, loop.Digests.write = late, write

@@ -19,6 +19,7 @@ from modellink.core.model.load import bare
 from modellink.core.resilience.commit import inner_optimizers
 from modellink.core.run import Run
 from modellink.core.train.checkpoint import Training
+from modellink.core.train.optimizer import let_go
 from modellink.core.train.setup import set_up
 
 
@@ -110,6 +111,7 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     Returns:
         The run as it is then.
     """
+    let_go(training.models)
     training.models.clear()
     training.optimizer = training.schedule = None
     gc.collect()

@@ -21,6 +21,7 @@ from modellink.ckpt_convert.weights import stage_names
 from modellink.core.digests import read
 from modellink.core.model.load import bare
 from modellink.core.run import Run
+from modellink.core.train.checkpoint import Training
 from modellink.core.train.optimizer import whole_parameters
 from modellink.kernels.files import atomic_write
 
@@ -38,29 +39,27 @@ def digest(x: Tensor) -> Tensor:
 
 
 class Digests:
-    """Writes those of this rank, where the run asks for them; `resumed` is the iteration it goes on from."""
+    """Writes those of this rank, where the run asks for them, from the iteration on that `training` is at."""
 
-    def __init__(self, run: Run, models: Sequence[Any], resumed: int) -> None:
-        self.models = models
+    def __init__(self, run: Run, training: Training) -> None:
+        self.training = training
         self._file: IO[str] | None = None
-        self._learned: list[Any] = []
         self._gradients: list[str] = []
         if (folder := run.determinism.log_digest) is not None:
-            found = list(_learned(run, models))
-            self._learned = [parameter for _, parameter in found]
-            self._file = _continued(folder / f"rank_{dist.get_rank():05d}.jsonl", [name for name, _ in found], resumed)
+            path = folder / f"rank_{dist.get_rank():05d}.jsonl"
+            self._file = _continued(path, list(_names(run, training.models)), training.iteration)
 
     def gradients(self) -> None:
         """Note the gradients, between backward and the optimizer's step."""
         if self._file is not None:
-            self._gradients = _hex(parameter.main_grad for parameter in self._learned)
+            self._gradients = _hex(parameter.main_grad for _, _, parameter in _learned(self.training.models))
 
     def write(self, iteration: int, loss: Tensor) -> None:
         """Note the parameters after a step, and write the line of the iteration."""
         if self._file is None:
             return
-        with whole_parameters(self.models):
-            parameters = _hex(self._learned)
+        with whole_parameters(self.training.models):
+            parameters = _hex(parameter for _, _, parameter in _learned(self.training.models))
         line = {"iteration": iteration, "loss": loss.item().hex(), "gradients": self._gradients, "parameters": parameters}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
@@ -76,14 +75,20 @@ def _hex(tensors: Iterable[Tensor]) -> list[str]:
     return [f"{value & (1 << 64) - 1:016x}" for value in values]
 
 
-def _learned(run: Run, models: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Names over all stages, chunks and ranks, and the parameters this rank learns."""
-    stage, rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+def _learned(models: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
+    """(model chunk, name in it, parameter) of what this rank learns."""
     for chunk, model in enumerate(models):
-        canonical = stage_names(run.spec, run.layout, stage, chunk, rank)
         for name, parameter in bare(model).named_parameters():
             if parameter.requires_grad:
-                yield canonical.get(name, name if len(models) == 1 else f"chunk {chunk}: {name}"), parameter
+                yield chunk, name, parameter
+
+
+def _names(run: Run, models: Sequence[Any]) -> Iterator[str]:
+    """What these are called over all stages, chunks and ranks."""
+    stage, rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
+    known = [stage_names(run.spec, run.layout, stage, chunk, rank) for chunk in range(len(models))]
+    for chunk, name, _ in _learned(models):
+        yield known[chunk].get(name, name if len(models) == 1 else f"chunk {chunk}: {name}")
 
 
 def _continued(path: Path, names: list[str], resumed: int) -> IO[str]:

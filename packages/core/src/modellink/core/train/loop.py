@@ -46,7 +46,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         throughput=throughput(run) if known else None,
         tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
     clock, writer = Clock(run.device), Writer()
-    digests = Digests(run, training.models, training.iteration)
+    digests = Digests(run, training)
     watched = guard(run, training, partial(_save_now, training), partial(advance, run, training))
     profiled = Profiler(run, training.models, training.iteration)
     with Stop(run.checkpoint, run.device.torch) as stop, profiled as profiler, watched:
