@@ -14,6 +14,7 @@ OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr"
 LAYOUTS = {
     "tp1": (1, {}), "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "tp2 mc2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_mc2": True}),
+    "tp2 mc2 whole": (2, {"tensor_model_parallel_size": 2, "use_mc2": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2 uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),

@@ -24,6 +24,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | Non
     Returns:
         [...] losses in nats.
     """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"cross_entropy: labels of {list(labels.shape)} for logits of {list(logits.shape)}")
     if group is None or group.size() == 1:
         return plain(logits, labels)
     loss: Tensor = _Parallel.apply(logits, labels, group)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 def swiglu(x: Tensor) -> Tensor:
     """[..., 2 x ffn] (gate, then up) -> silu(gate) * up [..., ffn]."""
+    if x.size(-1) % 2:
+        raise ValueError(f"swiglu: {x.size(-1)} is not gate and up of one size")
     return FORMS.get(x.device.type, plain)(x)
 
 
