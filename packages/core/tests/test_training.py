@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import Any
 
@@ -33,7 +34,7 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     from modellink.kernels.options import Layer
 
     given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
-    run = prepare([Layer("test", given)], processes.world_size())
+    run = prepare([Layer("test", given)], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     processes.join(run.device, run.layout, run.optimizer.seed)
     steps = pretrain(run)
     dist.barrier()
