@@ -29,6 +29,7 @@ reached: list[str] = []
 """The CANN kernels that calls of npu operators came to, in their order."""
 calls: list[tuple[str, list[str], dict[str, str]]] = []
 """What we called npu operators with: name, types of the arguments by position, and by name."""
+_generators: dict[Any, tuple[int, Any]] = {}
 OLD_INTERFACE = {"npu_apply_adam_w"}
 """Operators that call CANN by its old interface, which lets go of Python's lock: they cannot be called with the lock held."""
 _registered: list[Any] = []  # torch forgets kernels with their library
@@ -60,16 +61,25 @@ def kernel_of(call: Callable[[], object]) -> str:
 
 
 def on_host(x: Any) -> Any:
-    """A CPU tensor over the memory of an npu tensor; anything else as it is."""
+    """A CPU tensor over the memory of an npu tensor, a CPU generator for an npu generator; anything else as it is."""
     import torch
 
+    if isinstance(x, torch.Generator) and x.device.type == "npu":
+        if x not in _generators or _generators[x][0] != x.initial_seed():
+            _generators[x] = x.initial_seed(), torch.Generator().manual_seed(x.initial_seed())
+        return _generators[x][1]
     if not isinstance(x, torch.Tensor) or x.device.type != "npu":
         return x
+    assert x.device.index == local_rank(), f"{x.device} on local rank {local_rank()}"
     storage = x.untyped_storage()
     if not storage.nbytes():
         return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype)
     raw = torch.frombuffer((ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr()), dtype=torch.uint8)
     return torch.empty(0, dtype=x.dtype).set_(raw.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def on_device(x: Any) -> Any:

@@ -44,8 +44,8 @@ def number(value: object) -> str:
 
 def print_ops(console: Console, found: dict[str, dict[str, dict[str, Any]]]) -> None:
     table = Table("op", "use", "A schema", "B shapes", "C kernels of CANN, forward and backward",
-                  f"D difference {' '.join(TYPES)}", title="NPU forms: names, arguments, shapes, host checks, control flow; not what a kernel computes",
-                  title_justify="left")
+                  f"D difference {' '.join(TYPES)}", title_justify="left",
+                  title="NPU forms: names, arguments, shapes, host checks, control flow; not what a kernel computes")
     known = schemas.known()
     for name in found[TYPES[0]]:
         op, _, use = name.partition(": ")
