@@ -1,7 +1,7 @@
 """Every check of the repository as a nox session; `nox -l` lists them, `nox` without arguments runs the default ones.
 
 Each `tests-<package>` session has a virtual environment of its own in which only that package's wheel, what it declares and
-its test needs are installed. Sessions that need all six packages (types, e2e, quickstart, bench, stress) share one
+its test needs are installed. Sessions that need all six packages (types, npu, e2e, quickstart, bench, stress) share one
 environment, the releases another: torch is large, and nothing is proven by unpacking it five times more.
 Building wheels, the summary and the release checks are in `tools/`.
 """
@@ -20,6 +20,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "tools"))
 
+from npu import prepare  # noqa: E402
 from report import Entry, Report  # noqa: E402
 from wheels import PACKAGES, test_needs, wheels  # noqa: E402
 
@@ -28,7 +29,7 @@ nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 nox.options.sessions = [
-    "lint", "types", *(f"tests-{name}" for name in PACKAGES), *(f"release-{name}" for name in PACKAGES), "e2e",
+    "lint", "types", *(f"tests-{name}" for name in PACKAGES), *(f"release-{name}" for name in PACKAGES), "npu", "e2e",
 ]  # fmt: skip
 
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -64,9 +65,10 @@ class Env:
     def install_all(self, *needs: str) -> None:
         self.install("eval", *PEERS, *needs, extras=("local",))  # eval[local] needs infer, which needs all the others
 
-    def pytest(self, *args: str) -> None:
+    def pytest(self, *args: str, **environment: str) -> None:
         junit = f"--junitxml={REPORT.junit(self.session.name)}"
-        self.python("-m", "pytest", junit, *args, *self.session.posargs, MODELLINK_WHEELS=str(ROOT / ".nox" / "wheels"))
+        self.python("-m", "pytest", junit, *args, *self.session.posargs, MODELLINK_WHEELS=str(ROOT / ".nox" / "wheels"),
+                    **environment)
 
 
 def session(name: str, shared: str | None = None) -> Callable[[Callable[[Env], None]], object]:
@@ -79,7 +81,8 @@ def session(name: str, shared: str | None = None) -> Callable[[Callable[[Env], N
             start = time.monotonic()
             try:
                 func(Env(session, entry, shared))
-                entry.status = "passed"
+                if entry.status != "skipped":
+                    entry.status = "passed"
             finally:
                 entry.seconds = time.monotonic() - start
 
@@ -130,6 +133,21 @@ def e2e(env: Env) -> None:
     """What crosses packages: imports, separate installation, README commands, and comparisons with transformers."""
     env.install_all()
     env.pytest("-m", "not stress", "tests")
+
+
+@session("npu", shared="all")
+def npu(env: Env) -> None:
+    """The NPU path against the real torch_npu, without an NPU; then the table of what that proves. See kernels' README."""
+    env.install_all()
+    folder = ROOT / ".nox" / "npu"
+    with env.entry.installing():
+        reason = prepare(folder, env.bin / "python")
+    if reason is not None:
+        env.entry.status = "skipped"
+        print(f"npu skipped: {reason}", flush=True)
+        return
+    env.pytest("-m", "not stress", "tests/npu", MODELLINK_NPU=str(folder))
+    env.python("tests/npu/table.py", "--last", MODELLINK_NPU=str(folder))
 
 
 @session("quickstart", shared="all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -41,7 +42,7 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     from modellink.core.run import prepare
     from modellink.kernels.options import Layer
 
-    run = prepare([Layer("test", options)], processes.world_size())
+    run = prepare([Layer("test", options)], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     processes.join(run.device, run.layout, run.optimizer.seed)
     steps = sft(run)
     dist.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from typing import Any
 
@@ -14,6 +15,7 @@ OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr"
 LAYOUTS = {
     "tp1": (1, {}), "tp2 sp": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
     "tp2 mc2": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "use_mc2": True}),
+    "tp2 mc2 whole": (2, {"tensor_model_parallel_size": 2, "use_mc2": True}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}),
     "pp2 uneven": (2, {"pipeline_model_parallel_size": 2, "num_layer_list": "1,3"}),
     "vpp2": (2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}),
@@ -32,7 +34,7 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     from modellink.kernels.options import Layer
 
     given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
-    run = prepare([Layer("test", given)], processes.world_size())
+    run = prepare([Layer("test", given)], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     processes.join(run.device, run.layout, run.optimizer.seed)
     steps = pretrain(run)
     dist.barrier()

@@ -27,6 +27,8 @@ def rank(number: int, store: str, results) -> None:
     x, w = given["x"][:, inner].detach().requires_grad_(), given["w"][:, inner].detach().requires_grad_()  # a row-parallel one
     scattered = ops.matmul_reduce_scatter(x, w, dist.group.WORLD)
     made += [scattered, *torch.autograd.grad(scattered, [x, w], given["up"][rows])]
+    reduced = ops.matmul_all_reduce(x, w, dist.group.WORLD)
+    made += [reduced, *torch.autograd.grad(reduced, [x, w], given["up"])]
     results.put((number, [tensor.detach().numpy() for tensor in made]))
     dist.barrier()
     dist.destroy_process_group()
@@ -41,6 +43,7 @@ def test_two_ranks_equal_one(tmp_path):
     for _ in range(2):
         number, made = results.get()
         rows, inner, outer = (slice(number * size // 2, (number + 1) * size // 2) for size in (ROWS, INNER, OUTER))
-        expected = [out[:, outer], of_x[rows], of_w[outer], out[rows], of_x[:, inner], of_w[:, inner]]
+        expected = [out[:, outer], of_x[rows], of_w[outer], out[rows], of_x[:, inner], of_w[:, inner],
+                    out, of_x[:, inner], of_w[:, inner]]
         for found, wanted in zip(made, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(found), wanted.detach(), atol=1e-5, rtol=1e-5)

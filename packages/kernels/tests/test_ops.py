@@ -12,20 +12,78 @@ import torch
 
 from modellink.kernels import ops
 from modellink.kernels.ops import door
+from modellink.kernels.ops.adamw import Settings
 from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes, scores_of
-from modellink.kernels.ops.check import TOLERANCE, op_cases
+from modellink.kernels.ops.cases import alone
+from modellink.kernels.ops.check import TOLERANCE, difference
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
 rms_norm, swiglu, rotary = (importlib.import_module(f"modellink.kernels.ops.{name}") for name in ("rms_norm", "swiglu", "rotary"))
-NAMES = ["rms_norm", "swiglu", "rotary", "attention", "ring_update", "grouped_matmul", "cross_entropy", "adamw"]
+CASES = {dtype: {case.name: case for case in alone(torch.device("cpu"), dtype)} for dtype in TOLERANCE}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", CASES[torch.float32])
 def test_the_form_of_this_device_means_the_plain_form(name, dtype):
-    module = importlib.import_module(f"modellink.kernels.ops.{name}")
-    case = op_cases(torch.device("cpu"), dtype)[name]
-    torch.testing.assert_close(case(getattr(ops, name)), case(module.plain), atol=TOLERANCE[dtype], rtol=0)
+    assert difference(CASES[dtype][name]) <= TOLERANCE[dtype]
+
+
+def heads(*sizes: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.zeros(*sizes, dtype=dtype)
+
+
+X, WEIGHTS = torch.zeros(6, 4), [torch.zeros(3, 4)] * 2
+STARTS = torch.zeros(2, 7, dtype=torch.long)
+REFUSED = {
+    "rms_norm: weight": lambda: ops.rms_norm(X, torch.ones(3), 1e-5), "swiglu: odd": lambda: ops.swiglu(torch.zeros(2, 7)),
+    "cross_entropy: labels": lambda: ops.cross_entropy(X, torch.zeros(5, dtype=torch.long)),
+    "rotary: positions": lambda: ops.rotary(heads(7, 2, 6, 8), heads(5, 1, 1, 8), heads(5, 1, 1, 8)),
+    "rotary: cos and sin": lambda: ops.rotary(heads(7, 2, 6, 8), heads(7, 1, 1, 8), heads(7, 2, 1, 8)),
+    "rotary: too wide": lambda: ops.rotary(heads(7, 2, 6, 8), heads(7, 1, 1, 10), heads(7, 1, 1, 10)),
+    "rotary: odd": lambda: ops.rotary(heads(7, 2, 6, 8), heads(7, 1, 1, 7), heads(7, 1, 1, 7)),
+    "rotary: types": lambda: ops.rotary(heads(7, 2, 6, 8, dtype=torch.bfloat16), heads(7, 1, 1, 8), heads(7, 1, 1, 8)),
+    "attention: groups": lambda: ops.attention(heads(7, 2, 6, 8), heads(7, 2, 4, 8), heads(7, 2, 4, 8), Variant(1)),
+    "attention: head size": lambda: ops.attention(heads(7, 2, 6, 8), heads(7, 2, 3, 6), heads(7, 2, 3, 8), Variant(1)),
+    "attention: values": lambda: ops.attention(heads(7, 2, 6, 8), heads(7, 2, 3, 8), heads(6, 2, 3, 8), Variant(1)),
+    "attention: batch": lambda: ops.attention(heads(7, 2, 6, 8), heads(7, 1, 3, 8), heads(7, 1, 3, 8), Variant(1)),
+    "attention: types": lambda: ops.attention(heads(7, 2, 6, 8, dtype=torch.half), *[heads(7, 2, 3, 8)] * 2, Variant(1)),
+    "attention: keys": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(9, 2, 3, 8)] * 2, Variant(1)),
+    "attention: positions": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(9, 2, 3, 8)] * 2, Variant(1), STARTS[:, :6]),
+    "attention: documents": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(7, 2, 3, 8)] * 2,
+                                                  Variant(1, documents=Documents(STARTS[:, :6]))),
+    "attention: documents over a cache": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(7, 2, 3, 8)] * 2,
+                                                               Variant(1, documents=Documents(STARTS)), STARTS),
+    "attention: slopes": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(7, 2, 3, 8)] * 2, Variant(1, slopes=torch.ones(3))),
+    "attention: dropout": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(7, 2, 3, 8)] * 2, Variant(1, dropout=1.0)),
+    "attention: window": lambda: ops.attention(heads(7, 2, 6, 8), *[heads(7, 2, 3, 8)] * 2, Variant(1, window=0)),
+    "ring_update: sums": lambda: ops.ring_update(heads(7, 2, 6, 8), heads(7, 2, 3), heads(7, 2, 6, 8), heads(7, 2, 6)),
+    "ring_update: types": lambda: ops.ring_update(heads(7, 2, 6, 8, dtype=torch.half), heads(7, 2, 6), heads(7, 2, 6, 8),
+                                                  heads(7, 2, 6)),
+    "grouped_matmul: rows": lambda: ops.grouped_matmul(X, WEIGHTS, [2, 3]),
+    "grouped_matmul: groups": lambda: ops.grouped_matmul(X, WEIGHTS, [2, 2, 2]),
+    "grouped_matmul: inner": lambda: ops.grouped_matmul(X[:, :3], WEIGHTS, [2, 4]),
+    "grouped_matmul: unlike": lambda: ops.grouped_matmul(X, [WEIGHTS[0], torch.zeros(2, 4)], [2, 4]),
+    "adamw: shapes": lambda: ops.adamw([X], [X.t()], [X], [X], SETTINGS),
+    "adamw: counts": lambda: ops.adamw([X], [X], [], [X], SETTINGS),
+    "all_gather_matmul: inner": lambda: ops.all_gather_matmul(X, torch.zeros(3, 5), Two()),
+    "all_gather_matmul: 3 sizes": lambda: ops.all_gather_matmul(X[None], torch.zeros(3, 4), Two()),
+    "matmul_reduce_scatter: rows": lambda: ops.matmul_reduce_scatter(X[:5], torch.zeros(3, 4), Two()),
+    "matmul_reduce_scatter: types": lambda: ops.matmul_reduce_scatter(X.half(), torch.zeros(3, 4), Two()),
+    "matmul_all_reduce: inner": lambda: ops.matmul_all_reduce(X, torch.zeros(3, 5), Two())}
+SETTINGS = Settings(step=1, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+
+
+class Two:
+    """A group of two ranks, as far as a check looks at one."""
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_refused(what):
+    with pytest.raises(ValueError, match=what.split(":")[0] if "counts" not in what else None):
+        REFUSED[what]()
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu"])
@@ -229,7 +287,7 @@ def test_adamw_follows_torch(decoupled):
         grad = torch.randn(5, 3, generator=generator)
         theirs.grad = grad.clone()
         reference.step()
-        ops.adamw([mine], [grad.clone()], [mean], [variance], importlib.import_module("modellink.kernels.ops.adamw").Settings(
+        ops.adamw([mine], [grad.clone()], [mean], [variance], Settings(
             step=step, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, decoupled=decoupled))
         torch.testing.assert_close(mine, theirs.detach(), atol=1e-6, rtol=1e-5)
 

@@ -186,6 +186,12 @@ class _NpuNamespace:
     def current_device() -> torch.device:
         return torch.device("npu", torch.npu.current_device())
 
+    @property
+    def default_generators(self) -> dict[Any, torch.Generator]:
+        """By number, and by what `current_device` gives."""
+        by_number = dict(enumerate(torch.npu.default_generators))
+        return by_number | {torch.device("npu", number): generator for number, generator in by_number.items()}
+
 
 _started: str | None = None
 _namespace: Any = None

@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from modellink.core.processes import free_port
 
@@ -42,11 +42,11 @@ class Ranks:
     """`ranks(function, **kwargs)` calls a function on every rank; the results in the order of the ranks.
 
     Arguments and results are pickled. When a rank fails or hangs, AssertionError carries its trace, and the next call
-    starts new ranks.
+    starts new ranks. `command` is what a rank runs: this module, or a script that calls `serve`.
     """
 
-    def __init__(self, world_size: int) -> None:
-        self.world_size = world_size
+    def __init__(self, world_size: int, command: Sequence[str] = ("-m", "modellink.core.testing")) -> None:
+        self.world_size, self.command = world_size, command
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
 
@@ -55,7 +55,7 @@ class Ranks:
             environment = os.environ | {
                 "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                 "RANKS_ADDRESS": str(listener.address), "OMP_NUM_THREADS": "1"}
-            self._processes = [subprocess.Popen([sys.executable, "-m", "modellink.core.testing"],
+            self._processes = [subprocess.Popen([sys.executable, *self.command],
                                                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                                for rank in range(self.world_size)]
             arrived = {}
@@ -107,8 +107,8 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-def _serve() -> None:
-    """The life of a rank."""
+def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
+    """The life of a rank, on a device of this kind."""
     import torch
     import torch.distributed as dist
 
@@ -116,8 +116,10 @@ def _serve() -> None:
     from modellink.kernels.device import find
 
     torch.set_num_threads(1)
-    engine.start(find("cpu"))
-    dist.init_process_group("gloo")
+    device = find(kind, int(os.environ["RANK"]))
+    device.activate()
+    engine.start(device)
+    dist.init_process_group(device.backend)
     with Client(os.environ["RANKS_ADDRESS"]) as connection:
         connection.send_bytes(pickle.dumps(int(os.environ["RANK"])))  # not send(): torch would share memory
         while True:
@@ -134,4 +136,4 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    _serve()
+    serve()

@@ -128,23 +128,39 @@ def _resident() -> int | None:
 
 
 def npu_available() -> bool:
-    """Whether torch_npu is installed and sees an NPU."""
+    """Whether torch_npu is installed and sees an NPU.
+
+    Raises:
+        ModelLinkError: it is installed, and what it needs is not.
+    """
     if importlib.util.find_spec("torch_npu") is None:
         return False
-    importlib.import_module("torch_npu")  # adds torch.npu
+    try:
+        importlib.import_module("torch_npu")  # adds torch.npu
+    except ImportError as error:
+        raise ModelLinkError(f"torch_npu cannot be loaded: {error}", where="CANN", fix="source the set_env.sh of the CANN "
+                             "toolkit, or uninstall torch-npu where there is no NPU") from error
     return bool(vars(torch)["npu"].is_available())
+
+
+def _counted(device: Device) -> Device:
+    assert device.module is not None
+    if device.index >= (count := device.module.device_count()):
+        raise ModelLinkError(f"process {device.index} of this machine has no device of its own, there are {count}",
+                             where="--device, --nproc-per-node", fix=f"start at most {count} processes")
+    return device
 
 
 def find(kind: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0) -> Device:
     """The device to run on; `auto` takes an NPU, else a CUDA GPU, else the CPU.
 
     Raises:
-        ModelLinkError: the kind that was asked for is not there.
+        ModelLinkError: the kind that was asked for is not there, or not that many.
     """
     if kind in ("auto", "npu") and npu_available():
-        return Device("npu", index)
+        return _counted(Device("npu", index))
     if kind in ("auto", "cuda") and torch.cuda.is_available():
-        return Device("cuda", index)
+        return _counted(Device("cuda", index))
     if kind in ("auto", "cpu"):
         return Device("cpu", index)
     raise ModelLinkError(f"no {kind} device is there", where="--device", fix="run modellink-doctor to see what is")

@@ -1,13 +1,15 @@
 """`modellink-doctor`: what is installed here, which devices there are, and whether the ops do what they mean.
 
-One table each: versions, devices, a collective over the device's backend, and every op's fused form on this device against
-its plain form. Needs no torch to print the versions. Exit status 1 when something that is there does not work.
+One table each: versions, devices, a collective over the device's backend, and every use of every op on this device against its
+plain form, gradients too; under torchrun also those over ranks, and rank 0 prints. Needs no torch to print the versions. Exit
+status 1 when something that is there does not work.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import sys
 from typing import Any
@@ -16,7 +18,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from modellink.kernels.errors import run_command
+from modellink.kernels.errors import ModelLinkError, run_command
 
 DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core", "modellink-infer",
                  "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy", "safetensors", "tokenizers", "transformers"]
@@ -47,24 +49,34 @@ def advice(found: dict[str, str]) -> list[str]:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "npu"]), default="auto", help="Which device to check.")
 def doctor(device: str) -> None:
     """Print versions, devices and a check of every op on this device."""
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")
     found = versions()
     _print(console, "versions", ["", "version"], list(found.items()))
     failures = advice(found)
     if importlib.util.find_spec("torch") is None:
         console.print("torch is not installed: devices and ops were not checked")
     else:
-        from modellink.kernels.ops import check
+        check = _check()
         rows, bad = check.devices(device)
         _print(console, "device", ["", ""], rows)
         failures += bad
         rows, bad = check.ops(device)
-        _print(console, "ops against their plain form", ["op", "form", "dtype", "largest difference", "allowed", ""], rows)
+        _print(console, "ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""], rows)
         failures += bad
     for failure in failures:
         console.print(f"wrong: {failure}")
     if failures:
         sys.exit(1)
+
+
+def _check() -> Any:
+    try:
+        from modellink.kernels.ops import check
+    except RuntimeError as error:  # `import torch` loads torch_npu where that is installed
+        raise ModelLinkError(f"torch cannot be loaded: {str(error).splitlines()[0]}", where="torch_npu, CANN",
+                             fix="source the set_env.sh of the CANN toolkit, set TORCH_DEVICE_BACKEND_AUTOLOAD=0, or uninstall "
+                             "torch-npu where there is no NPU") from error
+    return check
 
 
 def _print(console: Console, title: str, columns: list[str], rows: list[Any]) -> None:
@@ -76,3 +88,7 @@ def _print(console: Console, title: str, columns: list[str], rows: list[Any]) ->
 
 def main() -> None:
     run_command(lambda: doctor(standalone_mode=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -32,7 +32,8 @@ class ParallelConfig:
         None, "Layers of a model chunk when a stage holds several, interleaved.", minimum=1)
     sequence_parallel: bool = option(False, "Cut norms and dropouts by sequence over the tensor-parallel ranks.")
     use_mc2: bool = option(
-        False, "Gather and scatter the sequence inside the matrix products of a layer's linears (fused on NPUs).")
+        False, "Let the matrix products of a layer's linears gather and scatter the sequence, or, without sequence parallelism, "
+        "sum over the tensor-parallel ranks (fused on NPUs).")
     use_distributed_optimizer: bool = option(False, "Cut the optimizer state over the data-parallel ranks.")
     overlap_grad_reduce: bool = option(False, "Sum gradients over the data-parallel ranks while the backward pass goes on.")
     overlap_param_gather: bool = option(False, "Gather the distributed optimizer's parameters while the forward pass goes on.")
@@ -95,8 +96,6 @@ class ParallelConfig:
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ModelLinkError("sequence parallelism cuts over the tensor-parallel ranks, and there is one",
                                  where="--sequence-parallel", fix="leave it out, or use --tensor-model-parallel-size 2 or more")
-        if self.use_mc2 and not self.sequence_parallel:
-            raise ModelLinkError("products are joined with the gathering and scattering of sequences, and there is none with "
-                                 f"tensor parallel size {self.tensor_model_parallel_size} without sequence parallelism",
-                                 where="--use-mc2, --sequence-parallel, --tensor-model-parallel-size",
-                                 fix="add --sequence-parallel, with --tensor-model-parallel-size 2 or more")
+        if self.use_mc2 and self.tensor_model_parallel_size == 1:
+            raise ModelLinkError("products are joined with what tensor-parallel ranks exchange, and there is one",
+                                 where="--use-mc2", fix="leave it out, or use --tensor-model-parallel-size 2 or more")

@@ -25,13 +25,14 @@ class ColumnLinear(ColumnParallelLinear):
 
 
 class RowLinear(RowParallelLinear):
-    """[seq, batch, in / tp] -> [seq / tp, batch, out] with sequence parallelism."""
+    """[seq, batch, in / tp] -> [seq, batch, out], with sequence parallelism [seq / tp, batch, out]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not (self.config.use_mc2 and self.sequence_parallel) or self.explicit_expert_comm:
+        if not self.config.use_mc2 or self.explicit_expert_comm:
             output: tuple[Tensor, Tensor | None] = super().forward(input_)
             return output
-        product = ops.matmul_reduce_scatter(input_.flatten(0, 1), self.weight, self.tp_group).unflatten(0, (-1, input_.size(1)))
+        joined = ops.matmul_reduce_scatter if self.sequence_parallel else ops.matmul_all_reduce
+        product = joined(input_.flatten(0, 1), self.weight, self.tp_group).unflatten(0, (-1, input_.size(1)))
         if self.skip_bias_add or self.bias is None:
             return product, self.bias
         return product + self.bias, None

@@ -133,7 +133,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
         state = dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise ModelLinkError(f"the checkpoint does not fit this run: {error}", where=path,
-                             fix="give the settings it was made with, or take only its weights with --finetune") from None
+                             fix="give the settings it was made with; on another kind of device --no-load-rng; or take only its "
+                             "weights with --finetune") from None
     for name, model in _chunks(training):
         bare(model).load_state_dict(state[name], strict=all(parameter.requires_grad for parameter in model.parameters()))
     if optimizer is not None:

@@ -27,6 +27,10 @@ class Settings:
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],
           settings: Settings) -> None:
     """Update `params`, `means` (first moments) and `variances` (second moments), all of one device, in place."""
+    for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
+        if not param.shape == grad.shape == mean.shape == variance.shape:
+            raise ValueError(f"adamw: a gradient of {list(grad.shape)} and moments of {list(mean.shape)} and "
+                             f"{list(variance.shape)} for a parameter of {list(param.shape)}")
     if params:
         form_of("adamw", params[0].device.type, FORMS, plain)(params, grads, means, variances, settings)
 
@@ -58,6 +62,7 @@ def npu(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tenso
         plain(params, grads, means, variances, s)
         return
     for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
+        # beta^(step - 1): the kernel multiplies by beta once more
         torch.ops.npu.npu_apply_adam_w(s.beta1 ** (s.step - 1), s.beta2 ** (s.step - 1), s.lr, s.weight_decay, s.beta1,
                                        s.beta2, s.epsilon, grad, None, False, False, out=[param, mean, variance])
 

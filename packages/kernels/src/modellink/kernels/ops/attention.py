@@ -16,7 +16,10 @@ from torch import Tensor
 
 from modellink.kernels.ops.door import form_of
 
-_NPU_MASK = 2048  # npu_fusion_attention wants its compressed masks in this size
+# What torch_npu's documentation of npu_fusion_attention says of it.
+_NPU_MASK = 2048  # the size of its compressed masks
+_NPU_DIM, _NPU_HEADS = 768, 256  # the most it takes
+_NPU_DOCUMENTS = 1024  # the most in one call
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +74,33 @@ def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, posit
 
     Returns:
         [seq, batch, heads, value dim].
+
+    Raises:
+        ValueError: shapes or types that do not fit each other.
     """
+    _check(query, key, value, variant, positions)
     return form_of("attention", query.device.type, FORMS, plain)(query, key, value, variant, positions)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> None:
+    if not query.dim() == key.dim() == value.dim() == 4 or key.shape[:3] != value.shape[:3] or query.size(1) != key.size(1) or (
+            query.size(3) != key.size(3)) or query.size(2) % key.size(2):
+        raise ValueError(f"attention: queries of {list(query.shape)} for keys of {list(key.shape)} and values of "
+                         f"{list(value.shape)}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise ValueError(f"attention: {query.dtype} queries, {key.dtype} keys and {value.dtype} values")
+    seq, batch, heads = query.shape[:3]
+    if positions is None and key.size(0) != seq:
+        raise ValueError(f"attention: {key.size(0)} keys for {seq} queries, and no positions")
+    if positions is not None and (positions.shape != (batch, seq) or variant.documents is not None):
+        raise ValueError(f"attention: positions of {list(positions.shape)} for {batch} x {seq} queries"
+                         + " of documents" * (variant.documents is not None))
+    if variant.documents is not None and variant.documents.starts.shape != (batch, seq):
+        raise ValueError(f"attention: documents of {list(variant.documents.starts.shape)} for {batch} x {seq} queries")
+    if variant.slopes is not None and variant.slopes.shape != (heads,):
+        raise ValueError(f"attention: slopes of {list(variant.slopes.shape)} for {heads} heads")
+    if not 0 <= variant.dropout < 1 or (variant.window is not None and variant.window < 1) or variant.softcap == 0:
+        raise ValueError(f"attention: a dropout of {variant.dropout}, a window of {variant.window}, a cap of {variant.softcap}")
 
 
 def alibi_slopes(heads: int) -> Tensor:
@@ -155,28 +183,55 @@ def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, en
 
 @functools.lru_cache
 def _compressed_causal_mask(device: torch.device) -> Tensor:
-    return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
+    """True above the diagonal: what must not be seen."""
+    with torch.inference_mode(False):  # training may use it after whoever asked first
+        return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
 
 
 def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
-    if variant.softcap is not None or variant.slopes is not None or key.size(-1) != value.size(-1):
+    dim, value_dim = key.size(-1), value.size(-1)
+    if variant.softcap is not None or variant.slopes is not None or value_dim > dim or dim > _NPU_DIM or (
+            query.size(2) > _NPU_HEADS):
         return plain(query, key, value, variant, positions)
+    if value_dim < dim:  # its keys and values have one size
+        value = torch.nn.functional.pad(value, (0, dim - value_dim))
     q, k, v = (t.transpose(0, 1).contiguous() for t in (query, key, value))
-    shape, options = "BSND", dict[str, object]()
-    if variant.documents is not None:
-        shape, (q, k, v) = "TND", (t.flatten(0, 1) for t in (q, k, v))
-        options |= {"actual_seq_qlen": variant.documents.ends, "actual_seq_kvlen": variant.documents.ends}
     if positions is not None:
-        mask, mode = _hidden(_distance(query, key.size(0), positions), variant.window), 1
-    elif variant.window is not None:
-        mask, mode = _compressed_causal_mask(query.device), 4
-        options |= {"pre_tockens": variant.window - 1, "next_tockens": 0}
+        mask = _hidden(_distance(query, key.size(0), positions), variant.window)
+        out = _npu(q, k, v, "BSND", variant, atten_mask=mask, sparse_mode=1)
+    elif variant.documents is not None:
+        out = _npu_packed([t.flatten(0, 1) for t in (q, k, v)], variant, variant.documents.ends).view_as(q)
     else:
-        mask, mode = _compressed_causal_mask(query.device), 2
-    out: Tensor = torch.ops.npu.npu_fusion_attention(
-        q, k, v, query.size(2), shape, atten_mask=mask, scale=variant.scale, keep_prob=1 - variant.dropout, sparse_mode=mode,
-        **options)[0]
-    return (out if shape == "BSND" else out.unflatten(0, (query.size(1), -1))).transpose(0, 1)
+        out = _npu(q, k, v, "BSND", variant, **_npu_causal(query, variant, key.size(0)))
+    return out[..., :value_dim].transpose(0, 1)
+
+
+def _npu_packed(qkv: list[Tensor], variant: Variant, ends: list[int]) -> Tensor:
+    """Queries, keys and values [tokens, heads, dim], as many documents at a time as one call takes."""
+    outs, start = [], 0
+    longest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
+    for first in range(0, len(ends), _NPU_DOCUMENTS):
+        part = ends[first:first + _NPU_DOCUMENTS]
+        q, k, v = (x[start:part[-1]] for x in qkv)
+        places = [end - start for end in part]
+        outs.append(_npu(q, k, v, "TND", variant, actual_seq_qlen=places, actual_seq_kvlen=places,
+                         **_npu_causal(q, variant, longest)))
+        start = part[-1]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _npu_causal(query: Tensor, variant: Variant, keys: int) -> dict[str, object]:
+    """Arguments for whole sequences: all keys before (mode 2), or a band of them (mode 4)."""
+    causal: dict[str, object] = {"atten_mask": _compressed_causal_mask(query.device), "sparse_mode": 2}
+    if variant.window is None or variant.window >= keys:
+        return causal
+    return causal | {"sparse_mode": 4, "pre_tockens": variant.window - 1, "next_tockens": 0}
+
+
+def _npu(q: Tensor, k: Tensor, v: Tensor, layout: str, variant: Variant, **options: object) -> Tensor:
+    out: Tensor = torch.ops.npu.npu_fusion_attention(q, k, v, q.size(-2), layout, scale=variant.scale,
+                                                     keep_prob=1 - variant.dropout, **options)[0]
+    return out
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {

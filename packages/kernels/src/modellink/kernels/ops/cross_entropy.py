@@ -30,6 +30,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | Non
     Returns:
         [...] losses in nats.
     """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"cross_entropy: labels of {list(labels.shape)} for logits of {list(logits.shape)}")
     if logits.dim() == 3 and not logits.is_contiguous() and logits.transpose(0, 1).is_contiguous():
         return cross_entropy(logits.transpose(0, 1), labels.transpose(0, 1), group, overwrite=overwrite).transpose(0, 1)
     cut = group if group is not None and group.size() > 1 else None

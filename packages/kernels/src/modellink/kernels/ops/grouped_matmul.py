@@ -18,6 +18,10 @@ from modellink.kernels.ops.door import form_of
 
 def grouped_matmul(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """x [rows, in], the first counts[0] rows for weights[0] [out, in] and so on -> [rows, out]."""
+    if len(weights) != len(counts) or sum(counts) != x.size(0):
+        raise ValueError(f"grouped_matmul: groups of {list(counts)} for {x.size(0)} rows and {len(weights)} matrices")
+    if x.dim() != 2 or any(weight.shape != weights[0].shape for weight in weights) or weights[0].size(1) != x.size(1):
+        raise ValueError(f"grouped_matmul: rows of {x.size(-1)} for matrices of {[list(weight.shape) for weight in weights]}")
     return form_of("grouped_matmul", x.device.type, FORMS, plain)(x, weights, counts)
 
 
@@ -48,8 +52,8 @@ class _Grouped(torch.autograd.Function):
 def together(weights: Sequence[Tensor]) -> Tensor:
     """[groups, out, in]: a view where the matrices follow each other in one storage, else a copy."""
     first, size = weights[0], weights[0].numel()
-    storage, start = first.untyped_storage().data_ptr(), first.storage_offset()
-    if all(weight.untyped_storage().data_ptr() == storage and weight.storage_offset() == start + number * size
+    storage, start = first.untyped_storage()._cdata, first.storage_offset()
+    if all(weight.untyped_storage()._cdata == storage and weight.storage_offset() == start + number * size
            and weight.is_contiguous() for number, weight in enumerate(weights)):
         return first.as_strided((len(weights), *first.shape), (size, *first.stride()), start)
     return torch.stack(list(weights))

@@ -16,6 +16,8 @@ from modellink.kernels.ops.door import form_of
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`weight` * x / sqrt(mean(x^2) + `epsilon`) over the last dimension; the mean is taken in fp32."""
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: a weight of {list(weight.shape)} for rows of {x.size(-1)}")
     return form_of("rms_norm", x.device.type, FORMS, plain)(x, weight, epsilon)
 
 

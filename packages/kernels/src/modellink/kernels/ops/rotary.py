@@ -25,8 +25,12 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
         cos, sin: [seq, batch or 1, 1, rotated dim], each angle once per dimension of its pair.
         interleaved: dimension 2i is paired with 2i + 1, not dimension i with i + rotated dim / 2.
     """
-    size = cos.size(-1)
-    form = plain_interleaved if interleaved else form_of("rotary", x.device.type, FORMS, plain)
+    size, seq, batch = cos.size(-1), x.size(0), x.size(1)
+    if x.dim() != 4 or cos.shape not in ((seq, 1, 1, size), (seq, batch, 1, size)) or sin.shape != cos.shape:
+        raise ValueError(f"rotary: angles of {list(cos.shape)} and {list(sin.shape)} for heads of {list(x.shape)}")
+    if size % 2 or size > x.size(-1) or cos.dtype != x.dtype or sin.dtype != x.dtype:
+        raise ValueError(f"rotary: angles of {size} dimensions in {cos.dtype} for heads of {x.size(-1)} in {x.dtype}")
+    form = form_of("rotary", x.device.type, FORMS, (plain, plain_interleaved))[interleaved]
     if size == x.size(-1):
         return form(x, cos, sin)
     return torch.cat([form(x[..., :size], cos, sin), x[..., size:]], dim=-1)
@@ -79,7 +83,18 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return result
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"cpu": cpu, "npu": npu}
+def npu_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """For neighbours the fused op takes angles that all rows of a batch share, and fewer than 1000 heads of them together
+    (torch_npu's documentation of npu_rotary_mul)."""
+    if cos.size(1) > 1 or x.size(1) * x.size(2) >= 1000:
+        return plain_interleaved(x, cos, sin)
+    result: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin, "interleave")
+    return result
+
+
+Form = Callable[[Tensor, Tensor, Tensor], Tensor]
+FORMS: dict[str, tuple[Form, Form]] = {"cpu": (cpu, plain_interleaved), "npu": (npu, npu_interleaved)}
+"""Pairs half a head apart, neighbouring pairs."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from modellink.kernels.ops.door import form_of
 
 def swiglu(x: Tensor) -> Tensor:
     """[..., 2 x ffn] (gate, then up) -> silu(gate) * up [..., ffn]."""
+    if x.size(-1) % 2:
+        raise ValueError(f"swiglu: {x.size(-1)} is not gate and up of one size")
     return form_of("swiglu", x.device.type, FORMS, plain)(x)
 
 
