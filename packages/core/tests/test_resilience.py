@@ -79,6 +79,15 @@ def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
 
 
 @pytest.mark.stress
+def test_a_rank_that_fails_again_is_left_out(pools, options, tmp_path):
+    straight, save = tmp_path / "straight", tmp_path / "save"
+    pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
+    said = watched(options, save, "kind=kill,step=3,rank=3;kind=kill,step=3,rank=3", "--nproc-per-node", "4")
+    assert "it failed twice without a step between: 2 ranks start now" in said
+    assert [loss for _, loss in losses(save)] == pytest.approx([loss for _, loss in losses(straight)], rel=2e-6)
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("more", [["--nproc-per-node", "2"], ["--nproc-per-node", "4", "--use-distributed-optimizer"]],
                          ids=" ".join)
 def test_random_faults_change_no_loss(pools, options, tmp_path, more):

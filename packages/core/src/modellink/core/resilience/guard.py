@@ -91,8 +91,9 @@ class HighAvailability:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Exception):  # while it evaluated or saved
+        if isinstance(error, Exception):  # between two steps: there is nothing to go back to in this process
             self._survive(error)
+            _leave()
         self._watch.stop()
 
     def attempt(self, step: Callable[[], None]) -> None:
