@@ -12,6 +12,8 @@ import os
 import pydoc_data.topics
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +118,13 @@ def evaluated(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: py
     return request.param, out, done.stdout
 
 
+def lines(out: Path, task: str) -> list[dict[str, Any]]:
+    """Of a journal, without the first one."""
+    return [json.loads(line) for line in (out / f"{task}.journal.jsonl").read_text().splitlines()][1:]
+
+
 def journal(out: Path, task: str) -> dict[str, list[float]]:
-    lines = [json.loads(line) for line in (out / f"{task}.journal.jsonl").read_text().splitlines()]
-    return {line["key"]: line["logprobs"] for line in lines[1:]}
+    return {line["key"]: line["logprobs"] for line in lines(out, task)}
 
 
 def results(out: Path) -> dict[str, Any]:
@@ -170,6 +176,65 @@ def test_a_killed_run_continues_on_two_ranks(folder: Path, tmp_path: Path) -> No
     assert one.keys() == two.keys()
     assert all(two[key] == pytest.approx(one[key], abs=2e-4) for key in one)
     assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+def test_two_stages_give_the_same(folder: Path, evaluated: tuple[str, Path, str], tmp_path: Path) -> None:
+    style, out, _ = evaluated
+    if style == "original":
+        pytest.skip("one style is enough")
+    done = start("--task", "boolq", "--task-data-path", DATA, "--load", folder, "--device", "cpu", "--pp", 2, "--output",
+                 tmp_path / "out", "--prompt-style", style)
+    assert done.returncode == 0, done.stderr
+    one, two = journal(out, "boolq"), journal(tmp_path / "out", "boolq")
+    assert one.keys() == two.keys() and all(two[key] == pytest.approx(one[key], abs=2e-4) for key in one)
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[str]:
+    """The address of our own server with the model."""
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("uvicorn")
+    from modellink.core.processes import free_port
+    port = free_port()
+    process = subprocess.Popen([sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(folder), "--device", "cpu",
+                                "--port", str(port)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        for _ in range(600):
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/health")
+                break
+            except httpx.TransportError:
+                assert process.poll() is None
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+
+
+OWN = """name: own
+version: 1
+summary: texts
+data: {reader: jsonl, files: [dev.jsonl], columns: {question: text, answer: bool}}
+styles:
+  lm-eval:
+    question: "{{ question }}?"
+    generate: {until: ["th"], max_tokens: 12, target: "{{ answer }}", extract: {any: {regex: ".+"}}}
+"""
+
+
+def test_our_server_gives_what_the_model_gives_here(folder: Path, served: str, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = ("--task", "boolq", tmp_path / "own.yaml", "--task-data-path", DATA, "--prompt-style", "lm-eval")
+    for place, model in (("here", ("--load", folder, "--device", "cpu")), ("there", ("--endpoint", served))):
+        done = run(*words, *model, "--output", tmp_path / place)
+        assert done.returncode == 0, done.stderr
+    here, there = (journal(tmp_path / place, "boolq") for place in ("here", "there"))
+    assert here.keys() == there.keys() and len(here) == 20
+    assert all(there[key] == pytest.approx(here[key], abs=2e-4) for key in here)
+    texts = [{line["key"]: line["texts"] for line in lines(tmp_path / place, "own")} for place in ("here", "there")]
+    assert texts[0] == texts[1] and len({text for (text,) in texts[0].values()}) > 10
+    scores = [results(tmp_path / place)["tasks"] for place in ("here", "there")]
+    assert scores[0] == scores[1]
 
 
 def test_another_precision_is_another_model(folder: Path, evaluated: tuple[str, Path, str]) -> None:

@@ -96,6 +96,51 @@ def greedy(smollm2) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, answers
 
 
+TWENTY = [*PROMPTS, "2 + 2 =", "In 1969,", "Dear Sir or Madam,", "import numpy as np\n", "List three fruits:", "Je m'appelle",
+          "The quick brown fox jumps over the lazy dog and then", "Q: Who wrote Hamlet?\nA:", "She said", "A recipe:", "My",
+          "To be or not to be", "Once", "The largest planet of the solar system is", "Photosynthesis is a process in plants " * 6]
+
+
+@pytest.fixture(scope="module", params=[1, 4], ids=["greedy", "beam 4"])
+def decoded(request, smollm2) -> tuple[list[list[int]], list[list[int]], int]:
+    """Token ids of twenty prompts, the 16 tokens that transformers gives in fp32 with so many beams, and their number."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    model.generation_config.eos_token_id = None
+    prompts = [tokenizer(prompt, add_special_tokens=False).input_ids for prompt in TWENTY]
+    answers = [model.generate(row := torch.tensor([ids]), attention_mask=torch.ones_like(row), max_new_tokens=16, do_sample=False,
+                              num_beams=request.param)[0, len(ids):].tolist() for ids in prompts]
+    return prompts, answers, request.param
+
+
+def decode(folder: str, layout: ParallelLayout, prompts: list[list[int]], beams: int, native: bool) -> list[list[int]]:
+    """On a rank: the prompts in one mixed batch, or each by beams."""
+    from modellink.infer import load
+
+    engine = load(folder, layout=layout, device="cpu", dtype=torch.float32, native=native)
+    return [answer.token_ids for answer in engine.generate(prompts, max_new_tokens=16, ignore_eos=True, num_beams=beams)]
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize(("layout", "native", "searched"), [
+    (ParallelLayout(), False, 20), (ParallelLayout(), True, 20), (TP3, False, 4), (ParallelLayout(pp=2), False, 4)],
+    ids=["one rank", "one rank compiled", "tp3", "pp2"])
+def test_twenty_prompts(ranks, smollm2, decoded, layout, native, searched):
+    """Greedy all in one mixed batch, and on one rank some of them alone; by beams `searched` of them."""
+    prompts, expected, beams = decoded
+    assert len(prompts) == 20
+    sizes = [20, *([1] * 4 if layout.world_size == 1 else [])] if beams == 1 else [2] * (searched // 2)
+    start = 0
+    for size in sizes:
+        stop = start + size
+        chosen = {"prompts": prompts[start:stop], "beams": beams, "native": native}
+        for found in ranks(layout.world_size)(decode, folder=str(smollm2), layout=layout, **chosen):
+            assert found == expected[start:stop]
+        start = stop % 20
+
+
 def test_there_and_back_changes_no_bit(smollm2, megatron, tmp_path):
     from safetensors import safe_open
     from transformers import AutoConfig, AutoTokenizer

@@ -10,8 +10,8 @@ import torch
 
 from modellink.core.testing import beside
 
-OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "eval_iters": 0,
-           "split": "100,0,0", "device": "cpu", "seed": 7, "log_interval": 1, "make_vocab_size_divisible_by": 8,
+OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "exit_interval": 3,
+           "eval_iters": 0, "split": "100,0,0", "device": "cpu", "seed": 7, "log_interval": 1, "make_vocab_size_divisible_by": 8,
            "moe_aux_loss_coeff": 0.05, "moe_device_level_aux_loss_coeff": 0.03, "moe_comm_aux_loss_coeff": 0.02,
            "moe_z_loss_coeff": 0.01}
 EP2, TP2 = {"expert_model_parallel_size": 2}, {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -55,10 +55,17 @@ def mixture(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(pools, mixture, corpus):
+    """`run(layout, **options)`: the steps of a run; those of a layout alone are taken once."""
+    known: dict[str, list[tuple[int, int, float, float]]] = {}
+
     def go(layout: str, **options: Any) -> list[tuple[int, int, float, float]]:
         world_size, more = LAYOUTS[layout]
         texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),)} | more | options
-        return pools(world_size)(train, options=texts)[-1]
+        if options:
+            return pools(world_size)(train, options=texts)[-1]
+        if layout not in known:
+            known[layout] = pools(world_size)(train, options=texts)[-1]
+        return known[layout]
     return go
 
 
@@ -68,8 +75,9 @@ def whole(run):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_five_steps_are_the_same_at_every_layout(run, whole, layout):
+def test_three_steps_are_the_same_at_every_layout(run, whole, layout):
     steps = run(layout)
+    assert [step[0] for step in steps] == [1, 2, 3]
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-5)
 
@@ -128,31 +136,48 @@ def test_a_checkpoint_of_grouped_experts_trains_grouped(pools, corpus, mixture, 
 @pytest.mark.parametrize("coefficient", ["moe_aux_loss_coeff", "moe_device_level_aux_loss_coeff", "moe_comm_aux_loss_coeff",
                                          "moe_z_loss_coeff", "seq_aux"])
 def test_every_balance_loss_acts(run, coefficient):
-    two = {"micro_batch_size": 2} if coefficient == "seq_aux" else {}  # of one sequence both are the same
+    two = {"micro_batch_size": 2, "exit_interval": 1} if coefficient == "seq_aux" else {}  # of one sequence both are the same
     whole = run("one", **two)
-    other = run("one", **{coefficient: True if coefficient == "seq_aux" else 0.0}, **two)
+    other = run("one", **{coefficient: True if coefficient == "seq_aux" else 0.0, "exit_interval": 1} | two)
     assert other[0][3] != pytest.approx(whole[0][3], rel=1e-6)
 
 
 @pytest.mark.parametrize("layout", ["ep2", "ep2 distributed optimizer", "tp2 ep2", "pp2 ep2"])
 def test_stopping_and_going_on_changes_no_bit(run, tmp_path, layout):
     straight = run(layout)
-    stopped = run(layout, save=str(tmp_path / "a"), exit_interval=2)
-    assert stopped + run(layout, load=str(tmp_path / "a")) == straight
+    stopped = run(layout, save=str(tmp_path / "a"), exit_interval=1)
+    assert stopped + run(layout, load=str(tmp_path / "a")) == straight  # the last loss needs the state of the optimizer
 
 
 def test_what_was_trained_goes_on_elsewhere_and_becomes_a_hugging_face_folder(run, whole, tmp_path):
     from modellink.ckpt_convert import convert, open_checkpoint
 
-    run("tp2 ep2", save=str(tmp_path / "a"), exit_interval=2)
+    run("tp2 ep2", save=str(tmp_path / "a"), exit_interval=1)
     steps = run("vpp2", load=str(tmp_path / "a"))
-    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole[2:]], rel=2e-6)
+    assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole[1:]], rel=2e-6)
     convert(tmp_path / "a", tmp_path / "hf", to="hf")
     first, second = open_checkpoint(tmp_path / "a"), open_checkpoint(tmp_path / "hf")
     assert first.tensors.keys() == second.tensors.keys() and len(first.tensors) > 60
     for name, tensor in first.tensors.items():
         rows = [range(tensor.shape[0])]
         assert torch.equal(first.read(name, rows, 0), second.read(name, rows, 0)), name
+
+
+def threads(runs: list[dict[str, Any]]) -> list[int]:
+    """On a rank: the threads of its process after each of these runs; the groups of every layout have some."""
+    found = []
+    for options in runs:
+        train(options)
+        found.append(len(list(Path("/proc/self/task").iterdir())))
+    return found
+
+
+def test_a_run_leaves_no_groups_and_threads_behind(pools, mixture, corpus):
+    """Models and optimizers hang on autograd's nodes, which hang on them."""
+    texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),), "exit_interval": 1}
+    runs = [texts | more for more in (EP2 | {"use_distributed_optimizer": True}, TP2)]
+    for first, second, *later in pools(2)(threads, runs=runs * 3):
+        assert later == [first, second] * 2
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])
@@ -162,7 +187,7 @@ def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole
     assert one[0][2] != pytest.approx(whole[0][2], rel=1e-5)
     padded = run("one", **few, moe_pad_expert_input_to_capacity=True)
     for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):  # of scores that are nearly equal, rounding decides later
-        assert [step[2] for step in other[:3]] == pytest.approx([step[2] for step in one[:3]], rel=2e-6)
+        assert [step[2] for step in other[:2]] == pytest.approx([step[2] for step in one[:2]], rel=2e-6)
         assert [step[3] for step in other[:2]] == pytest.approx([step[3] for step in one[:2]], rel=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,12 @@ def test_adapters_learn_what_a_plain_loop_learns(run, plain, layout):
     assert [step[3] for step in steps] == pytest.approx([norm for _, norm in plain], rel=1e-4)
 
 
+@pytest.fixture(scope="module")
+def alone_of(run, made):
+    """`alone_of(case, modules)`: three steps on one rank."""
+    return cache(lambda case, modules: run(1, load=str(made(case)), train_iters=3, lora_target_modules=modules))
+
+
 EP2 = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"}
 LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj", "linear_proj", "linear_fc1",
           "linear_fc2")
@@ -96,10 +103,9 @@ LATENT = ("linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "line
     ("mixtral", 2, EP2 | {"lora_target_modules": ("linear_fc1", "linear_fc2")}),
     ("deepseek_v2", 2, TP2 | {"lora_target_modules": LATENT}), ("deepseek_v2", 2, PP2 | {"lora_target_modules": LATENT}),
     ("bloom", 2, TP2), ("llama tied", 2, PP2)])
-def test_experts_and_other_architectures(run, made, case, ranks, options):
+def test_experts_and_other_architectures(run, alone_of, made, case, ranks, options):
     """As one rank does, whose adapters are proven above."""
-    modules = {"lora_target_modules": options.get("lora_target_modules", ALL)}
-    alone = run(1, load=str(made(case)), train_iters=3, **modules)
+    alone = alone_of(case, options.get("lora_target_modules", ALL))
     steps = run(ranks, load=str(made(case)), train_iters=3, **options)
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in alone], rel=1e-5)
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in alone], rel=1e-4)

@@ -15,7 +15,7 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block"}
 OVERLAP = {"overlap_grad_reduce": True, "use_distributed_optimizer": True}
 RUNS: dict[str, tuple[int, dict[str, Any]]] = {
     "uniform": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}),
-    "block": (1, BLOCK | {"recompute_num_layers": 3}),
+    "block": (1, BLOCK | {"recompute_num_layers": 3}), "block, more than there are": (1, BLOCK | {"recompute_num_layers": 30}),
     "selective": (1, {"recompute_granularity": "selective"}),
     "activation": (1, {"recompute_activation_function": True}),
     "block and activation": (1, BLOCK | {"recompute_num_layers": 1, "recompute_activation_function": True,
@@ -102,8 +102,10 @@ def held(folder: str, memory: dict[str, Any]) -> tuple[int, int]:
 
 def test_memory_is_saved_and_layers_run_again(pools, tiny):
     plain, once = pools(1)(held, folder=str(tiny), memory={})[0]
-    sizes = {name: pools(1)(held, folder=str(tiny), memory=RUNS[name][1])[0] for name in ("block", "uniform", "activation")}
-    assert once == 4 and sizes["block"][1] == 7 and sizes["uniform"][1] == 8 and sizes["activation"][1] == 4
+    sizes = {name: pools(1)(held, folder=str(tiny), memory=RUNS[name][1])[0] for name in (
+        "block", "block, more than there are", "uniform", "activation")}
+    assert once == 4 and {name: runs for name, (_, runs) in sizes.items()} == {
+        "block": 7, "block, more than there are": 8, "uniform": 8, "activation": 4}
     assert sizes["uniform"][0] < sizes["block"][0] < sizes["activation"][0] < plain
     ffn = 4 * 24 * 112 * 4  # bytes: layers x tokens x width, kept for the second projection
     assert plain - sizes["activation"][0] >= ffn

@@ -46,4 +46,4 @@ def test_a_script_of_the_original():
     made = translate(script.split(), TABLE)
     context = pretrain.make_context("pretrain", made)
     assert context.params["activation_func"] == "gelu" and context.params["window_attn_skip_freq"] == "2"
-    assert context.params["layernorm_zero_centered_gamma"] and "--use-flash-attn" not in made
+    assert context.params["layernorm_zero_centered_gamma"] and "--use-flash-attn" in made

@@ -55,7 +55,7 @@ def on_rank(folder: str, layout: ParallelLayout) -> dict[str, Any]:
     seen = []
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
-            seen.append(output.detach())
+            seen.append(output.detach().clone())  # the backward pass writes over them
         models[-1].register_forward_hook(keep)
     for model in wrapped:
         model.zero_grad_buffer()

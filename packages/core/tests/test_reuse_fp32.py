@@ -63,7 +63,7 @@ def held(options: dict[str, Any]) -> tuple[int, int]:
     from modellink.kernels.options import Layer
 
     run = prepare([Layer("test", training.OPTIONS | options)], processes.world_size())
-    processes.join(run.device, run.layout, run.optimizer.seed)
+    processes.join(run.device, run.layout, run.optimizer.seed, instances=run.optimizer_instances)
     gc.collect()
     before = {storage.data_ptr() for storage in _storages()}
     made = set_up(run)

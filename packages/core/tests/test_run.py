@@ -34,6 +34,16 @@ def test_a_good_run_is_settled(options):
     ({"num_layers_per_virtual_pipeline_stage": 1}, "chunks of 1 to 1 pipeline stages", "two stages"),
     ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 3},
      "3 micro batches are not a multiple of the 2 interleaved stages", "--global-batch-size"),
+    ({"enable_high_availability": True, "nproc_per_node": 2}, "no folder to save in", "--save"),
+    ({"enable_high_availability": True, "save": "out"}, "everything is on one rank", "twice as many"),
+    ({"enable_high_availability": True, "save": "out", "nproc_per_node": 2, "fp16": True}, "fp16 skips steps", "--bf16"),
+    ({"enable_high_availability": True, "save": "out", "nproc_per_node": 3, "use_distributed_optimizer": True,
+      "global_batch_size": 3}, "3 data-parallel ranks are not two halves", "even number"),
+    ({"enable_high_availability": True, "save": "out", "nproc_per_node": 2, "bf16": True, "reuse_fp32_param": True},
+     "one copy of a parameter", "leave out"),
+    ({"enable_optimizer_state_local_copy": True}, "part of high availability", "--enable-high-availability"),
+    ({"enable_high_availability": True, "nnodes": "3:2"}, "3 to 2 machines", "2:4"),
+    ({"enable_high_availability": True, "nnodes": "2"}, "where to meet", "host:port"),
     ({"sequence_parallel": True}, "there is one", "--tensor-model-parallel-size 2"),
     ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 25}, "25 is not a multiple of", "--seq-length"),
     ({"seq_length": 65}, "65 is beyond the model's 64 positions", "--max-position-embeddings"),
@@ -64,7 +74,10 @@ def test_a_good_run_is_settled(options):
       "enable_recompute_layers_per_pp_rank": True}, "with the block method alone", "--recompute-method block"),
     ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1,
       "enable_recompute_layers_per_pp_rank": True}, "one model chunk", "--num-layers-per-virtual-pipeline-stage"),
-    ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 5}, "5 layers cannot", "at most 4"),
+    ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 3},
+     "groups of 3 layers do not fill a model chunk of 4", "a divisor of 4"),
+    ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2, "num_layer_list": "1,3",
+      "pipeline_model_parallel_size": 2}, "groups of 2 layers do not fill", "a divisor of 1"),
     ({"recompute_granularity": "selective", "recompute_activation_function": True}, "recomputed alone or beside", "one of them"),
     ({"recompute_activation_function_num_layers": 1}, "nothing to recompute", "--recompute-activation-function"),
     ({"use_mc2": True}, "what tensor-parallel ranks exchange, and there is one", "--tensor-model-parallel-size 2"),
@@ -77,7 +90,6 @@ def test_a_good_run_is_settled(options):
     ({"swap_attention": True, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
      "keeps nothing that could be moved", "--recompute-method block"),
     ({"swap_attention": True, "swap_modules": "mlp", "recompute_num_layers": 1}, "recomputed, and should be moved", "take mlp"),
-    ({"swap_attention": True, "recompute_num_layers": 3, "pipeline_model_parallel_size": 2}, "3 layers cannot", "at most 2"),
     ({"overlap_param_gather": True}, "gathered ahead only for the distributed optimizer", "--overlap-grad-reduce"),
     ({"rampup_batch_size": (2, 1)}, "three numbers, not 2", "16,16,30000"),
     ({"rampup_batch_size": (3, 2, 9), "global_batch_size": 4}, "begins with 3 and grows by 2 does not reach 4", "multiples of 1"),
@@ -102,6 +114,9 @@ def test_a_good_run_is_settled(options):
      "--lr-warmup-samples, --lr-decay-samples"),
     ({"wandb_exp_name": "x"}, "there is no project", "--wandb-project"),
     ({"async_save": True}, "no folder to save in", "--async-save"),
+    ({"profile_level": "level1"}, "nothing is profiled", "add --profile"),
+    ({"profile": True, "profile_step_start": 3, "profile_step_end": 3}, "behind the first 3 and up to 3", "--profile-step-end"),
+    ({"profile": True, "profile_ranks": (0, 2), "tensor_model_parallel_size": 2}, "no rank 2 among 2", "from 0 to 1"),
     ({"save_format": "megatron-core"}, "no folder to save in", "--save-format"),
     ({"save": "s", "save_format": "megatron-core", "lora_target_modules": ("linear_qkv",)}, "adapters alone are saved",
      "--save-format, --lora-target-modules"),
@@ -128,6 +143,20 @@ def test_a_preset_fills_everything_and_options_win(options):
     assert (run.data.seq_length, run.data.global_batch_size, run.parallel.sequence_parallel) == (32768, 16, True)
     smaller = prepare([preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
     assert (smaller.spec.num_layers, smaller.data.seq_length) == (2, 24)
+
+
+def test_a_script_that_recomputes_more_layers_than_a_stage_has(options):
+    """Of the original's Mixtral 8x22B: 30 layers where a stage has 14 and a model chunk 2. It recomputes all there are."""
+    del options["load"]
+    script = {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True}
+    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | {"seq_length": 128})], 64)
+    assert "30 is more than the 2 layers of a model chunk" in (run.memory.note(run.layout, run.spec.num_layers) or "")
+    by_stage = {"enable_recompute_layers_per_pp_rank": True}
+    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | by_stage | {"seq_length": 128})], 64)
+    assert "the 14 layers of a pipeline stage" in (run.memory.note(run.layout, run.spec.num_layers) or "")
+    fits = prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | script | {
+        "recompute_num_layers": 8, "seq_length": 128})], 64)
+    assert fits.memory.note(fits.layout, fits.spec.num_layers) is None
 
 
 def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):

@@ -41,7 +41,8 @@ def test_a_run_whose_time_is_over_leaves_a_checkpoint_to_go_on_with(run, tmp_pat
 def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
     command = [sys.executable, "-m", "modellink.core.cli", "pretrain", "--load", tiny, "--data-path", corpus,
                "--seq-length", "24", "--lr", "1e-3", "--train-iters", "100000", "--log-interval", "1", "--device", "cpu",
-               "--eval-iters", "0", "--tp", "2", "--save", tmp_path / "save", "--exit-signal-handler"]
+               "--eval-iters", "0", "--tp", "2", "--save", tmp_path / "save", "--save-interval", "1", "--save-total-limit", "1",
+               "--async-save", "--exit-signal-handler"]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.stdout is not None
     for line in process.stdout:
@@ -79,6 +80,36 @@ def test_saving_behind_training_changes_nothing(pools, run, tiny, corpus, tmp_pa
     assert pools(2)(slowly, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
     assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
     assert run(2, load=str(tmp_path), ckpt_step=4) == straight[4:]
+
+
+def interrupted(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
+    """On a rank: a run that SIGTERM reaches, on the last rank, while the save of its second iteration is being written."""
+    import time
+
+    import torch.distributed as dist
+
+    from modellink.core.train import writer
+
+    def late(transforms: Any, number: int, bucket: Any) -> Any:
+        if dist.get_rank() == dist.get_world_size() - 1 and "iter_0000002" in str(bucket[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)  # a few iterations
+        return write(transforms, number, bucket)
+
+    write, writer._write = writer._write, late
+    try:
+        return training.train(options=options)
+    finally:
+        writer._write = write
+
+
+def test_sigterm_while_a_save_is_on_its_way_leaves_it_whole_and_another(pools, run, tiny, corpus, tmp_path):
+    straight = run(2)
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2, "async_save": True}
+    stopped = pools(2)(interrupted, options=options)[-1]
+    assert len(stopped) < 5 and iterations(tmp_path) == ["iter_0000002", f"iter_{len(stopped):07d}"]
+    for iteration in (2, len(stopped)):
+        assert straight[:iteration] + run(2, load=str(tmp_path), ckpt_step=iteration) == straight
 
 
 def without_room(options: dict[str, Any]) -> str:

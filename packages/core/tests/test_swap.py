@@ -20,7 +20,8 @@ RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, layout
     "block and activation": (1, {}, BLOCK | {"recompute_activation_function": True}),
     "selective": (1, {}, {"recompute_granularity": "selective"}),
     "pp2": (2, {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 1}, {}),
-    "vpp, feed-forward parts": (2, VPP, {"recompute_num_layers": 1}),
+    "vpp, feed-forward parts": (2, VPP, {"recompute_num_layers": 1, "recompute_method": "block",
+                                         "enable_recompute_layers_per_pp_rank": True}),
     "tp2 bf16": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True, "bf16": True}, {}),
     "ring": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}, {})}
 

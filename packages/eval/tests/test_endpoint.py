@@ -40,8 +40,11 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.mode == "none":
             return None
         values = [None] + [-1.0 - math.sin(ord(character) + place % 3) for place, character in enumerate(text[1:])]
-        return {"text_offset": list(range(len(text))), "token_logprobs": values,
-                "top_logprobs": [None, *({"x": -1.5} for _ in text[1:])]}
+        offsets, top = list(range(len(text))), [None, *({"x": -1.5} for _ in text[1:])]
+        if self.server.mode == "bos":  # a beginning token whose name counts as text
+            offsets = [0, *(3 + offset for offset in offsets)]
+            values, top = [None, -7.0, *values[1:]], [None, {"x": -1.5}, *top[1:]]
+        return {"text_offset": offsets, "token_logprobs": values, "top_logprobs": top}
 
     def give(self, answer):
         data = json.dumps(answer).encode()
@@ -74,6 +77,21 @@ def test_a_likelihood_is_the_sum_over_the_continuation(endpoint, server):
     (found,) = endpoint.loglikelihood([Request("What is it? Answer:", " A")])
     values = Handler.logprobs(type("", (), {"server": server}), "What is it? Answer: A!")["token_logprobs"]
     assert found.logprob == pytest.approx(sum(values[-3:-1])) and found.greedy == all(value >= -1.5 for value in values[-3:-1])
+
+
+def test_a_beginning_token_that_counts_as_text_shifts_nothing(endpoint, server):
+    request = Request("What is it? Answer:", " A")
+    (plain,) = endpoint.loglikelihood([request])
+    server.mode = "bos"
+    assert endpoint.loglikelihood([request]) == [plain]
+
+
+def test_the_bytes_of_a_character_all_belong_to_the_choice(endpoint, server, monkeypatch):
+    """Three tokens that are one character stand at the same place."""
+    told = {"text_offset": [0, 1, 2, 2, 2, 3], "token_logprobs": [None, -1.0, -2.0, -3.0, -4.0, -9.0],
+            "top_logprobs": [None, *({"x": -1.0} for _ in range(5))]}
+    monkeypatch.setattr(Handler, "logprobs", lambda self, text: told)
+    assert endpoint.loglikelihood([Request("a:", "机")])[0].logprob == -9.0
 
 
 def test_texts_and_chats_end_at_the_stops_also_those_not_sent(endpoint, server):

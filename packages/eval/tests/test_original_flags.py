@@ -28,7 +28,7 @@ def test_a_script_of_the_original(capsys):
         --output OUT"""
     values = run_tasks.make_context("run", in_our_words(script.split())).params
     assert values["dtype"] == "bfloat16" and values["task"] == ("mmlu",) and int(values["tensor_model_parallel_size"]) == 2
-    assert "--pipeline-model-parallel-size" in capsys.readouterr().err
+    assert int(values["pipeline_model_parallel_size"]) == 4 and "--tokenizer-type" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--top-k", "--instruction-template", "--lora-load"])

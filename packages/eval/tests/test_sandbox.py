@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,9 +31,9 @@ TEST = "assert f({argument!r}) == 'escaped'"
 ATTEMPTS = yaml.safe_load((Path(__file__).parent / "attempts.yaml").read_text(encoding="utf-8"))
 
 
-def attempts(folder: Path, port: int) -> dict[str, str]:
+def attempts(folder: Path, port: int, tool: str = "unshare") -> dict[str, str]:
     """What each attempt ended with; also run by itself, as another user."""
-    sandbox = Sandbox(limits=Limits(seconds=2.5, cpu_seconds=2, memory=256 << 20))
+    sandbox = Sandbox(limits=Limits(seconds=2.5, cpu_seconds=2, memory=256 << 20), tools=(tool,))
     values = {"home": folder, "port": port, "pid": os.getpid()}
     test = "mark = 'hidden-' + 'test'\n" + TEST.format(argument=1)
     with ThreadPoolExecutor(3) as pool:
@@ -83,10 +84,13 @@ def strangers() -> set[str]:
     return found
 
 
-def test_every_attempt_is_contained_and_wrong(sandbox, world):
+@pytest.mark.parametrize("tool", ["unshare", "bwrap"])
+def test_every_attempt_is_contained_and_wrong(sandbox, world, tool):
     folder, port, calls = world
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    found = attempts(folder, port)
+    found = attempts(folder, port, tool)
     assert len(found) >= 15
     assert {name: verdict for name, verdict in found.items() if not verdict.startswith("failed: ")} == {}
     assert not calls and {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -103,7 +107,7 @@ for tree in {trees}; do n=$((n + 1)); mkdir -p {apart}/$n; mount --bind $tree {a
 for top in {hidden}; do mount -t tmpfs -o mode=755 cover $top; done
 n=0
 for tree in {trees}; do n=$((n + 1)); mkdir -p $tree; mount --bind {apart}/$n $tree; done
-exec setpriv --reuid=65534 --regid=65534 --clear-groups {python} {script} {folder} {port}
+exec setpriv --reuid=65534 --regid=65534 --clear-groups {python} {script} {folder} {port} {tool}
 """
 
 
@@ -113,9 +117,12 @@ def closed(path: Path) -> list[Path]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start something as nobody; this run is not root's")
-def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, tmp_path_factory):
+@pytest.mark.parametrize("tool", ["unshare", "bwrap"])
+def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, tmp_path_factory, tool):
     """Interpreter and packages that lie in folders only root may enter are shown to nobody in a mount namespace of its own."""
     folder, port, calls = world
+    if shutil.which(tool) is None:
+        pytest.skip(f"{tool} is not installed")
     place = tmp_path_factory.mktemp("nobody")
     for path in (place, *place.parents):
         if path.stat().st_uid == 0 and path != Path("/"):
@@ -125,9 +132,11 @@ def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, t
     trees = sorted(path for path in needed if closed(path) and not needed & set(path.parents))
     script = place / "attempts.py"
     script.write_text(f"import json, sys\nfrom pathlib import Path\nsys.path[:0] = {[*SOURCES, str(Path(__file__).parent)]!r}\n"
-                      "import test_sandbox\nprint(json.dumps(test_sandbox.attempts(Path(sys.argv[1]), int(sys.argv[2]))))\n")
+                      "import test_sandbox\nprint(json.dumps(test_sandbox.attempts(Path(sys.argv[1]), int(sys.argv[2]), "
+                      "sys.argv[3])))\n")
     text = AS_NOBODY.format(apart=place / "apart", trees=" ".join(map(str, trees)), python=sys.executable, script=script,
-                            hidden=" ".join(sorted({str(closed(path)[0]) for path in trees})), folder=folder, port=port)
+                            hidden=" ".join(sorted({str(closed(path)[0]) for path in trees})), folder=folder, port=port,
+                            tool=tool)
     done = subprocess.run(["unshare", "--mount", "sh", "-c", text], capture_output=True, text=True, timeout=200,
                           env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}, cwd="/")
     assert done.returncode == 0, done.stderr
@@ -146,6 +155,15 @@ def test_without_namespaces_limits_and_the_verdict_hold():
     assert sandbox.passes("", "def f(x):\n    return x", "assert f(3) == 3", "f") == "passed"
 
 
+def test_a_short_clock_is_no_reason_to_refuse():
+    try:
+        sandbox = Sandbox(limits=Limits(seconds=0.01))
+    except ModelLinkError as error:
+        assert "seconds" not in str(error), error
+        pytest.skip(str(error))
+    assert sandbox.passes("", "def f():\n    return 1", "assert f() == 1", "f") == "failed: not done after 0.01 seconds"
+
+
 def test_where_isolation_is_not_to_be_had_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ModelLinkError, match="unshare") as caught:
@@ -155,6 +173,15 @@ def test_where_isolation_is_not_to_be_had_it_is_refused(monkeypatch, tmp_path):
     (tmp_path / "unshare").chmod(0o755)
     with pytest.raises(ModelLinkError, match="cannot be isolated"):
         Sandbox()
+
+
+def test_bubblewrap_is_taken_where_unshare_does_not_work(monkeypatch, tmp_path):
+    if (bubblewrap := shutil.which("bwrap")) is None:
+        pytest.skip("bwrap is not installed")
+    (tmp_path / "unshare").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "unshare").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert Sandbox().tool == bubblewrap
 
 
 @pytest.mark.parametrize("value", [1, True, None, -2.5, float("inf"), "é\n", b"\xff", [1, (2, {3})], {"a": [None], 2: ()}, 1 + 2j,

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from modellink.eval import Asking, Turn, Written, evaluate, task_names
+from modellink.eval import Asking, Turn, Written, evaluate, load_task, task_names
 from modellink.eval.job import prepare
 from modellink.eval.kinds import mathtext, texts
 from modellink.kernels.errors import ModelLinkError
@@ -42,6 +42,15 @@ def bbh(tmp_path):
     (tmp_path / "bbh" / "other.json").write_text(json.dumps({"examples": [{"input": "of another set", "target": "x"}]}))
     (tmp_path / "cot-prompts" / "snarks.txt").write_text(COT)
     return tmp_path
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_categories_hold_each_subject_once(name):
+    task = load_task(name)
+    grouped = [subject for subjects in task.categories.values() for subject in subjects]
+    assert len(grouped) == len(set(grouped))
+    if grouped and task.data.subjects:
+        assert sorted(grouped) == sorted(task.data.subjects)
 
 
 def test_bbh_original_shows_answers_alone(bbh):

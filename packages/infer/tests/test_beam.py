@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from modellink.core.testing import beside
+from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 
+MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
 ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist()
         for length in (1, 4, 31, 50, 9)]
 
@@ -67,6 +72,18 @@ def test_a_stop_string_ends_a_beam(engine):
 def test_what_makes_no_search_is_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate([ROWS[0]], **options)
+
+
+def test_beams_over_windows_with_a_prompt_longer_than_they_have_room_for(tmp_path, monkeypatch):
+    name, sizes = MODELS.TRANSFORMERS["mistral window"]
+    monkeypatch.setitem(MODELS.TRANSFORMERS, "long window", (name, sizes | {"max_position_embeddings": 512}))
+    MODELS.make("long window", tmp_path)
+    row = [number * 7 % 131 for number in range(300)]
+    roomy, small = (load(tmp_path / "weights", device="cpu") for _ in range(2))
+    small.__dict__["cache"] = small.network.cache(rows=2, piece=8, tokens=512)
+    assert small.cache.pools[0].pages * 32 < len(row)
+    options = {"num_beams": 2, "max_new_tokens": 6, "ignore_eos": True}
+    assert small.generate([row], **options) == roomy.generate([row], **options)
 
 
 def test_too_many_beams_for_the_cache(llama, engine):

@@ -80,6 +80,48 @@ def test_logprobs_of_draws_are_the_models_own(engine, full_logits):
     assert answer.logprobs == pytest.approx(whole[range(6), answer.token_ids].tolist(), abs=1e-4)
 
 
+def test_logprobs_of_prompts_are_those_of_a_pass_over_the_whole(engine, prompts, full_logits):
+    asked = [*prompts, prompts[-1], [5] * 256]  # one of them twice: what others computed is no help; and one as long as may be
+    engine.generate(prompts, max_new_tokens=1)
+    found = engine.generate(asked, max_new_tokens=0, prompt_logprobs=True, top_logprobs=2)
+    for answer, prompt in zip(found, asked, strict=True):
+        ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        whole = full_logits(ids)[:-1]
+        assert answer.prompt_logprobs == pytest.approx(whole[range(len(whole)), ids[1:]].tolist(), abs=1e-4)
+        assert (answer.token_ids, answer.text, answer.finish_reason) == ([], "", "length")
+
+
+def test_logprobs_of_prompts_in_pieces_and_after_a_row_had_to_wait(engine, full_logits):
+    """A cache in which three rows do not fit together: the last one is computed anew, and none of its numbers twice."""
+    from modellink.infer.batch import Batch
+    from modellink.infer.request import Answer, Request
+    cache = engine.network.cache(rows=3, piece=16, tokens=160)
+    batch = Batch(engine.network, cache, rows=3, budget=16)
+    rows = [[7 + place % 30 + row for place in range(40 + 13 * row)] for row in range(3)]
+    answers = [Answer.to(Request(row, 20, prompt_logprobs=True, top_logprobs=1), None) for row in rows]
+    for answer in answers:
+        batch.add(answer)
+    waited = False
+    while not batch.idle:
+        batch.step()
+        waited = waited or any(member.answer.prompt_logprobs for member in batch.waiting)
+    assert waited and all(pool.used == 0 for pool in cache.pools)
+    for answer, row in zip(answers, rows, strict=True):
+        whole = full_logits(row)[:-1]
+        assert answer.prompt_logprobs == pytest.approx(whole[range(len(whole)), row[1:]].tolist(), abs=1e-4)
+        assert [step[0][1] for step in answer.prompt_top_logprobs] == pytest.approx(whole.max(-1).values.tolist(), abs=1e-4)
+        assert answer.token_ids == engine.generate([row], max_new_tokens=20, ignore_eos=True)[0].token_ids
+
+
+def test_streams_that_hold_all_pages_are_named(engine, monkeypatch):
+    monkeypatch.setitem(engine.__dict__, "cache", engine.network.cache(rows=2, piece=64, tokens=96))
+    first = engine.stream([5] * 60, max_new_tokens=30, ignore_eos=True)
+    next(first)
+    with pytest.raises(ModelLinkError, match="other batches hold the pages"):
+        next(engine.stream([6] * 60, max_new_tokens=30, ignore_eos=True))
+    assert len(list(first)) > 3 and len(first.generation.token_ids) == 30
+
+
 def first_occurrence(engine) -> tuple[list[int], int]:
     """Greedy tokens of a prompt, and one that did not come before the fifth."""
     ids = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)[0].token_ids

@@ -33,8 +33,11 @@ HOSTILE = "<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1
 @pytest.fixture(scope="module")
 def site() -> Iterator[SimpleNamespace]:
     """The page, with a model that says what a test wants, a few characters at a time; `asked` are the bodies."""
+    from modellink.core import engine
     from modellink.core.processes import free_port
     from modellink.infer.server import app as real
+    from modellink.kernels.device import find
+    engine.start(find("cpu"))  # before the server's modules import megatron
     found = SimpleNamespace(answer=ANSWER, pause=0.0, asked=[], left=0)
     app = fastapi.FastAPI()
 

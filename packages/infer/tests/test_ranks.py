@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,57 @@ def test_ranks_agree_where_nothing_decides_beforehand(two):
 def test_the_first_rank_stops_an_answer_for_all(two):
     assert two[0]["cancelled"] == two[1]["cancelled"]
     assert two[0]["cancelled"][1] == "cancelled"
+
+
+def on_two_machines(folder: Path, *words: object) -> list[subprocess.Popen[str]]:
+    """A torchrun for each of two machines, which both are this one; the second has no stdin."""
+    from modellink.core.processes import free_port
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
+             "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    command = ["-m", "modellink.infer.cli", words[0], "--load", folder, "--device", "cpu", "--tp", 2, *words[1:]]
+    return [subprocess.Popen([*start, str(node), *map(str, command)], text=True, stdin=stdin, stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            for node, stdin in enumerate((subprocess.PIPE, subprocess.DEVNULL))]
+
+
+def test_two_machines_generate(llama, engine):
+    first, second = on_two_machines(llama, "generate", "--max-new-tokens", 12)
+    try:
+        out, errors = first.communicate("Köln: 机器\n", timeout=120)
+        assert (first.returncode, second.wait(60), second.stdout.read()) == (0, 0, ""), errors + second.stderr.read()
+        assert out == engine.generate("Köln: 机器", max_new_tokens=12)[0].text + "\n"
+    finally:
+        for agent in (first, second):
+            agent.kill()
+
+
+def test_two_machines_serve(llama, engine):
+    httpx = pytest.importorskip("httpx")
+    pytest.importorskip("fastapi")
+    from modellink.core.processes import free_port
+    port = free_port()
+    agents = on_two_machines(llama, "serve", "--port", port)
+    try:
+        url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+        while time.monotonic() < deadline:
+            try:
+                httpx.get(f"{url}/health")
+                break
+            except httpx.TransportError:
+                assert [agent.poll() for agent in agents] == [None, None]
+                time.sleep(0.1)
+        body = {"prompt": PROMPTS, "max_tokens": 12, "temperature": 0}
+        found = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
+        assert [choice["text"] for choice in found] == [answer.text for answer in engine.generate(PROMPTS, max_new_tokens=12)]
+        for agent in agents:
+            agent.terminate()  # torchrun hands it on; the second machine's rank waits for the first one's
+        errors = [agent.communicate(timeout=90)[1] for agent in agents]
+        assert not any("SIGKILL" in text or "unexpected" in text for text in errors), errors
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health")
+    finally:
+        for agent in agents:
+            agent.kill()
 
 
 if __name__ == "__main__":

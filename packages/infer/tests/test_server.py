@@ -120,6 +120,59 @@ def test_stops_echo_and_tokens(server, engine):
     assert ids["choices"][0]["text"] == whole.text
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("count", [0, 3])
+def test_an_echoed_prompt_has_its_log_probabilities(server, engine, full_logits, as_ids, count):
+    text = "The quick 机器 🦊 fox"
+    ids = engine.tokenizer.encode(text)
+    prompt = ids if as_ids else text
+    body = {"prompt": prompt, "max_tokens": count, "temperature": 0, "echo": True, "logprobs": 1, "ignore_eos": True}
+    found = post(server, **body).json()
+    choice = found["choices"][0]
+    (answer,) = engine.generate([ids], max_new_tokens=3, ignore_eos=True)
+    ids, told = [*ids, *answer.token_ids[:count]], choice["logprobs"]
+    whole = full_logits(ids)[:-1]
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert told["token_logprobs"][1:] == pytest.approx(whole[range(len(whole)), ids[1:]].tolist(), abs=1e-4)
+    assert [max(top.values()) for top in told["top_logprobs"][1:]] == pytest.approx(whole.max(-1).values.tolist(), abs=1e-4)
+    assert all(token in top and top[token] == value for token, top, value in list(zip(
+        told["tokens"], told["top_logprobs"], told["token_logprobs"], strict=True))[1:] if "\ufffd" not in token)
+    assert choice["text"].startswith(text)
+    assert all(choice["text"][offset:].startswith(token) for token, offset in zip(
+        told["tokens"], told["text_offset"], strict=True) if "\ufffd" not in token)
+    assert told["text_offset"] == sorted(told["text_offset"]) and found["usage"]["completion_tokens"] == count
+    with server.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+        events = [json.loads(line[6:])["choices"][0] for line in response.iter_lines() if line.startswith("data: {")]
+    assert "".join(event["text"] for event in events) == choice["text"]
+    parts = [event["logprobs"] for event in events if event["logprobs"]]
+    assert {name: [item for part in parts for item in part[name]] for name in told} == told
+
+
+def test_the_prompts_alternatives_and_the_answers_come_in_one_batch(server, engine):
+    found = post(server, prompt=["The quick", "a 🦊"], max_tokens=2, temperature=0, echo=True, logprobs=5, n=2).json()
+    first, again, *_ = found["choices"]
+    assert first["logprobs"] == again["logprobs"] and len(found["choices"]) == 4
+    assert all(5 <= len(top) <= 6 or "\ufffd" in "".join(top) for top in first["logprobs"]["top_logprobs"][1:])
+
+
+def test_stop_strings_and_stop_ids_together(server, engine):
+    (whole,) = engine.generate("The quick", max_new_tokens=20, ignore_eos=True)
+    body = {"prompt": "The quick", "max_tokens": 20, "temperature": 0, "ignore_eos": True, "stop": "no such text"}
+    found = post(server, **body, stop_token_ids=[whole.token_ids[3]]).json()
+    assert found["usage"]["completion_tokens"] <= 4 and found["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_chat_ends_where_there_is_no_more_room(server, engine):
+    found = post(server, "/v1/chat/completions", messages=CHAT, temperature=0, ignore_eos=True).json()
+    assert found["usage"]["total_tokens"] == engine.spec.max_position_embeddings
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e-300}, {"temperature": 1e-30, "top_k": 5}, {"top_p": 1e-300}])
+def test_extreme_numbers_harm_nobody(server, engine, options):
+    (expected,) = engine.generate("The quick", max_new_tokens=8)
+    assert post(server, prompt="The quick", max_tokens=8, **options).json()["choices"][0]["text"] == expected.text
+
+
 def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeypatch):
     parts = [{"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]}]
     found = post(server, "/v1/chat/completions", messages=parts, max_tokens=5, temperature=0).json()
@@ -140,6 +193,10 @@ def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeyp
     ({"prompt": "a", "n": 0}, 400, "0 answers"), ({"prompt": "a", "stop": [None]}, 400, "no text"),
     ({"prompt": "a", "use_beam_search": True}, 400, "not supported"), ({"prompt": "a", "best_of": 3}, 400, "not supported"),
     ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "20 is the most"),
+    ({"prompt": "a", "max_tokens": 0}, 400, "at least 1"), (b'{"prompt": "a\\ud800"}', 400, "not Unicode"),
+    (b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400), 400, "401 digits"),
+    ({"prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition-penalty is 1e-30"),
+    ({"prompt": "a", "stop": ["a"] * 65}, 400, "64 is the most"),
     ({"prompt": "a" * 200_000}, 413, "larger than 100000")])
 def test_a_bad_body_gets_a_proper_error(server, body, status, message):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -149,9 +206,11 @@ def test_a_bad_body_gets_a_proper_error(server, body, status, message):
 
 @pytest.mark.parametrize(("body", "message"), [
     ({}, "no messages"), ({"messages": ["a"]}, "message 0"), ({"messages": [{"role": "user", "content": 5}]}, "is no text"),
+    ({"messages": [{"role": "user", "content": "a\ud800"}]}, "not Unicode"),
+    ({"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": False}}, "the server says itself"),
     ({"messages": CHAT, "top_logprobs": 2}, "needs logprobs"), ({"messages": CHAT, "stream": "yes"}, "type bool")])
 def test_a_bad_chat_gets_a_proper_error(server, body, message):
-    response = post(server, "/v1/chat/completions", **body)
+    response = server.client.post("/v1/chat/completions", content=json.dumps(body))
     assert response.status_code == 400 and message in response.json()["error"]["message"]
 
 

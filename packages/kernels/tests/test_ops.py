@@ -11,12 +11,14 @@ import pytest
 import torch
 
 from modellink.kernels import ops
+from modellink.kernels.ops import door
 from modellink.kernels.ops.adamw import Settings
 from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes, scores_of
 from modellink.kernels.ops.cases import alone
 from modellink.kernels.ops.check import TOLERANCE, difference
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
+rms_norm, swiglu, rotary = (importlib.import_module(f"modellink.kernels.ops.{name}") for name in ("rms_norm", "swiglu", "rotary"))
 CASES = {dtype: {case.name: case for case in alone(torch.device("cpu"), dtype)} for dtype in TOLERANCE}
 
 
@@ -82,6 +84,90 @@ class Two:
 def test_what_does_not_fit_is_refused(what):
     with pytest.raises(ValueError, match=what.split(":")[0] if "counts" not in what else None):
         REFUSED[what]()
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu"])
+@pytest.mark.parametrize("name", sorted(door.OPS))
+def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, device_type):
+    module = importlib.import_module(f"modellink.kernels.ops.{name}")
+
+    def taken() -> object:
+        return door.form_of(name, device_type, module.FORMS, module.plain)
+    usual = taken()
+    assert usual is module.FORMS.get(device_type, module.plain)
+    with ops.plain_forms(name):
+        assert taken() is module.plain
+        with ops.plain_forms(*door.OPS - {name}):  # the inner ones come beside the outer
+            assert taken() is module.plain
+    assert taken() is usual
+    with ops.plain_forms(*door.OPS - {name}):
+        assert taken() is usual
+
+
+def test_the_plain_form_is_what_runs(qkv, monkeypatch):
+    """Of the ops with a fused form on a CPU: that one is not called any more, and the result is the same."""
+    attention = importlib.import_module("modellink.kernels.ops.attention")
+    fused = ops.attention(*qkv, Variant(0.3))
+    monkeypatch.setitem(attention.FORMS, "cpu", None)
+    with pytest.raises(TypeError):
+        ops.attention(*qkv, Variant(0.3))
+    with ops.plain_forms("attention"):
+        torch.testing.assert_close(ops.attention(*qkv, Variant(0.3)), fused, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="rmsnorm is not one of adamw, attention"), ops.plain_forms("rmsnorm"):
+        pass
+
+
+def with_gradients(form, tensors, **kwargs):
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    result = form(*leaves, **kwargs)
+    weight = torch.linspace(-1, 1, result.numel()).view_as(result).to(result.dtype)
+    return result.detach(), *torch.autograd.grad(result, leaves, weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rotary"])
+def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
+    whole = torch.randn(5, 3, 4, 24, generator=torch.Generator().manual_seed(1)).to(dtype)
+    given = whole.clone()
+    angle = torch.rand(5, 1, 1, 6).repeat(1, 1, 1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    form, plain = {
+        "rms_norm": ((lambda x, w: ops.rms_norm(x[..., 8:], w, 1e-5)), lambda x, w: rms_norm.plain(x[..., 8:], w, 1e-5)),
+        "swiglu": ((lambda x, w: ops.swiglu(x[..., 8:] * w)), lambda x, w: swiglu.plain(x[..., 8:] * w)),
+        "rotary": ((lambda x, w: ops.rotary(x[..., 8:] * w, cos, sin)),
+                   lambda x, w: torch.cat([rotary.plain((x[..., 8:] * w)[..., :12], cos, sin), (x[..., 8:] * w)[..., 12:]], -1)),
+    }[name]
+    weight = torch.rand(16).to(dtype)
+    for found, expected in zip(with_gradients(form, [whole, weight]), with_gradients(plain, [whole, weight]), strict=True):
+        torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    assert torch.equal(whole, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_cross_entropy_by_rows_is_the_plain_one(monkeypatch, dtype, overwrite, transposed):
+    monkeypatch.setitem(importlib.import_module("modellink.kernels.ops.cross_entropy").WIDE, "cpu", 2 * 33)
+    generator = torch.Generator().manual_seed(2)
+    logits = (5 * torch.randn(3, 5, 33, generator=generator)).to(dtype)
+    labels = torch.randint(0, 33, (5, 3) if transposed else (3, 5), generator=generator)
+    plain = importlib.import_module("modellink.kernels.ops.cross_entropy").plain
+
+    def turned(x):
+        return x.transpose(0, 1) if transposed else x
+
+    def one(x, form):
+        x = x.clone().requires_grad_()
+        logits = x * 1.0
+        losses = form(turned(logits))
+        (gradient,) = torch.autograd.grad(losses, x, torch.linspace(-1, 1, 15).view_as(losses))
+        return losses.detach(), gradient, logits.detach()
+
+    losses, gradient, after = one(logits, lambda x: ops.cross_entropy(x, labels, overwrite=overwrite))
+    expected, of_plain, before = one(logits, lambda x: plain(x, labels))
+    torch.testing.assert_close(losses, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, of_plain, atol=TOLERANCE[dtype], rtol=0)
+    assert torch.equal(after, before) != overwrite
 
 
 @pytest.fixture

@@ -5,19 +5,25 @@ Under torchrun each process runs its part; otherwise this process checks the run
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
+from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import processes
+from modellink.core.determinism import set_variables
+from modellink.core.digests import digests
 from modellink.core.models import models
 from modellink.core.presets import load_preset
+from modellink.core.repeatability import determinism
 from modellink.core.run import CONFIGS, Run, prepare
-from modellink.kernels.errors import run_command
+from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, yaml_layer
 from modellink.kernels.original import original_flags, translate
 
@@ -47,15 +53,54 @@ def _start(model: str | None, config: Path | None, given: Layer) -> None:
     layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
     launched = processes.under_launcher()
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
+    if run.resilience.enable_high_availability and processes.START not in os.environ:
+        sys.exit(_start_agent(run, layers))
+    if launched and (again := _continued(run)) is not None:
+        run = prepare([*layers, again], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    if run.determinism.use_deter_comp:
+        set_variables(run.device.kind)
     if not launched and run.layout.world_size > 1:
         sys.exit(processes.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
 
 
+def newest(folder: Path) -> Path | None:
+    """The last complete checkpoint below a folder, if there is one."""
+    with contextlib.suppress(ModelLinkError):
+        return last_complete(folder)
+    return None
+
+
+def _start_agent(run: Run, layers: list[Layer]) -> int:
+    if processes.under_launcher():
+        raise ModelLinkError("torchrun ends all ranks when one fails", where="--enable-high-availability",
+                             fix="start modellink-train itself on every machine, with --nnodes and --rdzv-endpoint")
+    from modellink.core.resilience.agent import launch
+
+    def fewer(count: int) -> int | None:
+        for smaller in range(count - 1, 0, -1):
+            with contextlib.suppress(ModelLinkError):
+                prepare(layers, smaller)
+                return smaller
+        return None
+    assert run.checkpoint.save is not None
+    return launch(run, "modellink.core.cli", sys.argv[1:], fewer, partial(newest, run.checkpoint.save))
+
+
+def _continued(run: Run) -> Layer | None:
+    """Where a run goes on that was started again: from its last checkpoint."""
+    save = run.checkpoint.save
+    if int(os.environ.get(processes.START, "1")) == 1 or save is None or newest(save) is None:
+        return None
+    where = "lora_load" if run.lora.on else "load"
+    return Layer("the start after a failure", {where: save, "finetune": False, "ckpt_step": None})
+
+
 def _train(run: Run) -> None:
     if processes.rank() == 0:
         print_arguments(run)
-    processes.join(run.device, run.layout, run.optimizer.seed, timeout_minutes=run.parallel.distributed_timeout_minutes)
+    processes.join(run.device, run.layout, run.optimizer.seed, timeout_minutes=run.parallel.distributed_timeout_minutes,
+                   instances=run.optimizer_instances)
     from modellink.core.posttrain.sft import sft  # imports megatron, which only now is on its device
     from modellink.core.train.pretrain import pretrain
     (sft if run.data.is_instruction_dataset else pretrain)(run)
@@ -73,6 +118,8 @@ def print_arguments(run: Run) -> None:
 train.add_command(pretrain)
 train.add_command(sft)
 train.add_command(models)
+train.add_command(digests)
+train.add_command(determinism)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -30,6 +30,8 @@ from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 LIFELINE = "MODELLINK_LIFELINE"
+START = "MODELLINK_START"
+"""Which start of a run with high availability this is; set by its agent."""
 
 
 def under_launcher() -> bool:
@@ -43,6 +45,11 @@ def rank() -> int:
 
 def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def keys(generation: int) -> str:
+    """Prefix of the keys in the agent's store that belong to this start, and in it to the process groups made so many times."""
+    return f"{os.environ[START]}/{generation}"
 
 
 def free_port() -> int:
@@ -117,12 +124,16 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         time.sleep(0.05)
 
 
-_groups_of: ParallelLayout | None = None
-"""The layout the process groups stand for."""
+_groups_of: tuple[ParallelLayout, int] | None = None
+"""The layout the process groups stand for, and the instances of the distributed optimizer."""
+_second_ring: Any = None
 
 
-def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45) -> None:
+def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45, instances: int = 1) -> None:
     """Put megatron-core on the device and make its process groups; all ranks of a run call it once.
+
+    Args:
+        instances: of the distributed optimizer, each of which has all of its state.
 
     Raises:
         ModelLinkError: the number of processes is not that of the layout.
@@ -135,7 +146,9 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     engine.start(device)
     from megatron.core import parallel_state, tensor_parallel
     if not dist.is_initialized():
-        if under_launcher():
+        if START in os.environ:
+            _meet(device, keys(0), timeout_minutes)
+        elif under_launcher():
             dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes))
         else:
             store = dist.FileStore(str(Path(tempfile.mkdtemp()) / "store"), 1)
@@ -143,16 +156,36 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     elif dist.get_world_size() != layout.world_size:
         raise InternalError(f"the process group has {dist.get_world_size()} ranks, {layout} needs {layout.world_size}")
     global _groups_of
-    if _groups_of != layout or not parallel_state.model_parallel_is_initialized():
+    if _groups_of != (layout, instances) or not parallel_state.model_parallel_is_initialized():
         _end_groups()
-        make_groups(layout)
-        _groups_of = layout
+        make_groups(layout, instances=instances)
+        _groups_of = (layout, instances)
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> None:
+def _meet(device: Device, prefix: str, timeout_minutes: float) -> None:
+    """Make the process group of all ranks over the agent's store."""
+    timeout = timedelta(minutes=timeout_minutes)
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+    dist.init_process_group(device.backend, store=dist.PrefixStore(f"{prefix}/groups", store), rank=rank(),
+                            world_size=world_size(), timeout=timeout)
+
+
+def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix: str, instances: int) -> None:
+    """Leave the process groups, whole or broken, and make those of `ranks` in their new order; each of them calls it."""
+    global _groups_of
+    number = ranks.index(rank())
+    _end_groups()
+    dist.destroy_process_group()
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(len(ranks))}
+    _meet(device, prefix, 45)
+    make_groups(layout, instances=instances)
+    _groups_of = (layout, instances)
+
+
+def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1) -> None:
     """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU."""
     from megatron.core import parallel_state
     nested = 1 < layout.ulysses < layout.cp
@@ -160,15 +193,35 @@ def make_groups(layout: ParallelLayout, *, gloo: bool = True) -> None:
         hierarchical_context_parallel_sizes=[layout.ulysses, layout.cp // layout.ulysses] if nested else None,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
+        num_distributed_optimizer_instances=instances,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)
+    global _second_ring
+    _second_ring = None
+    if layout.cp // layout.ulysses > 1:
+        order = parallel_state.RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
+        rings = [ranks[first::layout.ulysses] for ranks in order.get_ranks("cp") for first in range(layout.ulysses)]
+        for ranks in rings:  # every rank takes part in making each
+            made = dist.new_group(ranks)
+            _second_ring = made if dist.get_rank() in ranks else _second_ring
+
+
+def second_ring() -> Any:
+    """Another group of the ranks between which this one passes keys and values round."""
+    return _second_ring
 
 
 def _end_groups() -> None:
     """Take megatron-core's process groups apart: it would only forget them, and each keeps threads and sockets of its own."""
     from megatron.core import parallel_state
+    from megatron.core.transformer.moe import moe_utils
     for group in parallel_state._global_process_group_list or ():
         if group is not None:
             dist.destroy_process_group(group)
+    global _second_ring
+    if _second_ring is not None:
+        dist.destroy_process_group(_second_ring)
+        _second_ring = None
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # balance losses, with the groups that are to sum them
     parallel_state.destroy_model_parallel()
     gc.collect()  # models of an earlier layout hold its groups
 

@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 def check(run: Run) -> None:
     """Raise where settings of a run do not go together."""
     run.memory.check_layers(run.layout, run.spec.num_layers)
+    run.profile.check_ranks(run.layout.world_size)
     run.memory.check_precision(run.optimizer.dtype)
     _layout(run.spec, run.layout, run.parallel, run.data, run.optimizer)
     adapters.targets(run.spec, run.lora)
     _experts(run.spec, run.moe, run.lora)
     _instruction(run.spec, run.data, run.instruction, run.moe)
+    if run.resilience.enable_high_availability:
+        _resilience(run)
     if run.source is None and run.checkpoint.save is not None:
         _family(run.checkpoint)
     if run.checkpoint.save_format != "torch-dist":
@@ -106,6 +109,27 @@ def _family(config: CheckpointConfig) -> None:
                              fix=f"give one of {', '.join(family_names())}, or {NO_FORM} for a model that has no such form")
     if config.model_type_hf != NO_FORM:
         family_of(config.model_type_hf, "--model-type-hf")
+
+
+def _resilience(run: Run) -> None:
+    """Every part of the state must be on two ranks, and a step must change the weights of all or of none."""
+    layout, where = run.layout, "--enable-high-availability"
+    if run.checkpoint.save is None:
+        raise ModelLinkError("there is no folder to save in", where=where, fix="give one with --save")
+    copies = layout.dp * layout.cp // layout.ep if layout.ep > 1 else layout.dp
+    if copies < 2:
+        raise ModelLinkError(f"with {layout} " + ("the experts are" if layout.dp > 1 else "everything is")
+                             + " on one rank each, and what a rank had would be lost with it", where=where,
+                             fix="start twice as many processes")
+    if run.optimizer_instances > 1 and (layout.dp % 2 or copies % 2):
+        raise ModelLinkError(f"{min(layout.dp, copies)} data-parallel ranks are not two halves",
+                             where=f"{where}, --use-distributed-optimizer",
+                             fix="start an even number of them, or use the plain optimizer")
+    if run.optimizer.fp16:
+        raise ModelLinkError("fp16 skips steps when its loss scale is too high", where=f"{where}, --fp16", fix="use --bf16")
+    if run.memory.reuse_fp32_param:
+        raise ModelLinkError("there is one copy of a parameter, in two halves", where=f"{where}, --reuse-fp32-param",
+                             fix="leave out one of them")
 
 
 def _save_format(run: Run) -> None:

@@ -19,6 +19,8 @@ from modellink.core import __version__, rules
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
+    DeterminismConfig,
+    FusedConfig,
     InstructionConfig,
     LoggingConfig,
     LoraConfig,
@@ -26,6 +28,8 @@ from modellink.core.config import (
     MoEConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfileConfig,
+    ResilienceConfig,
 )
 from modellink.core.posttrain import adapters
 from modellink.core.train.progress import read_progress
@@ -34,8 +38,8 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 from modellink.kernels.parallel import ParallelLayout
 
-CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, LoraConfig, OptimizerConfig, MoEConfig, MemoryConfig,
-           CheckpointConfig, LoggingConfig)
+CONFIGS = (ParallelConfig, DataConfig, InstructionConfig, LoraConfig, OptimizerConfig, MoEConfig, MemoryConfig, FusedConfig,
+           CheckpointConfig, LoggingConfig, ProfileConfig, DeterminismConfig, ResilienceConfig)
 
 
 @dataclass(frozen=True)
@@ -50,12 +54,17 @@ class Run:
     optimizer: OptimizerConfig
     moe: MoEConfig
     memory: MemoryConfig
+    fused: FusedConfig
     checkpoint: CheckpointConfig
     logging: LoggingConfig
+    profile: ProfileConfig
+    determinism: DeterminismConfig
+    resilience: ResilienceConfig
     layout: ParallelLayout
     device: Device
     source: Checkpoint | None = None
     resumed: Path | None = None
+    optimizer_instances: int = 1
 
     @property
     def manifest(self) -> Manifest:
@@ -71,7 +80,8 @@ class Run:
         """All that the run was told, by name."""
         values: dict[str, Any] = {}
         for config in (self.spec, self.parallel, self.data, self.instruction, self.lora, self.optimizer, self.moe, self.memory,
-                       self.checkpoint, self.logging):
+                       self.fused, self.checkpoint, self.logging, self.profile, self.determinism,
+                       self.resilience):
             values |= vars(config)
         return values
 
@@ -114,8 +124,9 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
         data = replace(data, eod_token_id=_end_of_document(data, source.companions if source else None, spec.vocab_size))
     run = Run(spec, parallel, data, resolved[InstructionConfig], lora, optimizer, resolved[MoEConfig],
-              resolved[MemoryConfig], checkpoint, resolved[LoggingConfig], layout, find(parallel.device, local_rank), source,
-              resumed)
+              resolved[MemoryConfig], resolved[FusedConfig], checkpoint, resolved[LoggingConfig], resolved[ProfileConfig],
+              resolved[DeterminismConfig], (resilience := resolved[ResilienceConfig]), layout, find(parallel.device, local_rank),
+              source, resumed, 2 if resilience.enable_high_availability and parallel.use_distributed_optimizer else 1)
     rules.check(run)
     return run
 

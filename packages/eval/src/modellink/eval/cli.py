@@ -54,16 +54,16 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         return
     from modellink.eval.backends.local import LocalBackend
     assert options.load is not None
-    backend = LocalBackend(options.load, tp=options.tensor_model_parallel_size, device=options.device, dtype=options.dtype,
+    backend = LocalBackend(options.load, layout=options.layout, device=options.device, dtype=options.dtype,
                            tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf, chat=options.asking().chat,
                            batch_size=min(options.evaluation_batch_size, 32))
     if not first:
         backend.follow()
         return
     check_output(jobs, backend.describe(), options.output)
-    if rank is None and options.tensor_model_parallel_size > 1:
+    if rank is None and options.layout.world_size > 1:
         from modellink.core.processes import spawn
-        sys.exit(spawn(options.tensor_model_parallel_size, MODULE, sys.argv[1:]))
+        sys.exit(spawn(options.layout.world_size, MODULE, sys.argv[1:]))
     backend.load()
     _run(options, jobs, backend, sandbox)
     backend.close()

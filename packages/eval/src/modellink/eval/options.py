@@ -10,6 +10,7 @@ from modellink.eval.backends.tokens import HF_CHAT
 from modellink.eval.prompts import Asking
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
+from modellink.kernels.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RunOptions:
     isolation: Literal["namespaces", "none"] = option("namespaces", "What such a program is kept in; `none` leaves files and "
                                                       "network open to it.")
     tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
+    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
+    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
                                                                      "checkpoint's where nothing is said.")
@@ -59,13 +63,20 @@ class RunOptions:
         if self.endpoint is not None and self.prompt_type is not None:
             raise ModelLinkError("a server puts chats into its own template", where="--prompt-type",
                                  fix="start the server with that template and pass --hf-chat-template")
-        for flag, value in (("--tp", self.tensor_model_parallel_size > 1), ("--dtype", self.dtype is not None),
+        for flag, value in (("--tp", self.tensor_model_parallel_size > 1), ("--pp", self.pipeline_model_parallel_size > 1),
+                            ("--ep", self.expert_model_parallel_size > 1), ("--dtype", self.dtype is not None),
                             ("--tokenizer-name-or-path", self.tokenizer_name_or_path is not None),
                             ("--model-type-hf", self.model_type_hf is not None), ("--device", self.device != "auto")):
             if self.endpoint is not None and value:
                 raise ModelLinkError(f"{flag} is for a checkpoint; a server decides it by itself", where=flag, fix="leave it out")
         if self.endpoint is None and self.endpoint_model is not None:
             raise ModelLinkError("--endpoint-model is for a server", where="--endpoint-model", fix="leave it out")
+
+    @property
+    def layout(self) -> ParallelLayout:
+        ep = self.expert_model_parallel_size
+        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
+                              num_layer_list=self.num_layer_list)
 
     def asking(self) -> Asking:
         """How the questions are asked."""

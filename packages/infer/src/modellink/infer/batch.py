@@ -20,6 +20,7 @@ from modellink.infer.constraint import Constraint
 from modellink.infer.network import Network
 from modellink.infer.request import Answer, Request
 from modellink.infer.sampling import Chooser
+from modellink.infer.score import PASS_LOGITS
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -35,6 +36,13 @@ class Member:
     def left(self) -> int:
         """Tokens still to compute before the next one can be chosen."""
         return len(self.row.tokens) - self.row.computed
+
+    def asked(self, piece: Piece) -> range:
+        """The tokens of a piece after which the log-probability of the prompt's next one is wanted and not known yet."""
+        if not self.answer.prompt_left:
+            return range(0)
+        known, last = len(self.answer.prompt_logprobs), len(self.answer.request.prompt) - 1
+        return range(max(piece.start, known), min(piece.start + piece.count, last))
 
 
 class Batch:
@@ -53,6 +61,7 @@ class Batch:
         self.waiting: deque[Member] = deque()
         self.running: list[Member] = []
         spec = network.spec
+        self._most_asked = max(1, PASS_LOGITS // spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
         self._fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
 
     @property
@@ -99,15 +108,29 @@ class Batch:
         self._join()
         pieces = self._pieces()
         if not pieces:
+            if self.waiting and not self.running:
+                raise ModelLinkError("answers of other batches hold the pages this one needs", where="--cache-tokens",
+                                     fix="take the other streams to their end first, or make the cache larger")
             return []
-        ready = [place for place, (member, piece) in enumerate(pieces) if piece.count == member.left]
+        whole = [place for place, (member, piece) in enumerate(pieces) if piece.count == member.left]
+        ready = [place for place in whole if pieces[place][0].answer.request.max_new_tokens]
+        silent = [pieces[place][0] for place in whole if place not in ready]
         ends = torch.tensor([piece.count for _, piece in pieces]).cumsum(0).sub(1).tolist()
         ids = [token for _, piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
-        state = self.cache.state([piece for _, piece in pieces], [ends[place] for place in ready])
+        asked = [(member.answer, member.asked(piece)) for member, piece in pieces]
+        wanted = [end + 1 - piece.count + place - piece.start
+                  for (_, piece), (_, places), end in zip(pieces, asked, ends, strict=True) for place in places]
+        state = self.cache.state([piece for _, piece in pieces], wanted + [ends[place] for place in ready])
         logits = self.network.logits(torch.tensor([ids]), state)[0]
         for _, piece in pieces:
             self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
-        return self._push([pieces[place][0] for place in ready], logits) if ready else []
+        if wanted:
+            _note_prompts(asked, logits[:len(wanted)])
+        for member in silent:
+            self._leave(member)
+        ended = [(member.answer, member.answer.end("length")) for member in silent]
+        members = [pieces[place][0] for place in ready]
+        return ended + (self._push(members, logits[len(wanted):]) if ready else [])
 
     def _moving(self, row: Row) -> bool:
         """Whether every further token changes the angles of all (dynamic rotary scaling beyond the original length)."""
@@ -120,19 +143,20 @@ class Batch:
             pages = -(-(len(row.tokens) + 1) // SIZE)
             if self.running and any(pages > pool.available for pool in self.cache.pools if pool.window is None):
                 return
-            self.cache.tables.admit(row, shared=not self._moving(row))
+            # what others computed has no logits any more
+            self.cache.tables.admit(row, shared=not self._moving(row) and not self.waiting[0].answer.prompt_left)
             self.running.append(self.waiting.popleft())
 
     def _pieces(self) -> list[tuple[Member, Piece]]:
         """What the next pass computes, single tokens first."""
-        budget = self.budget
+        budget, room = self.budget, self._most_asked
         singles: list[tuple[Member, Piece]] = []
         longer: list[tuple[Member, Piece]] = []
         for member in sorted(self.running, key=lambda member: member.left > 1):
-            count = min(member.left, budget)
+            count = min(member.left, budget, room if member.answer.prompt_left else budget)
             if count == 0 or member not in self.running or not self._room(member, count):
                 continue
-            budget -= count
+            budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
             (singles if count == 1 else longer).append((member, Piece(member.row, member.row.computed, count)))
         return [(member, piece) for member, piece in [*singles, *longer] if member in self.running]
 
@@ -183,6 +207,20 @@ def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
     """Logits [n, vocabulary] -> a token for each row."""
     best: list[int] = logits.argmax(-1).tolist()
     return [token if chooser.plain else chooser(row) for token, chooser, row in zip(best, choosers, logits, strict=True)]
+
+
+def _note_prompts(asked: Sequence[tuple[Answer, range]], logits: Tensor) -> None:
+    """Logits [n, vocabulary] after tokens of prompts, those of one answer after the other, become log-probabilities."""
+    totals, place = logits.logsumexp(-1, keepdim=True), 0  # not log_softmax: that is a second tensor of this size
+    for answer, places in asked:
+        rows, total, place = logits[place:place + len(places)], totals[place:place + len(places)], place + len(places)
+        if not places:
+            continue
+        targets = torch.tensor([answer.request.prompt[before + 1] for before in places], device=rows.device)
+        values, ids = rows.topk(min(answer.request.top_logprobs, rows.size(1)))
+        answer.prompt_top_logprobs += [list(zip(*pair, strict=True)) for pair in zip(
+            ids.tolist(), (values - total).tolist(), strict=True)]
+        answer.prompt_logprobs += (rows.gather(-1, targets[:, None]) - total)[:, 0].tolist()
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int], answers: Sequence[Answer],

@@ -48,6 +48,7 @@ def search(network: Network, cache: PagedCache, request: Request, tokenizer: Tok
     rows = [Row(list(request.prompt))]
     cache.tables.admit(rows[0], shared=not _moving(network, rows[0]))
     try:
+        _prefill(network, cache, rows[0])
         while True:
             candidates = _candidates(_pass(network, cache, rows), running, request, beams.beams, generator)
             going = [text for text in candidates if not _ends(text, request, tokenizer)]
@@ -66,14 +67,23 @@ def search(network: Network, cache: PagedCache, request: Request, tokenizer: Tok
 
 
 def _check(cache: PagedCache, request: Request, beams: int) -> None:
-    pages = -(-(len(request.prompt) + request.max_new_tokens) // SIZE) * beams
-    room = min(pool.available for pool in cache.pools if pool.window is None or len(cache.pools) == 1)
-    if pages > room:
-        length = len(request.prompt) + request.max_new_tokens
-        length = len(request.prompt) + request.max_new_tokens
-        raise ModelLinkError(f"{beams} beams of {length} tokens need {pages * SIZE} tokens of cache, there are {room * SIZE}",
-                             where="--cache-tokens", fix="use fewer beams or shorter answers")
+    length = len(request.prompt) + request.max_new_tokens
+    for pool in cache.pools:
+        kept = length if pool.window is None else min(length, pool.window + 2 * SIZE)
+        if (pages := -(-kept // SIZE) * beams) > pool.available:
+            raise ModelLinkError(f"{beams} beams of {length} tokens need {pages * SIZE} tokens of cache, there are "
+                                 f"{pool.available * SIZE}", where="--cache-tokens, --batch-size",
+                                 fix="use fewer beams or shorter answers")
 
+
+def _prefill(network: Network, cache: PagedCache, row: Row) -> None:
+    """All tokens of a prompt but the last, in pieces: a layer with a window has no room for more."""
+    while (left := len(row.tokens) - 1 - row.computed) > 0:
+        piece = Piece(row, row.computed, min(left, cache.piece))
+        cache.tables.grow(row, row.computed + piece.count)
+        ids = torch.tensor([row.tokens[piece.start:piece.start + piece.count]])
+        network.logits(ids, cache.state([piece], []))
+        cache.tables.advance(row, piece.count, shared=not _moving(network, row))
 
 
 def _seed(network: Network, request: Request) -> int:

@@ -30,7 +30,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Tokens of a pass that attend together: queries [rows x count] to gathered keys [keys, rows]."""
 
     tokens: slice
@@ -40,11 +40,25 @@ class _Part:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A pass, for the layers of one pool."""
 
     slots: Tensor  # [tokens] where the new keys go
-    parts: list[_Part]
+    parts: list[Part]
+
+    def copy(self, device: torch.device) -> Plan:
+        """The same with tensors of its own; of a pass of single tokens."""
+        (part,) = self.parts
+        assert isinstance(part.slots, Tensor) and part.positions is not None
+        slots, positions = part.slots.to(device, copy=True), part.positions.to(device, copy=True)
+        return Plan(self.slots.to(device, copy=True), [Part(part.tokens, part.rows, slots, positions)])
+
+    def take(self, other: Plan) -> None:
+        """Write the numbers of another plan of this size over one's own."""
+        (part,), (new,) = self.parts, other.parts
+        for held, value in ((self.slots, other.slots), (part.slots, new.slots), (part.positions, new.positions)):
+            assert isinstance(held, Tensor) and isinstance(value, Tensor)
+            held.copy_(value)
 
 
 @dataclass(frozen=True)
@@ -80,7 +94,7 @@ class PagedCache:
 
     def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, rows: int, piece: int, tp: int, dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.spec, self.device = spec, device
+        self.spec, self.device, self.piece = spec, device, piece
         pages = -(-tokens // SIZE)
         windows = sorted({spec.window(layer) for layer in range(spec.num_layers)}, key=lambda window: window or 0)
         self.pools = [Pool(pages if window is None else min(pages, rows * -(-(window + piece + 2 * SIZE) // SIZE)), window)
@@ -90,11 +104,11 @@ class PagedCache:
         self._latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
         key, value = _shapes(spec, tp)
         self._keys, self._values = ({
-            layer: torch.empty(self.pools[pool].pages * SIZE, *shape, dtype=dtype, device=device)
+            layer: torch.empty(self.pools[pool].pages * SIZE + 1, *shape, dtype=dtype, device=device)  # the last is nobody's
             for layer, pool in self._pool_of.items()} for shape in (key, value))
         self._pieces: Sequence[Piece] = ()
         self._positions = torch.empty(0)
-        self._plans: list[_Plan] = []  # of the pass under way, for each pool
+        self._plans: list[Plan] = []  # of the pass under way, for each pool
 
     @property
     def tokens(self) -> int:
@@ -122,7 +136,7 @@ class PagedCache:
         return SequenceState(positions=positions[None].to(self.device), length=int(positions.max()) + 1, lengths=lengths,
                              cache=self, wanted=torch.tensor([wanted], dtype=torch.long, device=self.device))
 
-    def _plan(self, number: int, pieces: Sequence[Piece], positions: Tensor) -> _Plan:
+    def _plan(self, number: int, pieces: Sequence[Piece], positions: Tensor) -> Plan:
         pool = self.pools[number]
         tables = [torch.tensor(piece.row.tables[number]) for piece in pieces]
         pages = torch.cat([table[torch.arange(piece.start, piece.start + piece.count) // SIZE]
@@ -135,23 +149,49 @@ class PagedCache:
         place = single
         for piece, table in zip(pieces[single:], tables[single:], strict=True):
             tokens = slice(place, place := place + piece.count)
-            parts.append(_Part(tokens, 1, None, None) if piece.start == 0 else self._part(pool, tokens, [piece], [table]))
-        return _Plan(slots.to(self.device), parts)
+            parts.append(Part(tokens, 1, None, None) if piece.start == 0 else self._part(pool, tokens, [piece], [table]))
+        return Plan(slots.to(self.device), parts)
 
-    def _part(self, pool: Pool, tokens: slice, pieces: Sequence[Piece], tables: Sequence[Tensor]) -> _Part:
+    def _part(self, pool: Pool, tokens: slice, pieces: Sequence[Piece], tables: Sequence[Tensor]) -> Part:
         """The keys that the tokens of rows see, each row's from the page of its first one."""
+        columns, positions = self._columns(pool, pieces, tables)
+        slots, positions = columns.flatten(), positions.to(self.device)
+        first, last = int(slots[0]), int(slots[-1])
+        if len(pieces) == 1 and last - first == len(slots) - 1 and bool((slots.diff() == 1).all()):
+            return Part(tokens, 1, slice(first, last + 1), positions)
+        return Part(tokens, len(pieces), slots.to(self.device), positions)
+
+    def _columns(self, pool: Pool, pieces: Sequence[Piece], tables: Sequence[Tensor], length: int | None = None,
+                 ) -> tuple[Tensor, Tensor]:
+        """Slots [keys, rows] of what pieces see, and their positions [rows, count] among them; `length`: of so many keys."""
         firsts = torch.tensor([pool.first_seen(piece.start) // SIZE * SIZE for piece in pieces])
         starts = torch.tensor([piece.start for piece in pieces])
         ends = starts + pieces[0].count
-        keys = torch.arange(int((ends - firsts).max()))[:, None] + firsts
+        keys = torch.arange(length or int((ends - firsts).max()))[:, None] + firsts
         keys = keys.minimum(ends - 1)  # behind a row's end its last key stands in, which nothing sees: no stale memory is read
         slots = torch.stack([table[column // SIZE] * SIZE + column % SIZE
-                             for table, column in zip(tables, keys.t(), strict=True)], dim=1).flatten()
-        positions = ((starts - firsts)[:, None] + torch.arange(pieces[0].count)).to(self.device)
-        first, last = int(slots[0]), int(slots[-1])
-        if len(pieces) == 1 and last - first == len(slots) - 1 and bool((slots.diff() == 1).all()):
-            return _Part(tokens, 1, slice(first, last + 1), positions)
-        return _Part(tokens, len(pieces), slots.to(self.device), positions)
+                             for table, column in zip(tables, keys.t(), strict=True)], dim=1)
+        return slots, (starts - firsts)[:, None] + torch.arange(pieces[0].count)
+
+    def padded(self, rows: int, keys: int) -> list[Plan]:
+        """The pass of single tokens that `state` was told about, for the layers of each pool, on the CPU: with `rows` rows that
+        see `keys` keys. Rows beyond those there are have the slot that is nobody's."""
+        plans = []
+        for number, pool in enumerate(self.pools):
+            tables = [torch.tensor(piece.row.tables[number]) for piece in self._pieces]
+            seen = keys if pool.window is None else min(keys, (pool.window + 2 * SIZE - 2) // SIZE * SIZE)
+            columns, places = self._columns(pool, self._pieces, tables, seen)
+            slots = torch.full((seen, rows), pool.pages * SIZE)
+            slots[:, :len(tables)] = columns
+            positions = torch.zeros(rows, 1, dtype=torch.long)
+            positions[:len(tables)] = places
+            new = slots[positions[:, 0], torch.arange(rows)]
+            plans.append(Plan(new, [Part(slice(0, rows), rows, slots.flatten(), positions)]))
+        return plans
+
+    def plan(self, plans: list[Plan]) -> None:
+        """Let the layers of the next pass go by these."""
+        self._plans = plans
 
     def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None, variant: Variant) -> Tensor:
         if not self._plans:  # the first layer of a pass
@@ -174,6 +214,11 @@ class PagedCache:
             out = ops.attention(q, k, v, variant, part.positions)
             found.append(out.transpose(0, 1).flatten(0, 1).unsqueeze(1))
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    @property
+    def longest(self) -> int:
+        """One more than the largest position of the pass under way."""
+        return max(piece.start + piece.count for piece in self._pieces)
 
     @property
     def singles(self) -> bool:

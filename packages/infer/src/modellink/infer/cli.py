@@ -1,7 +1,7 @@
 """`modellink-infer`: a thin reading of options over the engine.
 
 Everything that can be wrong is looked at before the model is built. With `--tp N` this process starts N ranks of itself and
-waits; under torchrun each process does its part. The first rank prints.
+waits; under torchrun, on one machine or several, each process does its part. The first rank reads prompts and prints.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modellink.kernels.options import Layer, command, resolve
 
 if TYPE_CHECKING:
     from modellink.infer.engine import Engine
-    from modellink.infer.request import Generation
+    from modellink.infer.request import Generation, Request
 
 MODULE = "modellink.infer.cli"
 
@@ -43,9 +43,13 @@ def generate(given: Layer) -> None:
     resolved = resolve([ModelOptions, PromptOptions, AnswerOptions], given)
     model, asked = resolved[ModelOptions], resolved[PromptOptions]
     asked = replace(asked, chat=asked.chat or bool(model.prompt_type or model.hf_chat_template))
-    arguments = resolved[AnswerOptions].arguments(set(given.values), draws=False)
+    decoding, first = resolved[AnswerOptions], _first()
+    if asked.stream and max(decoding.num_beams, decoding.num_return_sequences) > 1:
+        raise ModelLinkError("a stream is one answer, as its tokens come", where="--stream",
+                             fix="leave out --num-beams and --num-return-sequences")
+    arguments = decoding.arguments(set(given.values), draws=False) if first else {}
     from_stdin = not asked.prompt and asked.prompt_file is None
-    prompts = _prompts(asked)
+    prompts = _prompts(asked) if first else []
     plan = model.plan(_local_rank())
     arguments["prompt_type"] = plan.prompt_type
     from modellink.infer.prompts import make_requests
@@ -56,10 +60,11 @@ def generate(given: Layer) -> None:
     if _to_start(model):
         with _handed_over(prompts) if from_stdin else _nothing() as more:
             _start(model, more)
-    first, engine = _engine(model, asked.batch_size)
+    engine = _engine(model, asked.batch_size)
+    prompts, requests = engine.network.share((prompts, requests))  # of several machines one has the files and the terminal
     start = time.monotonic()
     if asked.stream:
-        answers = _streamed(engine, prompts, arguments, first)
+        answers = _streamed(engine, requests, first)
     else:
         answers = engine.answer(requests)
         if first:
@@ -85,12 +90,10 @@ def chat(given: Layer) -> None:
     if _to_start(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks take care of it
         _start(model, [])
-    from modellink.core import processes
-    if processes.rank() > 0:
+    if not _first():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank says when an answer stops
-    first, engine = _engine(model, 1)
     conversation = Conversation(options.system, options.history_turns, template)
-    talk(engine, conversation, first_rank=first, **arguments)
+    talk(_engine(model, 1), conversation, first_rank=_first(), **arguments)
 
 
 @command(ModelOptions, ServeOptions, name="serve")
@@ -110,8 +113,8 @@ def serve(given: Layer) -> None:
                                   most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
         _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
-    first, engine = _engine(model, options.batch_size)
-    if first:
+    engine = _engine(model, options.batch_size)
+    if _first():
         print(f"serving at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
     else:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -169,6 +172,11 @@ def _from_line(line: str, where: str) -> Any:
     raise ModelLinkError('a line is a text, or an object with "prompt" (a text) or "messages" (a list of objects)', where=where)
 
 
+def _first() -> bool:
+    """Whether this is the first rank, or the process that starts them."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -201,21 +209,19 @@ def _nothing() -> Iterator[list[str]]:
     yield []
 
 
-def _engine(model: ModelOptions, batch_size: int) -> tuple[bool, Engine]:
-    """Whether this is the first rank, and the engine."""
-    from modellink.core import processes
+def _engine(model: ModelOptions, batch_size: int) -> Engine:
     from modellink.infer.engine import Engine
-    first = processes.rank() == 0
-    return first, Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens,
-                         native=model.native, int8=model.int8, show=True)
+    return Engine(model.plan(_local_rank()), batch_size=batch_size, cache_tokens=model.cache_tokens, native=model.native,
+                  int8=model.int8, graphs=model.graphs, show=True)
 
 
-def _streamed(engine: Engine, prompts: list[Any], arguments: dict[str, Any], first: bool) -> list[Generation]:
+def _streamed(engine: Engine, requests: list[Request], first: bool) -> list[Generation]:
+    from modellink.infer.engine import Stream
     answers = []
-    for number, prompt in enumerate(prompts, 1):
-        stream = engine.stream(prompt, **arguments)
+    for number, request in enumerate(requests, 1):
+        stream = Stream(engine, request)
         if first:
-            _heading(number, len(prompts))
+            _heading(number, len(requests))
         for piece in stream:
             if first:
                 print(piece, end="", flush=True)

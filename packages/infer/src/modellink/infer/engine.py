@@ -34,7 +34,8 @@ PASS_TOKENS = 512  # of one pass over pieces of prompts; each pass makes answers
 def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          device: Literal["auto", "cpu", "cuda", "npu"] = "auto", dtype: torch.dtype | str | None = None,
          family: str | None = None, tokenizer: Path | str | None = None, prompt_type: str | None = None, batch_size: int = 16,
-         cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, show: bool = False) -> Engine:
+         cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, graphs: bool | None = None,
+         show: bool = False) -> Engine:
     """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
 
     Args:
@@ -51,6 +52,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
         native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler;
             None does it if it is measured to be faster.
         int8: let it hold the weights in int8, with a scale for each row; its error is printed with `show`.
+        graphs: compute passes of single tokens from captured graphs; None does it on CUDA and NPUs, where it can be done.
         show: show progress on stderr.
 
     Raises:
@@ -59,7 +61,8 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
     index = int(os.environ.get("LOCAL_RANK", "0"))
     plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer,
                      prompt_type=prompt_type)
-    return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, native=native, int8=int8, show=show)
+    return Engine(plan, batch_size=batch_size, cache_tokens=cache_tokens, native=native, int8=int8, graphs=graphs,
+                  show=show)
 
 
 class Engine:
@@ -71,14 +74,14 @@ class Engine:
     """
 
     def __init__(self, plan: Plan, *, batch_size: int = 16, cache_tokens: int | None = None, native: bool | None = False,
-                 int8: bool = False, show: bool = False) -> None:
+                 int8: bool = False, graphs: bool | None = None, show: bool = False) -> None:
         if batch_size < 1:
             raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--batch-size")
         processes.join(plan.device, plan.layout, seed=0)
         from modellink.infer.network import Network  # imports megatron, which only now is on its device
         self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
         self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0,
-                               native=native, int8=int8)
+                               native=native, int8=int8, graphs=graphs)
         self._cache_tokens = cache_tokens
 
     @cached_property

@@ -21,6 +21,7 @@ from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.model.state import SequenceState
 from modellink.infer.cache import SIZE, PagedCache, bytes_per_token
+from modellink.infer.graphs import Graphs, refusal
 from modellink.infer.native.measure import pays
 from modellink.infer.native.view import Step, takes
 from modellink.kernels.device import Device
@@ -36,10 +37,11 @@ class Network:
     Args:
         native: let the compiled step compute passes of few tokens where it takes the model; None measures whether it pays.
         int8: let it compute all passes over a cache, with int8 weights.
+        graphs: compute passes of single tokens from captured graphs; None does it where there is an accelerator.
     """
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
-                 native: bool | None = False, int8: bool = False) -> None:
+                 native: bool | None = False, int8: bool = False, graphs: bool | None = None) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._on = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -51,6 +53,7 @@ class Network:
         self._layers = layout.layers(self.spec.num_layers, stage)
         self._first, self._last = stage == 0, stage == layout.pp - 1
         self.step: Step | None = None
+        self.graphs: Graphs | None = None
         if (native is not False or int8) and takes(self.spec, layout, self.device, dtype):
             self.step = Step(self._model, self.spec, dtype, int8=int8)
         if native is None and not int8 and self.step is not None:
@@ -61,6 +64,11 @@ class Network:
         if int8 and self.step is None:
             raise ModelLinkError("int8 weights are for the compiled step, which does not take this model here", where="--int8",
                                  fix="leave it out")
+        if graphs or (graphs is None and device.kind != "cpu"):
+            if (reason := refusal(self.spec, layout)) is None:
+                self.graphs = Graphs(self._model, self.spec, device)
+            elif show:
+                print(f"note: single tokens are computed without graphs: {reason}", file=sys.stderr)
         if int8 and show and self.step is not None:
             print(f"int8 weights: root mean square error {100 * self.step.error:.2f} % of the weights", file=sys.stderr)
 
@@ -81,6 +89,12 @@ class Network:
                 state.cache, ids.size(1)):
             assert state.positions is not None and state.wanted is not None
             return self.step.logits(ids[0], state.cache, state.positions[0], state.wanted[0])[None]
+        if self.graphs is not None and state is not None and isinstance(state.cache, PagedCache) and state.cache.singles:
+            assert state.positions is not None and state.wanted is not None
+            found = self.graphs.logits(ids[0], state.positions[0], state.cache)
+            if found is not None:
+                return found[state.wanted[0]][None]
+            state.cache.plan([])
         if not self._first:
             hidden = torch.empty(ids.size(1), ids.size(0), self.spec.hidden_size, dtype=self.dtype, device=self.device)
             dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())

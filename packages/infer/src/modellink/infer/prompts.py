@@ -34,7 +34,8 @@ class Options(TypedDict, total=False):
     - `stop`: strings or token ids that end an answer, beside the end tokens of the checkpoint, in whose place `eos_token_id`
       stands where it is given; `ignore_eos` (False): the end tokens end nothing.
     - `logprobs` (False): give the log-probability of each token; `top_logprobs` (0): and of the most likely ones in its place.
-      `return_output_log_probs` is another name of `logprobs`.
+      `return_output_log_probs` is another name of `logprobs`. `prompt_logprobs` (False): and of the prompt's tokens; then
+      `max_new_tokens` may be 0.
     - `include_input` (False): the text begins with the prompt. `detokenize` (True): make text of the tokens.
     - `json_schema`, `regex`: what the answer keeps to, see constraint.py; a schema is an object or JSON text.
     - `prompt_type`: the template around a chat, see template.py (the one `load` was given, else the one the checkpoint was
@@ -62,6 +63,7 @@ class Options(TypedDict, total=False):
     logprobs: bool
     top_logprobs: int
     return_output_log_probs: bool
+    prompt_logprobs: bool
     include_input: bool
     detokenize: bool
     json_schema: Mapping[str, Any] | str | None
@@ -87,6 +89,8 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
     sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
     beams, count = _beams(options), options.get("num_return_sequences", 1)
     grammar = grammar_of(tokenizer, json_schema=options.get("json_schema"), regex=options.get("regex"))
+    if options.get("prompt_logprobs") and beams:
+        raise ModelLinkError("beams give no log-probabilities of the prompt", where="--num-beams", fix="leave one of them out")
     if grammar and beams:
         raise ModelLinkError("beams do not keep to a schema or an expression", where="--num-beams", fix="leave one of them out")
     top = options.get("top_logprobs", 0)
@@ -98,12 +102,17 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
         check_ids(ids, spec)
         if options.get("ignore_eos") or options.get("eos_token_id") is not None:
             ends = ()
-        before = tokenizer.decode(ids) if options.get("include_input") and tokenizer else ""
+        before = _shown(prompt, ids, tokenizer) if options.get("include_input") else ""
         request = Request(ids, _room(len(ids), options, spec), sampling, stop_ids.union(ends), strings,
                           bool(options.get("logprobs") or options.get("return_output_log_probs") or top), top, beams, before,
-                          options.get("detokenize", True), grammar)
+                          options.get("detokenize", True), grammar, bool(options.get("prompt_logprobs")))
         requests += [request] if beams else [_draw(request, number) for number in range(count)]
     return requests
+
+
+def _shown(prompt: Any, ids: Sequence[int], tokenizer: Tokenizer | None) -> str:
+    """A prompt as text: as it was given, where it was one."""
+    return prompt if isinstance(prompt, str) else tokenizer.decode(ids) if tokenizer else ""
 
 
 def _draw(request: Request, number: int) -> Request:
@@ -180,8 +189,18 @@ def _ids(prompt: Any, tokenizer: Tokenizer | None, prompt_type: str | None) -> t
     if tokenizer is None:
         raise _no_tokenizer("a text or a chat")
     if isinstance(prompt, str):
+        check_text(prompt)
         return tokenizer.encode(prompt), ()
     return encode_prompt(tokenizer, prompt, prompt_type)
+
+
+def check_text(text: str) -> None:
+    """Raise for half a character, which Python's texts may hold and no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ModelLinkError(f"the text is not Unicode at character {error.start}: {text[error.start]!a}",
+                             fix="write it in UTF-8") from None
 
 
 def _no_tokenizer(what: str) -> ModelLinkError:
@@ -198,7 +217,8 @@ def _room(prompt: int, options: Options, spec: ModelSpec) -> int:
     """How many tokens may come after a prompt of that many."""
     wanted, limit = options.get("max_new_tokens"), options.get("max_length")
     room = longest(spec) - prompt
-    if room < 1:
+    least = 0 if options.get("prompt_logprobs") else 1
+    if room < least:
         raise ModelLinkError(f"the prompt has {prompt} tokens; the model's longest sequence is {spec.max_position_embeddings}",
                              fix="shorten the prompt")
     if not wanted and limit is not None:  # the original's 0 says that the other one counts
@@ -207,8 +227,8 @@ def _room(prompt: int, options: Options, spec: ModelSpec) -> int:
             raise ModelLinkError(f"the prompt has {prompt} tokens, max-length is {limit}", where="--max-length")
     if wanted is None:
         return int(min(DEFAULT_NEW_TOKENS, room))
-    if wanted < 1:
-        raise ModelLinkError(f"max-new-tokens is {wanted}, it must be at least 1", where="--max-new-tokens")
+    if wanted < least:
+        raise ModelLinkError(f"max-new-tokens is {wanted}, it must be at least {least}", where="--max-new-tokens")
     if wanted > room:
         raise ModelLinkError(f"the prompt has {prompt} tokens, with {wanted} new ones it outgrows the model's longest "
                              f"sequence of {spec.max_position_embeddings}", where="--max-new-tokens", fix=f"use at most {room}")

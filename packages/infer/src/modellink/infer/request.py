@@ -28,6 +28,7 @@ class Generation:
         prompt_tokens: how many tokens the prompt has.
         top_logprobs: for each token the most likely ones in its place, as (token id, log-probability), where asked for.
         score: of a beam: the sum of its log-probabilities over (its tokens ^ length penalty).
+        prompt_logprobs: of the prompt's tokens but the first, each given those before it, where asked for.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Generation:
     prompt_tokens: int = 0
     top_logprobs: list[list[tuple[int, float]]] | None = None
     score: float | None = None
+    prompt_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,17 @@ class Request:
     """What is asked; checked against the model already."""
 
     prompt: Sequence[int]
-    max_new_tokens: int
+    max_new_tokens: int  # 0 for those who only ask about the prompt
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
-    top_logprobs: int = 0  # how many alternatives to report for each token, with `logprobs`
+    top_logprobs: int = 0  # how many alternatives to report for each token, with `logprobs` or `prompt_logprobs`
     beams: Beams | None = None
     before: str = ""  # what the text of the answer begins with: the prompt, where it is to be shown too
     detokenize: bool = True
     grammar: str | None = None  # what the answer keeps to, see constraint.py
+    prompt_logprobs: bool = False
 
 
 @dataclass
@@ -75,6 +78,9 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # characters of the text before each token
+    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens from the second, as far as computed
+    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     cancelled: bool = False  # a wish; of several ranks the first one's counts
     finish_reason: FinishReason | None = None
 
@@ -85,16 +91,22 @@ class Answer:
 
     def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> str:
         """Add a token; the piece of text that became certain. Sets `finish_reason` when it was the last one."""
+        self.offsets.append(self.text.length)
         self.token_ids.append(token_id)
         if logprob is not None:
-            self.logprobs.append(logprob)
             self.top_logprobs.append(list(top))
+            self.logprobs.append(logprob)
         piece = self.text.push(token_id)
         if token_id in self.request.stop_ids or self.text.stopped:
             return piece + self.end("stop")
         if len(self.token_ids) == self.request.max_new_tokens:
             return piece + self.end("length")
         return piece
+
+    @property
+    def prompt_left(self) -> int:
+        """How many tokens of the prompt have no log-probability yet, of those that are to have one."""
+        return len(self.request.prompt) - 1 - len(self.prompt_logprobs) if self.request.prompt_logprobs else 0
 
     def end(self, reason: FinishReason) -> str:
         """No token comes any more; the text that was held back."""
@@ -108,4 +120,4 @@ class Answer:
         return Generation(asked.before + self.text.text, self.token_ids, self.finish_reason,
                           self.logprobs if asked.logprobs else None, len(asked.prompt),
                           self.top_logprobs if asked.logprobs and asked.top_logprobs else None,
-                          score)
+                          score, self.prompt_logprobs if asked.prompt_logprobs else None)

@@ -16,10 +16,12 @@ from torch import Tensor
 from modellink.infer.constraint import Constraint
 from modellink.kernels.errors import ModelLinkError
 
+COLD = 1e-5  # a lower temperature takes the most likely token: what is divided by it may be no number any more
+
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is the same as not sampling; penalties work in both cases.
+    """How tokens are chosen. Temperature 0 (and below COLD) is the same as not sampling; penalties work in both cases.
 
     `top_k` 0, `top_p` 1 and `min_p` 0 leave out their filter. `seed` None draws another one each time.
 
@@ -45,19 +47,18 @@ class Sampling:
         for name, value, low, high in (
                 ("temperature", self.temperature, 0, 1e4), ("top-k", self.top_k, 0, math.inf), ("top-p", self.top_p, 0, 1),
                 ("seed", self.seed or 0, 0, 2**63 - 1), ("min-p", self.min_p, 0, 1),
-                ("repetition-penalty", self.repetition_penalty, 0, 1e4), ("presence-penalty", self.presence_penalty, -100, 100),
+                ("repetition-penalty", self.repetition_penalty, 0.01, 100),
+                ("presence-penalty", self.presence_penalty, -100, 100),
                 ("frequency-penalty", self.frequency_penalty, -100, 100)):
             if not low <= value <= high:  # NaN is not
                 limit = f"between {low} and {high:g}" if high < math.inf else f"at least {low}"
                 raise ModelLinkError(f"{name} is {value}, it must be {limit}", where=f"--{name}")
         if self.top_p == 0:
             raise ModelLinkError("top-p is 0, which keeps no token", where="--top-p", fix="use a number above 0, at most 1")
-        if self.repetition_penalty == 0:
-            raise ModelLinkError("repetition-penalty is 0", where="--repetition-penalty", fix="use 1 for none")
 
     @property
     def greedy(self) -> bool:
-        return not self.do_sample or self.temperature == 0
+        return not self.do_sample or self.temperature < COLD
 
     @property
     def penalised(self) -> bool:

@@ -29,6 +29,11 @@ class GrowingText:
         self._held = ""
         self.text, self.stopped = "", False
 
+    @property
+    def length(self) -> int:
+        """Characters so far, with those that are held back."""
+        return len(self.text) + len(self._held)
+
     def push(self, token_id: int) -> str:
         """The text that became certain with this token, possibly empty."""
         return self._take(self._decoder.push(token_id)) if self._decoder else ""

@@ -6,19 +6,24 @@ on a device (core's engine.py) and the fused ops (ops/).
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib.util
 import os
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from modellink.kernels.errors import ModelLinkError
 
 Kind = Literal["cpu", "cuda", "npu"]
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h; 32 MiB is the largest threshold glibc takes
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
@@ -47,6 +52,8 @@ class Device:
         """Make it the current device of this process."""
         if self.module:
             self.module.set_device(self.index)
+        else:
+            _keep_memory()
 
     def synchronize(self) -> None:
         if self.module:
@@ -65,11 +72,43 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak if (now := _resident()) is None else now, peak
 
+    def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """`work` as a graph: what is returned starts its kernels as one, on the tensors they had, and gives the same tensor each
+        time. On a CPU it is `work` itself.
+
+        Raises:
+            RuntimeError: it does something that cannot be captured, such as to wait for the device.
+        """
+        if (module := self.module) is None:
+            return work
+        aside = module.Stream()
+        aside.wait_stream(module.current_stream())
+        with module.stream(aside):  # what is made once is made before
+            for _ in range(2):
+                work()
+        module.current_stream().wait_stream(aside)
+        graph = module.CUDAGraph() if self.kind == "cuda" else module.NPUGraph()
+        with module.graph(graph):
+            output = work()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return output
+        return replay
+
     def available(self) -> int:
         """Bytes that can still be allocated."""
         if self.module:
             return int(self.module.mem_get_info(self.index)[0])
         return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _keep_memory() -> None:
+    """Let glibc keep what tensors free for those that come: else it goes back to the system, which clears each page anew."""
+    with contextlib.suppress(OSError, AttributeError):  # another libc
+        adjust = ctypes.CDLL(None).mallopt
+        for name, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
+            adjust(name, value)
 
 
 def _available() -> int | None:

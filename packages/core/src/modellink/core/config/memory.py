@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 from typing import ClassVar, Literal
 
 import torch
@@ -36,7 +37,7 @@ class MemoryConfig:
         None, "In so many layers of a pipeline stage; all where nothing is said.", minimum=1)
     swap_attention: bool = option(
         False, "Keep activations of --swap-modules in host memory until their layer goes backward; with --recompute-num-layers "
-        "and no granularity, feed-forward parts of the first so many layers of a stage are recomputed.")
+        "and no granularity, feed-forward parts of the first so many layers of each model chunk are recomputed.")
     swap_modules: str | None = option(None, f"Modules of a layer, with commas between; {SWAPPED} where nothing is said.")
     reuse_fp32_param: bool = option(
         False, "bf16: the weights are the upper halves of the optimizer's fp32 parameters, 4 bytes for both instead of 6.")
@@ -53,7 +54,7 @@ class MemoryConfig:
 
     @property
     def feed_forwards_recomputed(self) -> int:
-        """In how many layers of a stage the feed-forward part alone is recomputed."""
+        """In how many layers the feed-forward part alone is recomputed, counted as whole layers are."""
         return (self.recompute_num_layers or 0) if self.swap_attention and self.recompute_granularity is None else 0
 
     def check(self) -> None:
@@ -96,16 +97,29 @@ class MemoryConfig:
                                  fix="take mlp out of --swap-modules, or recompute nothing in it")
 
     def check_layers(self, layout: ParallelLayout, num_layers: int) -> None:
-        """Raise when more layers are to be recomputed than there are."""
+        """Raise when layers cannot be counted or grouped as they were asked to be recomputed."""
         if self.enable_recompute_layers_per_pp_rank and layout.vpp == 1:
             raise ModelLinkError("a stage has one model chunk, there is nothing to count together",
                                  where="--enable-recompute-layers-per-pp-rank, --num-layers-per-virtual-pipeline-stage")
-        chunks = [len(layout.layers(num_layers, stage, 0)) for stage in range(layout.pp)]
-        by_stage = self.enable_recompute_layers_per_pp_rank or self.feed_forwards_recomputed
-        held = min(chunks) * (layout.vpp if by_stage else 1)
-        if (wanted := self.recompute_num_layers or 0) > held:
-            raise ModelLinkError(f"{wanted} layers cannot be recomputed where there are {held}",
-                                 where="--recompute-num-layers", fix=f"use at most {held}")
+        if self.recompute_method == "uniform" and self.recompute_num_layers:
+            for held in self._held(layout, num_layers):
+                if held % self.recompute_num_layers:
+                    raise ModelLinkError(f"groups of {self.recompute_num_layers} layers do not fill a model chunk of {held}",
+                                         where="--recompute-num-layers, --recompute-method uniform",
+                                         fix=f"use a divisor of {gcd(*self._held(layout, num_layers))}")
+
+    def note(self, layout: ParallelLayout, num_layers: int) -> str | None:
+        """What is to be said where more layers were asked for than any stage or chunk has, as scripts for other layouts do."""
+        most = max(self._held(layout, num_layers)) * (layout.vpp if self.enable_recompute_layers_per_pp_rank else 1)
+        if (wanted := self.recompute_num_layers or 0) <= most:
+            return None
+        return (f"note: --recompute-num-layers {wanted} is more than the {most} layers of a "
+                f"{'pipeline stage' if self.enable_recompute_layers_per_pp_rank else 'model chunk'}: all of them are recomputed")
+
+    @staticmethod
+    def _held(layout: ParallelLayout, num_layers: int) -> set[int]:
+        """How many layers model chunks have."""
+        return {len(layout.layers(num_layers, stage, 0)) for stage in range(layout.pp)}
 
     def check_precision(self, dtype: torch.dtype) -> None:
         """Raise when there are no bf16 weights to be halves of anything."""

@@ -21,7 +21,8 @@ class ParallelConfig:
         "ulysses_cp_algo", "How attention sees a whole sequence: ranks exchange heads for tokens, pass keys and values round a "
         "ring, or the first inside the second.")
     ulysses_degree_in_cp: int | None = option(None, "hybrid_cp_algo: ranks that exchange heads for tokens.", minimum=2)
-    use_cp_send_recv_overlap: bool = option(True, "Pass keys and values on while computing with them.")
+    use_cp_send_recv_overlap: bool = option(
+        True, "Pass keys and values, and their gradients, on while computing, sends and receipts in groups of their own.")
     kv_head_repeat_before_uly_alltoall: bool = option(
         False, "Repeat keys and values for every query head before the exchange, not only until they can be dealt.")
     expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to, within data parallelism.",

@@ -17,20 +17,22 @@ from modellink.core.model.feed_forward import FeedForward
 
 def in_full(memory: MemoryConfig, chunk: int, chunks: int) -> int | None:
     """How many of the first layers of a chunk (block) or of each group (uniform) are recomputed in full."""
-    count = memory.recompute_num_layers
-    if count is None or memory.recompute_granularity != "full":
+    if memory.recompute_num_layers is None or memory.recompute_granularity != "full":
         return None
-    if not memory.enable_recompute_layers_per_pp_rank:
-        return count
-    return max(0, -(-(count - chunk) // chunks))
+    return _of_chunk(memory.recompute_num_layers, memory, chunk, chunks)
+
+
+def _of_chunk(count: int, memory: MemoryConfig, chunk: int, chunks: int) -> int:
+    """How many of `count` layers are the chunk's: they are counted for each chunk, or over all chunks of a stage."""
+    return max(0, -(-(count - chunk) // chunks)) if memory.enable_recompute_layers_per_pp_rank else count
 
 
 def feed_forwards(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
-    """Mark the layers of which the feed-forward part alone is recomputed: the first of a stage, beside --swap-attention."""
+    """Mark the layers of which the feed-forward part alone is recomputed: the first ones, beside --swap-attention."""
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):
-            layer.recompute_mlp = number * len(models) + chunk < memory.feed_forwards_recomputed
+            layer.recompute_mlp = number < _of_chunk(memory.feed_forwards_recomputed, memory, chunk, len(models))
 
 
 def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
@@ -38,8 +40,7 @@ def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
     if not memory.recompute_activation_function:
         return
     chunks, whole, count = len(models), memory.recompute_num_layers or 0, memory.recompute_activation_function_num_layers
-    by_stage = memory.enable_recompute_layers_per_pp_rank or memory.feed_forwards_recomputed
-    everywhere = whole if by_stage else whole * chunks
+    everywhere = whole if memory.enable_recompute_layers_per_pp_rank else whole * chunks
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):

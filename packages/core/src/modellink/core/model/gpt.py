@@ -85,8 +85,12 @@ class Model(GPTModel):
                 hidden_states = hidden_states.gather(0, index)
             if (scale := self.spec.output_multiplier_scale) != 1.0:
                 hidden_states = hidden_states * scale
-        output: Tensor = super()._postprocess(hidden_states, *args, packed_seq_params=packed_seq_params, **kwargs)
-        return output
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        gathered = kwargs.get("runtime_gather_output")
+        logits: Tensor = self.output_layer(hidden_states, weight=weight, runtime_gather_output=gathered)[0]
+        return logits.transpose(0, 1)  # megatron-core would copy them into this order
 
 
 def _normalise_weight(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

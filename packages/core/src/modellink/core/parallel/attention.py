@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from modellink.core import processes
 from modellink.core.parallel.context import held_chunks, natural_order
 from modellink.core.parallel.ring import Ring, ring_attention
 from modellink.core.parallel.ulysses import heads_for_tokens, repeated, tokens_for_heads
@@ -25,7 +26,7 @@ class SequenceCut:
 
     Attributes:
         ulysses: ranks that exchange heads for tokens.
-        overlap: pass keys on round the ring while computing with them.
+        overlap: pass keys on round the ring while computing with them, sends and receipts in groups of their own.
         repeat_in_full: keys and values are repeated for every query head before the exchange, as in the original.
     """
 
@@ -47,7 +48,8 @@ class ContextParallel:
         self.order = natural_order(held_chunks(sets[rank // inner], cp))
         self.back = natural_order(self.order)
         held = [sorted(held_chunks(ranks, cp)) for ranks in sets]
-        self.ring = None if size == 1 else Ring(whole if inner == 1 else groups[1], held, how.overlap)
+        self.ring = None if size == 1 else Ring(whole if inner == 1 else groups[1], held,
+                                                processes.second_ring() if how.overlap else None)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, variant: Variant) -> Tensor:
         if self.exchange is not None:

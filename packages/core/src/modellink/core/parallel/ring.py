@@ -2,7 +2,7 @@
 
 What a rank sees of another is joined by log-sum-exp, so that no rank ever holds more than two sets of keys. Chunks that
 causality or a window hides are not computed; with the tokens dealt as context.py does, that is as much work on each rank.
-Backward lets keys and values pass once more, with their gradients.
+Backward lets keys and values pass once more, and their gradients behind them.
 
 Not here: attention dropout; fused kernels for the blocks.
 """
@@ -28,21 +28,33 @@ class Ring:
     Attributes:
         group: the ranks of the ring.
         held: numbers of the chunks each of them holds, in the order of its tokens; all chunks have one length.
-        overlap: start to pass keys on before computing with them.
+        second: another group of the same ranks. With it transfers are under way while ranks compute, and a rank sends in one of
+            the groups while it receives in the other; without, they follow the computing, in one group.
     """
 
     group: Any
     held: list[list[int]]
-    overlap: bool = True
+    second: Any = None
 
     def passed_on(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
         """Send to the next rank, receive from the one before: (buffers, what to wait for)."""
         rank, size = self.group.rank(), self.group.size()
-        ahead, behind = (dist.get_global_rank(self.group, other % size) for other in (rank + 1, rank - 1))
+        ahead, behind = (rank + 1) % size, (rank - 1) % size
         buffers = [torch.empty_like(tensor) for tensor in tensors]
-        calls = [dist.P2POp(dist.isend, tensor, ahead, self.group) for tensor in tensors]
-        calls += [dist.P2POp(dist.irecv, buffer, behind, self.group) for buffer in buffers]
-        return buffers, dist.batch_isend_irecv(calls)
+
+        def send() -> list[Any]:
+            return [self._transfer(dist.isend, tensor, ahead, sender=rank) for tensor in tensors]
+
+        def receive() -> list[Any]:
+            return [self._transfer(dist.irecv, buffer, behind, sender=behind) for buffer in buffers]
+        # a first transfer waits for its partner's: so every other rank receives first
+        works = send() + receive() if rank % 2 == 0 else receive() + send()
+        return buffers, works
+
+    def _transfer(self, call: Any, tensor: Tensor, other: int, *, sender: int) -> Any:
+        """Start one; what even ranks send goes through the one group, what odd ranks send through the other."""
+        group = self.group if self.second is None or sender % 2 == 0 else self.second
+        return call(tensor, dist.get_global_rank(self.group, other), group=group)
 
     def pairs(self, source: int, seq: int, window: int | None) -> Iterator[tuple[slice, slice, int, int]]:
         """(query rows, key rows, first query position, first key position) of every pair of chunks that see each other, for the
@@ -65,7 +77,7 @@ class _Attention(torch.autograd.Function):
         block = [key.contiguous(), value.contiguous()]
         for step in range(size):
             last = step + 1 == size
-            passing = ring.passed_on(block) if ring.overlap and not last else None
+            passing = ring.passed_on(block) if ring.second is not None and not last else None
             for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
                 scores = scores_of(query[rows], block[0][columns], variant, first, start)
                 new_lse = scores.logsumexp(-1)
@@ -87,10 +99,11 @@ class _Attention(torch.autograd.Function):
         of_out = (gradient * out).sum(-1).permute(1, 2, 0).unsqueeze(-1)  # [batch, heads, seq, 1]
         of_query = torch.zeros_like(query, dtype=torch.float32)
         block = [key.contiguous(), value.contiguous()]
-        of_block = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in block]
+        coming: tuple[list[Tensor], list[Any]] = ([], [])  # what the ranks before have found for the block at hand
         for step in range(size):
             last = step + 1 == size
-            passing = ring.passed_on(block) if ring.overlap and not last else None
+            passing = ring.passed_on(block) if ring.second is not None and not last else None
+            of_block = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in block]
             for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
                 with torch.enable_grad():  # the derivative of caps and biases is autograd's
                     q, k = (x.detach().requires_grad_() for x in (query[rows], block[0][columns]))
@@ -106,8 +119,12 @@ class _Attention(torch.autograd.Function):
                 of_block[1][columns] += _per_group(weights.transpose(-1, -2) @ upstream, value.size(2))
             if not last:
                 block = _arrived(passing or ring.passed_on(block))
-            of_block = _arrived(ring.passed_on(of_block))  # after the last step they are home
-        made = (of_query, *of_block)
+            for mine, before in zip(of_block, _arrived(coming), strict=False):
+                mine += before
+            coming = ring.passed_on(of_block)  # with the last step they go home
+            if ring.second is None:
+                coming = _arrived(coming), []
+        made = (of_query, *_arrived(coming))
         return (*(grad.to(x.dtype) for grad, x in zip(made, (query, key, value), strict=True)), None, None)
 
 

@@ -10,14 +10,21 @@ from megatron.core import parallel_state
 from modellink.core.config import DataConfig
 from modellink.core.data.instruction import Sample, build_sets, iteration
 from modellink.core.data.mixture import Samples
+from modellink.core.determinism import deterministic
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop
 from modellink.core.train.metrics import Step
 from modellink.core.train.setup import set_up
+from modellink.kernels.ops import plain_forms
 
 
 def sft(run: Run) -> list[Step]:
     """Train until the last iteration or --exit-interval; as `pretrain`, on instruction data."""
+    with plain_forms(*run.fused.plain_ops), deterministic(run.determinism.use_deter_comp, run.optimizer.seed):
+        return _sft(run)
+
+
+def _sft(run: Run) -> list[Step]:
     sets = build_sets(run.data, run.instruction, seed=run.optimizer.seed)
     training = set_up(run)
 

@@ -20,6 +20,10 @@ from modellink.core.data.pretrain import Batch
 from modellink.kernels.errors import ModelLinkError
 
 
+class NotFinite(ModelLinkError):
+    """A loss or a gradient; no weight has changed."""
+
+
 def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Callable[[], str]) -> None:
     """Raise on every rank when the loss, or a gradient on any rank, is NaN or infinite.
 
@@ -36,7 +40,7 @@ def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Ca
     of_loss, of_gradient = bad.tolist()
     if of_loss or of_gradient:
         what = f"the loss is {loss.item()}" if of_loss else "the loss is finite and a gradient is not"
-        raise ModelLinkError(f"{what}; the last checkpoint is as it was, {leave()}", where=where,
+        raise NotFinite(f"{what}; the last checkpoint is as it was, {leave()}", where=where,
                              fix="look at these samples and at the learning rate; --no-check-for-nan-in-loss-and-grad goes on")
 
 

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.profiler import record_function
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.data.pretrain import Batch
 from modellink.core.posttrain.adapters import write_description, write_peft
+from modellink.core.profiling import Profiler
+from modellink.core.resilience.guard import guard
 from modellink.core.run import Run
 from modellink.core.train import checkpoint, rank_files
 from modellink.core.train.checkpoint import Training
+from modellink.core.train.digest import Digests
 from modellink.core.train.guard import keep_batch, refuse_not_finite
 from modellink.core.train.metrics import Clock, Metrics, Step, Throughput
-from modellink.core.train.optimizer import whole_parameters
+from modellink.core.train.optimizer import let_go, whole_parameters
 from modellink.core.train.step import run_schedule
 from modellink.core.train.stop import Stop, is_multiple
 from modellink.core.train.tracker import Tracker
@@ -41,16 +46,21 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         throughput=throughput(run) if known else None,
         tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
     clock, writer = Clock(run.device), Writer()
-    with Stop(run.checkpoint, run.device.torch) as stop:
+    digests = Digests(run, training)
+    watched = guard(run, training, partial(_save_now, training), partial(advance, run, training))
+    profiled = Profiler(run, training.models, training.iteration)
+    with Stop(run.checkpoint, run.device.torch) as stop, profiled as profiler, watched:
         while training.iteration < last and not logging.skip_train:
-            iterate(run, training, train, metrics, clock, writer)
+            watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
+            profiler.step()
             writer.poll()
             at = training.iteration
             leaving = stop.reason(at)
             if is_multiple(at, logging.eval_interval):
                 evaluate(run, training, valid, metrics, f"iteration {at}")
             if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
-                _save(run, training, save, writer)
+                with watched.saving(last=bool(at == last or leaving)):
+                    _save(run, training, save, writer)
             if leaving:
                 if dist.get_rank() == 0:
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
@@ -61,12 +71,19 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
         evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
     metrics.close(logging.curve or (save and save / "loss.svg"))
+    digests.close()
+    let_go(training.models)
     return metrics.history
 
 
 def _save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
     checkpoint.save(training, folder, run.manifest, run.companions, beside=_beside(run, folder),
                     keep=run.checkpoint.save_total_limit, behind=writer if run.checkpoint.async_save else None)
+
+
+def _save_now(training: Training, run: Run) -> None:
+    assert run.checkpoint.save is not None
+    _save(replace(run, checkpoint=replace(run.checkpoint, async_save=False)), training, run.checkpoint.save, Writer())
 
 
 def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
@@ -81,7 +98,8 @@ def _beside(run: Run, folder: Path) -> Callable[[Path], None] | None:
     return partial(write_peft, manifest=run.manifest, lora=run.lora, base=run.checkpoint.load)
 
 
-def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock, writer: Writer) -> None:
+def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: Clock, writer: Writer,
+            digests: Digests) -> None:
     """One iteration: gradients over all micro batches, an optimizer step, a line of metrics."""
     for model in training.models:
         model.zero_grad_buffer()
@@ -93,15 +111,24 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
         refuse_not_finite(training.models, loss, f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}",
                           lambda: _keep_batch(run, training, feed, writer))
     learning_rate = training.optimizer.param_groups[0]["lr"]
-    updated, grad_norm, _ = training.optimizer.step()
-    if updated:
-        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
-    training.iteration += 1
-    training.consumed_samples += size
+    digests.gradients()
+    with record_function("optimizer-step"):  # a range in the traces of --profile
+        updated, grad_norm, _ = training.optimizer.step()
+    advance(run, training, updated=updated)
+    digests.write(training.iteration, loss)
     metrics.add(Step(
         iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size, loss=loss.item(),
         learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
         loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap()))
+
+
+def advance(run: Run, training: Training, *, updated: bool = True) -> None:
+    """The training is one iteration further."""
+    size = run.data.batch_size_at(training.consumed_samples, run.layout.dp)
+    if updated:
+        training.schedule.step(increment=size if run.optimizer.by_samples else 1)
+    training.iteration += 1
+    training.consumed_samples += size
 
 
 @torch.no_grad()

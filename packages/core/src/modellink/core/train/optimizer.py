@@ -15,10 +15,11 @@ from torch import nn
 from modellink.core.config import OptimizerConfig, ParallelConfig
 
 
-def wrap(models: Sequence[Any], parallel: ParallelConfig) -> list[DistributedDataParallel]:
-    """Data parallelism around each model chunk; gradients are summed in fp32."""
+def wrap(models: Sequence[Any], parallel: ParallelConfig, instances: int = 1) -> list[DistributedDataParallel]:
+    """Data parallelism around each model chunk; gradients are summed in fp32. `instances` as in `processes.join`."""
     settings = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=parallel.use_distributed_optimizer,
+        grad_reduce_in_fp32=True, num_distributed_optimizer_instances=instances,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce, overlap_param_gather=parallel.overlap_param_gather)
     wrapped = [DistributedDataParallel(model.config, settings, model) for model in models]
     for model in wrapped:
@@ -54,6 +55,18 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
         if parallel.overlap_grad_reduce:  # gradients are complete, and summed, with the last micro batch alone
             model.config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
     return optimizer
+
+
+def let_go(models: Sequence[Any]) -> None:
+    """After a run: untie what its models and its optimizer hold of each other; the models are of no use then.
+
+    Parameters have hooks of the data-parallel wrapper, which so hangs on autograd's nodes, where Python's garbage collection does
+    not see it: with it would stay memory, process groups and their threads.
+    """
+    for model in models:
+        model.config.grad_scale_func = model.config.no_sync_func = model.config.finalize_model_grads_func = None
+        model.grad_accs.clear()
+        model._modules.clear()
 
 
 def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:

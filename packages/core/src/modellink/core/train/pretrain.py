@@ -8,10 +8,12 @@ from typing import Any
 from megatron.core import parallel_state
 
 from modellink.core.data.pretrain import build_datasets, extended, micro_batches
+from modellink.core.determinism import deterministic
 from modellink.core.run import Run
 from modellink.core.train.loop import Feed, loop
 from modellink.core.train.metrics import Step
 from modellink.core.train.setup import set_up
+from modellink.kernels.ops import plain_forms
 
 
 def pretrain(run: Run) -> list[Step]:
@@ -20,6 +22,11 @@ def pretrain(run: Run) -> list[Step]:
     Returns:
         The finished steps, those before a resume too, on the last rank; nothing elsewhere.
     """
+    with plain_forms(*run.fused.plain_ops), deterministic(run.determinism.use_deter_comp, run.optimizer.seed):
+        return _pretrain(run)
+
+
+def _pretrain(run: Run) -> list[Step]:
     training = set_up(run)
     config, logging = run.data, run.logging
     trained = config.samples_of(run.optimizer.train_iters, run.layout.dp)

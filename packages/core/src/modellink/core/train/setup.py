@@ -34,6 +34,8 @@ def build_settings(run: Run) -> BuildSettings:
 def set_up(run: Run) -> Training:
     """Build, then take a whole training state where the run goes on, weights alone where it starts from some."""
     first = dist.get_rank() == 0
+    if first and (note := run.memory.note(run.layout, run.spec.num_layers)):
+        print(note, flush=True)
     settings = build_settings(run)
     models: list[Any] = list(build_models(run.spec, settings))
     if run.source is not None and (run.resumed is None or run.lora.on):
@@ -46,7 +48,7 @@ def set_up(run: Run) -> Training:
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
         if run.lora.lora_quantize is not None:
             quantize(models, run.lora.lora_quantize)
-    models = list(wrap(models, run.parallel))
+    models = list(wrap(models, run.parallel, run.optimizer_instances))
     optimizer = make_optimizer(models, run.optimizer, run.parallel)
     if run.memory.reuse_fp32_param:
         share(optimizer)

@@ -24,7 +24,8 @@ def forward_step(batches: Iterator[Batch], model: Any) -> tuple[Tensor, Callable
     batch = next(batches)
 
     def loss_of(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = ops.cross_entropy(logits, local_part(batch.labels), parallel_state.get_tensor_model_parallel_group())
+        losses = ops.cross_entropy(logits, local_part(batch.labels), parallel_state.get_tensor_model_parallel_group(),
+                                   overwrite=True)
         divisor = batch.loss_mask.sum().clamp(min=1) if batch.divisor is None else batch.divisor
         loss = (losses * local_part(batch.loss_mask)).sum() / divisor
         whole = loss.detach().clone()  # the schedule divides the loss itself in place

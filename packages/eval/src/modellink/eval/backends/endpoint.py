@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -103,10 +104,11 @@ class Endpoint:
         if not found or len(offsets) != len(logprobs) or not offsets or len(logprobs) < 2:
             raise ModelLinkError("the server does not give the log-probabilities of a prompt", where=self.address,
                                  fix="use a server that does, or a task whose answers are written")
-        boundary, ends = len(request.context), [*offsets[1:], len(text)]
-        places = [place for place, end in enumerate(ends) if end > boundary and offsets[place] < len(text)]
+        # Counted from the end, where the new token stands: some servers count the beginning token's name as text.
+        boundary = len(request.context) + offsets[-1] - len(text)
+        places = [place for place, (start, end) in enumerate(pairwise(offsets)) if start >= boundary or end > boundary]
         values = [logprobs[place] for place in places]
-        if any(value is None for value in values):
+        if not values or any(value is None for value in values):
             raise ModelLinkError("the server gives no log-probability for a token of a choice", where=self.address)
         highest = [max((best[place] or {"": -math.inf}).values()) for place in places]
         return Likelihood(sum(values), all(value >= high - 1e-6 for value, high in zip(values, highest, strict=True)))

@@ -33,7 +33,7 @@ class LocalBackend:
 
     Args:
         path: a Hugging Face folder, or a Megatron-Core or torch_dist checkpoint.
-        tp: tensor parallel size; there must be as many processes.
+        layout: the tensor, pipeline and expert parallel sizes; there must be as many processes.
         device: `auto` takes an NPU, else a CUDA GPU, else the CPU.
         dtype: None takes what most of the checkpoint's weights have.
         tokenizer: a Hugging Face folder, for a checkpoint that does not carry its own.
@@ -46,17 +46,18 @@ class LocalBackend:
             does not fit, a template that is not there.
     """
 
-    def __init__(self, path: Path | str, *, tp: int = 1, device: Literal["auto", "cpu", "cuda", "npu"] = "auto",
+    def __init__(self, path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
+                 device: Literal["auto", "cpu", "cuda", "npu"] = "auto",
                  dtype: Literal["float32", "bfloat16", "float16"] | None = None, tokenizer: Path | str | None = None,
                  family: str | None = None, chat: str | None = None, batch_size: int = 16) -> None:
         require_infer()
         from modellink.infer.plan import make_plan
-        self._plan = make_plan(path, layout=ParallelLayout(tp=tp), device=device, index=int(os.environ.get("LOCAL_RANK", "0")),
-                               dtype=dtype, family=family, tokenizer=tokenizer)
+        index = int(os.environ.get("LOCAL_RANK", "0"))
+        self._plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
         if self._plan.tokenizer is None:
             raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
                                  fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
-        self.tp, self.batch_size = tp, batch_size
+        self.ranks, self.batch_size = layout.world_size, batch_size
         self.encode = Encoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings, chat)
         self._engine: Engine | None = None
 
@@ -100,13 +101,13 @@ class LocalBackend:
 
     def close(self) -> None:
         """Let the other ranks go; the first rank calls it after its work."""
-        if self.tp > 1:
+        if self.ranks > 1:
             self._compute(None, [])
 
     def _compute(self, what: str | None, asked: list[Any] | None) -> Any:
         """What is asked for, on a following rank (asked None) what the first rank asks for; None at the end of the work."""
         self.load()
-        if self.tp > 1:
+        if self.ranks > 1:
             import torch.distributed as dist
             box = [what, asked]
             dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)

@@ -10,6 +10,8 @@ import os
 import select
 import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 from modellink.eval.sandbox.limits import Limits
@@ -19,6 +21,8 @@ from modellink.kernels.errors import ModelLinkError
 Isolation = Literal["namespaces", "none"]
 DEFAULT = Limits()
 POLL = 0.02  # seconds between two looks at the memory
+TOOLS = ("unshare", "bwrap")  # what makes namespaces; the first one that does it here is taken
+PROBE_SECONDS = 60  # in which a program that gives 42 must be done; a busy machine is no reason to refuse
 PROBE = ("def probe():\n", "def probe():\n    return 41 + 1\n", "assert probe() == 42\n")
 
 
@@ -28,22 +32,35 @@ class Sandbox:
     Args:
         isolation: `namespaces`: own user, network, mount, pid, ipc and host name, a root folder with nothing of this machine but
             system libraries and the interpreter, no privilege. `none`: limits and an own user where there was root, no more.
+        tools: programs that make namespaces, util-linux' `unshare` and bubblewrap's `bwrap`.
+
+    Attributes:
+        tool: the path of the one in use.
 
     Raises:
         ModelLinkError: this machine does not allow that isolation.
     """
 
-    def __init__(self, isolation: Isolation = "namespaces", limits: Limits = DEFAULT, workers: int | None = None) -> None:
-        self.isolation, self.limits = isolation, limits
+    def __init__(self, isolation: Isolation = "namespaces", limits: Limits = DEFAULT, workers: int | None = None,
+                 tools: Sequence[str] = TOOLS) -> None:
+        self.isolation, self.tool = isolation, ""
         self.workers = workers or min(8, os.cpu_count() or 1)
-        self._unshare = shutil.which("unshare") or ""
         if isolation == "namespaces":
-            reason = "the program `unshare` of util-linux is not there" if not self._unshare else ""
-            verdict = reason or self.passes("", PROBE[1], PROBE[2], "probe")
-            if verdict != "passed":
-                raise ModelLinkError(f"programs cannot be isolated here: {verdict}", where="--allow-code-execution",
-                                     fix="allow user namespaces or start as root; or, in a machine made for that, "
-                                     "pass --isolation none")
+            self.limits = replace(limits, seconds=PROBE_SECONDS, cpu_seconds=PROBE_SECONDS)
+            self._choose(tools)
+        self.limits = limits
+
+    def _choose(self, tools: Sequence[str]) -> None:
+        reasons = []
+        for name in tools:
+            self.tool = shutil.which(name) or ""
+            verdict = self.passes("", PROBE[1], PROBE[2], "probe") if self.tool else "it is not installed"
+            if verdict == "passed":
+                return
+            reasons.append(f"{name}: {verdict.removeprefix('failed: ')}")
+        raise ModelLinkError(f"programs cannot be isolated here ({'; '.join(reasons)})", where="--allow-code-execution",
+                             fix="allow user namespaces, install bubblewrap or start as root; or, in a machine made for that, "
+                             "pass --isolation none")
 
     def passes(self, prompt: str, program: str, test: str, entry: str) -> str:
         """`passed`, or why not.
@@ -64,7 +81,7 @@ class Sandbox:
                     ({"role": "judge", "listen": to_judge[0], "reply": to_candidate[1], "verdict": verdict[1]},
                      {"prompt": prompt, "test": test, "entry": entry}, (to_judge[0], to_candidate[1], verdict[1]), second)):
                     told["error"] = verdict[1] if told["role"] == "judge" else to_judge[1]
-                    started.append(Confined(told, data, handles, self.limits, self.isolation, self._unshare, place))
+                    started.append(Confined(told, data, handles, self.limits, self.isolation, self.tool, place))
                 for handle in (*to_candidate, *to_judge, verdict[1]):
                     os.close(handle)
                 return self._watch(verdict[0], started)

@@ -1,15 +1,16 @@
 """Runs inside: a process takes away from itself what it shall not have, then does its part of the dialogue.
 
 Started as a script, twice. First it waits for a line on its standard input (by then its parent has put it under a memory limit),
-becomes nobody where it may not stay root and has no namespaces to hide in, and turns into `unshare`. What that starts is this
-script again, process 1 of new namespaces, which builds a root folder of its own (system libraries and the interpreter, all read
-only, and an empty folder that is limited in size), leaves the old one, sets limits and gives up every privilege.
+becomes nobody where it may not stay root and has no namespaces to hide in, and turns into `unshare` or `bwrap`. What that starts
+is this script again, in new namespaces. Under `unshare` it is process 1 and builds a root folder of its own (system libraries and
+the interpreter, all read only, and an empty folder that is limited in size) and leaves the old one; `bwrap` was told to do that.
+Then it sets limits and gives up every privilege.
 
 Only the standard library, because nothing else is to be seen from here.
 """
 
 # os alone, so that a start is short
-# ruff: noqa: PTH100, PTH103, PTH106, PTH112, PTH114, PTH115, PTH120, PTH211
+# ruff: noqa: PTH100, PTH103, PTH106, PTH112, PTH114, PTH115, PTH119, PTH120, PTH211
 import ctypes
 import json
 import os
@@ -124,9 +125,41 @@ def enter(told):
     if told["isolation"] == "none":
         confine_little(told)
         return
+    again = [sys.executable, "-I", "-S", "-B", os.path.abspath(__file__)]
+    if os.path.basename(told["tool"]) == "bwrap":
+        os.execv(told["tool"], [*bubblewrap(told), *again, "settle", json.dumps(told)])
     user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-    os.execv(told["unshare"], ["unshare", *user, "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child",
-                               sys.executable, "-I", "-S", "-B", os.path.abspath(__file__), "inside", json.dumps(told)])
+    os.execv(told["tool"], ["unshare", *user, "--net", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child", *again,
+                            "inside", json.dumps(told)])
+
+
+def bubblewrap(told):
+    """The command that makes the same namespaces and root folder (bubblewrap 0.8 or newer; see bwrap(1))."""
+    words = [told["tool"], "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
+    if told["root"]:  # which becomes nobody afterwards: limits on processes do not bind root, whatever it is called inside
+        words += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--cap-add", "CAP_SETUID", "--cap-add",
+                  "CAP_SETGID"]
+    else:
+        words += ["--unshare-all", "--unshare-user", "--disable-userns", "--uid", str(NOBODY), "--gid", str(NOBODY)]
+    for path in dict.fromkeys((*LIBRARIES, *told["visible"])):
+        if os.path.islink(path):
+            words += ["--symlink", os.readlink(path), path]
+        elif os.path.lexists(path) and not any(path.startswith(top + "/") for top in LIBRARIES if not os.path.islink(top)):
+            words += ["--ro-bind", path, path]
+    for name in DEVICES:
+        words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    size = str(told["limits"]["folder"])
+    words += ["--proc", "/proc", "--perms", "1777", "--size", size, "--tmpfs", FOLDER]
+    return [*words, "--remount-ro", "/", "--chdir", FOLDER, "--"]
+
+
+def settle(told):
+    """The second start, where bubblewrap has done the rest."""
+    if told["root"]:
+        become_nobody()
+        check(libc.unshare(CLONE_NEWUSER), "user namespace")
+    set_limits(Limits(**told["limits"]))
+    drop_privileges()
 
 
 def confine_little(told):
@@ -163,6 +196,8 @@ def main():
     try:
         if stage == "enter":
             enter(told)
+        elif stage == "settle":
+            settle(told)
         else:
             confine(told)
     except OSError as error:

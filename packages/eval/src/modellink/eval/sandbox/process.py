@@ -25,11 +25,12 @@ class Confined:
     Args:
         told: what the script inside is told (`role`, `entry`, handles by name); `data` is given to it unseen by others.
         handles: those it inherits.
+        tool: the path of what makes its namespaces, `unshare` or `bwrap`.
         folder: its working folder where it has no namespaces.
     """
 
     def __init__(self, told: dict[str, Any], data: dict[str, Any], handles: tuple[int, ...], limits: Limits, isolation: str,
-                 unshare: str, folder: str) -> None:
+                 tool: str, folder: str) -> None:
         self.limits = limits
         self._group = cgroup.make(limits)
         self.bounded = self._group is not None
@@ -37,7 +38,7 @@ class Confined:
         os.write(held, json.dumps(data).encode())
         os.lseek(held, 0, os.SEEK_SET)
         visible = list(dict.fromkeys((sys.base_prefix, sys.prefix, str(HERE))))
-        told = told | {"data": held, "limits": limits.asdict(), "isolation": isolation, "unshare": unshare, "folder": folder,
+        told = told | {"data": held, "limits": limits.asdict(), "isolation": isolation, "tool": tool, "folder": folder,
                        "root": os.geteuid() == 0, "visible": [os.path.realpath(path) for path in visible] + [
                            path for path in visible if os.path.realpath(path) != path]}
         home = "/sandbox" if isolation != "none" else folder

@@ -18,7 +18,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from modellink.infer.request import Answer
 from modellink.infer.server import protocol
 from modellink.infer.server.service import Busy, Event, Service, Submission
 from modellink.kernels.errors import ModelLinkError
@@ -62,6 +61,10 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
     @app.exception_handler(405)
     async def method(request: Request, _: Exception) -> Response:
         return _failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
+
+    @app.exception_handler(500)
+    async def fault(_: Request, error: Exception) -> Response:
+        return _failure(500, f"a fault of the server: {type(error).__name__}", "server_error")  # the trace goes to its log
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: Exception) -> Response:
@@ -125,9 +128,9 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         if wanted != name:
             return _no_model(wanted, name)
         read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
-                       prompt_type=service.engine.plan.prompt_type)
+                       most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type)
         asked = await asyncio.to_thread(read)
-        submission = service.submit(asked.requests, notify)
+        submission = service.submit(asked.requests, notify, every_piece=asked.stream)
     except Busy as error:
         service.metrics.count("refused")
         return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
@@ -199,10 +202,9 @@ async def _stream(service: Service, asked: protocol.Asked, submission: Submissio
                 yield _event(protocol.error(event.failure, "server_error"))
                 return
             if event.piece or event.done or answer.request.logprobs or not started[event.index]:
-                probabilities = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
-                shown[event.index] = len(answer.token_ids)
+                probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
                 yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
-                                            probabilities=probabilities, echo=_echo(asked, answer, tokenizer)))
+                                            probabilities=probabilities, echo=answer.request.before))
                 started[event.index] = True
             if event.done:
                 ended += 1
@@ -212,10 +214,6 @@ async def _stream(service: Service, asked: protocol.Asked, submission: Submissio
         yield "data: [DONE]\n\n"
     finally:
         service.cancel(submission)
-
-
-def _echo(asked: protocol.Asked, answer: Answer, tokenizer: Any) -> str:
-    return tokenizer.decode(answer.request.prompt) if asked.echo and tokenizer else ""
 
 
 def _event(value: dict[str, Any]) -> str:

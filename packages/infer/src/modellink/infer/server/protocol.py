@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.data_prep import Tokenizer
-from modellink.infer.prompts import Options, make_requests
+from modellink.data_prep import StreamDecoder, Tokenizer
+from modellink.infer.prompts import Options, check_text, longest, make_requests
 from modellink.infer.request import Answer, Request
 from modellink.infer.template import Chat
 from modellink.kernels.errors import ModelLinkError
@@ -24,6 +24,10 @@ WHOLE = ("seed", "top_k")
 # Fields of the API, and of other servers, that would change the answer and are not there.
 UNKNOWN = ("logit_bias", "suffix", "best_of", "use_beam_search", "num_beams", "length_penalty", "early_stopping")
 MOST_ANSWERS = 128  # of one request
+MOST_STOPS = 64
+OURS = ("tokenizer", "messages", "tools", "documents", "add_generation_prompt", "template", "mark", "source", "where")
+Row = tuple[int, float | None, Sequence[tuple[int, float]] | None, int]
+"""A token, its log-probability, the most likely ones in its place, and the characters before it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,6 @@ class Asked:
     chat: bool
     stream: bool
     usage: bool  # an additional chunk at the end of a stream says how many tokens there were
-    echo: bool
     model: str
     id: str
     prompts: int
@@ -48,6 +51,8 @@ def read_body(content: bytes) -> dict[str, Any]:
         raise ModelLinkError(f"the body is not JSON: {error or 'it is nested too deeply'}") from None
     if not isinstance(body, dict):
         raise ModelLinkError("the body is not a JSON object")
+    if b"\\u" in content:  # the only way to write half a character
+        check_text(json.dumps(body, ensure_ascii=False))
     return body
 
 
@@ -72,8 +77,8 @@ def field(body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], de
 
 
 def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str,
-               prompt_type: str | None = None) -> Asked:
-    """What a body asks for, checked; `prompt_type` is the template of chats.
+               most: int, prompt_type: str | None = None) -> Asked:
+    """What a body asks for, checked; there is room for sequences of `most` tokens, `prompt_type` is the template of chats.
 
     Raises:
         ModelLinkError: something in it is wrong; the message names the field.
@@ -83,6 +88,8 @@ def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
         if value is True or value not in (None, {}, 1, "", False):
             raise ModelLinkError(f"{name} is not supported", where=name, fix="leave it out")
     options = _options(body, chat)
+    if chat and options["max_new_tokens"] is None:
+        options["max_length"] = int(min(longest(spec), most))
     count = field(body, "n", int, 1)
     prompts: list[Any] = _chat(body, tokenizer) if chat else _prompts(body)
     if not 1 <= count * len(prompts) <= MOST_ANSWERS:
@@ -90,33 +97,44 @@ def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
     requests = make_requests(prompts, spec, tokenizer, num_return_sequences=count, prompt_type=prompt_type, **options)
     streaming = field(body, "stream", bool, False)
     usage = field(field(body, "stream_options", dict, {}), "include_usage", bool, False)
-    return Asked(requests, chat, streaming, usage and streaming, not chat and field(body, "echo", bool, False), model,
-                 f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", len(prompts), int(time.time()))
+    return Asked(requests, chat, streaming, usage and streaming, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                 len(prompts), int(time.time()))
 
 
 def _options(body: Mapping[str, Any], chat: bool) -> Options:
     """Of `make_requests`; the API draws from all tokens at temperature 1 unless it is told otherwise."""
     drawn: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "do_sample": True}
-    drawn |= {name: float(value) for name in NUMBERS if (value := field(body, name, (int, float))) is not None}
+    drawn |= {name: _float(value, name) for name in NUMBERS if (value := field(body, name, (int, float))) is not None}
     drawn |= {name: value for name in WHOLE if (value := field(body, name, int)) is not None}
     if drawn["top_k"] == -1:  # what other servers write for all tokens
         drawn["top_k"] = 0
     stop = field(body, "stop", (str, list), [])
-    stops = [stop] if isinstance(stop, str) else [*stop, *field(body, "stop_token_ids", list, [])]
+    stops = [*([stop] if isinstance(stop, str) else stop), *field(body, "stop_token_ids", list, [])]
     if not all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in stops):
         raise ModelLinkError("stop holds something that is no text", where="stop")
-    longest = field(body, "max_completion_tokens", int) if chat else None
-    longest = field(body, "max_tokens", int, None if chat else 16) if longest is None else longest
+    if len(stops) > MOST_STOPS:
+        raise ModelLinkError(f"{len(stops)} stops were asked for, {MOST_STOPS} is the most", where="stop")
+    tokens = field(body, "max_completion_tokens", int) if chat else None
+    tokens = field(body, "max_tokens", int, None if chat else 16) if tokens is None else tokens
     logprobs = field(body, "logprobs", bool if chat else (int, bool), False)
     top = field(body, "top_logprobs", int, 0) if chat else int(logprobs)
     wanted = logprobs if chat else logprobs is not False
     if top and not wanted:
         raise ModelLinkError("top_logprobs needs logprobs", where="top_logprobs", fix="set logprobs to true")
+    echo = not chat and field(body, "echo", bool, False)
     if not 0 <= top <= 20:
         raise ModelLinkError(f"{top} alternatives were asked for, 20 is the most", where="top_logprobs")
     found: Options = {**drawn, **_format(body), "stop": stops, "ignore_eos": field(body, "ignore_eos", bool, False),  # type: ignore[typeddict-item]
-                      "logprobs": wanted, "top_logprobs": top, "max_new_tokens": longest}
+                      "logprobs": wanted, "top_logprobs": top, "max_new_tokens": tokens, "include_input": echo,
+                      "prompt_logprobs": echo and (wanted or tokens == 0)}
     return found
+
+
+def _float(value: int | float, name: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ModelLinkError(f"{name} has {len(str(value))} digits", where=name) from None
 
 
 def _format(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +181,8 @@ def _chat(body: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[Chat]:
         raise ModelLinkError("the checkpoint carries no tokenizer, so there is no chat template", where="messages")
     plain = [_message(message, number) for number, message in enumerate(messages)]
     extra = field(body, "chat_template_kwargs", dict, {})
+    if ours := [name for name in extra if name in OURS]:
+        raise ModelLinkError(f"chat_template_kwargs holds {ours[0]}, which the server says itself", where="chat_template_kwargs")
     return [Chat(plain, tools, extra)]
 
 
@@ -187,21 +207,55 @@ def usage(answers: Sequence[Answer], prompts: int) -> dict[str, int]:
     return {"prompt_tokens": asked, "completion_tokens": made, "total_tokens": asked + made}
 
 
-def logprobs(answer: Answer, tokenizer: Tokenizer | None, start: int, *, chat: bool) -> dict[str, Any] | None:
-    """Those of the tokens from `start`, as the API writes them."""
-    if not answer.request.logprobs:
-        return None
+def logprobs(answer: Answer, tokenizer: Tokenizer | None, start: int, *, chat: bool) -> tuple[dict[str, Any] | None, int]:
+    """Those of the tokens from `start`, as the API writes them, and where the next ones start; an echoed prompt counts too."""
+    asked = answer.request
+    if not asked.logprobs:
+        return None, start
+    rows: list[Row] = []
+    told = len(asked.prompt) if asked.prompt_logprobs else 0
+    if start < told:
+        offsets = _offsets(asked, tokenizer)
+        rows += zip(asked.prompt, [None, *answer.prompt_logprobs], [None, *answer.prompt_top_logprobs], offsets, strict=True)
+    first = max(0, start - told)
+    said = zip(answer.token_ids[first:], answer.logprobs[first:], answer.top_logprobs[first:], answer.offsets[first:],
+               strict=False)  # the answer may be growing
+    rows += [(token, value, top, len(asked.before) + offset) for token, value, top, offset in said]
 
     def text(token: int) -> str:
         return tokenizer.decode([token], skip_special_tokens=False) if tokenizer else str(token)
-    rows = list(zip(answer.token_ids, answer.logprobs, answer.top_logprobs, strict=False))[start:]
-    if not chat:
-        return {"tokens": [text(token) for token, _, _ in rows], "token_logprobs": [value for _, value, _ in rows],
-                "top_logprobs": [{text(token): value for token, value in top} for _, _, top in rows], "text_offset": []}
 
-    def entry(token: int, value: float) -> dict[str, Any]:
-        return {"token": text(token), "logprob": value, "bytes": list(text(token).encode())}
-    return {"content": [entry(token, value) | {"top_logprobs": [entry(*item) for item in top]} for token, value, top in rows]}
+    def entry(token: int, value: float | None) -> dict[str, Any]:
+        written = text(token)
+        return {"token": written, "logprob": value, "bytes": None if "\ufffd" in written else list(written.encode())}
+
+    def best(token: int, value: float | None, top: Sequence[tuple[int, float]] | None) -> dict[str, float] | None:
+        if value is None or top is None:
+            return None
+        found: dict[str, float] = {}
+        for other, likely in sorted([*top, (token, value)], key=lambda item: -item[1]):
+            found.setdefault(text(other), likely)  # parts of characters look alike
+        return found
+    if chat:
+        content = [entry(token, value) | {"top_logprobs": [entry(*item) for item in top or ()]} for token, value, top, _ in rows]
+        return {"content": content}, start + len(rows)
+    return {"tokens": [text(token) for token, *_ in rows], "token_logprobs": [value for _, value, *_ in rows],
+            "top_logprobs": [best(token, value, top) for token, value, top, _ in rows],
+            "text_offset": [offset for *_, offset in rows]}, start + len(rows)
+
+
+def _offsets(asked: Request, tokenizer: Tokenizer | None) -> list[int]:
+    """For each token of a prompt how many characters of its text stand before it; what was put in front of a text has none."""
+    places: list[int] = []
+    for skip in (False, True) if tokenizer else ():
+        decoder, text, places = StreamDecoder(tokenizer, skip_special_tokens=skip), "", []
+        for token in asked.prompt:
+            places.append(len(text))
+            text += decoder.push(token)
+        text += decoder.finish()
+        if text.endswith(asked.before):
+            return [max(0, place - len(text) + len(asked.before)) for place in places]
+    return [min(place, len(asked.before)) for place in places] or [0] * len(asked.prompt)
 
 
 def whole(asked: Asked, answers: Sequence[Answer], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -209,9 +263,9 @@ def whole(asked: Asked, answers: Sequence[Answer], tokenizer: Tokenizer | None) 
     choices = []
     for index, answer in enumerate(answers):
         said: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text.text}} if asked.chat else {
-            "text": _echo(asked, answer, tokenizer) + answer.text.text}
+            "text": answer.request.before + answer.text.text}
         choices.append({"index": index, **said, "finish_reason": answer.finish_reason,
-                        "logprobs": logprobs(answer, tokenizer, 0, chat=asked.chat)})
+                        "logprobs": logprobs(answer, tokenizer, 0, chat=asked.chat)[0]})
     return _envelope(asked, "") | {"choices": choices, "usage": usage(answers, asked.prompts)}
 
 
@@ -229,10 +283,6 @@ def chunk(asked: Asked, index: int, piece: str | None, *, first: bool, finish: s
 
 def last_chunk(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
     return _envelope(asked, ".chunk") | {"choices": [], "usage": usage(answers, asked.prompts)}
-
-
-def _echo(asked: Asked, answer: Answer, tokenizer: Tokenizer | None) -> str:
-    return tokenizer.decode(answer.request.prompt) if asked.echo and tokenizer else ""
 
 
 def _envelope(asked: Asked, kind: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ class Submission:
 
     answers: list[Answer]
     notify: Callable[[Event], None]
+    every_piece: bool = True
     numbers: list[int] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
@@ -90,8 +91,8 @@ class Service:
     def under_way(self) -> int:
         return len(self._jobs)
 
-    def submit(self, requests: Sequence[Request], notify: Callable[[Event], None]) -> Submission:
-        """Let requests join; `notify` is called from the thread.
+    def submit(self, requests: Sequence[Request], notify: Callable[[Event], None], *, every_piece: bool = True) -> Submission:
+        """Let requests join; `notify` is called from the thread, with each piece or at the end of each answer.
 
         Raises:
             Busy: too many are under way.
@@ -101,7 +102,7 @@ class Service:
             raise ModelLinkError(f"the model has failed: {self.failure}", fix="start the server anew")
         for request in requests:
             self.batch.check(request)
-        submission = Submission([Answer.to(request, self.engine.tokenizer) for request in requests], notify)
+        submission = Submission([Answer.to(request, self.engine.tokenizer) for request in requests], notify, every_piece)
         with self._lock:
             if len(self._jobs) + len(requests) > self.most_waiting:
                 raise Busy(f"{len(self._jobs)} answers are under way or wait, {self.most_waiting} is the most",
@@ -176,9 +177,10 @@ class Service:
             return
         submission, index = self._jobs[number]
         answer = submission.answers[index]
-        if not failure:
+        if not failure and answer.token_ids:
             self.metrics.token(first=len(answer.token_ids) == 1, waited=time.monotonic() - submission.since)
         if done or failure:
             del self._jobs[number]
             self.metrics.finished(len(answer.request.prompt), time.monotonic() - submission.since, failed=failure is not None)
-        submission.notify(Event(index, piece, done, failure))
+        if submission.every_piece or done or failure:
+            submission.notify(Event(index, piece, done, failure))

@@ -1,12 +1,14 @@
 """The ops that accelerators have fused forms of, each behind one door.
 
 `ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file holds the plain PyTorch form (`plain`), which is the
-meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are tested against it.
+meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are tested against it. Inside
+`plain_forms("rms_norm")` an op takes its plain form on every device (door.py).
 """
 
 from modellink.kernels.ops.adamw import adamw
 from modellink.kernels.ops.attention import attention
 from modellink.kernels.ops.cross_entropy import cross_entropy
+from modellink.kernels.ops.door import plain_forms
 from modellink.kernels.ops.grouped_matmul import grouped_matmul
 from modellink.kernels.ops.matmul_collective import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 from modellink.kernels.ops.ring_update import ring_update
@@ -15,4 +17,4 @@ from modellink.kernels.ops.rotary import rotary
 from modellink.kernels.ops.swiglu import swiglu
 
 __all__ = ["adamw", "all_gather_matmul", "attention", "cross_entropy", "grouped_matmul", "matmul_all_reduce",
-           "matmul_reduce_scatter", "ring_update", "rms_norm", "rotary", "swiglu"]
+           "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm", "rotary", "swiglu"]

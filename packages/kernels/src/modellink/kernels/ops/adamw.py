@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -30,7 +32,7 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Ten
             raise ValueError(f"adamw: a gradient of {list(grad.shape)} and moments of {list(mean.shape)} and "
                              f"{list(variance.shape)} for a parameter of {list(param.shape)}")
     if params:
-        FORMS.get(params[0].device.type, plain)(params, grads, means, variances, settings)
+        form_of("adamw", params[0].device.type, FORMS, plain)(params, grads, means, variances, settings)
 
 
 def plain(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],

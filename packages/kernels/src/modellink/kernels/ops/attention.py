@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 # What torch_npu's documentation of npu_fusion_attention says of it.
 _NPU_MASK = 2048  # the size of its compressed masks
 _NPU_DIM, _NPU_HEADS = 768, 256  # the most it takes
@@ -77,7 +79,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, posit
         ValueError: shapes or types that do not fit each other.
     """
     _check(query, key, value, variant, positions)
-    return FORMS.get(query.device.type, torch_fused)(query, key, value, variant, positions)
+    return form_of("attention", query.device.type, FORMS, plain)(query, key, value, variant, positions)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> None:
@@ -232,4 +234,5 @@ def _npu(q: Tensor, k: Tensor, v: Tensor, layout: str, variant: Variant, **optio
     return out
 
 
-FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {"npu": npu}
+FORMS: dict[str, Callable[[Tensor, Tensor, Tensor, Variant, Tensor | None], Tensor]] = {
+    "cpu": torch_fused, "cuda": torch_fused, "npu": npu}

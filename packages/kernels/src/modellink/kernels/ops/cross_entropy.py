@@ -1,35 +1,42 @@
 """Cross entropy over a vocabulary that may be cut over tensor-parallel ranks (Megatron-LM, Shoeybi et al. 2019).
 
-The plain form is differentiable PyTorch for one rank; the parallel form keeps one [tokens, vocabulary / ranks] tensor for
-the backward pass and needs three reductions of [tokens].
+The logits of a batch are the largest tensor of many a run. They are taken a few rows at a time, wide (fp32) for no longer than
+that, and are what the backward pass keeps; over several ranks there are three reductions of [tokens].
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+WIDE = {"cpu": 2**21}
+"""Logits that are wide at a time, by device type: on a CPU they stay in its caches."""
+WIDE_ELSEWHERE = 2**26
 
-def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+
+def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None, *, overwrite: bool = False) -> Tensor:
     """Negative log-probability of each label, in fp32.
 
     Args:
         logits: [..., vocabulary / ranks of `group`], this rank's part, contiguous in the vocabulary.
         labels: [...] token ids in the whole vocabulary.
         group: the ranks the vocabulary is cut over; None or one rank: it is whole.
+        overwrite: nobody looks at the logits again: the backward pass may put their gradient in their place.
 
     Returns:
         [...] losses in nats.
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"cross_entropy: labels of {list(labels.shape)} for logits of {list(logits.shape)}")
-    if group is None or group.size() == 1:
-        return plain(logits, labels)
-    loss: Tensor = _Parallel.apply(logits, labels, group)
-    return loss
+    if logits.dim() == 3 and not logits.is_contiguous() and logits.transpose(0, 1).is_contiguous():
+        return cross_entropy(logits.transpose(0, 1), labels.transpose(0, 1), group, overwrite=overwrite).transpose(0, 1)
+    cut = group if group is not None and group.size() > 1 else None
+    losses: Tensor = _ByRows.apply(logits.flatten(0, -2), labels.flatten(), cut, overwrite)
+    return losses.view_as(labels)
 
 
 def plain(logits: Tensor, labels: Tensor) -> Tensor:
@@ -37,31 +44,38 @@ def plain(logits: Tensor, labels: Tensor) -> Tensor:
         logits.float().flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
 
 
-class _Parallel(torch.autograd.Function):
+class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, overwrite: bool) -> Tensor:
         size = logits.size(-1)
-        start = group.rank() * size
-        wide = logits.float()
-        largest = wide.amax(-1)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
-        wide = wide - largest.unsqueeze(-1)
+        start = group.rank() * size if group else 0
         elsewhere = (labels < start) | (labels >= start + size)
-        local = (labels - start).masked_fill(elsewhere, 0)
-        target = wide.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
-        probabilities = wide.exp_()
-        total = probabilities.sum(-1)
-        both = torch.stack([target, total])
-        dist.all_reduce(both, group=group)
-        target, total = both
-        ctx.save_for_backward(probabilities.div_(total.unsqueeze(-1)), local, elsewhere)
-        ctx.dtype = logits.dtype
-        result: Tensor = total.log() - target
-        return result
+        local = (labels - start).masked_fill(elsewhere, 0).unsqueeze(-1)
+        largest = logits.amax(-1, keepdim=True).float()
+        if group:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        target = (logits.gather(-1, local).float() - largest).masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        total = torch.cat([(logits[rows] - largest[rows]).exp_().sum(-1, keepdim=True) for rows in _rows(logits)])
+        if group:
+            both = torch.stack([target, total])
+            dist.all_reduce(both, group=group)
+            target, total = both
+        ctx.save_for_backward(logits, largest + total.log(), local, elsewhere)
+        ctx.overwrite = overwrite
+        return (total.log() - target).squeeze(-1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        probabilities, local, elsewhere = ctx.saved_tensors
-        minus_one = elsewhere.float().sub_(1).unsqueeze(-1)  # -1 where the label is ours, 0 where it is not
-        result = probabilities.scatter_add(-1, local.unsqueeze(-1), minus_one)
-        return result.mul_(grad.unsqueeze(-1)).to(ctx.dtype), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, normaliser, local, elsewhere = ctx.saved_tensors
+        result = logits if ctx.overwrite else torch.empty_like(logits)
+        gradient = gradient.unsqueeze(-1)
+        of_label = -gradient.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # nothing where another rank has the label
+        for rows in _rows(logits):
+            wide = (logits[rows] - normaliser[rows]).exp_().mul_(gradient[rows])
+            result[rows] = wide.scatter_add_(-1, local[rows], of_label[rows])
+        return result, None, None, None
+
+
+def _rows(logits: Tensor) -> Iterator[slice]:
+    count = max(1, WIDE.get(logits.device.type, WIDE_ELSEWHERE) // logits.size(-1))
+    return (slice(first, first + count) for first in range(0, logits.size(0), count))

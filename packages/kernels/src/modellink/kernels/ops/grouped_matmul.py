@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def grouped_matmul(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
     """x [rows, in], the first counts[0] rows for weights[0] [out, in] and so on -> [rows, out]."""
@@ -20,7 +22,7 @@ def grouped_matmul(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) 
         raise ValueError(f"grouped_matmul: groups of {list(counts)} for {x.size(0)} rows and {len(weights)} matrices")
     if x.dim() != 2 or any(weight.shape != weights[0].shape for weight in weights) or weights[0].size(1) != x.size(1):
         raise ValueError(f"grouped_matmul: rows of {x.size(-1)} for matrices of {[list(weight.shape) for weight in weights]}")
-    return FORMS.get(x.device.type, plain)(x, weights, counts)
+    return form_of("grouped_matmul", x.device.type, FORMS, plain)(x, weights, counts)
 
 
 def plain(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modellink.kernels.ops.door import form_of
+
 
 def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over both sets of keys, from the attention over each.
@@ -21,7 +23,7 @@ def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> t
                          f"and {list(new_lse.shape)}")
     if not out.dtype == new_out.dtype == lse.dtype == new_lse.dtype == torch.float32:
         raise ValueError(f"ring_update: {out.dtype}, {lse.dtype}, {new_out.dtype} and {new_lse.dtype} are not all fp32")
-    return FORMS.get(out.device.type, plain)(out, lse, new_out, new_lse)
+    return form_of("ring_update", out.device.type, FORMS, plain)(out, lse, new_out, new_lse)
 
 
 def plain(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,106 @@
+"""Digests of two runs (`--log-digest`) beside each other: `modellink-train digests A B` names where they part.
+
+    FOLDER/rank_00000.jsonl    a line of names, then one an iteration: loss, digests of gradients and of parameters after the step
+
+Not here: what a digest is, and writing them (train/digest.py).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from modellink.kernels.errors import ModelLinkError
+
+
+def read(path: Path) -> tuple[list[str], dict[int, dict[str, Any]]]:
+    """The names, and the entries by iteration; a last line that was cut off is left out."""
+    try:
+        names, *entries = [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        return names["names"], {entry["iteration"]: entry for entry in entries}
+    except (ValueError, KeyError, TypeError):
+        raise ModelLinkError("this is no file of digests", where=path, fix="name folders that --log-digest wrote") from None
+
+
+@dataclass(frozen=True)
+class Parting:
+    """Where two runs part. `what` is loss, gradient or parameter; `others` how many more of these differ, on all ranks."""
+
+    iteration: int
+    rank: int
+    what: str
+    name: str
+    others: int
+
+    def __str__(self) -> str:
+        which = f"{self.what} of {self.name}" if self.name else self.what
+        more = f" (and {self.others} more)" if self.others else ""
+        return f"iteration {self.iteration}, rank {self.rank}: {which}{more}"
+
+
+def compare(first: Path, second: Path) -> tuple[int, int, Parting | None]:
+    """(iterations both have, ranks, where they part).
+
+    Of an iteration's differences the earliest counts: loss, then gradients, from the output layer on as backward goes, then
+    parameters.
+
+    Raises:
+        ModelLinkError: the folders do not hold the same ranks and parameters, or no iteration together.
+    """
+    files = [{path.name: path for path in folder.glob("rank_*.jsonl")} for folder in (first, second)]
+    if not files[0] or files[0].keys() != files[1].keys():
+        raise ModelLinkError(f"{len(files[0])} and {len(files[1])} ranks have digests", where=f"{first}, {second}",
+                             fix="compare runs of as many ranks that wrote with --log-digest")
+    ranks = [(read(files[0][name]), read(files[1][name])) for name in sorted(files[0])]
+    for (names, _), (others, _) in ranks:
+        if names != others:
+            raise ModelLinkError(f"ranks hold different parameters, e.g. {sorted(set(names) ^ set(others))[:2] or names[:2]}",
+                                 where=f"{first}, {second}", fix="compare runs of one model at one layout")
+    common = sorted(set.intersection(*(set(entries) for pair in ranks for _, entries in pair)))
+    if not common:
+        raise ModelLinkError("no iteration is in both", where=f"{first}, {second}")
+    for iteration in common:
+        entries = [(names, one[iteration], two[iteration]) for (names, one), (_, two) in ranks]
+        if (parting := _parting(iteration, entries)) is not None:
+            return len(common), len(ranks), parting
+    return len(common), len(ranks), None
+
+
+def _parting(iteration: int, ranks: list[tuple[list[str], dict[str, Any], dict[str, Any]]]) -> Parting | None:
+    losses = [rank for rank, (_, one, two) in enumerate(ranks) if one["loss"] != two["loss"]]
+    if losses:
+        return Parting(iteration, losses[0], "loss", "", len(losses) - 1)
+    for what in ("gradient", "parameter"):
+        found = [((*_place(name), number), rank, name) for rank, (names, one, two) in enumerate(ranks)
+                 for number, name in enumerate(names) if one[what + "s"][number] != two[what + "s"][number]]
+        if found:
+            earliest = max(found)[0] if what == "gradient" else min(found)[0]
+            _, rank, name = min(item for item in found if item[0] == earliest)
+            return Parting(iteration, rank, what, name, len(found) - 1)
+    return None
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where in the model a parameter stands, from the embedding on."""
+    if found := re.search(r"layers\.(\d+)\.", name):
+        return 1, int(found[1])
+    return (0, 0) if "embedding." in name else (2, 0)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("second", type=click.Path(path_type=Path))
+def digests(first: Path, second: Path) -> None:
+    """Compare the digests of two runs: the folders FIRST and SECOND of their --log-digest. Status 1 where they part."""
+    iterations, ranks, parting = compare(first, second)
+    if parting is None:
+        print(f"bit-equal: {iterations} iterations on {ranks} ranks, loss, gradients and parameters")
+        return
+    print(f"the runs part at {parting}")
+    sys.exit(1)

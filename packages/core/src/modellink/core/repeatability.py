@@ -1,0 +1,149 @@
+"""`modellink-train determinism`: does the same run give the same bits? A table of configurations, each run twice by processes of
+their own, with --use-deter-comp, dropout where the configuration allows it, a tiny model and random documents.
+
+    modellink-train determinism [--device npu] [--no-use-deter-comp]
+
+Compared are all digests (train/digest.py) and the last checkpoint, byte by byte: tensors, and what is no tensor. It says nothing
+of another number of ranks or another kind of device: sums then have another order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch.distributed as dist
+
+from modellink.core import processes
+from modellink.core.digests import compare
+from modellink.core.run import prepare
+from modellink.kernels.device import find
+from modellink.kernels.errors import InternalError, run_command
+from modellink.kernels.options import Layer
+from modellink.kernels.parallel import ParallelLayout
+
+VOCABULARY = 97
+MODEL: dict[str, Any] = {
+    "num_layers": 4, "hidden_size": 48, "num_attention_heads": 6, "num_query_groups": 2, "ffn_hidden_size": 112,
+    "vocab_size": VOCABULARY, "max_position_embeddings": 64, "position_embedding_type": "rope", "normalization": "RMSNorm",
+    "gated_linear_unit": True, "activation_func": "silu", "model_type_hf": "none"}
+RUN: dict[str, Any] = {
+    "seq_length": 32, "global_batch_size": 4, "train_iters": 4, "lr": 5e-3, "split": "100,0,0", "eval_iters": 0,
+    "log_interval": 9}
+DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+EXPERTS = {"num_experts": 4, "moe_router_topk": 2, "moe_intermediate_size": 28, "moe_aux_loss_coeff": 0.01}
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
+EP2 = {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "alltoall"}
+CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
+    "dense, dropout": (1, DROPOUT), "dense, dropout, bf16": (1, DROPOUT | {"bf16": True}),
+    "dense, dropout, recomputed": (1, DROPOUT | FULL),
+    "dense, dropout, activations recomputed and swapped": (1, DROPOUT | {
+        "recompute_activation_function": True, "swap_attention": True}),
+    "experts, dropout": (1, DROPOUT | EXPERTS), "experts, dropout, grouped, recomputed": (
+        1, DROPOUT | EXPERTS | FULL | {"moe_grouped_gemm": True}),
+    "data parallel, distributed optimizer, dropout": (2, DROPOUT | DISTRIBUTED),
+    "tensor parallel, dropout": (2, DROPOUT | TP2), "interleaved stages, dropout, recomputed": (2, DROPOUT | VPP | FULL),
+    "experts dealt to ranks, dropout": (2, DROPOUT | EXPERTS | EP2),
+    "context parallel, ulysses, dropout, recomputed": (2, DROPOUT | FULL | {"context_parallel_size": 2}),
+    "context parallel, ring, dropout of the residual": (2, {"hidden_dropout": 0.1, "context_parallel_size": 2,
+                                                            "context_parallel_algo": "megatron_cp_algo"})}
+"""Name -> ranks, options."""
+OF_THE_SAVE = (".metadata", "modellink.complete")
+"""Files of a checkpoint that say where and when it was saved."""
+
+
+def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
+    """On a rank: run these configurations one after the other; each leaves its digests and its last checkpoint in FOLDER/NAME."""
+    processes.join(find(more.get("device", "auto"), processes.rank()), ParallelLayout(dp=processes.world_size()), seed=1)
+    data = Path(folder) / "text_document"
+    if processes.rank() == 0:
+        data.parent.mkdir(parents=True, exist_ok=True)
+        write_documents(str(data))
+    dist.barrier()
+    for name in names:
+        place = Path(folder) / name
+        options = MODEL | RUN | CONFIGURATIONS[name][1] | {
+            "data_path": (str(data),), "save": str(place / "save"), "log_digest": str(place / "digests"),
+            "micro_batch_size": 1, "nproc_per_node": CONFIGURATIONS[name][0], **more}
+        run = prepare([Layer("modellink-train determinism", options)], processes.world_size(), processes.rank())
+        processes.join(run.device, run.layout, run.optimizer.seed)
+        from modellink.core.train.pretrain import pretrain
+        pretrain(run)
+
+
+def write_documents(prefix: str) -> None:
+    """A data set in which every token depends on the one before."""
+    import numpy as np
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    generator, builder = np.random.default_rng(3), IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for _ in range(20):
+        steps = generator.integers(0, 3, size=generator.integers(20, 90))
+        builder.add_item(torch.from_numpy((generator.integers(0, VOCABULARY) + 5 * steps.cumsum()) % VOCABULARY))
+        builder.end_document()
+    builder.finalize(prefix + ".idx")
+
+
+def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str, str, str, str]]:
+    """(configuration, ranks, digests equal, checkpoint equal, where they part) of two folders that `run_all` filled."""
+    made = []
+    for name in names:
+        _, ranks, parting = compare(first / name / "digests", second / name / "digests")
+        saved = [{path.relative_to(folder / name): path.read_bytes() for path in sorted((folder / name / "save").glob("iter_*/*"))
+                  if path.name not in OF_THE_SAVE} for folder in (first, second)]
+        differ = [path.name for path in saved[0].keys() | saved[1].keys() if saved[0].get(path) != saved[1].get(path)]
+        where = str(parting) if parting else ", ".join(sorted(differ)[:3])
+        made.append((name, str(ranks), "no" if parting else "yes", "no" if differ or not saved[0] else "yes", where))
+    return made
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda", "npu")), default="auto", help="What to run on.")
+@click.option("--use-deter-comp/--no-use-deter-comp", default=True, help="Ask for deterministic operations.  [default on]")
+def determinism(device: str, use_deter_comp: bool) -> None:
+    """Run small models twice, in many configurations, and print which give the same bits. Status 1 where one does not."""
+    found = find(device)  # type: ignore[arg-type]
+    there = found.module.device_count() if found.module else max(count for count, _ in CONFIGURATIONS.values())
+    done: list[str] = []
+    with tempfile.TemporaryDirectory() as work:
+        for attempt in ("first", "second"):
+            for count in sorted({ranks for ranks, _ in CONFIGURATIONS.values() if ranks <= there}):
+                names = [name for name, (ranks, _) in CONFIGURATIONS.items() if ranks == count]
+                told = json.dumps([f"{work}/{attempt}/{count}", names, {"device": found.kind, "use_deter_comp": use_deter_comp}])
+                if processes.spawn(count, "modellink.core.repeatability", [told]):
+                    raise InternalError(f"a run on {count} ranks failed", where=", ".join(names))
+                done += names if attempt == "first" else []
+        table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [
+            name for name in done if CONFIGURATIONS[name][0] == count])]
+    print_table([("configuration", "ranks", "digests", "checkpoint", "where they part"), *table])
+    for name, (ranks, _) in CONFIGURATIONS.items():
+        if name not in done:
+            print(f"not run: {name}: it needs {ranks} devices, there are {there}")
+    if any("no" in row for row in table):
+        sys.exit(1)
+
+
+def print_table(cells: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _main() -> None:
+    """The life of a rank."""
+    with contextlib.redirect_stdout(None):  # what each run tells is of no interest
+        run_all(*json.loads(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    run_command(_main)

@@ -1,0 +1,151 @@
+"""Starts the ranks of this machine and starts them again when one fails, after the others have saved what they hold.
+
+torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as it is shipped it ends all ranks as
+soon as one fails. A run of several machines lives as long as the machine of its endpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+from modellink.core import processes
+from modellink.core.resilience.watch import GASPED, Failure, report
+from modellink.core.run import Run
+from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
+
+GRACE = 10.0  # seconds for the ranks that are left, when the first of them has saved and gone
+SAVING = 1800.0  # seconds a save of the survivors may take
+
+
+class Agent(LocalElasticAgent):
+    """Args:
+        fewer: how many ranks this machine has when it is to have less than so many; None where there is no such number.
+        saved: what the last checkpoint is, to see whether a run goes on between two failures.
+    """
+
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, fewer: Callable[[int], int | None],
+                 saved: Callable[[], object]) -> None:
+        super().__init__(spec, logs)
+        self._fewer, self._saved = fewer, saved
+        self._failed_before: tuple[object, object] | None = None
+        self.status = 0
+
+    def _rendezvous(self, worker_group: WorkerGroup) -> None:
+        super()._rendezvous(worker_group)
+        shared, own = self._keys(), worker_group.store
+        if worker_group.group_rank == 0:
+            own.set("start", str(shared.add("starts", 1)))
+        os.environ[processes.START] = own.get("start").decode()
+
+    def _keys(self, prefix: str = "") -> Any:
+        group = self._worker_group
+        store = dist.TCPStore(group.master_addr, int(group.master_port), is_master=False)
+        return dist.PrefixStore(prefix, store) if prefix else store
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        signal.signal(signal.SIGTERM, self._forward)
+        return started
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        """A run that is to end saves first, which rank 0 tells the others."""
+        assert self._pcontext is not None
+        os.kill(self._pcontext.pids()[0], number)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        if any(self._states()[0]):
+            self._wait_for_survivors()
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            self._judge(result)
+        return result
+
+    def _states(self) -> tuple[list[int], list[int]]:
+        """The ranks of this machine that have failed, and those that run."""
+        codes = {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
+        return [rank for rank, code in codes.items() if code], [rank for rank, code in codes.items() if code is None]
+
+    def _wait_for_survivors(self) -> None:
+        failed, running = self._states()
+        first = self._worker_group.workers[0].global_rank
+        store = self._keys(processes.keys(self._generation()))
+        names = ", ".join(str(first + rank) for rank in failed)
+        report(store, Failure(f"rank {names} is gone", dead=[first + rank for rank in failed]))
+        deadline, count = time.monotonic() + SAVING, len(running)
+        while running and time.monotonic() < deadline:
+            time.sleep(0.1)
+            running = self._states()[1]
+            if len(running) < count:
+                deadline, count = min(deadline, time.monotonic() + GRACE), len(running)
+
+    def _generation(self) -> int:
+        return int(self._keys(processes.keys(0)).add("generation", 0))
+
+    def _judge(self, result: RunResult) -> None:
+        """What a failure means for the next start."""
+        codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
+        self.status = USER_MISTAKE if USER_MISTAKE in codes.values() else OUR_FAULT
+        if self.status == USER_MISTAKE:  # it would be the same again
+            self._remaining_restarts = 0
+        causes = [rank for rank, code in codes.items() if code != GASPED] or sorted(codes)
+        now = (causes[0], self._saved())
+        again = f"; the run starts again, {self._remaining_restarts} times more at most" if self._remaining_restarts else ""
+        print(f"note: rank {causes[0]} ended with {_told(codes[causes[0]])}{again}", flush=True)
+        if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
+            print(f"note: it failed twice without a step between: {count} ranks start now", flush=True)
+            self._worker_group.spec.local_world_size = count
+        self._failed_before = now
+
+
+def _told(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"status {code}"
+
+
+def launch(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int], int | None],
+           saved: Callable[[], object]) -> int:
+    """Run `python -m module arguments` as the ranks of this machine until they end well; the exit status."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said here
+    low, high = run.resilience.nodes
+    count = run.parallel.nproc_per_node or run.parallel.processes()
+    endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{processes.free_port()}"
+    threads = max(1, (os.cpu_count() or 1) // count)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    with tempfile.TemporaryDirectory() as logs:
+        handler = get_rendezvous_handler(RendezvousParameters(
+            backend="c10d", endpoint=endpoint, run_id=run.resilience.rdzv_id, min_nodes=low, max_nodes=high,
+            local_addr="127.0.0.1" if high == 1 else None, last_call_timeout=5))
+        spec = WorkerSpec(role="rank", local_world_size=count, entrypoint=sys.executable, args=("-m", module, *arguments),
+                          rdzv_handler=handler, max_restarts=run.resilience.max_restarts, monitor_interval=0.1)
+        agent = Agent(spec, DefaultLogsSpecs(logs, redirects=dict.fromkeys(range(1, count), Std.ERR)), fewer, saved)
+        try:
+            result = agent.run()
+        finally:
+            handler.shutdown()
+        if not result.is_failed():
+            return 0
+        for failure in result.failures.values():
+            _show(Path(logs), failure.local_rank)
+        return agent.status or OUR_FAULT
+
+
+def _show(logs: Path, rank: int) -> None:
+    for path in sorted(logs.glob(f"**/{rank}/stderr.log"))[-1:]:
+        if text := path.read_text("utf-8", "replace")[-4000:]:
+            print(f"rank {rank} failed:\n{text}", file=sys.stderr)

@@ -1,0 +1,64 @@
+"""A step changes the weights on all ranks or on none.
+
+Before megatron-core's optimizer changes anything, all ranks agree that they are ready: each then holds what its own change needs,
+its reduced and clipped gradients. So when one rank has changed its weights every other one still can, alone; and when none has,
+none needs to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+Phase = Literal["begun", "ready", "applying"]
+
+
+class Undone(Exception):
+    """A rank is not well; no rank has changed anything, and all know it."""
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Of megatron-core's optimizer, the parts that hold parameters."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
+class Commit:
+    """Puts the agreement before the change of `optimizer`.
+
+    Args:
+        well: whether this rank is fit to go on; asked in every step.
+    """
+
+    def __init__(self, optimizer: Any, device: torch.device, well: Callable[[], bool]) -> None:
+        self.phase: Phase = "begun"
+        self._optimizer, self._device, self._well = optimizer, device, well
+        self._change = optimizer.step_with_ready_grads
+        optimizer.step_with_ready_grads = self._agree
+        self._steps: list[int] = []
+
+    def begin(self) -> None:
+        """A step starts."""
+        self.phase, self._steps = "begun", self._counts()
+
+    def _agree(self) -> bool:
+        unwell = torch.tensor(int(not self._well()), device=self._device)
+        self.phase = "ready"
+        dist.all_reduce(unwell, op=dist.ReduceOp.MAX)
+        if unwell.item():
+            raise Undone
+        self.phase = "applying"
+        return bool(self._change())
+
+    def complete(self) -> None:
+        """Change what a rank that is ready has not changed yet, without asking others; they do the same."""
+        for part, before, now in zip(inner_optimizers(self._optimizer), self._steps, self._counts(), strict=True):
+            if now == before:
+                part.optimizer.step()
+
+    def _counts(self) -> list[int]:
+        return [max((group.get("step", 0) for group in part.optimizer.param_groups), default=0)
+                for part in inner_optimizers(self._optimizer)]

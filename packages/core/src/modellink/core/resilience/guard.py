@@ -1,0 +1,220 @@
+"""What the training loop sees of high availability: `attempt` a step, `saving` around a save.
+
+Off, they do nothing of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Protocol
+
+import torch.distributed as dist
+
+from modellink.core import processes
+from modellink.core.resilience import gasp
+from modellink.core.resilience.commit import Commit, Undone
+from modellink.core.resilience.faults import Faults, RepairableFault, read_faults
+from modellink.core.resilience.rebuild import random_state, rebuild, set_random_state, take
+from modellink.core.resilience.replay import LocalCopy
+from modellink.core.resilience.watch import GASPED, Failure, Watch, connect, report
+from modellink.core.run import Run
+from modellink.core.train.checkpoint import Training
+from modellink.core.train.guard import NotFinite
+from modellink.kernels.errors import ModelLinkError
+
+NOTICED = 30.0  # seconds within which a failure elsewhere is known
+COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
+
+
+class Guard(Protocol):
+    def __enter__(self) -> Guard: ...
+    def __exit__(self, *_: object) -> None: ...
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Do a step, once or as often as it takes."""
+
+    def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around a save; `last`: there will be no other."""
+
+
+class NoGuard:
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        step()
+
+    def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+
+class HighAvailability:
+    """Watches over a training, which it may make anew in place.
+
+    Args:
+        save: writes a checkpoint of the training, for a run; every rank of the run calls it.
+        advance: what a step does to the training after the weights have changed.
+    """
+
+    def __init__(self, run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> None:
+        self._run, self._training, self._save, self._advance = run, training, save, advance
+        self._generation = 0
+        self._watch_over()
+        self._faults = Faults(read_faults(run.resilience.inject_fault), dist.get_rank(), connect("faults"))
+
+    def _watch_over(self) -> None:
+        """Begin to watch the process groups and the training as they are now."""
+        prefix = processes.keys(self._generation)
+        self._store = connect(prefix)
+        if self._generation and dist.get_rank() == 0:
+            connect(processes.keys(0)).add("generation", 1)
+        self._watch = Watch(dist.get_rank(), prefix, self._run.resilience.hang_timeout)
+        copied = self._run.resilience.enable_optimizer_state_local_copy
+        self._copy = LocalCopy(self._training) if copied else None
+        self._commit = Commit(self._training.optimizer, self._run.device.torch, self._well)
+        self._random = random_state()
+
+    def _well(self) -> bool:
+        self._faults.strike(self._training.iteration + 1, "update", self._training.models)
+        return self._copy is None or not self._copy.damaged()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if isinstance(error, Exception):  # while it evaluated or saved
+            self._survive(error)
+        self._watch.stop()
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        number, again = self._training.iteration + 1, False
+        while self._training.iteration < number:
+            self._random = random_state()
+            self._commit.begin()
+            try:
+                self._faults.strike(number, "start", self._training.models)
+                step()
+            except Undone:
+                self._say(f"step {number} is done again: what it must leave alone had changed on a rank")
+                self._back()
+            except NotFinite:
+                if again:
+                    raise
+                again = True
+                self._say(f"step {number} is done again: its loss or a gradient is not finite")
+                self._back()
+            except Exception as error:
+                self._survive(error)
+        if self._copy is not None:
+            self._copy.take()
+        self._watch.beat()
+
+    def _back(self) -> None:
+        """To the start of the step; nothing has changed, or the copy knows what was."""
+        if self._copy is not None:
+            self._copy.put_back()
+        set_random_state(self._random)
+
+    @contextlib.contextmanager
+    def saving(self, *, last: bool) -> Iterator[None]:
+        self._watch.beat()
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if self._faults.disk_is_full(self._training.iteration):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        try:
+            yield
+        except ModelLinkError as error:  # on all ranks
+            if last:
+                raise
+            self._say(f"training goes on without this checkpoint: {error.what}")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        self._watch.beat()
+
+    def _say(self, what: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"note: {what}", flush=True)
+
+    def _survive(self, error: Exception) -> None:
+        """Returns where the training stands whole again in this process; else the process ends here."""
+        rank = dist.get_rank()
+        if isinstance(error, RepairableFault):
+            report(self._store, Failure(f"rank {rank}: {error}", repairable=True))
+        elif not (self._watch.failed.is_set() or _of_a_collective(error)):
+            report(self._store, Failure(f"rank {rank}: {type(error).__name__}: {error}", dead=[rank]))
+            raise error
+        if not self._watch.failed.wait(NOTICED):
+            report(self._store, Failure(f"rank {rank} lost its peers: {error}"))
+            self._watch.failed.wait(NOTICED)
+        traceback.clear_frames(error.__traceback__)  # they hold activations
+        run, training = self._run, self._training
+        dp = gasp.fewest(run.layout, run.optimizer_instances, distributed=run.parallel.use_distributed_optimizer)
+        state = gasp.State(training.iteration, self._commit.phase, gasp.place(), self._copy is not None)
+        patience = min(run.resilience.hang_timeout, gasp.PATIENCE)
+        plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
+        if plan.action == "lost":
+            _leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
+        if rank not in plan.ranks:
+            _wait_for(self._store, "saved", patience)
+            _leave()
+        self._settle(plan.iteration, repaired=isinstance(error, RepairableFault))
+        snapshot = take(training)
+        self._generation += 1
+        first = plan.ranks[0] == rank
+        store = self._store
+        again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
+        if plan.action == "save":
+            if first:
+                print(f"note: {plan.why}; the ranks that are left save iteration {plan.iteration}", flush=True)
+            self._save(again)
+            store.set("saved", "yes")
+            _leave()
+        self._run = again
+        self._watch_over()
+        set_random_state(self._random)
+        self._say(f"{plan.why}; the training goes on from iteration {plan.iteration}")
+
+    def _settle(self, iteration: int, *, repaired: bool) -> None:
+        """Bring this rank's training to the end of `iteration`."""
+        random = self._random
+        if repaired and self._copy is not None:
+            self._copy.put_back(gather=False)
+        if self._training.iteration < iteration:
+            self._commit.complete()
+            self._advance()
+            random = random_state()
+        self._random = random
+
+
+def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
+    return HighAvailability(run, training, save, advance) if run.resilience.enable_high_availability else NoGuard()
+
+
+def _of_a_collective(error: Exception) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
+
+
+def _wait_for(store: dist.Store, key: str, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not store.check([key]) and time.monotonic() < end:
+        time.sleep(0.1)
+
+
+def _leave(why: str | None = None) -> None:
+    """End this process at once: its groups are broken, and taking them apart would wait for others."""
+    if why:
+        print(f"note: {why}", flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(GASPED)

@@ -1,0 +1,127 @@
+"""A training state in host memory, and the same training made anew around it: over other ranks, or over new process groups.
+
+A parameter's fp32 number and its moments are taken where the optimizer has them, in its order; which numbers a rank has depends
+on the ranks that share an optimizer (all data-parallel ranks' worth of a half, or one), and these stay as many.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
+
+from modellink.core import processes
+from modellink.core.model.load import bare
+from modellink.core.resilience.commit import inner_optimizers
+from modellink.core.run import Run
+from modellink.core.train.checkpoint import Training
+from modellink.core.train.optimizer import let_go
+from modellink.core.train.setup import set_up
+
+
+@dataclass
+class Optimized:
+    """Of one inner optimizer: steps by group, and by parameter its number and its state."""
+
+    steps: list[int]
+    values: list[dict[str, Tensor]]
+
+
+@dataclass
+class Snapshot:
+    """All of a rank's training state, on the host."""
+
+    weights: list[dict[str, Tensor]]
+    optimized: list[Optimized]
+    schedule: dict[str, Any]
+    iteration: int
+    consumed_samples: int
+    ordered: tuple[int, ...]
+
+
+def random_state() -> dict[str, Tensor]:
+    """The random generators of this rank."""
+    return {"": torch.get_rng_state(), **{name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}}
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state[""])
+    get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state.items() if name})
+
+
+def optimized(training: Training) -> list[Optimized]:
+    """A copy of the optimizer's numbers, on the host."""
+    return [Optimized([group.get("step", 0) for group in part.optimizer.param_groups],
+                      [{"": _host(param), **{name: _host(value) for name, value in part.optimizer.state.get(param, {}).items()}}
+                       for group in part.optimizer.param_groups for param in group["params"]])
+            for part in inner_optimizers(training.optimizer)]
+
+
+def take(training: Training) -> Snapshot:
+    weights = [{name: _host(parameter) for name, parameter in bare(model).named_parameters()} for model in training.models]
+    return Snapshot(weights, optimized(training), training.schedule.state_dict(), training.iteration, training.consumed_samples,
+                    training.ordered)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+@torch.no_grad()
+def put_back(training: Training, state: list[Optimized], *, gather: bool = True) -> None:
+    """Give the optimizer its numbers again, and the models theirs after it; with `gather` all ranks call it."""
+    for part, values in zip(inner_optimizers(training.optimizer), state, strict=True):
+        inner = part.optimizer
+        for group, step in zip(inner.param_groups, values.steps, strict=True):
+            group["step"] = step
+        params = [param for group in inner.param_groups for param in group["params"]]
+        for param, value in zip(params, values.values, strict=True):
+            param.copy_(value[""])
+            inner.state[param] = {name: tensor.to(param.device, copy=True) for name, tensor in value.items() if name}
+        if hasattr(part, "_copy_main_params_to_model_params"):
+            part._copy_main_params_to_model_params()
+    for model in training.models:
+        if gather and model.ddp_config.use_distributed_optimizer:
+            model.start_param_sync(force_sync=True)
+
+
+def fill(training: Training, snapshot: Snapshot) -> None:
+    """Put the snapshot into a training that was made anew; all of its ranks call it."""
+    with torch.no_grad():
+        for model, weights in zip(training.models, snapshot.weights, strict=True):
+            for name, parameter in bare(model).named_parameters():
+                parameter.copy_(weights[name])
+    put_back(training, snapshot.optimized)
+    training.schedule.load_state_dict(snapshot.schedule)
+    training.iteration, training.consumed_samples = snapshot.iteration, snapshot.consumed_samples
+    training.ordered = snapshot.ordered
+
+
+def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], prefix: str, dp: int) -> Run:
+    """Make the process groups of `ranks` (of before, in their new order) and in them the training, in place.
+
+    Args:
+        prefix: of the keys by which the new groups find each other in the agent's store.
+        dp: data-parallel ranks there are then.
+
+    Returns:
+        The run as it is then.
+    """
+    let_go(training.models)
+    training.models.clear()
+    training.optimizer = training.schedule = None
+    gc.collect()
+    layout = replace(run.layout, dp=dp)
+    instances = run.optimizer_instances if dp == run.layout.dp else 1
+    again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, source=run.source if run.lora.on else None)
+    processes.rejoin(run.device, layout, ranks, prefix, instances)
+    made = set_up(again)
+    training.models.extend(made.models)
+    training.optimizer, training.schedule = made.optimizer, made.schedule
+    training.layout = layout
+    fill(training, snapshot)
+    return replace(again, source=run.source)

@@ -1,0 +1,120 @@
+"""A thread of each rank that learns of failures anywhere and frees its rank from collectives that will never end.
+
+A signal could not do it: Python handles signals when the collective returns. gloo has no way to give up a collective, so the
+sockets it made are shut down, and the collective fails; NCCL and HCCL have one. Not here: what is done then (gasp.py, replay.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+PERIOD = 0.25  # seconds between two looks
+FAILURE = "failure"
+GASPED = 75
+"""Exit status of a rank that another one's failure ended, when there is nothing left for it to do (EX_TEMPFAIL of sysexits.h)."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What is known of it; `dead` are ranks that are no more."""
+
+    what: str
+    dead: list[int] = field(default_factory=list)
+    repairable: bool = False
+
+
+def connect(prefix: str = "") -> dist.Store:
+    """The agent's store, which outlives every rank; keys under `prefix`."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                          timeout=timedelta(minutes=10))
+    return dist.PrefixStore(prefix, store) if prefix else store
+
+
+def report(store: dist.Store, failure: Failure) -> None:
+    """Tell all ranks; the first to tell is believed, later ones add who is dead."""
+    text = json.dumps(asdict(failure))
+    found = store.compare_set(FAILURE, "", text).decode()
+    if found != text:
+        known = read(store)
+        if known is not None and not set(failure.dead) <= set(known.dead):
+            store.set(FAILURE, json.dumps(asdict(known) | {"dead": sorted({*known.dead, *failure.dead})}))
+
+
+def read(store: dist.Store) -> Failure | None:
+    if not store.check([FAILURE]):
+        return None
+    return Failure(**json.loads(store.get(FAILURE)))
+
+
+def sockets() -> set[str]:
+    """The sockets of this process, by number in the kernel."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if (target := str(entry.readlink())).startswith("socket:"):
+                found.add(target)
+    return found
+
+
+class Watch:
+    """Looks for a failure every moment until `stop`.
+
+    Args:
+        rank: this one.
+        prefix: of the store's keys that belong to these process groups.
+        hang_timeout: seconds without `beat` after which this rank reports a failure.
+    """
+
+    def __init__(self, rank: int, prefix: str, hang_timeout: float) -> None:
+        self.rank, self.hang_timeout = rank, hang_timeout
+        self.failed = threading.Event()
+        self._store, self._sockets = connect(prefix), sockets()  # later ones are not of the groups
+        self._last, self._stopped = time.monotonic(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def beat(self) -> None:
+        """This rank goes on."""
+        self._last = time.monotonic()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.wait(PERIOD):
+                if (silent := time.monotonic() - self._last) > self.hang_timeout:
+                    report(self._store, Failure(f"no step for {silent:.0f} seconds, seen by rank {self.rank}"))
+                if self._store.check([FAILURE]):
+                    self.failed.set()
+                    self._abort()
+                    return
+        except (RuntimeError, OSError):  # the store is gone, and with it the agent: nobody would start this rank again
+            os._exit(1)
+
+    def _abort(self) -> None:
+        if not dist.is_initialized():  # this rank ends
+            return
+        if dist.get_backend() != "gloo":
+            for group in list(dist.distributed_c10d._world.pg_map):
+                group.abort()
+            return
+        port = int(os.environ["MASTER_PORT"])
+        for entry in list(Path("/proc/self/fd").iterdir()):
+            with contextlib.suppress(OSError):
+                if str(entry.readlink()) not in self._sockets:
+                    continue
+                with socket.socket(fileno=os.dup(int(entry.name))) as copy:
+                    if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != port:
+                        copy.shutdown(socket.SHUT_RDWR)

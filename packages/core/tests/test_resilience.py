@@ -1,0 +1,129 @@
+"""High availability, in real processes: whatever fails, no step is lost and the losses are those of an undisturbed run."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from modellink.core.cli import _run
+from modellink.core.resilience.faults import read_faults
+from modellink.core.resilience.gasp import State, decide
+from modellink.core.resilience.watch import Failure
+from modellink.core.testing import beside
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
+
+reuse_fp32 = beside(__file__, "test_reuse_fp32")
+
+
+@pytest.fixture
+def options(tiny, corpus) -> list[str]:
+    return ["--load", str(tiny), "--data-path", str(corpus), "--seq-length", "24", "--lr", "1e-3", "--train-iters", "8",
+            "--global-batch-size", "8", "--eval-iters", "0", "--split", "100,0,0", "--device", "cpu"]
+
+
+def trained(arguments: list[str]) -> None:
+    """On a rank: what the command does there."""
+    sys.argv[1:] = ["pretrain", *arguments]
+    _run()
+
+
+def watched(options: list[str], save: Path, faults: str, *more: str) -> str:
+    """What a run with high availability says; it ends well."""
+    done = subprocess.run(
+        [sys.executable, "-m", "modellink.core.cli", "pretrain", *options, *more, "--save", str(save),
+         "--enable-high-availability", "--hang-timeout", "12", "--inject-fault", faults],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+def losses(save: Path) -> list[tuple[int, float]]:
+    return [(line["iteration"], line["loss"]) for line in map(json.loads, (save / "metrics.jsonl").open())]
+
+
+def test_a_repairable_step_is_done_again_to_the_bit(pools, options, tmp_path):
+    """A number that is none, a weight that changes by itself, a device's memory, a disk that is full, a slow rank."""
+    straight, save = tmp_path / "straight", tmp_path / "save"
+    pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
+    said = watched(options, save, "kind=nan,step=2,rank=1;kind=corrupt,step=3,rank=0;kind=memory,step=4,rank=1;"
+                   "kind=disk,step=5,rank=0;kind=slow,step=6,rank=0", "--nproc-per-node", "2",
+                   "--enable-optimizer-state-local-copy", "--save-interval", "5")
+    assert said.count("is done again") == 2 and "goes on from iteration 3" in said and "goes on without this checkpoint" in said
+    assert "starts again" not in said and not (save / "iter_0000005").exists() and (save / "iter_0000008").exists()
+    assert losses(save) == losses(straight)
+
+
+@pytest.mark.parametrize("more", [
+    ["--nproc-per-node", "2"],
+    pytest.param(["--nproc-per-node", "4", "--use-distributed-optimizer"], marks=pytest.mark.stress),
+    pytest.param(["--nproc-per-node", "4", "--tp", "2", "--sequence-parallel"], marks=pytest.mark.stress)], ids=" ".join)
+def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
+    """A rank is killed, fails, and hangs; the run starts again each time from the step before, with no other checkpoint."""
+    straight, save = tmp_path / "straight", tmp_path / "save"
+    pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
+    said = watched(options, save, "kind=kill,step=3,rank=1;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
+    assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["2", "4", "6"]
+    assert said.count("the run starts again") == 3 and said.count("continuing from") == 3
+    found, expected = losses(save), losses(straight)
+    assert [number for number, _ in found] == [number for number, _ in expected]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=2e-6)
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("more", [["--nproc-per-node", "2"], ["--nproc-per-node", "4", "--use-distributed-optimizer"]],
+                         ids=" ".join)
+def test_random_faults_change_no_loss(pools, options, tmp_path, more):
+    """Two hundred over both layouts, of all kinds, at random steps and moments."""
+    seed = random.SystemRandom().randrange(2**32)
+    print(f"seed {seed}")
+    chance, count, straight = random.Random(seed), 100, tmp_path / "straight"
+    options = [*options, "--train-iters", str(4 * count), "--max-restarts", str(2 * count)]
+    kinds = ["exception", "kill", "nan", "corrupt", "memory", "disk", "slow", *["hang"] * (count // 50)]
+    faults = ";".join(
+        f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
+        f"when={chance.choice(['start', 'update', 'random'])}" for number in range(count))
+    pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
+    watched(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20")
+    assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
+
+
+def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path):
+    """Of 4 ranks: the weight and its gradient are 6 bytes, and the optimizer's 12 are cut over the 2 ranks of a half."""
+    given = {"load": options[1], "data_path": (options[3],), "bf16": True, "use_distributed_optimizer": True}
+    given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
+    for size, count in pools(4)(reuse_fp32.held, options=given):
+        assert size / count == pytest.approx(6 + 24 / 4, abs=0.2)
+
+
+FOUR = ParallelLayout(dp=4)
+
+
+def states(*ranks: tuple[int, int, str]) -> dict[int, State]:
+    return {rank: State(iteration, phase, (0, 0, 0, rank), False) for rank, iteration, phase in ranks}
+
+
+def test_who_is_left_decides_what_was_finished():
+    """One that has changed its weights takes the others, which are ready, with it; without one, nobody changes any."""
+    applied = decide(states((0, 4, "ready"), (2, 4, "applying"), (3, 5, "begun")), Failure("gone", dead=[1]), 4, FOUR, 2)
+    assert (applied.action, applied.iteration, applied.ranks) == ("save", 5, [0, 3])
+    ready = decide(states((0, 4, "ready"), (3, 4, "begun")), Failure("gone", dead=[1, 2]), 4, FOUR, 2)
+    assert (ready.action, ready.iteration, ready.ranks) == ("save", 4, [0, 3])
+    lost = decide(states((0, 4, "ready"), (2, 4, "ready")), Failure("gone", dead=[1, 3]), 4, FOUR, 2)
+    assert lost.action == "lost" and "shard 1" in lost.why
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("kind=kill,step=3", "does not say a fault"), ("kind=flood,step=3,rank=0", "no kind of fault"),
+    ("kind=kill,step=x,rank=0", "does not say a fault"), ("kind=kill,step=1,rank=0,when=never", "no when of fault")])
+def test_a_fault_that_is_none(text, message):
+    with pytest.raises(ModelLinkError, match=message):
+        read_faults(text)
