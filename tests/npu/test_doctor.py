@@ -32,9 +32,9 @@ def test_without_cann_it_is_one_message():
 def test_on_two_ranks_every_op_is_compared():
     environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [start(str(HERE / "rank.py"), *DOCTOR, RANK=str(rank), LOCAL_RANK=str(rank), **environment) for rank in range(2)]
-    (first, said), (second, _) = (rank.communicate(timeout=120) for rank in ranks)
+    (first, said), (second, _) = (rank.communicate(timeout=240) for rank in ranks)
     assert [rank.returncode for rank in ranks] == [0, 0], said + first
     assert "all_reduce over 2 ranks" in first and "npu:0" in first and "wrong" not in first
     for op in ("attention", "ring_update", "grouped_matmul", "matmul_all_reduce", "adamw"):
         assert op in first
-    assert second == ""
+    assert "kernels" not in second and "attention" not in second  # rank 0 speaks

@@ -6,6 +6,7 @@ the ops over ranks. Not here: speed.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import tempfile
@@ -48,15 +49,18 @@ def devices(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
 
 @contextlib.contextmanager
 def _group(device: Device) -> Iterator[None]:
-    """All ranks that a launcher started, or this one alone."""
+    """All ranks that a launcher started, which meet once and part when the process ends; or this one alone."""
     device.activate()
     wait = timedelta(minutes=2)
-    with tempfile.TemporaryDirectory() as folder:
-        if "RANK" in os.environ:
+    if "RANK" in os.environ:
+        if not dist.is_initialized():
             dist.init_process_group(device.backend, timeout=wait)
-        else:
-            dist.init_process_group(device.backend, init_method=f"file://{Path(folder) / 'store'}", rank=0, world_size=1,
-                                    timeout=wait)
+            atexit.register(dist.destroy_process_group)
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        store = f"file://{Path(folder) / 'store'}"
+        dist.init_process_group(device.backend, init_method=store, rank=0, world_size=1, timeout=wait)
         try:
             yield
         finally:
