@@ -78,7 +78,7 @@ def _start_agent(run: Run, layers: list[Layer]) -> int:
     from modellink.core.resilience.agent import launch
 
     def fewer(count: int) -> int | None:
-        for smaller in range(count - 1, 0, -1):
+        for smaller in range(count - 1, 0, -1) if run.resilience.nodes[1] == 1 else ():
             with contextlib.suppress(ModelLinkError):
                 prepare(layers, smaller)
                 return smaller

@@ -116,7 +116,8 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     lora = resolved[LoraConfig]
     source, resumed = _open(checkpoint, parallel, lora, by_samples=resolved[OptimizerConfig].by_samples)
     spec = _spec(source, model_layers)
-    layout = parallel.layout(spec.num_layers, world_size or parallel.processes())
+    machines = resolved[ResilienceConfig].nodes[1]
+    layout = parallel.layout(spec.num_layers, world_size or parallel.processes() * machines)
     spec.check_layout(layout)
     optimizer = resolved[OptimizerConfig]
     if optimizer.train_samples is not None:

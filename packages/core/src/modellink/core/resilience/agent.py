@@ -25,12 +25,12 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from modellink.core import processes
-from modellink.core.resilience.watch import GASPED, Failure, report
+from modellink.core.resilience.watch import GASPED, SAVING, Failure, report, wait_for
 from modellink.core.run import Run
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
 
 GRACE = 10.0  # seconds for the ranks that are left, when the first of them has saved and gone
-SAVING = 1800.0  # seconds a save of the survivors may take
+AGREEING = 90.0  # seconds in which survivors on other machines agree on what they do
 
 
 class Agent(LocalElasticAgent):
@@ -69,7 +69,7 @@ class Agent(LocalElasticAgent):
         os.kill(self._pcontext.pids()[0], number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if any(self._states()[0]):
+        if self._states()[0]:
             self._wait_for_survivors()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
@@ -93,6 +93,8 @@ class Agent(LocalElasticAgent):
             running = self._states()[1]
             if len(running) < count:
                 deadline, count = min(deadline, time.monotonic() + GRACE), len(running)
+        if self._worker_group.group_world_size > 1 and wait_for(store, "plan", AGREEING):
+            wait_for(store, "over", SAVING)  # a machine that starts again makes the others do so
 
     def _generation(self) -> int:
         return int(self._keys(processes.keys(0)).add("generation", 0))

@@ -9,7 +9,6 @@ import contextlib
 import os
 import resource
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -23,7 +22,7 @@ from modellink.core.resilience.commit import Commit, Undone
 from modellink.core.resilience.faults import Faults, RepairableFault, read_faults
 from modellink.core.resilience.rebuild import random_state, rebuild, set_random_state, take
 from modellink.core.resilience.replay import LocalCopy
-from modellink.core.resilience.watch import GASPED, Failure, Watch, connect, report
+from modellink.core.resilience.watch import GASPED, SAVING, Failure, Watch, connect, report, wait_for
 from modellink.core.run import Run
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.guard import NotFinite
@@ -163,9 +162,10 @@ class HighAvailability:
         patience = min(run.resilience.hang_timeout, gasp.PATIENCE)
         plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":
+            self._store.set("over", "yes")
             _leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
         if rank not in plan.ranks:
-            _wait_for(self._store, "saved", patience)
+            wait_for(self._store, "over", SAVING)
             _leave()
         self._settle(plan.iteration, repaired=isinstance(error, RepairableFault))
         snapshot = take(training)
@@ -177,7 +177,7 @@ class HighAvailability:
             if first:
                 print(f"note: {plan.why}; the ranks that are left save iteration {plan.iteration}", flush=True)
             self._save(again)
-            store.set("saved", "yes")
+            store.set("over", "yes")
             _leave()
         self._run = again
         self._watch_over()
@@ -204,12 +204,6 @@ def _of_a_collective(error: Exception) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
-
-
-def _wait_for(store: dist.Store, key: str, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not store.check([key]) and time.monotonic() < end:
-        time.sleep(0.1)
 
 
 def _leave(why: str | None = None) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 PERIOD = 0.25  # seconds between two looks
+SAVING = 1800.0  # seconds a save of the survivors may take
 FAILURE = "failure"
 GASPED = 75
 """Exit status of a rank that another one's failure ended, when there is nothing left for it to do (EX_TEMPFAIL of sysexits.h)."""
@@ -54,6 +55,14 @@ def read(store: dist.Store) -> Failure | None:
     if not store.check([FAILURE]):
         return None
     return Failure(**json.loads(store.get(FAILURE)))
+
+
+def wait_for(store: dist.Store, key: str, seconds: float) -> bool:
+    """Until the key is there, or the time is over."""
+    end = time.monotonic() + seconds
+    while not (there := bool(store.check([key]))) and time.monotonic() < end:
+        time.sleep(0.1)
+    return there
 
 
 def sockets() -> set[str]:
