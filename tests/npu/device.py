@@ -12,6 +12,7 @@ import ctypes
 import os
 import re
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,7 @@ def collectives() -> None:
     import torch.distributed as dist
     from torch.utils._pytree import tree_map
 
+    under_way: deque[Any] = deque(maxlen=256)  # gloo keeps a tensor on the host, which does not keep the memory of the device's
     library = torch.library.Library("c10d", "IMPL", "PrivateUse1")
     _registered.append(library)
     for name in torch._C._dispatch_get_all_op_names():
@@ -239,6 +241,7 @@ def collectives() -> None:
         operator = getattr(getattr(torch.ops.c10d, base), overload or "default")
 
         def move(*args: Any, operator: Any = operator) -> Any:
+            under_way.append(args)
             result = operator(*tree_map(on_host, args))
             return (args[0], result[1]) if isinstance(result, tuple) and len(result) == 2 else result
         library.impl(name, move, allow_override=True)
