@@ -35,9 +35,9 @@ def site() -> Iterator[SimpleNamespace]:
     """The page, with a model that says what a test wants, a few characters at a time; `asked` are the bodies."""
     from modellink.core import engine
     from modellink.core.processes import free_port
-    from modellink.infer.server import app as real
     from modellink.kernels.device import find
     engine.start(find("cpu"))  # before the server's modules import megatron
+    from modellink.infer.server import app as real
     found = SimpleNamespace(answer=ANSWER, pause=0.0, asked=[], left=0)
     app = fastapi.FastAPI()
 
