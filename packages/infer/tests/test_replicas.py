@@ -94,13 +94,13 @@ def test_streams_and_errors_come_through(front, engine):
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_goes_leaves_the_replica(front, streaming):
     before = sum(samples(front, "modellink_cancelled_total").values())
-    with httpx.Client(base_url=front.client.base_url, timeout=httpx.Timeout(30, read=0.3 if not streaming else 30)) as client:
+    with httpx.Client(base_url=front.client.base_url, timeout=httpx.Timeout(30, read=0.1 if not streaming else 30)) as client:
         if streaming:
             with client.stream("POST", "/v1/completions", json={**LONG, "prompt": ["The"] * 4, "stream": True}) as response:
                 next(response.iter_lines())
         else:
             with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json={**LONG, "prompt": ["The"] * 12})
+                client.post("/v1/completions", json={**LONG, "prompt": ["The"] * 24})
     deadline = time.monotonic() + 30
     while sum(samples(front, "modellink_cancelled_total").values()) == before and time.monotonic() < deadline:
         time.sleep(0.05)
