@@ -54,7 +54,8 @@ def on_rank(folder: str, layout: ParallelLayout, kind: str) -> torch.Tensor | No
     assert not result.unexpected_keys
     assert all(name.endswith("_extra_state") for name in result.missing_keys), result.missing_keys
     seen: list[torch.Tensor] = []
-    model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    # a copy, because the loss writes its gradient over the logits
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
     ids = torch.randint(0, 131, (2, 25), generator=torch.Generator().manual_seed(4))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 24))
     run_schedule(models, lambda: iter([batch] * 2), num_microbatches=2, seq_length=24, micro_batch_size=2)
