@@ -69,30 +69,34 @@ class Agent(LocalElasticAgent):
         os.kill(self._pcontext.pids()[0], number)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        if self._states()[0]:
+        if any(self._codes().values()):
             self._wait_for_survivors()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.is_failed():
             self._judge(result)
         return result
 
-    def _states(self) -> tuple[list[int], list[int]]:
-        """The ranks of this machine that have failed, and those that run."""
-        codes = {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
-        return [rank for rank, code in codes.items() if code], [rank for rank, code in codes.items() if code is None]
+    def _codes(self) -> dict[int, int | None]:
+        """By rank of this machine, its exit status; None while it runs."""
+        assert self._pcontext is not None
+        return {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
 
     def _wait_for_survivors(self) -> None:
-        failed, running = self._states()
-        first = self._worker_group.workers[0].global_rank
         store = self._keys(processes.keys(self._generation()))
-        names = ", ".join(str(first + rank) for rank in failed)
-        report(store, Failure(f"rank {names} is gone", dead=[first + rank for rank in failed]))
-        deadline, count = time.monotonic() + SAVING, len(running)
-        while running and time.monotonic() < deadline:
+        first = self._worker_group.workers[0].global_rank
+        deadline, told, gone = time.monotonic() + SAVING, 0, 0
+        while time.monotonic() < deadline:
+            codes = self._codes()
+            dead = [first + rank for rank, code in codes.items() if code not in (None, 0, GASPED)]
+            if len(dead) > told:
+                told = len(dead)
+                report(store, Failure(f"rank {', '.join(map(str, dead))} is gone", dead=dead))
+            ended = [code for code in codes.values() if code is not None]
+            if len(ended) == len(codes):
+                break
+            if GASPED in ended and len(ended) > gone:  # the others have saved: who is still here hangs
+                deadline, gone = time.monotonic() + GRACE, len(ended)
             time.sleep(0.1)
-            running = self._states()[1]
-            if len(running) < count:
-                deadline, count = min(deadline, time.monotonic() + GRACE), len(running)
         if self._worker_group.group_world_size > 1 and wait_for(store, "plan", AGREEING):
             wait_for(store, "over", SAVING)  # a machine that starts again makes the others do so
 
