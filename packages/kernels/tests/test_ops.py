@@ -59,6 +59,7 @@ REFUSED = {
     "ring_update: sums": lambda: ops.ring_update(heads(7, 2, 6, 8), heads(7, 2, 3), heads(7, 2, 6, 8), heads(7, 2, 6)),
     "ring_update: types": lambda: ops.ring_update(heads(7, 2, 6, 8, dtype=torch.half), heads(7, 2, 6), heads(7, 2, 6, 8),
                                                   heads(7, 2, 6)),
+    "linear: inner": lambda: ops.linear(X, torch.zeros(3, 5)), "linear: types": lambda: ops.linear(X.half(), torch.zeros(3, 4)),
     "grouped_matmul: rows": lambda: ops.grouped_matmul(X, WEIGHTS, [2, 3]),
     "grouped_matmul: groups": lambda: ops.grouped_matmul(X, WEIGHTS, [2, 2, 2]),
     "grouped_matmul: inner": lambda: ops.grouped_matmul(X[:, :3], WEIGHTS, [2, 4]),
@@ -141,6 +142,18 @@ def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
     for found, expected in zip(with_gradients(form, [whole, weight]), with_gradients(plain, [whole, weight]), strict=True):
         torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
     assert torch.equal(whole, given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_linear_of_onednn_is_the_plain_one(dtype):
+    generator = torch.Generator().manual_seed(3)
+    x, weight = (torch.randn(*sizes, generator=generator).to(dtype) for sizes in ((4, 3, 20), (7, 20)))
+    for turned in (lambda x: x, lambda x: x.transpose(0, 1)):
+        found, expected = (with_gradients(lambda x, w, form=form, turned=turned: form(turned(x), w), [x, weight])
+                           for form in (ops.linear, torch.nn.functional.linear))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
+    with_gradients(lambda x: ops.linear(x, weight), [x])  # a frozen matrix
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

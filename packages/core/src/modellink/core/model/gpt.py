@@ -11,6 +11,7 @@ from megatron.core.transformer.utils import sharded_state_dict_default
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core.model.linear import OutputLinear
 from modellink.core.model.norm import Norm
 from modellink.core.model.state import SequenceState
 from modellink.core.parallel.context import local_positions
@@ -30,8 +31,10 @@ class Model(GPTModel):
             if spec.embed_layernorm:
                 words.norm = Norm(config, spec.hidden_size, spec.norm_epsilon)
             words.register_forward_hook(self._after_embedding)
-        if self.post_process and spec.normalize_output_weights:
-            self.output_layer.register_forward_pre_hook(_normalise_weight, with_kwargs=True)
+        if self.post_process:
+            self.output_layer.__class__ = OutputLinear  # megatron-core has no parameter for it
+            if spec.normalize_output_weights:
+                self.output_layer.register_forward_pre_hook(_normalise_weight, with_kwargs=True)
 
     def forward(self, input_ids: Tensor, state: SequenceState | None = None) -> Tensor:
         """Token ids [batch, seq] -> logits [batch, seq, vocabulary / tp], or hidden states where a later stage goes on.

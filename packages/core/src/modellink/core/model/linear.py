@@ -12,19 +12,31 @@ from torch import Tensor, nn
 from modellink.kernels import ops
 
 
-class ColumnLinear(ColumnParallelLinear):
+class Product:
+    """The step of megatron-core's linears that multiplies: on a CPU, where nothing is sent meanwhile, the op for it."""
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None = None, sequence_parallel: bool = False,
+                      allreduce_dgrad: bool = False, **kwargs: Any) -> Tensor:
+        if not input.is_cpu or sequence_parallel or allreduce_dgrad:
+            output: Tensor = super()._forward_impl(  # type: ignore[misc]
+                input, weight, bias=bias, sequence_parallel=sequence_parallel, allreduce_dgrad=allreduce_dgrad, **kwargs)
+            return output
+        output = ops.linear(input, weight)
+        return output if bias is None else output + bias
+
+
+class ColumnLinear(Product, ColumnParallelLinear):
     """[seq / tp, batch, in] -> [seq, batch, out / tp] with sequence parallelism."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, bias: Tensor | None = None,
-                      sequence_parallel: bool = False, **kwargs: Any) -> Tensor:
+    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None = None, sequence_parallel: bool = False,
+                      **kwargs: Any) -> Tensor:
         if not (self.config.use_mc2 and sequence_parallel):
-            output: Tensor = super()._forward_impl(input, weight, *args, bias=bias, sequence_parallel=sequence_parallel, **kwargs)
-            return output
+            return super()._forward_impl(input, weight, bias=bias, sequence_parallel=sequence_parallel, **kwargs)
         output = ops.all_gather_matmul(input.flatten(0, 1), weight, self.tp_group).unflatten(0, (-1, input.size(1)))
         return output if bias is None else output + bias
 
 
-class RowLinear(RowParallelLinear):
+class RowLinear(Product, RowParallelLinear):
     """[seq, batch, in / tp] -> [seq, batch, out], with sequence parallelism [seq / tp, batch, out]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -36,6 +48,10 @@ class RowLinear(RowParallelLinear):
         if self.skip_bias_add or self.bias is None:
             return product, self.bias
         return product + self.bias, None
+
+
+class OutputLinear(Product, ColumnParallelLinear):
+    """Hidden states to logits."""
 
 
 class BiasedColumnLinear(ColumnLinear):

@@ -25,11 +25,11 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from modellink.core import processes
-from modellink.core.resilience.watch import GASPED, SAVING, Failure, report, wait_for
+from modellink.core.resilience.watch import GASPED, SAVING, WATCHED, Failure, report, wait_for
 from modellink.core.run import Run
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
 
-GRACE = 10.0  # seconds for the ranks that are left, when the first of them has saved and gone
+GRACE = 5.0  # seconds for the ranks that are left, when the first of them has saved and gone
 AGREEING = 90.0  # seconds in which survivors on other machines agree on what they do
 
 
@@ -78,13 +78,17 @@ class Agent(LocalElasticAgent):
 
     def _codes(self) -> dict[int, int | None]:
         """By rank of this machine, its exit status; None while it runs."""
-        assert self._pcontext is not None
-        return {rank: handler.proc.poll() for rank, handler in self._pcontext.subprocess_handlers.items()}
+        return {rank: handler.proc.poll() for rank, handler in self._handlers().items()}
+
+    def _handlers(self) -> dict[int, Any]:
+        handlers: dict[int, Any] = self._pcontext.subprocess_handlers
+        return handlers
 
     def _wait_for_survivors(self) -> None:
         store = self._keys(processes.keys(self._generation()))
         first = self._worker_group.workers[0].global_rank
-        deadline, told, gone = time.monotonic() + SAVING, 0, 0
+        watched = store.check([WATCHED])  # else it failed as it started, and nobody knows of it who could save
+        deadline, told, gone = time.monotonic() + (SAVING if watched else GRACE), 0, 0
         while time.monotonic() < deadline:
             codes = self._codes()
             dead = [first + rank for rank, code in codes.items() if code not in (None, 0, GASPED)]
@@ -94,9 +98,12 @@ class Agent(LocalElasticAgent):
             ended = [code for code in codes.values() if code is not None]
             if len(ended) == len(codes):
                 break
-            if GASPED in ended and len(ended) > gone:  # the others have saved: who is still here hangs
+            if GASPED in ended and len(ended) > gone:
                 deadline, gone = time.monotonic() + GRACE, len(ended)
             time.sleep(0.1)
+        for handler in self._handlers().values():  # it hangs: asked to end, it would not
+            if handler.proc.poll() is None:
+                handler.proc.kill()
         if self._worker_group.group_world_size > 1 and wait_for(store, "plan", AGREEING):
             wait_for(store, "over", SAVING)  # a machine that starts again makes the others do so
 

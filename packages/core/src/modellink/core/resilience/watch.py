@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 PERIOD = 0.25  # seconds between two looks
 SAVING = 1800.0  # seconds a save of the survivors may take
-FAILURE = "failure"
+FAILURE, WATCHED = "failure", "watched"  # keys
 GASPED = 75
 """Exit status of a rank that another one's failure ended, when there is nothing left for it to do (EX_TEMPFAIL of sysexits.h)."""
 
@@ -88,6 +88,7 @@ class Watch:
         self.rank, self.hang_timeout = rank, hang_timeout
         self.failed = threading.Event()
         self._store, self._sockets = connect(prefix), sockets()  # later ones are not of the groups
+        self._store.set(WATCHED, "yes")
         self._last, self._stopped = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()

@@ -10,11 +10,12 @@ from modellink.kernels.ops.attention import attention
 from modellink.kernels.ops.cross_entropy import cross_entropy
 from modellink.kernels.ops.door import plain_forms
 from modellink.kernels.ops.grouped_matmul import grouped_matmul
+from modellink.kernels.ops.linear import linear
 from modellink.kernels.ops.matmul_collective import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter
 from modellink.kernels.ops.ring_update import ring_update
 from modellink.kernels.ops.rms_norm import rms_norm
 from modellink.kernels.ops.rotary import rotary
 from modellink.kernels.ops.swiglu import swiglu
 
-__all__ = ["adamw", "all_gather_matmul", "attention", "cross_entropy", "grouped_matmul", "matmul_all_reduce",
-           "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm", "rotary", "swiglu"]
+__all__ = ["adamw", "all_gather_matmul", "attention", "cross_entropy", "grouped_matmul", "linear",
+           "matmul_all_reduce", "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm", "rotary", "swiglu"]

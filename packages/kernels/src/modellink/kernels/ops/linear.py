@@ -1,0 +1,54 @@
+"""A linear layer's product.
+
+torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's; oneDNN, which torch brings too, is up to 1.4 times as
+fast on AMD's for the products of the forward pass and for the gradient of the input (benchmarks/train.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modellink.kernels.ops.door import form_of
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in], weight [out, in] -> [..., out]."""
+    if x.size(-1) != weight.size(1) or x.dtype != weight.dtype:
+        raise ValueError(f"linear: {x.dtype} rows of {x.size(-1)} for a {weight.dtype} matrix of {list(weight.shape)}")
+    return form_of("linear", x.device.type, FORMS, plain)(x, weight)
+
+
+def plain(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def cpu(x: Tensor, weight: Tensor) -> Tensor:
+    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # torch itself takes oneDNN for bf16
+        return plain(x, weight)
+    result: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
+    return result.unflatten(0, x.shape[:-1])
+
+
+class _OneDnn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return _product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = None if weight is None else _product(gradient, weight.t())
+        return of_x, None if x is None else gradient.t() @ x
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return result
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cpu": cpu}
