@@ -3,12 +3,12 @@
 The same prompts (style lm-eval), the same checkpoint and dtype, in one run; the harness' model class is called from Python on
 our requests, because its tasks would download their data. It is given several batch sizes and its best one counts; they take
 turns and the best round of each counts. Both compute the four letters of a question in one pass; ours also computes what the
-questions of a subject begin with once (here of two subjects; the whole set has 246 questions a subject), and logits only
+questions of a subject begin with once (here of one subject; the whole set has 246 questions a subject), and logits only
 where they are wanted. Also compared: the log-likelihoods of `--compare` questions of MMLU, C-Eval and BoolQ in fp32, and the
 texts of a fifth as many of BBH (chain of thought) and of GSM8K; the run fails where they differ (log-likelihoods: by more than
 1e-3).
 
-    python benchmarks/eval.py [--model FOLDER] [--data FOLDER] [--dtypes float32 bfloat16] [--questions 64] [--compare 100]
+    python benchmarks/eval.py [--model FOLDER] [--data FOLDER] [--dtypes float32 bfloat16] [--questions 96] [--compare 100]
                               [--rounds 2] [--json FILE]
 
 `--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder; `--data` (or MODELLINK_TEST_DATA) holds the sets in their original
@@ -30,7 +30,7 @@ from typing import Any
 
 PEER_BATCHES = (1, 4, 16)
 SAME, TEXTS = ("mmlu", "ceval", "boolq"), ("bbh", "gsm8k")
-TIMED_SUBJECTS = 2
+TIMED_SUBJECTS = 1
 LONGEST = 96  # tokens of a compared text
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=os.environ.get("MODELLINK_TEST_MODEL"))
     parser.add_argument("--data", type=Path, default=os.environ.get("MODELLINK_TEST_DATA"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--questions", type=int, default=96)
     parser.add_argument("--tasks", nargs="*", default=["mmlu", "boolq"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--compare", type=int, default=100)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from modellink.core.cli import _run
+from modellink.core.processes import free_port
 from modellink.core.resilience.faults import read_faults
 from modellink.core.resilience.gasp import State, decide
 from modellink.core.resilience.watch import Failure
@@ -35,15 +36,23 @@ def trained(arguments: list[str]) -> None:
     _run()
 
 
-def watched(options: list[str], save: Path, faults: str, *more: str) -> str:
-    """What a run with high availability says; it ends well."""
-    done = subprocess.run(
+def start(options: list[str], save: Path, faults: str, *more: str) -> subprocess.Popen[str]:
+    """A machine of a run with high availability."""
+    return subprocess.Popen(
         [sys.executable, "-m", "modellink.core.cli", "pretrain", *options, *more, "--save", str(save),
          "--enable-high-availability", "--hang-timeout", "12", "--inject-fault", faults],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:]
-    return done.stdout
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def end(machine: subprocess.Popen[str]) -> str:
+    """What it says; it ends well."""
+    said = machine.communicate(timeout=600)[0]
+    assert machine.returncode == 0, said[-3000:]
+    return said
+
+
+def watched(options: list[str], save: Path, faults: str, *more: str) -> str:
+    return end(start(options, save, faults, *more))
 
 
 def losses(save: Path) -> list[tuple[int, float]]:
@@ -85,6 +94,18 @@ def test_a_rank_that_fails_again_is_left_out(pools, options, tmp_path):
     said = watched(options, save, "kind=kill,step=3,rank=3;kind=kill,step=3,rank=3", "--nproc-per-node", "4")
     assert "it failed twice without a step between: 2 ranks start now" in said
     assert [loss for _, loss in losses(save)] == pytest.approx([loss for _, loss in losses(straight)], rel=2e-6)
+
+
+@pytest.mark.stress
+def test_who_survives_on_another_machine_saves(pools, options, tmp_path):
+    """Two agents with a rank each, as two machines have them."""
+    straight, save = tmp_path / "straight", tmp_path / "save"
+    pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
+    more = ["--nproc-per-node", "1", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    machines = [start(options, save, "kind=kill,step=3,rank=1", *more) for _ in range(2)]
+    said = "".join(map(end, machines))
+    assert "the ranks that are left save iteration 2" in said
+    assert losses(save) == losses(straight)
 
 
 @pytest.mark.stress
