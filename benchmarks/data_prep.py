@@ -8,7 +8,7 @@ tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing
 
 Each run has a process of its own, so that the memory is its own; times are those of the work without the start of Python and its
 imports, with the loading of the tokenizer and of all workers. `--growth` adds runs over inputs of that many MB, whose peak memory
-is to be the same. A tokenizer that gigatoken refuses has no row of it. The documents are the texts of `--data` where there are any,
+is to be the same. A tokenizer that gigatoken refuses has no row of it. The documents are texts of `--data` where it has any,
 else Python's own help topics, over and over with a number before each: about 4 MB of them differ, which favours who remembers
 words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
 """
@@ -138,7 +138,7 @@ def best(what: str, folder: Path, source: Path, workers: int, rounds: int = 1) -
         with tempfile.TemporaryDirectory() as out:
             done = subprocess.run([sys.executable, __file__, "--measure", what, str(folder), str(source), str(workers), out],
                                   capture_output=True, text=True)
-        if done.returncode and "gigatoken cannot" in done.stderr or "gigatoken does not" in done.stderr:
+        if done.returncode and ("gigatoken cannot" in done.stderr or "gigatoken does not" in done.stderr):
             return None
         if done.returncode:
             sys.exit(f"{what}: {done.stderr.strip()[-2000:]}")

@@ -29,8 +29,8 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 def cpu(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # torch itself takes oneDNN for bf16
         return plain(x, weight)
-    result: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
-    return result.unflatten(0, x.shape[:-1])
+    rows: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
+    return rows.view(*x.shape[:-1], -1)
 
 
 class _OneDnn(torch.autograd.Function):
