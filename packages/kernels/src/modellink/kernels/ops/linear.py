@@ -30,7 +30,7 @@ def cpu(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # torch itself takes oneDNN for bf16
         return plain(x, weight)
     rows: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
-    return rows.view(*x.shape[:-1], -1)
+    return rows.view(*x.shape[:-1], weight.size(0))  # there may be no rows
 
 
 class _OneDnn(torch.autograd.Function):
