@@ -43,7 +43,7 @@ def forms(options: dict[str, Any]) -> tuple[float, dict[str, str]]:
 
 
 def test_without_a_switch_an_op_takes_its_plain_form_and_others_do_not(pools, texts):
-    fused = dict.fromkeys(("adamw", "rms_norm", "rotary", "swiglu"), "fused")
+    fused = dict.fromkeys(("adamw", "linear", "rms_norm", "rotary", "swiglu"), "fused")
     plain = {"use_flash_attn": "attention", "use_fused_rmsnorm": "rms_norm", "use_fused_swiglu": "swiglu",
              "use_fused_rotary_pos_emb": "rotary"}
     alone = texts | {"exit_interval": 1}
