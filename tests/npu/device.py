@@ -122,9 +122,10 @@ def kernels() -> int:
     """Give aten's operators for npu tensors CPU kernels on the same memory; how many they are."""
     import torch
     import torch_npu  # noqa: F401
+    from torch.library import Library
 
     has, count = torch._C._dispatch_has_kernel_for_dispatch_key, 0
-    library = torch.library.Library("aten", "IMPL", "PrivateUse1")
+    library = Library("aten", "IMPL", "PrivateUse1")
     for name in torch._C._dispatch_get_all_op_names():
         space, _, full = name.partition("::")
         base, _, overload = full.partition(".")
@@ -138,7 +139,7 @@ def kernels() -> int:
         library.impl(full, _on_the_cpu(operator), allow_override=True)
         count += 1
     library.impl("matmul_backward", _matmul_backward, allow_override=True)
-    autograd = torch.library.Library("aten", "IMPL", "AutogradPrivateUse1")
+    autograd = Library("aten", "IMPL", "AutogradPrivateUse1")
     autograd.impl("scaled_dot_product_attention", _attention, allow_override=True)
     _registered.extend((library, autograd))
     return count
@@ -169,15 +170,16 @@ def operators() -> None:
     import torch
     from operators import MEANINGS
     from torch._subclasses.fake_tensor import FakeTensor
+    from torch.library import Library, get_kernel
     from torch.utils._pytree import tree_leaves, tree_map
 
-    below, above = (torch.library.Library("npu", "IMPL", key) for key in ("PrivateUse1", "AutogradPrivateUse1"))
+    below, above = (Library("npu", "IMPL", key) for key in ("PrivateUse1", "AutogradPrivateUse1"))
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.PrivateUse1)
     _registered.extend((below, above))
 
     def give(name: str, overload: str, meaning: Callable[..., Any]) -> None:
         operator = getattr(getattr(torch.ops.npu, name), overload)
-        kernel, old = torch.library.get_kernel(operator, "PrivateUse1"), name in OLD_INTERFACE
+        kernel, old = get_kernel(operator, "PrivateUse1"), name in OLD_INTERFACE
 
         def real(*args: Any, **kwargs: Any) -> Any:
             if not old:
@@ -229,10 +231,11 @@ def collectives() -> None:
     """Let gloo move npu tensors, in place of HCCL: whoever asks for "hccl" gets gloo on the same memory."""
     import torch
     import torch.distributed as dist
+    from torch.library import Library
     from torch.utils._pytree import tree_map
 
     under_way: deque[Any] = deque(maxlen=256)  # gloo keeps a tensor on the host, which does not keep the memory of the device's
-    library = torch.library.Library("c10d", "IMPL", "PrivateUse1")
+    library = Library("c10d", "IMPL", "PrivateUse1")
     _registered.append(library)
     for name in torch._C._dispatch_get_all_op_names():
         if not name.startswith("c10d::") or not torch._C._dispatch_has_kernel_for_dispatch_key(name, "PrivateUse1"):

@@ -238,7 +238,8 @@ def start(device: Device) -> None:
         _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
         sys.meta_path.insert(0, _Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
-    warnings.filterwarnings("ignore", message=r"`[\w.]+` is deprecated", category=FutureWarning)  # what megatron-core calls
+    warnings.filterwarnings("ignore", message=r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated",
+                            category=FutureWarning)  # megatron-core calls them
     with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
         from megatron.core.models.gpt import GPTModel  # noqa: F401
         _fix()

@@ -1,7 +1,7 @@
 """A linear layer's product.
 
-torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's; oneDNN, which torch brings too, is up to 1.4 times as
-fast on AMD's for the products of the forward pass and for the gradient of the input (benchmarks/train.py).
+torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's. oneDNN, which torch brings too, was faster on an AMD
+EPYC for the products of the forward pass and for the gradient of the input, not for that of the weight.
 """
 
 from __future__ import annotations
