@@ -67,8 +67,14 @@ def test_overlapped_parameters_are_whole_in_a_checkpoint(pools, whole, tmp_path)
     assert stopped + pools(2)(training.train, options=options | {"load": str(tmp_path)})[-1] == straight
 
 
-def held(folder: str, memory: dict[str, Any]) -> tuple[int, int]:
+LATENT = {"multi_head_latent_attention": True, "num_query_groups": None, "kv_channels": None, "kv_lora_rank": 12,
+          "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6}
+
+
+def held(folder: str, memory: dict[str, Any], changes: dict[str, Any]) -> tuple[int, int]:
     """On a rank: (bytes that backward keeps, times a layer is run) in one pass of the tiny model."""
+    from dataclasses import replace
+
     import torch
 
     from modellink.ckpt_convert import open_checkpoint
@@ -79,7 +85,8 @@ def held(folder: str, memory: dict[str, Any]) -> tuple[int, int]:
     from modellink.kernels.parallel import ParallelLayout
 
     processes.join(find("cpu"), ParallelLayout(), seed=1)
-    (model,) = build_models(open_checkpoint(Path(folder)).spec, BuildSettings(memory=MemoryConfig(**memory)))
+    spec = replace(open_checkpoint(Path(folder)).spec, **changes)
+    (model,) = build_models(spec, BuildSettings(memory=MemoryConfig(**memory), attention_dropout=0.1))
     storages: dict[int, Any] = {}
     runs = 0
 
@@ -101,14 +108,53 @@ def held(folder: str, memory: dict[str, Any]) -> tuple[int, int]:
 
 
 def test_memory_is_saved_and_layers_run_again(pools, tiny):
-    plain, once = pools(1)(held, folder=str(tiny), memory={})[0]
-    sizes = {name: pools(1)(held, folder=str(tiny), memory=RUNS[name][1])[0] for name in (
-        "block", "block, more than there are", "uniform", "activation")}
+    plain, once = pools(1)(held, folder=str(tiny), memory={}, changes={})[0]
+    sizes = {name: pools(1)(held, folder=str(tiny), memory=RUNS[name][1], changes={})[0] for name in (
+        "block", "block, more than there are", "uniform", "activation", "selective")}
     assert once == 4 and {name: runs for name, (_, runs) in sizes.items()} == {
-        "block": 7, "block, more than there are": 8, "uniform": 8, "activation": 4}
+        "block": 7, "block, more than there are": 8, "uniform": 8, "activation": 4, "selective": 4}
     assert sizes["uniform"][0] < sizes["block"][0] < sizes["activation"][0] < plain
     ffn = 4 * 24 * 112 * 4  # bytes: layers x tokens x width, kept for the second projection
     assert plain - sizes["activation"][0] >= ffn
+    scores = 4 * 6 * 24 * 24 * 4  # layers x heads x tokens x tokens, which attention with dropout keeps
+    assert plain - sizes["selective"][0] >= scores
+
+
+def test_selective_recomputation_saves_memory_in_latent_attention_too(pools, tiny):
+    plain, selective = (pools(1)(held, folder=str(tiny), memory=memory, changes=LATENT)[0][0]
+                        for memory in ({}, RUNS["selective"][1]))
+    assert plain - selective >= 4 * 6 * 24 * 24 * 4
+
+
+def widest(folder: str) -> list[tuple[str, int]]:
+    """On a rank: of a bf16 pass with its loss, the type and size of what the backward pass keeps that is as large as logits."""
+    import torch
+
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.core import processes
+    from modellink.core.data.pretrain import Batch
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.core.train.step import forward_step
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    processes.join(find("cpu"), ParallelLayout(), seed=1)
+    (model,) = build_models(open_checkpoint(Path(folder)).spec, BuildSettings(dtype=torch.bfloat16))
+    tokens, kept = torch.zeros(1, 24, dtype=torch.long), {}
+
+    def keep(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.nn.Parameter) and tensor.dim() and tensor.size(-1) >= model.module.spec.vocab_size:
+            kept[tensor.untyped_storage().data_ptr()] = (str(tensor.dtype), tensor.numel() // 24)
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits, loss_of = forward_step(iter([Batch(tokens, tokens, torch.ones(1, 24))]), model.train())
+        loss_of(logits)
+    return sorted(kept.values())
+
+
+def test_logits_of_16_bits_are_kept_once_and_stay_so(pools, tiny):
+    kept = pools(1)(widest, folder=str(tiny))[0]
+    assert [kind for kind, _ in kept] == ["torch.bfloat16"], kept
 
 
 def dropped(folder: str, memories: list[dict[str, Any]]) -> list[list[int]]:

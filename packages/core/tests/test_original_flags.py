@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from modellink.core.cli import pretrain
+from modellink.core.cli import in_our_words, pretrain
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags, translate
 
@@ -47,3 +47,40 @@ def test_a_script_of_the_original():
     context = pretrain.make_context("pretrain", made)
     assert context.params["activation_func"] == "gelu" and context.params["window_attn_skip_freq"] == "2"
     assert context.params["layernorm_zero_centered_gamma"] and "--use-flash-attn" in made
+
+
+def parsed(line: str) -> dict[str, object]:
+    return pretrain.make_context("pretrain", in_our_words(line.split())).params
+
+
+def test_what_a_line_of_the_original_leaves_unsaid_holds_as_there(capsys):
+    """Random weights without a word on the kind of model: GPT-2's; and dropouts."""
+    sizes = "--num-layers 2 --hidden-size 64 --num-attention-heads 4"
+    params = parsed(f"--use-mcore-models {sizes}")
+    assert (params["gated_linear_unit"], params["normalization"], params["add_mlp_bias"]) == (False, "LayerNorm", True)
+    assert (params["untie_embeddings_and_output_weights"], params["hidden_dropout"]) == (False, "0.1")
+    assert "a command line of the original" in capsys.readouterr().err
+    params = parsed(f"--use-mcore-models {sizes} --swiglu --normalization RMSNorm --disable-bias-linear --add-qkv-bias "
+                    "--untie-embeddings-and-output-weights --use-rotary-position-embeddings --hidden-dropout 0.0")
+    assert (params["gated_linear_unit"], params["activation_func"], params["normalization"]) == (True, "silu", "RMSNorm")
+    assert (params["add_qkv_bias"], params["add_mlp_bias"], params["hidden_dropout"]) == (True, False, "0.0")
+    assert parsed("--use-mcore-models --load somewhere")["gated_linear_unit"] is None  # the checkpoint says it
+    assert parsed(sizes)["gated_linear_unit"] is None  # a line of ours
+
+
+def test_the_router_of_the_original_wins_in_either_order():
+    for line in ("--moe-router-load-balancing-type softmax_topk --moe-aux-loss-coeff 0.001",
+                 "--moe-aux-loss-coeff 0.001 --moe-router-load-balancing-type softmax_topk"):
+        assert parsed(line)["moe_aux_loss_coeff"] == "0"
+    for line in ("--norm-topk-prob --moe-router-load-balancing-type group_limited_greedy",
+                 "--moe-router-load-balancing-type group_limited_greedy --norm-topk-prob"):
+        assert parsed(line)["moe_router_pre_softmax"] is False
+
+
+def test_widths_that_follow_from_others_on_the_line():
+    params = parsed("--n-shared-experts 2 --moe-intermediate-size 1408 --dim-model-base 256 --hidden-size 2304 "
+                    "--input-embeds-norm")
+    assert (params["moe_shared_expert_intermediate_size"], params["embedding_multiplier_scale"]) == ("2816", "48")
+    assert float(params["output_multiplier_scale"]) == pytest.approx(256 / 2304, rel=1e-15)
+    with pytest.raises(ModelLinkError, match="one width"):
+        parsed("--n-shared-experts 2")

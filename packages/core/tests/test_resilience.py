@@ -79,8 +79,8 @@ def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
     """A rank is killed, fails, and hangs; the run starts again each time from the step before, with no other checkpoint."""
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
-    said = watched(options, save, "kind=kill,step=3,rank=1;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
-    assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["2", "4", "6"]
+    said = watched(options, save, "kind=kill,step=3,rank=1,when=end;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
+    assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["3", "4", "6"]
     assert said.count("the run starts again") == 3 and said.count("continuing from") == 3
     found, expected = losses(save), losses(straight)
     assert [number for number, _ in found] == [number for number, _ in expected]
@@ -120,7 +120,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, more):
     kinds = ["exception", "kill", "nan", "corrupt", "memory", "disk", "slow", *["hang"] * (count // 50)]
     faults = ";".join(
         f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
-        f"when={chance.choice(['start', 'update', 'random'])}" for number in range(count))
+        f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     watched(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20")
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
@@ -147,6 +147,8 @@ def test_who_is_left_decides_what_was_finished():
     assert (applied.action, applied.iteration, applied.ranks) == ("save", 5, [0, 3])
     ready = decide(states((0, 4, "ready"), (3, 4, "begun")), Failure("gone", dead=[1, 2]), 4, FOUR, 2)
     assert (ready.action, ready.iteration, ready.ranks) == ("save", 4, [0, 3])
+    between = decide(states((0, 4, "begun"), (3, 5, "begun")), Failure("gone", dead=[1, 2]), 4, FOUR, 2)
+    assert (between.action, between.iteration) == ("save", 5)
     lost = decide(states((0, 4, "ready"), (2, 4, "ready")), Failure("gone", dead=[1, 3]), 4, FOUR, 2)
     assert lost.action == "lost" and "shard 1" in lost.why
 

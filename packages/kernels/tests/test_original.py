@@ -10,6 +10,8 @@ from modellink.kernels.original import translate
 TABLE = {
     "--geglu": {"as": "--gated --activation gelu"}, "--scale-emb": {"values": 1, "as": "--scale {}"},
     "--kind": {"values": 1, "choices": {"a": "--pre", "b": ""}}, "--ranks": {"values": 9, "ignored": "there are none"},
+    "--plain": {"as": "--no-a", "place": "first"}, "--sure": {"as": "--c", "place": "last"},
+    "--twice": {"values": 1, "as": "--size {}", "of": {"product": "--lr"}, "refused": "no --lr"},
     "--flash": {"ignored": "always"}, "--fp8": {"refused": "no such numbers", "fix": "leave it out"}}
 
 
@@ -19,6 +21,8 @@ TABLE = {
     (["--scale-emb", "12", "--scale-emb=3"], ["--scale", "12", "--scale", "3"]),
     (["--scale_emb", "12"], ["--scale", "12"]),
     (["--kind", "a", "--kind", "b"], ["--pre"]),
+    (["--kind", "a", "--sure", "--lr", "1", "--plain"], ["--no-a", "--lr", "1", "--pre", "--c"]),
+    (["--twice", "3", "--lr", "1.5"], ["--size", "4.5", "--lr", "1.5"]),
     (["--ranks", "0", "1", "2", "--flash", "--lr", "1"], ["--lr", "1"])])
 def test_flags_are_translated(given, made):
     assert translate(given, TABLE) == made

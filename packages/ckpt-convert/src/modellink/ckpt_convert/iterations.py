@@ -28,6 +28,12 @@ def tracked(root: Path) -> str | None:
     return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
 
 
+def complete_iterations(root: Path) -> list[int]:
+    """The numbers of ours that are complete below `root`, which may not exist."""
+    return sorted(int(match[1]) for path in root.glob("iter_*")
+                  if (match := FOLDER.match(path.name)) and (path / MARKER).exists() and incomplete(path) is None)
+
+
 def last_complete(root: Path, iteration: int | None = None, *, ours: bool = False) -> Path:
     """The folder of the last complete iteration below `root`, or of the one asked for.
 

@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 from functools import partial
+from importlib import resources
 from pathlib import Path
 
 import click
+import yaml
 
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.spec import ModelSpec
@@ -26,6 +28,8 @@ from modellink.core.run import CONFIGS, Run, prepare
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, yaml_layer
 from modellink.kernels.original import original_flags, translate
+
+AGAIN = Layer("the start after a failure", {"auto_resume": True})
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,11 +56,11 @@ def sft(model: str | None, config: Path | None, given: Layer) -> None:
 def _start(model: str | None, config: Path | None, given: Layer) -> None:
     layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
     launched = processes.under_launcher()
+    if int(os.environ.get(processes.START, "1")) > 1:
+        layers.append(AGAIN)
     run = prepare(layers, processes.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
     if run.resilience.enable_high_availability and processes.START not in os.environ:
         sys.exit(_start_agent(run, layers))
-    if launched and (again := _continued(run)) is not None:
-        run = prepare([*layers, again], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     if run.determinism.use_deter_comp:
         set_variables(run.device.kind)
     if not launched and run.layout.world_size > 1:
@@ -80,20 +84,11 @@ def _start_agent(run: Run, layers: list[Layer]) -> int:
     def fewer(count: int) -> int | None:
         for smaller in range(count - 1, 0, -1) if run.resilience.nodes[1] == 1 else ():
             with contextlib.suppress(ModelLinkError):
-                prepare(layers, smaller)
+                prepare([*layers, AGAIN], smaller)
                 return smaller
         return None
     assert run.checkpoint.save is not None
     return launch(run, "modellink.core.cli", sys.argv[1:], fewer, partial(newest, run.checkpoint.save))
-
-
-def _continued(run: Run) -> Layer | None:
-    """Where a run goes on that was started again: from its last checkpoint."""
-    save = run.checkpoint.save
-    if int(os.environ.get(processes.START, "1")) == 1 or save is None or newest(save) is None:
-        return None
-    where = "lora_load" if run.lora.on else "load"
-    return Layer("the start after a failure", {where: save, "finetune": False, "ckpt_step": None})
 
 
 def _train(run: Run) -> None:
@@ -122,13 +117,21 @@ train.add_command(digests)
 train.add_command(determinism)
 
 
+def in_our_words(words: list[str]) -> list[str]:
+    """A command line that may be the original's, with what holds there where it says nothing."""
+    defaults = yaml.safe_load(resources.files("modellink.core").joinpath("original_defaults.yaml").read_text("utf-8"))
+    described = any(word.partition("=")[0] in ("--load", "--model", "--config", "--pretrained-checkpoint") for word in words)
+    taken = defaults["run"] if described else f"{defaults['run']} {defaults['architecture']}"
+    return translate(words, original_flags("modellink.core"), taken.split())
+
+
 def main() -> None:
     run_command(_run)
 
 
 def _run() -> None:
     if sys.argv[1:2] in (["pretrain"], ["sft"]):
-        sys.argv[2:] = translate(sys.argv[2:], original_flags("modellink.core"))  # also for the ranks that are started with it
+        sys.argv[2:] = in_our_words(sys.argv[2:])  # also for the ranks that are started with it
     train(standalone_mode=False)
 
 

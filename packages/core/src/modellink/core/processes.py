@@ -133,6 +133,7 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     """Put megatron-core on the device and make its process groups; all ranks of a run call it once.
 
     Args:
+        timeout_minutes: how long a collective may take, of any group.
         instances: of the distributed optimizer, each of which has all of its state.
 
     Raises:
@@ -158,9 +159,10 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
     global _groups_of
     if _groups_of != (layout, instances) or not parallel_state.model_parallel_is_initialized():
         _end_groups()
-        make_groups(layout, instances=instances)
+        make_groups(layout, instances=instances, timeout_minutes=timeout_minutes)
         _groups_of = (layout, instances)
     atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # or stages would begin with the same weights
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -173,20 +175,21 @@ def _meet(device: Device, prefix: str, timeout_minutes: float) -> None:
                             world_size=world_size(), timeout=timeout)
 
 
-def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix: str, instances: int) -> None:
+def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix: str, instances: int,
+           timeout_minutes: float) -> None:
     """Leave the process groups, whole or broken, and make those of `ranks` in their new order; each of them calls it."""
     global _groups_of
     number = ranks.index(rank())
     _end_groups()
     dist.destroy_process_group()
     os.environ |= {"RANK": str(number), "WORLD_SIZE": str(len(ranks))}
-    _meet(device, prefix, 45)
-    make_groups(layout, instances=instances)
+    _meet(device, prefix, timeout_minutes)
+    make_groups(layout, instances=instances, timeout_minutes=timeout_minutes)
     _groups_of = (layout, instances)
 
 
-def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1) -> None:
-    """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU."""
+def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1, timeout_minutes: float = 45) -> None:
+    """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU. Others as in `join`."""
     from megatron.core import parallel_state
     nested = 1 < layout.ulysses < layout.cp
     parallel_state.initialize_model_parallel(
@@ -194,14 +197,15 @@ def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep, expert_tensor_parallel_size=layout.tp,
         num_distributed_optimizer_instances=instances,
-        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo)
+        virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None, create_gloo_process_groups=gloo,
+        distributed_timeout_minutes=timeout_minutes)
     global _second_ring
     _second_ring = None
     if layout.cp // layout.ulysses > 1:
         order = parallel_state.RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
         rings = [ranks[first::layout.ulysses] for ranks in order.get_ranks("cp") for first in range(layout.ulysses)]
         for ranks in rings:  # every rank takes part in making each
-            made = dist.new_group(ranks)
+            made = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
             _second_ring = made if dist.get_rank() in ranks else _second_ring
 
 

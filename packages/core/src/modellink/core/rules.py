@@ -45,7 +45,7 @@ def check(run: Run) -> None:
 def _layout(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, data: DataConfig,
             optimizer: OptimizerConfig) -> None:
     data.num_microbatches(layout.dp)
-    data.check_rampup(layout.dp)
+    data.check_rampup(layout.dp, layout.pp if layout.vpp > 1 else 1)
     if data.seq_length > spec.max_position_embeddings:
         raise ModelLinkError(f"sequence length {data.seq_length} is beyond the model's {spec.max_position_embeddings} positions",
                              where="--seq-length", fix="shorten it, or raise --max-position-embeddings if the model is to learn "

@@ -72,6 +72,14 @@ class Device:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return peak if (now := _resident()) is None else now, peak
 
+    def memory_report(self) -> dict[str, int]:
+        """Bytes by name: what `memory` gives, and on an accelerator what is reserved for it."""
+        allocated, most = self.memory()
+        report = {"allocated": allocated, "max allocated": most}
+        if self.module:
+            report |= {"reserved": int(self.module.memory_reserved()), "max reserved": int(self.module.max_memory_reserved())}
+        return report
+
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """`work` as a graph: what is returned starts its kernels as one, on the tensors they had, and gives the same tensor each
         time. On a CPU it is `work` itself.

@@ -3,16 +3,18 @@
 Each package lists them in its `original_flags.yaml`; flags that have an option of the same name are not listed. Of a flag it says
 one of
 
-    as: words that take its place; `{}` is its value
-    choices: for each value the words that take its place
+    as: words that take its place; `{}` is its value, or what `of` makes of it
+    choices: for each value the words that take its place; they win over options of the same line
     ignored: why nothing is lost; said on stderr
     refused: what it would ask for, with `fix`: what to do
 
-and `values`: how many words follow it (none where nothing is said).
+and `values`: how many words follow it (none where nothing is said); `place`: first or last, where its words lose against all
+others or win; `of`: the value as a product, quotient or root of another flag's on the same line.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -30,13 +32,17 @@ def original_flags(package: str) -> dict[str, dict[str, Any]]:
     return table
 
 
-def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]], defaults: Sequence[str] = ()) -> list[str]:
     """A command line of the original in our words.
+
+    Args:
+        defaults: what the original takes where a line says nothing, and we take otherwise; put in front of a line that has a flag
+            of the table.
 
     Raises:
         ModelLinkError: a flag asks for something that is not done, or its value is none of those known.
     """
-    made: list[str] = []
+    made: dict[str, list[str]] = {"first": [], "": [], "choices": [], "last": []}
     ignored: dict[str, list[str]] = {}
     index = 0
     while index < len(args):
@@ -44,7 +50,7 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> li
         index += 1
         about = table.get(flag) or table.get(flag.replace("_", "-"))
         if about is None:
-            made.append(args[index - 1])
+            made[""].append(args[index - 1])
             continue
         values = [value] if joined else []
         while not joined and len(values) < about.get("values", 0) and index < len(args) and not args[index].startswith("--"):
@@ -53,14 +59,21 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]]) -> li
         if "ignored" in about:
             ignored.setdefault(about["ignored"], []).append(flag)
         else:
-            made += _words(flag, values, about)
+            place = "choices" if "choices" in about else about.get("place", "")
+            made[place] += _words(flag, values, about, args)
     for why, flags in ignored.items():
         print(f"note: {', '.join(flags)} {'is' if len(flags) == 1 else 'are'} ignored: {why}", file=sys.stderr)
-    return made
+    if not defaults or (not ignored and made[""] == list(args)):
+        return [word for words in made.values() for word in words]
+    print(f"note: a command line of the original; where it says nothing, this holds as there: {' '.join(defaults)}",
+          file=sys.stderr)
+    return [*defaults, *(word for words in made.values() for word in words)]
 
 
-def _words(flag: str, values: list[str], about: Mapping[str, Any]) -> list[str]:
-    if "refused" in about:
+def _words(flag: str, values: list[str], about: Mapping[str, Any], line: Sequence[str]) -> list[str]:
+    if "of" in about and (value := _computed(values, about["of"], line)) is not None:
+        values = [value]
+    elif "refused" in about:
         raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about.get("fix"))
     if "choices" in about:
         (value,) = values or [""]
@@ -68,3 +81,15 @@ def _words(flag: str, values: list[str], about: Mapping[str, Any]) -> list[str]:
             raise ModelLinkError(f"{flag} is {value!r}", where=flag, fix=f"known: {', '.join(about['choices'])}")
         return [word for word in about["choices"][value].split() if word]
     return [word.replace("{}", " ".join(values)) for word in about["as"].split()]
+
+
+def _computed(values: list[str], how: Mapping[str, str], line: Sequence[str]) -> str | None:
+    """The value by `how`, {product, quotient or root: another flag}; None where the line does not have that flag's number."""
+    ((rule, other),) = how.items()
+    try:
+        theirs = float(line[line.index(other) + 1])
+        own = float(values[0]) if values else 0.0
+    except (ValueError, IndexError):
+        return None
+    found = {"product": own * theirs, "quotient": own / theirs if theirs else 0.0, "root": math.sqrt(theirs)}[rule]
+    return f"{found:.17g}"

@@ -17,7 +17,8 @@ class CheckpointConfig:
     section: ClassVar[str] = "checkpoint"
 
     load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or one that "
-                               "training saved, which is then continued.")
+                               "training saved, which is then continued. The same empty folder as --save starts anew.")
+    auto_resume: bool = option(False, "Continue the run that --save holds, if it holds one, whatever --load says.")
     ckpt_step: int | None = option(None, "Start from this iteration of --load; the last complete one where nothing is said.",
                                    minimum=0)
     finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
@@ -36,9 +37,8 @@ class CheckpointConfig:
                                                  unit="minutes", minimum=0)
 
     def check(self) -> None:
-        if self.load is not None and not self.load.exists():
-            raise ModelLinkError("the checkpoint to load is missing", where=f"--load {self.load}")
         for flag, given in (("--save-interval", self.save_interval), ("--save-total-limit", self.save_total_limit),
-                            ("--async-save", self.async_save), ("--save-format", self.save_format != "torch-dist")):
+                            ("--async-save", self.async_save), ("--auto-resume", self.auto_resume),
+                            ("--save-format", self.save_format != "torch-dist")):
             if given and self.save is None:
                 raise ModelLinkError("there is no folder to save in", where=flag, fix="give one with --save")

@@ -102,18 +102,22 @@ class DataConfig:
                                  where="--train-samples, --global-batch-size")
         return total
 
-    def check_rampup(self, dp: int) -> None:
-        """Raise where the ramp-up has a global batch that the ranks cannot divide."""
+    def check_rampup(self, dp: int, passes: int = 1) -> None:
+        """Raise where the ramp-up has a global batch that the ranks cannot divide.
+
+        Args:
+            passes: what the number of micro batches of a rank must be a multiple of.
+        """
         if self.rampup_batch_size is None:
             return
-        whole, unit = self.samples_per_iteration(dp), self.micro_batch_size * dp
+        whole, unit = self.samples_per_iteration(dp), self.micro_batch_size * dp * passes
         if len(self.rampup_batch_size) != 3:
             raise ModelLinkError(f"a ramp-up is three numbers, not {len(self.rampup_batch_size)}", where="--rampup-batch-size",
                                  fix="give first batch, increment and samples, e.g. 16,16,30000")
         start, step, samples = self.rampup_batch_size
         if min(start, step, samples) < 1 or start % unit or step % unit or start > whole or (whole - start) % step:
             raise ModelLinkError(f"a batch that begins with {start} and grows by {step} does not reach {whole} in multiples of "
-                                 f"{unit}, what all ranks take in one pass", where="--rampup-batch-size, --global-batch-size",
+                                 f"{unit}, what all ranks take together", where="--rampup-batch-size, --global-batch-size",
                                  fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:

@@ -22,6 +22,7 @@ class LoggingConfig:
     log_throughput: bool = option(False, "Add the model's TFLOP/s and tokens a second per rank to the log line.")
     peak_tflops: float | None = option(None, "What a device could do, for the share of it that is used (MFU) in the log line.",
                                        unit="TFLOP/s", minimum=0)
+    log_num_zeros_in_grad: bool = option(False, "Count the zeros of the gradient, for the log line.")
     tensorboard_dir: Path | None = option(None, "Folder for TensorBoard events.")
     wandb_project: str | None = option(None, "Project of Weights & Biases to tell the same to; needs the extra [wandb].")
     wandb_exp_name: str | None = option(None, "Name of the run there; the last part of --save where nothing is said.")
@@ -29,6 +30,9 @@ class LoggingConfig:
     curve: Path | None = option(None, "SVG picture of the loss, drawn at the end; SAVE/loss.svg where nothing is said.")
 
     def check(self) -> None:
+        if self.peak_tflops is not None and not self.log_throughput:
+            raise ModelLinkError("no throughput is shown that could be a share of it", where="--peak-tflops",
+                                 fix="add --log-throughput")
         if self.wandb_project is None and (self.wandb_exp_name or self.wandb_save_dir):
             raise ModelLinkError("there is no project", where="--wandb-exp-name, --wandb-save-dir", fix="give --wandb-project")
         if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:

@@ -6,11 +6,14 @@ megatron-core's own forward ignores position ids, so its parameters and split in
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import checkpoint, get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention as MegatronSelfAttention
 from torch import Tensor, nn
 
@@ -58,8 +61,6 @@ class SelfAttention(MegatronSelfAttention):
         query, key = self.rotary(state, query, key)
         if state.cache is not None:
             context = state.cache.attend(self.layer_number, query, key, value, self.core_attention.on(query.device)).flatten(2)
-        elif self.checkpoint_core_attention and self.training:
-            context = self._checkpointed_attention_forward(query, key, value, attention_mask, packed_seq_params=state)
         else:
             context = self.core_attention(query, key, value, attention_mask, packed_seq_params=state)
         output: tuple[Tensor, Tensor | None] = self.linear_proj(context)
@@ -79,6 +80,7 @@ class CoreAttention(nn.Module):
 
     def __init__(self, config: Any, layer_number: int, spec: ModelSpec, **_: Any) -> None:
         super().__init__()
+        self.config = config
         self.dropout = config.attention_dropout
         slopes = None
         if spec.position_embedding_type == "alibi":
@@ -96,11 +98,25 @@ class CoreAttention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None,
                 packed_seq_params: SequenceState | None = None, **_: Any) -> Tensor:
+        if self.config.recompute_granularity == "selective" and self.training:
+            attended: Tensor = checkpoint(partial(self._attend, state=packed_seq_params), False, query, key, value)
+            return attended
+        return self._attend(query, key, value, packed_seq_params)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, state: SequenceState | None) -> Tensor:
         variant = self.on(query.device)
         if self.training and self.dropout:
             variant = replace(variant, dropout=self.dropout)
-        if packed_seq_params is not None and packed_seq_params.documents is not None:
-            variant = replace(variant, documents=packed_seq_params.documents)
-        if self.cut is not None:
-            return self.cut(query, key, value, variant).flatten(2)
-        return ops.attention(query, key, value, variant).flatten(2)
+        if state is not None and state.documents is not None:
+            variant = replace(variant, documents=state.documents)
+        attend = ops.attention if self.cut is None else self.cut
+        with self._draws(variant.dropout):
+            return attend(query, key, value, variant).flatten(2)
+
+    def _draws(self, dropout: float) -> AbstractContextManager[None]:
+        """The generator that tensor-parallel ranks, which have other heads, do not share; with sequence parallelism a whole layer
+        is under it."""
+        if not dropout or self.config.sequence_parallel:
+            return nullcontext()
+        fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()
+        return fork

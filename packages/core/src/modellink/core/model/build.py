@@ -9,6 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import engine
@@ -104,6 +105,14 @@ def _stages(layout: ParallelLayout) -> list[list[str]] | None:
         ["embedding", *stages[0], "loss"]]
 
 
+class HalfPrecision(Float16Module):
+    """A model chunk in 16 bits whose logits stay so: what is done with them widens a few rows at a time."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
+        output: Tensor = super().forward(*inputs, fp32_output=False, **kwargs)
+        return output
+
+
 def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float16Module]:
     """The model chunks of this rank (one without virtual pipeline stages), on the current device, randomly initialised.
 
@@ -122,7 +131,7 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
             vp_stage=chunk if layout.vpp > 1 else None)
         model.to(engine.current_device())  # norms and other parts of our own are made on the CPU
         model.model_type = None  # the schedules ask for it, decoders need none
-        models.append(Float16Module(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
+        models.append(HalfPrecision(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
     bare = [model.module if isinstance(model, Float16Module) else model for model in models]
     for hold_less in (feed_forwards, activations, swap):
         hold_less(bare, settings.memory)

@@ -34,23 +34,28 @@ class Commit:
     """
 
     def __init__(self, optimizer: Any, device: torch.device, well: Callable[[], bool]) -> None:
-        self.phase: Phase = "begun"
+        self._phase: Phase = "begun"
+        self._step = 0
         self._optimizer, self._device, self._well = optimizer, device, well
         self._change = optimizer.step_with_ready_grads
         optimizer.step_with_ready_grads = self._agree
         self._steps: list[int] = []
 
-    def begin(self) -> None:
+    def begin(self, step: int) -> None:
         """A step starts."""
-        self.phase, self._steps = "begun", self._counts()
+        self._step, self._phase, self._steps = step, "begun", self._counts()
+
+    def phase(self, finished: int) -> Phase:
+        """How far a rank that has finished so many steps is in the next one; between two steps it has not begun."""
+        return self._phase if finished < self._step else "begun"
 
     def _agree(self) -> bool:
         unwell = torch.tensor(int(not self._well()), device=self._device)
-        self.phase = "ready"
+        self._phase = "ready"
         dist.all_reduce(unwell, op=dist.ReduceOp.MAX)
         if unwell.item():
             raise Undone
-        self.phase = "applying"
+        self._phase = "applying"
         return bool(self._change())
 
     def complete(self) -> None:

@@ -39,6 +39,9 @@ class Guard(Protocol):
     def attempt(self, step: Callable[[], None]) -> None:
         """Do a step, once or as often as it takes."""
 
+    def beat(self) -> None:
+        """This rank goes on, though no step is under way."""
+
     def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a save; `last`: there will be no other."""
 
@@ -51,6 +54,8 @@ class NoGuard:
 
     def attempt(self, step: Callable[[], None]) -> None:
         step()
+
+    def beat(self) -> None: ...
 
     def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -99,7 +104,7 @@ class HighAvailability:
         number, again = self._training.iteration + 1, False
         while self._training.iteration < number:
             self._random = random_state()
-            self._commit.begin()
+            self._commit.begin(number)
             try:
                 self._faults.strike(number, "start", self._training.models)
                 step()
@@ -114,8 +119,13 @@ class HighAvailability:
                 self._back()
             except Exception as error:
                 self._survive(error)
+        self._random = random_state()
         if self._copy is not None:
             self._copy.take()
+        self._watch.beat()
+        self._faults.strike(number, "end", self._training.models)
+
+    def beat(self) -> None:
         self._watch.beat()
 
     def _back(self) -> None:
@@ -158,7 +168,7 @@ class HighAvailability:
         traceback.clear_frames(error.__traceback__)  # they hold activations
         run, training = self._run, self._training
         dp = gasp.fewest(run.layout, run.optimizer_instances, distributed=run.parallel.use_distributed_optimizer)
-        state = gasp.State(training.iteration, self._commit.phase, gasp.place(), self._copy is not None)
+        state = gasp.State(training.iteration, self._commit.phase(training.iteration), gasp.place(), self._copy is not None)
         patience = min(run.resilience.hang_timeout, gasp.PATIENCE)
         plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":

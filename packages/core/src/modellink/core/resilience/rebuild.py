@@ -118,7 +118,7 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     layout = replace(run.layout, dp=dp)
     instances = run.optimizer_instances if dp == run.layout.dp else 1
     again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, source=run.source if run.lora.on else None)
-    processes.rejoin(run.device, layout, ranks, prefix, instances)
+    processes.rejoin(run.device, layout, ranks, prefix, instances, run.parallel.distributed_timeout_minutes)
     made = set_up(again)
     training.models.extend(made.models)
     training.optimizer, training.schedule = made.optimizer, made.schedule

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Training:
     layout: ParallelLayout
     distributed_optimizer: bool
     by_samples: bool = False
+    instruction: bool = False
+    order: dict[str, Any] = field(default_factory=dict)
     iteration: int = 0
     consumed_samples: int = 0
     ordered: tuple[int, ...] = ()
@@ -77,7 +79,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         write_companions(folder, manifest, companions)
     dist.barrier()
     progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
-                        training.by_samples, training.ordered)
+                        training.by_samples, training.ordered, training.instruction, training.order)
 
     def finish() -> None:
         if beside is not None:
@@ -149,6 +151,11 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
         print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
     training.ordered = progress.ordered
+    if dist.get_rank() == 0:
+        for name in sorted(progress.order.keys() & training.order.keys()):
+            if progress.order[name] != training.order[name]:
+                print(f"note: {name} was {progress.order[name]} and is {training.order[name]}: the place in the data is the same "
+                      "number of samples, in another order", flush=True)
 
 
 def _chunks(training: Training) -> list[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch.profiler import record_function
 
 from modellink.ckpt_convert.weights import EXPERTS, weights
@@ -20,6 +21,7 @@ from modellink.core.profiling import Profiler
 from modellink.core.resilience.guard import guard
 from modellink.core.run import Run
 from modellink.core.train import checkpoint, rank_files
+from modellink.core.train.balance import balance_losses
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.digest import Digests
 from modellink.core.train.guard import keep_batch, refuse_not_finite
@@ -41,7 +43,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
     if logging.log_throughput and not known and dist.get_rank() == 0:
         print("note: no throughput is shown, the lengths of the samples differ", flush=True)
     metrics = Metrics(
-        active=dist.get_rank() == dist.get_world_size() - 1, device=run.device, train_iters=last,
+        active=dist.get_rank() == dist.get_world_size() - 1, reports_memory=parallel_state.get_data_parallel_rank() == 0,
+        device=run.device, train_iters=last,
         log_interval=logging.log_interval, folder=save, tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
         throughput=throughput(run) if known else None,
         tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))
@@ -53,11 +56,13 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
         while training.iteration < last and not logging.skip_train:
             watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
             profiler.step()
-            writer.poll()
+            watched.beat()  # the end of a trace takes its time
+            with watched.saving(last=False):
+                writer.poll()
             at = training.iteration
             leaving = stop.reason(at)
             if is_multiple(at, logging.eval_interval):
-                evaluate(run, training, valid, metrics, f"iteration {at}")
+                evaluate(run, training, valid, metrics, f"iteration {at}", watched.beat)
             if save is not None and (at == last or leaving or is_multiple(at, run.checkpoint.save_interval)):
                 with watched.saving(last=bool(at == last or leaving)):
                     _save(run, training, save, writer)
@@ -66,7 +71,8 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
                 break
             clock.lap()  # evaluating and saving are not part of an iteration
-        writer.wait()
+        with watched.saving(last=True):
+            writer.wait()
     if training.iteration == last or logging.skip_train:
         evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
         evaluate(run, training, test, metrics, f"iteration {training.iteration} on test set")
@@ -113,13 +119,15 @@ def iterate(run: Run, training: Training, feed: Feed, metrics: Metrics, clock: C
     learning_rate = training.optimizer.param_groups[0]["lr"]
     digests.gradients()
     with record_function("optimizer-step"):  # a range in the traces of --profile
-        updated, grad_norm, _ = training.optimizer.step()
+        updated, grad_norm, zeros = training.optimizer.step()
     advance(run, training, updated=updated)
     digests.write(training.iteration, loss)
     metrics.add(Step(
         iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size, loss=loss.item(),
         learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
-        loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap()))
+        loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=clock.lap(),
+        num_zeros=None if zeros is None else int(zeros),
+        balance=balance_losses(run.spec, run.moe, run.data.num_microbatches(run.layout.dp, start))))
 
 
 def advance(run: Run, training: Training, *, updated: bool = True) -> None:
@@ -132,8 +140,9 @@ def advance(run: Run, training: Training, *, updated: bool = True) -> None:
 
 
 @torch.no_grad()
-def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, where: str) -> None:
-    """The mean loss over --eval-iters iterations of an evaluation set, from its beginning."""
+def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, where: str,
+             beat: Callable[[], None] = lambda: None) -> None:
+    """The mean loss over --eval-iters iterations of an evaluation set, from its beginning; `beat` is called after each."""
     if feed is None or run.logging.eval_iters == 0:
         return
     for model in training.models:
@@ -141,8 +150,11 @@ def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, 
     size = run.data.samples_per_iteration(run.layout.dp)
     sizes = _sizes(run, None)
     with whole_parameters(training.models):
-        losses = [run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True,
-                               **sizes) for number in range(run.logging.eval_iters)]
+        losses = []
+        for number in range(run.logging.eval_iters):
+            losses.append(run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True,
+                                       **sizes))
+            beat()
     for model in training.models:
         model.train()
     metrics.evaluation(where, torch.stack(losses).mean().item(), training.iteration)

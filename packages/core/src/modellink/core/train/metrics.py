@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Step:
     loss_scale: float
     skipped: bool
     seconds: float
+    num_zeros: int | None = None
+    """Of the gradient, with --log-num-zeros-in-grad."""
+    balance: dict[str, float] = field(default_factory=dict)
+    """Losses of a mixture's router, by name, without their coefficients."""
 
 
 @dataclass(frozen=True)
@@ -56,20 +60,22 @@ class Throughput:
 
 
 class Metrics:
-    """Gathers steps and writes them; on ranks other than the last it does nothing.
+    """Gathers steps and writes them, on the last rank.
 
     Args:
+        active: this is the last rank.
+        reports_memory: this rank prints a line on its memory behind the first log line.
         throughput: what to measure speed by; None leaves it out of the log line.
         resumed: the iteration the run continues from.
         tracker: opens an external one.
     """
 
-    def __init__(self, *, active: bool, device: Device, train_iters: int, log_interval: int, folder: Path | None,
-                 tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int,
+    def __init__(self, *, active: bool, reports_memory: bool, device: Device, train_iters: int, log_interval: int,
+                 folder: Path | None, tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int,
                  tracker: Callable[[], Tracker] | None = None) -> None:
-        self.active, self.device = active, device
+        self.active, self.reports_memory, self.device = active, reports_memory, device
         self.train_iters, self.log_interval = train_iters, log_interval
-        self.throughput, self._first = throughput, True
+        self.throughput = throughput
         self.folder, self.tensorboard_dir, self.resumed = folder, tensorboard_dir, resumed
         self._opened = False
         self.history: list[Step] = []
@@ -99,8 +105,13 @@ class Metrics:
         self._journal = Journal(path)
 
     def add(self, step: Step) -> None:
-        if not self.active:
-            return
+        due = step.iteration % self.log_interval == 0 or step.iteration == self.train_iters
+        if self.active:
+            self._note(step, due=due)
+        if due and self.reports_memory:
+            self._report_memory(step.iteration)
+
+    def _note(self, step: Step, *, due: bool) -> None:
         if not self._opened:
             self._opened = True
             self._open()
@@ -109,8 +120,9 @@ class Metrics:
         if self._journal:
             self._journal.append(step.__dict__)
         self._draw({"lm loss": step.loss, "learning-rate": step.learning_rate, "grad-norm": step.grad_norm,
-                    "loss-scale": step.loss_scale, "iteration-time": step.seconds}, step.iteration)
-        if step.iteration % self.log_interval == 0 or step.iteration == self.train_iters:
+                    "loss-scale": step.loss_scale, "iteration-time": step.seconds, "batch-size": step.global_batch_size,
+                    "num-zeros": step.num_zeros, **step.balance}, step.iteration)
+        if due:
             self._print()
 
     def _draw(self, values: Mapping[str, float | None], iteration: int) -> None:
@@ -135,17 +147,21 @@ class Metrics:
         parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
         if good:
             parts.append(f"lm loss: {sum(good) / len(good):.6E}")
+        parts += [f"{name}: {sum(step.balance[name] for step in steps) / len(steps):.6E}" for name in last.balance]
         parts.append(f"loss scale: {last.loss_scale:.1f}")
         if last.grad_norm is not None:
             parts.append(f"grad norm: {last.grad_norm:.3f}")
+        if last.num_zeros is not None:
+            parts.append(f"num zeros: {last.num_zeros:.1f}")
         parts += [f"number of skipped iterations: {sum(step.skipped for step in steps):3d}",
                   f"number of nan iterations: {nan:3d}"]
         print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts) + " |", flush=True)
-        if self._first:
-            self._first = False
-            now, peak = (value / 2**20 for value in self.device.memory())
-            print(f"[Rank {rank()}] (after {last.iteration} iterations) memory (MB) | allocated: {now:.1f} | "
-                  f"max allocated: {peak:.1f}", flush=True)
+
+    def _report_memory(self, iterations: int) -> None:
+        """In the original's form; once."""
+        self.reports_memory = False
+        megabytes = [f"{name}: {value / 2**20:.1f}" for name, value in self.device.memory_report().items()]
+        print(f"[Rank {rank()}] (after {iterations} iterations) memory (MB) | {' | '.join(megabytes)}", flush=True)
 
     def evaluation(self, where: str, loss: float, iteration: int) -> None:
         """Print a validation or test loss in the original's frame."""

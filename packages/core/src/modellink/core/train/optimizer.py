@@ -38,7 +38,8 @@ def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
         model.enable_forward_pre_hook()
 
 
-def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, parallel: ParallelConfig) -> Any:
+def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, parallel: ParallelConfig, *,
+                   log_num_zeros_in_grad: bool = False) -> Any:
     """The (distributed) optimizer over all model chunks, known to their configs, which the schedules ask."""
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
         optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
@@ -46,8 +47,8 @@ def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, paralle
         bf16=config.bf16, fp16=config.fp16, params_dtype=config.dtype, initial_loss_scale=config.initial_loss_scale,
         loss_scale=config.loss_scale, min_loss_scale=config.min_loss_scale, loss_scale_window=config.loss_scale_window,
         hysteresis=config.hysteresis, decoupled_lr=config.decoupled_lr, decoupled_min_lr=config.decoupled_min_lr,
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_param_gather=parallel.overlap_param_gather), list(models))
+        use_distributed_optimizer=parallel.use_distributed_optimizer, overlap_param_gather=parallel.overlap_param_gather,
+        log_num_zeros_in_grad=log_num_zeros_in_grad), list(models))
     no_sync = [model.no_sync for model in models]
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from modellink.kernels.files import read_json, write_json
 
@@ -20,6 +21,10 @@ class Progress:
     """Whether its schedules count samples."""
     ordered: tuple[int, ...] = ()
     """Samples of each part of the order of the data: a run that was made longer has its first order, then another."""
+    instruction: bool = False
+    """Whether it is fine-tuned on instruction data."""
+    order: dict[str, Any] = field(default_factory=dict)
+    """By name, the settings that the order of the data comes from."""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:

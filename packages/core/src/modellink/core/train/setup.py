@@ -49,14 +49,17 @@ def set_up(run: Run) -> Training:
         if run.lora.lora_quantize is not None:
             quantize(models, run.lora.lora_quantize)
     models = list(wrap(models, run.parallel, run.optimizer_instances))
-    optimizer = make_optimizer(models, run.optimizer, run.parallel)
+    optimizer = make_optimizer(models, run.optimizer, run.parallel, log_num_zeros_in_grad=run.logging.log_num_zeros_in_grad)
     if run.memory.reuse_fp32_param:
         share(optimizer)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
-                        run.parallel.use_distributed_optimizer, run.optimizer.by_samples)
+                        run.parallel.use_distributed_optimizer, run.optimizer.by_samples, run.data.is_instruction_dataset,
+                        run.order)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
                           load_rng=run.checkpoint.load_rng)
         if first:
             print(f"continuing from {run.resumed} at iteration {training.iteration}", flush=True)
+            if training.iteration >= run.optimizer.train_iters:
+                print(f"note: all {run.optimizer.train_iters} iterations are done", flush=True)
     return training

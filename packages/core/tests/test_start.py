@@ -1,0 +1,136 @@
+"""What a run starts from: random weights that differ everywhere, a run to go on with, and no run that is another's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modellink.core.run import prepare
+from modellink.core.testing import beside
+from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.options import Layer
+
+training = beside(__file__, "test_training")
+
+
+def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[float]]]]:
+    """On a rank: of each layout the first numbers of every matrix of its layers, with their global names."""
+    from modellink.ckpt_convert.spec import ModelSpec
+    from modellink.core import processes
+    from modellink.core.model.build import BuildSettings, build_models
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    found = []
+    for sizes in layouts:
+        layout = ParallelLayout(**sizes)
+        processes.join(find("cpu"), layout, seed=1)
+        spec = ModelSpec(num_layers=8, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=32,
+                         num_experts=3, moe_router_topk=2)
+        models = build_models(spec, BuildSettings(layout=layout))
+        matrices = [(f"{processes.rank()} {chunk} {name}", parameter) for chunk, model in enumerate(models)
+                    for name, parameter in model.named_parameters() if parameter.dim() > 1]
+        found.append([(name, matrix.flatten()[:4].tolist()) for name, matrix in matrices])
+    return found
+
+
+def test_no_two_layers_begin_with_the_same_weights(pools):
+    for of_layout in zip(*pools(4)(first_weights, layouts=[{"pp": 4}, {"pp": 2, "vpp": 2, "dp": 2}]), strict=True):
+        ranks = of_layout[::2] if of_layout[0][0][1] == of_layout[1][0][1] else of_layout  # data-parallel ranks are alike
+        numbers = [tuple(values) for rank in ranks for _, values in rank]
+        assert len(set(numbers)) == len(numbers) > 50
+
+
+def told(options: dict[str, Any]) -> str:
+    """On a rank: what a run prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        training.train(options)
+    return said.getvalue()
+
+
+@pytest.fixture
+def texts(tiny, corpus) -> dict[str, Any]:
+    return training.OPTIONS | {"load": str(tiny), "data_path": (str(corpus),), "lr_warmup_iters": 0}
+
+
+@pytest.fixture
+def saved(pools, texts, tmp_path) -> Path:
+    """The folder of a run of two iterations."""
+    save = tmp_path / "saved"
+    pools(1)(training.train, options=texts | {"save": str(save), "train_iters": 2})
+    return save
+
+
+def settle(options: dict[str, Any]) -> Any:
+    return prepare([Layer("test", {name: value for name, value in options.items() if value is not None})], 1)
+
+
+def test_a_folder_that_holds_another_run_is_not_written_into(texts, saved):
+    with pytest.raises(ModelLinkError, match="holds iter_0000002 of another run, and this one begins at iteration 0"):
+        settle(texts | {"save": str(saved)})
+    with pytest.raises(ModelLinkError, match="of another run"):
+        settle(texts | {"load": str(saved), "finetune": True, "save": str(saved)})
+    settle(texts | {"load": str(saved), "save": str(saved)})
+    settle(texts | {"load": str(saved), "finetune": True, "save": str(saved.with_name("other"))})
+
+
+def test_one_command_starts_a_run_and_goes_on_with_it(pools, texts, saved, tmp_path):
+    command = texts | {"save": str(tmp_path / "run"), "auto_resume": True, "exit_interval": 3}
+    first, second = (pools(1)(training.train, options=command)[0] for _ in range(2))
+    assert ([step[0] for step in first], [step[0] for step in second]) == ([1, 2, 3], [1, 2, 3, 4, 5])
+    assert second[:3] == first
+    assert settle(command | {"save": str(tmp_path / "new")}).resumed is None
+
+
+def test_the_folder_to_save_in_may_be_loaded_before_it_holds_anything(texts, saved, tmp_path):
+    model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "vocab_size": 131, "max_position_embeddings": 64,
+             "model_type_hf": "llama"}
+    new = str(tmp_path / "new")
+    assert settle(texts | model | {"load": new, "save": new}).source is None
+    with pytest.raises(ModelLinkError, match="the checkpoint to load is missing"):
+        settle(texts | model | {"load": new, "save": str(tmp_path / "other")})
+    assert settle(texts | {"load": str(saved), "save": str(saved)}).resumed == saved / "iter_0000002"
+
+
+def test_a_run_of_another_kind_is_not_continued(texts, saved, tmp_path):
+    for field in ("input_ids", "attention_mask", "labels"):
+        for suffix in (".idx", ".bin"):
+            (tmp_path / f"chats_packed_{field}_document{suffix}").touch()
+    tuned = texts | {"load": str(saved), "data_path": (str(tmp_path / "chats"),), "is_instruction_dataset": True}
+    with pytest.raises(ModelLinkError, match="pretraining on documents, and this is fine-tuning on instructions"):
+        settle(tuned)
+    assert settle(tuned | {"finetune": True}).resumed is None
+
+
+def test_what_changes_the_order_of_the_data_is_said(pools, texts, saved):
+    (said,) = pools(1)(told, options=texts | {"load": str(saved), "seed": 8, "train_iters": 3})
+    assert "note: seed was 7 and is 8" in said and said.count("in another order") == 1
+    (said,) = pools(1)(told, options=texts | {"load": str(saved), "train_iters": 2})
+    assert "note: all 2 iterations are done" in said and "in another order" not in said
+
+
+def timeout(minutes: int) -> float:
+    """On a rank: the minutes a collective of its tensor-parallel group may take."""
+    import torch
+    from megatron.core import parallel_state
+
+    from modellink.core import processes
+    from modellink.kernels.device import find
+    from modellink.kernels.parallel import ParallelLayout
+
+    processes.join(find("cpu"), ParallelLayout(tp=2), seed=1)
+    processes._end_groups()
+    processes.make_groups(ParallelLayout(tp=2), timeout_minutes=minutes)
+    group = parallel_state.get_tensor_model_parallel_group()
+    found = group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
+    processes._end_groups()
+    processes._groups_of = None
+    return found
+
+
+def test_every_group_has_the_timeout(pools):
+    assert pools(2)(timeout, minutes=7) == [7.0, 7.0]
