@@ -93,11 +93,11 @@ def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, vocab_size=100)
 
 
-def test_a_share_without_a_document_is_refused_where_it_is_needed(pools, corpus, tmp_path):
+def test_a_share_without_a_document_is_none(pools, corpus, tmp_path):
     few = tmp_path / "few_text_document"
     pools(1)(write_low, prefix=str(few))
-    (rows,) = pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0",
-                             evaluated=0)
-    assert len(rows) == 2
-    with pytest.raises(AssertionError, match="the valid share of the split has no document"):
-        pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="999,1,0")
+    for split, evaluated in (("999,1,0", 0), ("999,1,0", 2), ("999,1", 2), ("99,1,1", 2)):
+        (rows,) = pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split=split, evaluated=evaluated)
+        assert len(rows) == 2
+    with pytest.raises(AssertionError, match="the training share has none of the 30 documents"):
+        pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="1,999,0")

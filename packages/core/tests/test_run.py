@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
 from modellink.core.presets import load_preset
-from modellink.core.run import prepare
+from modellink.core.run import CONFIGS, prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -201,3 +202,8 @@ def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLinkError, match="num_hidden_layers"):
         prepare([Layer("test", options | {"load": str(broken)})], None)
+
+
+def test_every_concern_has_its_table_in_the_readme():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [kind.__name__ for kind in CONFIGS if f":{kind.__name__} -->" not in readme] == []

@@ -72,18 +72,23 @@ def test_half_precision_follows_fp32(run, whole, layout, precision):
     assert [step[2] for step in steps] != [step[2] for step in whole]
 
 
-def test_from_random_weights_to_a_hugging_face_folder(pools, corpus, tmp_path):
-    """Architecture by options, no checkpoint and no tokenizer; what is saved continues, and converts once it is trained."""
+def test_from_random_weights_to_a_hugging_face_folder(pools, tiny, corpus, tmp_path):
+    """Architecture by options, no checkpoint and the tokenizer of another model; what is saved continues, and converts."""
     import transformers
 
     from modellink.ckpt_convert import convert
 
     model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 52,
-             "vocab_size": 131, "max_position_embeddings": 64, "model_type_hf": "llama", "data_path": (str(corpus),)}
+             "vocab_size": 131, "max_position_embeddings": 64, "model_type_hf": "llama", "data_path": (str(corpus),),
+             "tokenizer_name_or_path": str(tmp_path / "other")}
+    (tmp_path / "other").mkdir()
+    shutil.copy(tiny / "config.json", tmp_path / "other")
+    (tmp_path / "other" / "tokenizer.json").write_text("{}")
     save = str(tmp_path / "a")
     pools(1)(train, options=model | {"save": save, "exit_interval": 2})
-    steps = pools(1)(train, options={"data_path": (str(corpus),), "load": save, "save": save})[0]
+    steps = pools(1)(train, options=model | {"load": save, "save": save})[0]
     assert [step[0] for step in steps] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "a/hf/tokenizer.json").exists()
     convert(save, tmp_path / "hf", to="hf")
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.num_key_value_heads == 2
 

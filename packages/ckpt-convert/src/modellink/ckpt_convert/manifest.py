@@ -48,18 +48,29 @@ def copy_file(path: Path, target: Path) -> None:
             file.write(content)
 
 
-def write_companions(dst: Path | str, described: Manifest, companions: Path | None) -> None:
-    """Write `modellink.json` into the checkpoint folder `dst`, and into `hf/` the files that travel, from `companions`."""
+def write_companions(dst: Path | str, described: Manifest, companions: Path | None, *, tokenizer_alone: bool = False) -> None:
+    """Write `modellink.json` into the checkpoint folder `dst`, and into `hf/` the files that travel, from `companions`.
+
+    Args:
+        tokenizer_alone: `companions` is of another model, of which nothing but the tokenizer is taken.
+    """
     dst = Path(dst)
     dst.mkdir(parents=True, exist_ok=True)
     if companions is not None:
         (dst / FOLDER).mkdir(exist_ok=True)
         for path in companion_files(companions):
+            if tokenizer_alone and path.name == "config.json":
+                continue
             copy_file(path, dst / FOLDER / path.name)
     write_json(dst / FILE, {
         "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(), "dtype": described.dtype,
         "vocab_size": described.spec.vocab_size, "prompt_type": described.prompt_type,
         "producer": described.producer or f"modellink-ckpt-convert {package.__version__}"})
+
+
+def describes_itself(folder: Path) -> bool:
+    """Whether a checkpoint folder says which model it is, so that nobody has to."""
+    return (folder / FILE).is_file()
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from modellink.core import engine
 from modellink.kernels.device import Device
-from modellink.kernels.errors import InternalError, ModelLinkError
+from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE, InternalError, ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 LIFELINE = "MODELLINK_LIFELINE"
@@ -89,11 +89,14 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
                 process.wait()
         if failed is None:
             return 0
+        codes = [process.returncode for process in ranks]
+        if USER_MISTAKE in codes:  # whoever found it has said all there is to say; the others only lost a peer
+            failed = codes.index(USER_MISTAKE)
         for number, log in enumerate(logs):  # the cause may be another rank's: rank 0 then only says that it lost a peer
-            if log is not None and (number == failed or ranks[number].returncode == 1):
+            if log is not None and (number == failed or (codes[number] == OUR_FAULT and USER_MISTAKE not in codes)):
                 log.seek(0)
                 print(f"rank {number} failed:\n{log.read()[-4000:]}", file=sys.stderr)
-        status = ranks[failed].returncode
+        status = codes[failed]
         if status < 0:
             print(f"rank {failed} was killed by {signal.Signals(-status).name}", file=sys.stderr)
         return status if status > 0 else 1

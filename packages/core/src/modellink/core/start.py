@@ -10,6 +10,7 @@ from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.formats.huggingface import is_huggingface
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import complete_iterations, iteration_folder, last_complete
+from modellink.ckpt_convert.manifest import describes_itself
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.config import CheckpointConfig, LoraConfig
@@ -64,7 +65,8 @@ def _opened(config: CheckpointConfig, lora: LoraConfig) -> Start:
     if config.ckpt_step is not None and is_huggingface(config.load):
         raise ModelLinkError(f"iteration {config.ckpt_step} was asked for, and the folder has no iterations",
                              where=f"--ckpt-step, --load {config.load}", fix="leave it out")
-    source = open_checkpoint(config.load, family=config.model_type_hf, hf=config.tokenizer_name_or_path,
+    hf = None if describes_itself(config.load) else config.tokenizer_name_or_path
+    source = open_checkpoint(config.load, family=config.model_type_hf, hf=hf,
                              iteration=None if lora.on and lora.lora_load else config.ckpt_step)
     if lora.lora_load is not None:
         adapters.check(lora.lora_load, lora, source)

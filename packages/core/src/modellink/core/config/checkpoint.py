@@ -25,7 +25,8 @@ class CheckpointConfig:
     load_optim: bool = option(True, "Of a run that is continued, take the optimizer's state too.")
     load_rng: bool = option(True, "Of a run that is continued, take the random state too.")
     model_type_hf: str | None = option(None, "Family of a checkpoint that does not say it.")
-    tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none.")
+    tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none; of "
+                                                "random weights, the tokenizer that travels with them.")
     save: Path | None = option(None, "Folder to save checkpoints in.")
     save_format: SaveFormat = option("torch-dist", "Put the weights beside the state of the run also in the files that the "
                                      "original's programs read.")

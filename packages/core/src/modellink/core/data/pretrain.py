@@ -17,10 +17,12 @@ import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
 from modellink.core.config import DataConfig
 from modellink.core.data.documents import starts_after
+from modellink.core.processes import rank
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -38,12 +40,9 @@ class TokenIds:
 
 
 class Texts(GPTDataset):
-    """GPTDataset, which would look for samples without end in a share that has no token."""
+    """GPTDataset, which would look for samples without end in a share that has no token and is not asked for any."""
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
-        if num_tokens_per_epoch == 0 and self.num_samples:
-            raise ModelLinkError(f"the {self.index_split.name} share of the split has no document", where=f"{self.dataset_path}, "
-                                 "--split", fix="give more data, or another split; one that ends with 0 has no such share")
         return 1 if num_tokens_per_epoch == 0 else int(super()._get_num_epochs(num_tokens_per_epoch))
 
 
@@ -96,9 +95,34 @@ def extended(ordered: tuple[int, ...], total: int) -> tuple[int, ...]:
 
 def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: int, seed: int, vocab_size: int) -> list[Any]:
     """The training set, in parts of so many samples, and the validation and test sets (None for an empty share)."""
+    if evaluated:
+        config = replace(config, split=usable_split(config))
     train, valid, test = _build(config, (trained[0], evaluated, evaluated), seed, vocab_size)
     more = [_build(config, (count, 0, 0), seed + number, vocab_size)[0] for number, count in enumerate(trained[1:], 1)]
     return [None if train is None else Parts([train, *more], trained), valid, test]
+
+
+def usable_split(config: DataConfig) -> str:
+    """The split, with 0 for a share of evaluation in which some set would have no document; it says so.
+
+    Raises:
+        ModelLinkError: the training share has none.
+    """
+    shares = [*map(float, config.split.split(",")), 0.0, 0.0][:3]
+    edges = [sum(shares[:number]) / sum(shares) for number in range(4)]
+    for number, name in enumerate(("training", "validation", "test")):
+        for prefix in config.blend()[0]:
+            documents = Texts.numel_low_level_dataset(IndexedDataset(prefix))
+            if not shares[number] or round(edges[number] * documents) < round(edges[number + 1] * documents):
+                continue
+            if number == 0:
+                raise ModelLinkError(f"the training share has none of the {documents} documents", where=f"{prefix}, --split",
+                                     fix="give more data, or another split")
+            shares[number] = 0.0
+            if rank() == 0:
+                print(f"note: the {name} share has none of the {documents} documents of {prefix}; there is no evaluation on it",
+                      flush=True)
+    return ",".join(f"{share:g}" for share in shares)
 
 
 def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:

@@ -55,13 +55,13 @@ class Training:
     ordered: tuple[int, ...] = ()
 
 
-def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *,
+def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
          beside: Callable[[Path], None] | None = None, keep: int | None = None, behind: Writer | None = None) -> None:
     """Write the checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: what the checkpoint says of itself.
-        companions: the folder whose config and tokenizer files travel with the weights.
+        companions: the folder whose config and tokenizer files travel with the weights; with `tokenizer_alone` without config.
         beside: writes what else belongs into the iteration's folder, before that is complete; every rank calls it.
         keep: how many of the newest checkpoints are kept; None: all.
         behind: writes while training goes on; None: the checkpoint is complete when this returns.
@@ -76,7 +76,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch_dist format", flush=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_companions(folder, manifest, companions)
+        write_companions(folder, manifest, companions, tokenizer_alone=tokenizer_alone)
     dist.barrier()
     progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
                         training.by_samples, training.ordered, training.instruction, training.order)

@@ -83,8 +83,9 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
 
 
 def _save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
-    checkpoint.save(training, folder, run.manifest, run.companions, beside=_beside(run, folder),
-                    keep=run.checkpoint.save_total_limit, behind=writer if run.checkpoint.async_save else None)
+    checkpoint.save(training, folder, run.manifest, run.companions, tokenizer_alone=run.source is None,
+                    beside=_beside(run, folder), keep=run.checkpoint.save_total_limit,
+                    behind=writer if run.checkpoint.async_save else None)
 
 
 def _save_now(training: Training, run: Run) -> None:
