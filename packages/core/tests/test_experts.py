@@ -83,6 +83,50 @@ def test_three_steps_are_the_same_at_every_layout(run, whole, layout):
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-5)
 
 
+def under_way(options: dict[str, Any]) -> int:
+    """On a rank: the most transfers between experts' ranks that the rank did not wait for at once, in one iteration."""
+    import torch.distributed as dist
+
+    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all_single")
+    real, now, most = {name: getattr(dist, name) for name in names}, 0, 0
+
+    class Watched:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def wait(self) -> None:
+            nonlocal now
+            now -= 1
+            self.work.wait()
+
+    def watched(name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal now, most
+            work = real[name](*args, **kwargs)
+            if work is None:  # it has arrived already
+                return None
+            now += 1
+            most = max(most, now)
+            return Watched(work)
+        return call
+    try:
+        for name in names:
+            setattr(dist, name, watched(name))
+        train(options)
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+    return most
+
+
+@pytest.mark.parametrize(("layout", "most"), [("ep2", 0), ("ep2 together", 3), ("ep2 alltoall", 0), ("ep2 alltoall together", 2)])
+def test_what_goes_to_other_experts_travels_together(pools, mixture, corpus, layout, most):
+    """Hidden states, scores and, where all are gathered, their routing."""
+    world_size, more = LAYOUTS[layout]
+    texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),), "exit_interval": 1} | more
+    assert pools(world_size)(under_way, options=texts) == [most] * 2
+
+
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "cp2", "uneven", "uniform"])
 def test_balance_losses_are_told_and_the_same_at_every_layout(run, tmp_path, layout):
     """The first stage of `uneven` has no experts."""

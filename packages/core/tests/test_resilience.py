@@ -126,12 +126,13 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, more):
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
 
 
-def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path):
-    """Of 4 ranks: the weight and its gradient are 6 bytes, and the optimizer's 12 are cut over the 2 ranks of a half."""
-    given = {"load": options[1], "data_path": (options[3],), "bf16": True, "use_distributed_optimizer": True}
+@pytest.mark.parametrize(("bf16", "whole", "cut"), [(True, 6, 12), (False, 8, 8)])
+def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path, bf16, whole, cut):
+    """Of 4 ranks: each has the weight and its gradient; the moments (and of bf16 the fp32 parameter) are cut over 2 of them."""
+    given = {"load": options[1], "data_path": (options[3],), "bf16": bf16, "use_distributed_optimizer": True}
     given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
     for size, count in pools(4)(reuse_fp32.held, options=given):
-        assert size / count == pytest.approx(6 + 24 / 4, abs=0.2)
+        assert size / count == pytest.approx(whole + 2 * cut / 4, abs=0.2)
 
 
 FOUR = ParallelLayout(dp=4)

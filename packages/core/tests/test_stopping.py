@@ -157,6 +157,19 @@ def test_an_earlier_iteration_can_be_continued(run, tmp_path):
         run(load=str(tmp_path), save=str(tmp_path), ckpt_step=2)
 
 
+def test_a_loss_scale_that_overflows_is_halved_and_goes_on_as_it_was(run, tmp_path):
+    """fp16: the steps that overflow change nothing but the scale, which a run that is continued has again."""
+    scaled = {"fp16": True, "initial_loss_scale": 2.0 ** 24, "hysteresis": 1}
+    straight = run(save=str(tmp_path / "straight"), train_iters=20, **scaled)
+    lines = [json.loads(line) for line in (tmp_path / "straight/metrics.jsonl").open()]
+    skipped = [line["skipped"] for line in lines]
+    scales, count = [line["loss_scale"] for line in lines], skipped.index(False)
+    assert count >= 3 and not any(skipped[count:])
+    assert scales == [2.0 ** (24 - min(number, count)) for number in range(1, 21)]
+    run(save=str(tmp_path / "a"), train_iters=20, exit_interval=3, **scaled)
+    assert run(load=str(tmp_path / "a"), train_iters=20, **scaled) == straight[3:]
+
+
 def test_the_optimizer_can_start_anew(run, tmp_path):
     straight = run(save=str(tmp_path), save_interval=2)
     anew = run(2, load=str(tmp_path), ckpt_step=2, load_optim=False, use_distributed_optimizer=True)

@@ -134,3 +134,36 @@ def test_keys_are_repeated_for_every_head_before_the_exchange_where_that_is_aske
     """The tiny model has 6 heads in 2 groups, for two ranks."""
     assert pools(2)(exchanged, options=texts | CP2) == [{3, 1}] * 2
     assert pools(2)(exchanged, options=texts | CP2 | {"kv_head_repeat_before_uly_alltoall": True}) == [{3}] * 2
+
+
+def syncs(options: dict[str, Any]) -> tuple[set[str], set[str]]:
+    """On a rank: when gradients begin to be summed, and when parameters begin to be gathered."""
+    import torch
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    when: tuple[set[str], set[str]] = (set(), set())
+    real = Group.start_grad_sync, Group.start_param_sync
+
+    def of_gradients(self: Any, *args: Any, **kwargs: Any) -> Any:
+        when[0].add("backward" if torch._C._current_graph_task_id() >= 0 else "behind it")
+        return real[0](self, *args, **kwargs)
+
+    def of_parameters(self: Any, *args: Any, **kwargs: Any) -> Any:
+        when[1].add("forward" if torch.is_grad_enabled() else "optimizer")
+        return real[1](self, *args, **kwargs)
+    try:
+        Group.start_grad_sync, Group.start_param_sync = of_gradients, of_parameters
+        training.train(options)
+    finally:
+        Group.start_grad_sync, Group.start_param_sync = real
+    return when
+
+
+def test_gradients_and_parameters_travel_while_ranks_compute(pools, texts):
+    two = texts | {"exit_interval": 2, "use_distributed_optimizer": True, "global_batch_size": 2}
+    assert pools(2)(syncs, options=two) == [({"behind it"}, {"optimizer"})] * 2
+    for of_gradients, of_parameters in pools(2)(syncs, options=two | {"overlap_grad_reduce": True}):
+        assert "backward" in of_gradients and of_parameters == {"optimizer"}
+    both = two | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    for of_gradients, of_parameters in pools(2)(syncs, options=both):
+        assert "backward" in of_gradients and "forward" in of_parameters

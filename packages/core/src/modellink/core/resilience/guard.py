@@ -45,6 +45,9 @@ class Guard(Protocol):
     def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around a save; `last`: there will be no other."""
 
+    def finishing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around what completes a save that was begun."""
+
 
 class NoGuard:
     def __enter__(self) -> Guard:
@@ -59,6 +62,8 @@ class NoGuard:
 
     def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
+
+    finishing = saving
 
 
 class HighAvailability:
@@ -136,18 +141,24 @@ class HighAvailability:
 
     @contextlib.contextmanager
     def saving(self, *, last: bool) -> Iterator[None]:
-        self._watch.beat()
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if self._faults.disk_is_full(self._training.iteration):
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+        try:
+            with self.finishing(last=last):
+                yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    @contextlib.contextmanager
+    def finishing(self, *, last: bool) -> Iterator[None]:
+        self._watch.beat()
         try:
             yield
         except ModelLinkError as error:  # on all ranks
             if last:
                 raise
             self._say(f"training goes on without this checkpoint: {error.what}")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         self._watch.beat()
 
     def _say(self, what: str) -> None:

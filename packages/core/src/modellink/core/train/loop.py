@@ -57,7 +57,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
             watched.attempt(partial(iterate, run, training, train, metrics, clock, writer, digests))
             profiler.step()
             watched.beat()  # the end of a trace takes its time
-            with watched.saving(last=False):
+            with watched.finishing(last=False):
                 writer.poll()
             at = training.iteration
             leaving = stop.reason(at)
@@ -71,7 +71,7 @@ def loop(run: Run, training: Training, train: Feed, valid: Feed | None, test: Fe
                     print(f"leaving after iteration {at}: {leaving}", flush=True)
                 break
             clock.lap()  # evaluating and saving are not part of an iteration
-        with watched.saving(last=True):
+        with watched.finishing(last=True):
             writer.wait()
     if training.iteration == last or logging.skip_train:
         evaluate(run, training, valid, metrics, f"iteration {training.iteration} on validation set")
