@@ -125,8 +125,7 @@ class _Nothing:
     def __enter__(self) -> _Nothing:
         return self
 
-    def __exit__(self, *_: object) -> bool:
-        return False
+    def __exit__(self, *_: object) -> None: ...
 
     def __getattr__(self, name: str) -> Any:
         return lambda *_, **__: self
@@ -176,20 +175,25 @@ def cpu_namespace() -> types.SimpleNamespace:
         nvtx=types.SimpleNamespace(range_push=_nothing, range_pop=_nothing, range=contextlib.nullcontext))
 
 
+def _torch_npu() -> Any:
+    """torch.npu, which is there where torch_npu is installed."""
+    return getattr(torch, "npu")  # noqa: B009 - the type checker knows no such module
+
+
 class _NpuNamespace:
     """torch.npu, but with the current device as a torch.device: megatron uses it as one."""
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.npu, name)
+        return getattr(_torch_npu(), name)
 
     @staticmethod
     def current_device() -> torch.device:
-        return torch.device("npu", torch.npu.current_device())
+        return torch.device("npu", _torch_npu().current_device())
 
     @property
     def default_generators(self) -> dict[Any, torch.Generator]:
         """By number, and by what `current_device` gives."""
-        by_number = dict(enumerate(torch.npu.default_generators))
+        by_number = dict(enumerate(_torch_npu().default_generators))
         return by_number | {torch.device("npu", number): generator for number, generator in by_number.items()}
 
 

@@ -78,8 +78,8 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
                                   env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
                  for number, log in enumerate(logs)]
         os.close(lifeline)
-        for number in forward:
-            signal.signal(number, lambda number, _: ranks[0].send_signal(number))
+        for forwarded in forward:
+            signal.signal(forwarded, lambda number, _: ranks[0].send_signal(number))
         try:
             failed = _wait(ranks)
         finally:

@@ -127,8 +127,8 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
         companions = start.source.companions if start.source else None
         configs[DataConfig] = replace(data, eod_token_id=_end_of_document(data, companions, spec.vocab_size))
     halves = resilience.enable_high_availability and parallel.use_distributed_optimizer
-    run = Run(spec, *(configs[kind] for kind in CONFIGS), layout=layout, device=find(parallel.device, local_rank),
-              source=start.source, resumed=start.resumed, optimizer_instances=2 if halves else 1)
+    concerns: Any = [configs[kind] for kind in CONFIGS]
+    run = Run(spec, *concerns, layout, find(parallel.device, local_rank), start.source, start.resumed, 2 if halves else 1)
     rules.check(run)
     return run
 

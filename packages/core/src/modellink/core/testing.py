@@ -69,7 +69,7 @@ class Ranks:
             self._start()
         for connection in self._connections:
             connection.send_bytes(pickle.dumps((sys.modules[function.__module__].__file__, function.__name__, kwargs)))
-        results, failures = [], []
+        results, failures = list[Any](), list[str]()
         for rank, connection in enumerate(self._connections):
             if not connection.poll(5 if failures else SECONDS):
                 failures.append(f"rank {rank} did not answer")

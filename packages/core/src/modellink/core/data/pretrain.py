@@ -66,7 +66,7 @@ class Batch:
     divisor: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
@@ -177,6 +177,7 @@ def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: i
         if config.eod_mask_loss:
             batch.loss_mask[batch.tokens == config.eod_token_id] = 0.0
         if config.separates_documents:
+            assert config.eod_token_id is not None  # settled before the run was made
             batch = replace(batch, starts=starts_after(batch.tokens, config.eod_token_id), restart=config.reset_position_ids)
         yield batch.to(device)
         consumed += size * dp

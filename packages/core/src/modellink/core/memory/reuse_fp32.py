@@ -87,12 +87,12 @@ def _forget_rest(part: Any) -> None:
 
 class _SharedPlain(Float16OptimizerWithFloat16Params):
     def upper_groups(self) -> list[list[Tensor]]:
-        return self.float16_groups  # type: ignore[no-any-return]
+        return self.float16_groups
 
     float16_parameters = upper_groups
 
-    def main_groups(self) -> list[list[Tensor]]:
-        return self.fp32_from_float16_groups  # type: ignore[no-any-return]
+    def main_groups(self) -> list[list[Any]]:
+        return self.fp32_from_float16_groups
 
     def _copy_main_params_to_model_params(self) -> None:
         """They are one."""
@@ -102,7 +102,7 @@ class _SharedPlain(Float16OptimizerWithFloat16Params):
 
     def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         state: dict[str, Any] = super().state_dict(is_loading)
-        state["fp32_from_fp16_params"] = [[main.halves.whole().view(main.shape) for main in group]  # type: ignore[attr-defined]
+        state["fp32_from_fp16_params"] = [[main.halves.whole().view(main.shape) for main in group]
                                           for group in self.main_groups()]
         return state
 
@@ -111,18 +111,20 @@ class _SharedPlain(Float16OptimizerWithFloat16Params):
         super().load_state_dict(state_dict | {"fp32_from_fp16_params": []})
         for mains, values in zip(self.main_groups(), saved, strict=True):
             for main, value in zip(mains, values, strict=True):
-                main.halves.store(value.data.to(main.device).flatten())  # type: ignore[attr-defined]
+                main.halves.store(value.data.to(main.device).flatten())
 
 
 class _SharedDistributed(DistributedOptimizer):
+    shard_fp32_from_float16_groups: list[list[Any]]
+
     def upper_groups(self) -> list[list[Tensor]]:
-        return self.shard_float16_groups  # type: ignore[no-any-return]
+        return self.shard_float16_groups
 
     def float16_parameters(self) -> list[list[Tensor]]:
         return self.model_float16_groups
 
-    def main_groups(self) -> list[list[Tensor]]:
-        return self.shard_fp32_from_float16_groups  # type: ignore[no-any-return]
+    def main_groups(self) -> list[list[Any]]:
+        return self.shard_fp32_from_float16_groups
 
     @contextlib.contextmanager
     def _fp32_alone(self) -> Iterator[None]:

@@ -122,7 +122,7 @@ class _Layer:
                 return forward(*args, **kwargs)
             with saved_tensors_hooks(self._pack, self._unpack):
                 return forward(*args, **kwargs)
-        module.forward = moving  # type: ignore[method-assign]
+        module.forward = moving
 
     def _begin(self, _: Any, args: Any) -> None:
         if not torch.is_grad_enabled():
@@ -157,7 +157,7 @@ class _Layer:
             return tensor if tensor.grad_fn is None else tensor.detach()  # an output must not keep its own graph alive
         key = (place, tensor._version)
         if key not in self.going.known:
-            bytes_ = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            bytes_ = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             self.going.known[key] = _Moved(bytes_, self.lane), storage
             self.going.moved.append(self.going.known[key][0])
             if self.observe:

@@ -101,6 +101,7 @@ class GroupedExperts(Experts):
                 permuted_probs: Tensor) -> tuple[Tensor, None]:
         """[tokens, hidden] sorted by expert -> the same; scores [tokens]."""
         counts, first = tokens_per_expert.tolist(), self.local_experts[0]
+        assert isinstance(first, FeedForward)
         x = self._multiply(permuted_local_hidden_states, "linear_fc1", counts)
         if (bias := self._biases("linear_fc1", counts)) is not None:
             x = x + bias

@@ -74,7 +74,7 @@ class LatentAttention(MegatronModule):
             query, _ = self.linear_q_proj(hidden_states)
         else:
             query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
-        return query.unflatten(-1, (-1, self.nope + self.rope))  # type: ignore[no-any-return]
+        return query.unflatten(-1, (-1, self.nope + self.rope))
 
     def _compressed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """[seq (/ tp), batch, latent], and [seq, batch, rope] that is still to be rotated."""

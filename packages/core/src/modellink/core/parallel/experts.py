@@ -55,6 +55,8 @@ def _all(transfer: Transfer, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 class _AllGather(MoEAllGatherTokenDispatcher):
+    routing_map: Tensor
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         group = self.tp_ep_group
         if group.size() == 1:
@@ -67,6 +69,8 @@ class _AllGather(MoEAllGatherTokenDispatcher):
 
 
 class _AllToAll(MoEAlltoAllTokenDispatcher):
+    tokens_per_expert: Tensor
+
     def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         self.tokens_per_expert = self._maybe_dtoh_and_synchronize("before_ep_alltoall", self.tokens_per_expert)
         group = self.ep_group

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -48,13 +48,13 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
-        shared, own = self._keys(), worker_group.store
+        shared, own = self._keys(), cast(Any, worker_group.store)
         if worker_group.group_rank == 0:
             own.set("start", str(shared.add("starts", 1)))
         os.environ[processes.START] = own.get("start").decode()
 
     def _keys(self, prefix: str = "") -> Any:
-        group = self._worker_group
+        group: Any = self._worker_group
         store = dist.TCPStore(group.master_addr, int(group.master_port), is_master=False)
         return dist.PrefixStore(prefix, store) if prefix else store
 
@@ -81,7 +81,8 @@ class Agent(LocalElasticAgent):
         return {rank: handler.proc.poll() for rank, handler in self._handlers().items()}
 
     def _handlers(self) -> dict[int, Any]:
-        handlers: dict[int, Any] = self._pcontext.subprocess_handlers
+        context: Any = self._pcontext
+        handlers: dict[int, Any] = context.subprocess_handlers
         return handlers
 
     def _wait_for_survivors(self) -> None:
@@ -104,7 +105,7 @@ class Agent(LocalElasticAgent):
         for handler in self._handlers().values():  # it hangs: asked to end, it would not
             if handler.proc.poll() is None:
                 handler.proc.kill()
-        if self._worker_group.group_world_size > 1 and wait_for(store, "plan", AGREEING):
+        if (self._worker_group.group_world_size or 1) > 1 and wait_for(store, "plan", AGREEING):
             wait_for(store, "over", SAVING)  # a machine that starts again makes the others do so
 
     def _generation(self) -> int:

@@ -173,7 +173,8 @@ def _weights(training: Training) -> dict[str, Any]:
     """The model chunks as megatron-core's sharded state."""
     state: dict[str, Any] = {}
     for name, model in _chunks(training):
-        tensors = bare(model).sharded_state_dict(metadata=_metadata())
+        whole: Any = bare(model)
+        tensors = whole.sharded_state_dict(metadata=_metadata())
         # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
         frozen = {key for key, parameter in bare(model).named_parameters() if not parameter.requires_grad}

@@ -60,7 +60,7 @@ class Digests:
             return
         with whole_parameters(self.training.models):
             parameters = _hex(parameter for _, _, parameter in _learned(self.training.models))
-        line = {"iteration": iteration, "loss": loss.item().hex(), "gradients": self._gradients, "parameters": parameters}
+        line = {"iteration": iteration, "loss": float(loss.item()).hex(), "gradients": self._gradients, "parameters": parameters}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 

@@ -153,8 +153,7 @@ def evaluate(run: Run, training: Training, feed: Feed | None, metrics: Metrics, 
     with whole_parameters(training.models):
         losses = []
         for number in range(run.logging.eval_iters):
-            losses.append(run_schedule(training.models, lambda start=number * size: feed(consumed=start), forward_only=True,
-                                       **sizes))
+            losses.append(run_schedule(training.models, partial(feed, consumed=number * size), forward_only=True, **sizes))
             beat()
     for model in training.models:
         model.train()

@@ -10,7 +10,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch import nn
 
 from modellink.core.config import OptimizerConfig, ParallelConfig
 
@@ -38,7 +37,7 @@ def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
         model.enable_forward_pre_hook()
 
 
-def make_optimizer(models: Sequence[nn.Module], config: OptimizerConfig, parallel: ParallelConfig, *,
+def make_optimizer(models: Sequence[Any], config: OptimizerConfig, parallel: ParallelConfig, *,
                    log_num_zeros_in_grad: bool = False) -> Any:
     """The (distributed) optimizer over all model chunks, known to their configs, which the schedules ask."""
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(

@@ -40,9 +40,10 @@ def state_of(batch: Batch) -> SequenceState | None:
     """What the layers must know of the batch; None where its samples are whole sequences."""
     if batch.starts is None:
         return None
-    state = SequenceState(documents=Documents(batch.starts))
+    documents = Documents(batch.starts)
+    state = SequenceState(documents=documents)
     if batch.restart:
-        ends = torch.tensor([0, *state.documents.ends], device=batch.starts.device)
+        ends = torch.tensor([0, *documents.ends], device=batch.starts.device)
         lengths = (each := ends.diff()).repeat_interleave(each).view_as(batch.starts)
         positions = torch.arange(batch.starts.size(1), device=batch.starts.device) - batch.starts
         state.positions, state.lengths, state.length = local_part(positions), local_part(lengths), batch.starts.size(1)

@@ -31,7 +31,7 @@ class Tracker:
         identity = known.read_text("utf-8").strip() if known and known.is_file() else None
         self._run = wandb.init(project=config.wandb_project, name=config.wandb_exp_name or (save.name if save else None),
                                dir=str(folder), config={name: _plain(value) for name, value in settings.items()},
-                               id=identity, resume="allow", settings=wandb.Settings(silent="true", console="off"))
+                               id=identity, resume="allow", settings=wandb.Settings(silent=True, console="off"))
         if known is not None and identity is None:
             known.write_text(str(self._run.id), "utf-8")
 
