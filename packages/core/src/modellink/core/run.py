@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +127,9 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
         companions = start.source.companions if start.source else None
         configs[DataConfig] = replace(data, eod_token_id=_end_of_document(data, companions, spec.vocab_size))
     halves = resilience.enable_high_availability and parallel.use_distributed_optimizer
-    concerns: Any = [configs[kind] for kind in CONFIGS]
-    run = Run(spec, *concerns, layout, find(parallel.device, local_rank), start.source, start.resumed, 2 if halves else 1)
+    values = (spec, *(configs[kind] for kind in CONFIGS), layout, find(parallel.device, local_rank), start.source, start.resumed,
+              2 if halves else 1)
+    run = Run(**dict(zip((field.name for field in fields(Run)), values, strict=True)))
     rules.check(run)
     return run
 

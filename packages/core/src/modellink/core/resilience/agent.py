@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -48,8 +48,9 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
-        shared, own = self._keys(), cast(Any, worker_group.store)
-        if worker_group.group_rank == 0:
+        group: Any = worker_group  # whose numbers are there now
+        shared, own = self._keys(), group.store
+        if group.group_rank == 0:
             own.set("start", str(shared.add("starts", 1)))
         os.environ[processes.START] = own.get("start").decode()
 
