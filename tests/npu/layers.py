@@ -24,6 +24,7 @@ KERNELS: dict[str, tuple[str, ...]] = {
     "attention: packed": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),
     "attention: packed, window": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),
     "attention: soft cap": (), "attention: alibi": (), "attention: packed, soft cap": (),
+    "attention_block": ("aclnnFlashAttentionScore",), "attention_block_gradients": ("aclnnFlashAttentionScoreGrad",),
     "ring_update": ("aclnnRingAttentionUpdateV2",),
     "grouped_matmul": ("aclnnGroupedMatmulV5", "aclnnGroupedMatmulV5", "aclnnGroupedMatmulV5"),
     "adamw": ("ApplyAdamW",), "adamw: decay in the gradient": (),
@@ -81,7 +82,7 @@ def shapes(dtype: Any) -> dict[str, str]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from modellink.kernels.ops.attention import _compressed_causal_mask as mask
+    from modellink.kernels.ops.attention import compressed_causal_mask as mask
     from modellink.kernels.ops.cases import alone
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     found = {}

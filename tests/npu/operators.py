@@ -105,11 +105,31 @@ def fusion_attention(query: Tensor, key: Tensor, value: Tensor, head_num: int, i
 def fusion_attention_grad(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, head_num: int, input_layout: str, *,
                           scale_value: float = 1.0, keep_prob: float = 1.0, **options: Any) -> tuple[Any, ...]:
     assert keep_prob == 1, "what was dropped is not known here"
+    if input_layout == "BSND":
+        return *_of_block(query, key, value, gradient, scale_value, options), torch.empty(0), torch.empty(0)
     given = {name: options[name] for name in ("atten_mask", "pre_tockens", "next_tockens", "actual_seq_qlen", "actual_seq_kvlen",
                                               "sparse_mode") if name in options}
     found = differentiated(lambda *inputs: fusion_attention(*inputs, head_num, input_layout, scale=scale_value, **given)[0],
                            gradient, query, key, value)
     return *found, torch.empty(0), torch.empty(0)
+
+
+def _of_block(query: Tensor, key: Tensor, value: Tensor, gradient: Tensor, scale: float, options: dict[str, Any]) -> Any:
+    """From the maximum and the sum of a softmax and its result, which may be over more keys than these."""
+    q, k, v, upstream, out = (x.transpose(1, 2).float() for x in (query, key, value, gradient, options["attention_in"]))
+    groups = k.size(1)
+    k, v = (x.repeat_interleave(q.size(1) // groups, 1) for x in (k, v))
+    allowed = seen(q.size(2), k.size(2), options.get("sparse_mode", 0), options.get("pre_tockens", 2**31 - 1),
+                   options.get("next_tockens", 2**31 - 1), options.get("atten_mask"))
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+    largest, total = (options[name][..., :1] for name in ("softmax_max", "softmax_sum"))
+    weights = (scores - largest.clamp(min=torch.finfo(torch.float32).min)).exp() / total.clamp(min=1e-30)
+    of_scores = weights * (upstream @ v.transpose(-1, -2) - (upstream * out).sum(-1, keepdim=True)) * scale
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.unflatten(1, (groups, -1)).sum(2)
+    found = of_scores @ k, by_group(of_scores.transpose(-1, -2) @ q), by_group(weights.transpose(-1, -2) @ upstream)
+    return tuple(x.transpose(1, 2).to(query.dtype).contiguous() for x in found)
 
 
 def grouped_matmul(x: list[Tensor], weight: list[Tensor], *, group_list: Tensor, split_item: int = 0,

@@ -21,9 +21,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 VERSIONS = HERE.joinpath("versions.txt").read_text("utf-8").split()
 FILE = HERE / "schemas.json"
-OPERATORS = ("npu_all_gather_base_mm", "npu_apply_adam_w.out", "npu_fusion_attention", "npu_grouped_matmul",
-             "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_ring_attention_update", "npu_rms_norm",
-             "npu_rotary_mul", "npu_swiglu")
+OPERATORS = ("npu_all_gather_base_mm", "npu_apply_adam_w.out", "npu_fusion_attention", "npu_fusion_attention_grad",
+             "npu_grouped_matmul", "npu_mm_all_reduce_base", "npu_mm_reduce_scatter_base", "npu_ring_attention_update",
+             "npu_rms_norm", "npu_rotary_mul", "npu_swiglu")
 INSIDE = "torch_npu/csrc/aten/npu_native_functions_by_codegen.yaml"
 ALSO = {"Tensor": ("Tensor", "Tensor?"), "int": ("int", "int?", "float", "Scalar", "SymInt"), "float": ("float", "Scalar"),
         "bool": ("bool", "bool?"), "str": ("str", "str?"), "Tensor[]": ("Tensor[]",), "int[]": ("int[]", "int[]?")}

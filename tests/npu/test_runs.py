@@ -34,7 +34,8 @@ RUNS: dict[str, tuple[int, dict[str, Any], set[str]]] = {
     "tp2 mc2 whole": (2, {"load": "wide", "bf16": True, "tensor_model_parallel_size": 2, "use_mc2": True},
                       {ATTENTION, "aclnnMatmulAllReduce"}),
     "pp2": (2, {"pipeline_model_parallel_size": 2}, {ATTENTION}),
-    "ring": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"}, {"aclnnRingAttentionUpdateV2"}),
+    "ring": (2, {"context_parallel_size": 2, "context_parallel_algo": "megatron_cp_algo"},
+             {ATTENTION, "aclnnRingAttentionUpdateV2"}),
     "swapped activations": (1, {"swap_attention": True}, {ATTENTION})}
 
 

@@ -53,9 +53,9 @@ def test_without_a_switch_an_op_takes_its_plain_form_and_others_do_not(pools, te
         assert taken == fused | {"attention": "fused"} | {plain[name]: "plain" for name in off}, off
         losses.append(loss)
     assert losses == pytest.approx(losses[:1] * 4, rel=2e-6)
-    for on in (True, False):
-        for _, taken in pools(2)(forms, options=texts | RING | {"use_fused_ring_attention_update": on}):
-            assert taken == fused | {"ring_update": "fused" if on else "plain"}
+    for off, op in ((None, None), ("use_fused_ring_attention_update", "ring_update"), ("use_flash_attn", "attention_block")):
+        for _, taken in pools(2)(forms, options=texts | RING | ({off: False} if off else {})):
+            assert taken == fused | {"ring_update": "fused", "attention_block": "fused"} | ({op: "plain"} if op else {})
 
 
 def passing(options: dict[str, Any]) -> tuple[list[str], set[Any], set[Any]]:
@@ -66,7 +66,8 @@ def passing(options: dict[str, Any]) -> tuple[list[str], set[Any], set[Any]]:
 
     events: list[str] = []
     groups: dict[str, set[Any]] = {"isend": set(), "irecv": set()}
-    scores_of, transfers = ring.scores_of, {name: getattr(dist, name) for name in groups}
+    computing = {name: getattr(ring, name) for name in ("attended", "attended_gradients")}
+    transfers = {name: getattr(dist, name) for name in groups}
 
     class Watched:
         def __init__(self, work: Any) -> None:
@@ -76,9 +77,11 @@ def passing(options: dict[str, Any]) -> tuple[list[str], set[Any], set[Any]]:
             events.append("wait")
             self.work.wait()
 
-    def scores(*args: Any) -> Any:
-        events.append("compute")
-        return scores_of(*args)
+    def compute(name: str) -> Any:
+        def call(*args: Any) -> Any:
+            events.append("compute")
+            return computing[name](*args)
+        return call
 
     def transfer(name: str) -> Any:
         def call(*args: Any, group: Any) -> Watched:
@@ -87,12 +90,14 @@ def passing(options: dict[str, Any]) -> tuple[list[str], set[Any], set[Any]]:
             return Watched(transfers[name](*args, group=group))
         return call
     try:
-        ring.scores_of = scores
+        for name in computing:
+            setattr(ring, name, compute(name))
         for name in transfers:
             setattr(ring.dist, name, transfer(name))
         training.train(options)
     finally:
-        ring.scores_of = scores_of
+        for name, real in computing.items():
+            setattr(ring, name, real)
         for name, real in transfers.items():
             setattr(ring.dist, name, real)
     return [event for event, _ in groupby(events)], groups["isend"], groups["irecv"]

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 from modellink.kernels.options import option
 
-OPS = {"use_flash_attn": "attention", "use_fused_rmsnorm": "rms_norm", "use_fused_swiglu": "swiglu",
-       "use_fused_rotary_pos_emb": "rotary", "use_fused_ring_attention_update": "ring_update"}
-"""Field -> the op it is about."""
+OPS = {"use_flash_attn": ("attention", "attention_block"), "use_fused_rmsnorm": ("rms_norm",), "use_fused_swiglu": ("swiglu",),
+       "use_fused_rotary_pos_emb": ("rotary",), "use_fused_ring_attention_update": ("ring_update",)}
+"""Field -> the ops it is about."""
 
 
 @dataclass(frozen=True)
@@ -30,4 +30,4 @@ class FusedConfig:
     @property
     def plain_ops(self) -> list[str]:
         """The ops that take their plain form on every device."""
-        return [op for field, op in OPS.items() if not getattr(self, field)]
+        return [op for field, ops in OPS.items() if not getattr(self, field) for op in ops]

@@ -4,7 +4,8 @@ What a rank sees of another is joined by log-sum-exp, so that no rank ever holds
 causality or a window hides are not computed; with the tokens dealt as context.py does, that is as much work on each rank.
 Backward lets keys and values pass once more, and their gradients behind them.
 
-Not here: attention dropout; fused kernels for the blocks.
+Not here: attention dropout. Pairs of chunks that see each other whole, or causally, take a fused form; those of windows, caps and
+biases are plain PyTorch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant, scores_of
+from modellink.kernels.ops.attention_block import takes
+
+LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
@@ -79,11 +83,8 @@ class _Attention(torch.autograd.Function):
             last = step + 1 == size
             passing = ring.passed_on(block) if ring.second is not None and not last else None
             for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
-                scores = scores_of(query[rows], block[0][columns], variant, first, start)
-                new_lse = scores.logsumexp(-1)
-                weights = (scores - new_lse.clamp(min=torch.finfo(torch.float32).min).unsqueeze(-1)).exp()
-                new_out = _weighted(weights, block[1][columns])
-                out[rows], lse[rows] = ops.ring_update(out[rows], lse[rows], new_out, new_lse.permute(2, 0, 1))
+                new = attended(query[rows], block[0][columns], block[1][columns], variant, first, start)
+                out[rows], lse[rows] = ops.ring_update(out[rows], lse[rows], *new)
             if not last:
                 block = _arrived(passing or ring.passed_on(block))
         ctx.variant, ctx.ring = variant, ring
@@ -95,8 +96,6 @@ class _Attention(torch.autograd.Function):
         query, key, value, out, lse = ctx.saved_tensors
         variant, ring = ctx.variant, ctx.ring
         seq, rank, size = query.size(0), ring.group.rank(), ring.group.size()
-        gradient = gradients[0].float()
-        of_out = (gradient * out).sum(-1).permute(1, 2, 0).unsqueeze(-1)  # [batch, heads, seq, 1]
         of_query = torch.zeros_like(query, dtype=torch.float32)
         block = [key.contiguous(), value.contiguous()]
         coming: tuple[list[Tensor], list[Any]] = ([], [])  # what the ranks before have found for the block at hand
@@ -105,18 +104,10 @@ class _Attention(torch.autograd.Function):
             passing = ring.passed_on(block) if ring.second is not None and not last else None
             of_block = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in block]
             for rows, columns, first, start in ring.pairs((rank - step) % size, seq, variant.window):
-                with torch.enable_grad():  # the derivative of caps and biases is autograd's
-                    q, k = (x.detach().requires_grad_() for x in (query[rows], block[0][columns]))
-                    scores = scores_of(q, k, variant, first, start)
-                finite = lse[rows].clamp(min=torch.finfo(torch.float32).min).permute(1, 2, 0).unsqueeze(-1)
-                weights = (scores.detach() - finite).exp()
-                upstream = gradient[rows].permute(1, 2, 0, 3)
-                values = _per_head(block[1][columns], weights.size(1)).float()
-                of_scores = weights * (upstream @ values.transpose(-1, -2) - of_out[:, :, rows])
-                of_q, of_k = torch.autograd.grad(scores, (q, k), of_scores)
-                of_query[rows] += of_q
-                of_block[0][columns] += of_k
-                of_block[1][columns] += _per_group(weights.transpose(-1, -2) @ upstream, value.size(2))
+                found = attended_gradients((gradients[0][rows], out[rows], lse[rows]), query[rows], block[0][columns],
+                                           block[1][columns], variant, first, start)
+                for whole, part, where in zip((of_query, *of_block), found, (rows, columns, columns), strict=True):
+                    whole[where] += part
             if not last:
                 block = _arrived(passing or ring.passed_on(block))
             for mine, before in zip(of_block, _arrived(coming), strict=False):
@@ -126,6 +117,37 @@ class _Attention(torch.autograd.Function):
                 coming = _arrived(coming), []
         made = (of_query, *_arrived(coming))
         return (*(grad.to(x.dtype) for grad, x in zip(made, (query, key, value), strict=True)), None, None)
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, variant: Variant, first: int, start: int) -> tuple[Tensor, Tensor]:
+    """A chunk of queries from position `first` over one of keys from `start`: the result and its log-sum-exp, in fp32."""
+    if takes(query, value, variant):
+        return ops.attention_block(query, key, value, variant.scale, causal=first == start)
+    scores = scores_of(query, key, variant, first, start)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse.clamp(min=LOWEST).unsqueeze(-1)).exp()  # of a query that sees none of them both are -inf
+    return _weighted(weights, value), lse.permute(2, 0, 1)
+
+
+def attended_gradients(whole: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, variant: Variant,
+                       first: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a pair of chunks adds to the gradients of query, key and value.
+
+    Args:
+        whole: of these queries' attention over all keys the gradient, the result and the log-sum-exp.
+    """
+    gradient, out, lse = whole
+    if takes(query, value, variant):
+        return ops.attention_block_gradients(gradient, query, key, value, out, lse, variant.scale, causal=first == start)
+    with torch.enable_grad():  # the derivative of caps and biases is autograd's
+        q, k = (x.detach().requires_grad_() for x in (query, key))
+        scores = scores_of(q, k, variant, first, start)
+    weights = (scores.detach() - lse.clamp(min=LOWEST).permute(1, 2, 0).unsqueeze(-1)).exp()
+    upstream = gradient.float().permute(1, 2, 0, 3)
+    of_out = (upstream * out.permute(1, 2, 0, 3)).sum(-1, keepdim=True)
+    values = _per_head(value, weights.size(1)).float()
+    of_query, of_key = torch.autograd.grad(scores, (q, k), weights * (upstream @ values.transpose(-1, -2) - of_out))
+    return of_query, of_key, _per_group(weights.transpose(-1, -2) @ upstream, value.size(2))
 
 
 def _arrived(passing: tuple[list[Tensor], list[Any]]) -> list[Tensor]:

@@ -7,6 +7,7 @@ meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are
 
 from modellink.kernels.ops.adamw import adamw
 from modellink.kernels.ops.attention import attention
+from modellink.kernels.ops.attention_block import attention_block, attention_block_gradients
 from modellink.kernels.ops.cross_entropy import cross_entropy
 from modellink.kernels.ops.door import plain_forms
 from modellink.kernels.ops.grouped_matmul import grouped_matmul
@@ -17,5 +18,6 @@ from modellink.kernels.ops.rms_norm import rms_norm
 from modellink.kernels.ops.rotary import rotary
 from modellink.kernels.ops.swiglu import swiglu
 
-__all__ = ["adamw", "all_gather_matmul", "attention", "cross_entropy", "grouped_matmul", "linear",
-           "matmul_all_reduce", "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm", "rotary", "swiglu"]
+__all__ = ["adamw", "all_gather_matmul", "attention", "attention_block", "attention_block_gradients", "cross_entropy",
+           "grouped_matmul", "linear", "matmul_all_reduce", "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm",
+           "rotary", "swiglu"]

@@ -182,7 +182,7 @@ def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, en
 
 
 @functools.lru_cache
-def _compressed_causal_mask(device: torch.device) -> Tensor:
+def compressed_causal_mask(device: torch.device) -> Tensor:
     """True above the diagonal: what must not be seen."""
     with torch.inference_mode(False):  # training may use it after whoever asked first
         return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
@@ -222,7 +222,7 @@ def _npu_packed(qkv: list[Tensor], variant: Variant, ends: list[int]) -> Tensor:
 
 def _npu_causal(query: Tensor, variant: Variant, keys: int) -> dict[str, object]:
     """Arguments for whole sequences: all keys before (mode 2), or a band of them (mode 4)."""
-    causal: dict[str, object] = {"atten_mask": _compressed_causal_mask(query.device), "sparse_mode": 2}
+    causal: dict[str, object] = {"atten_mask": compressed_causal_mask(query.device), "sparse_mode": 2}
     if variant.window is None or variant.window >= keys:
         return causal
     return causal | {"sparse_mode": 4, "pre_tockens": variant.window - 1, "next_tockens": 0}

@@ -17,6 +17,8 @@ from torch import Tensor
 from modellink.kernels.ops import matmul_collective
 from modellink.kernels.ops.adamw import Settings
 from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes
+from modellink.kernels.ops.attention_block import plain as plain_block
+from modellink.kernels.ops.attention_block import plain_gradients
 from modellink.kernels.ops.rotary import plain, plain_interleaved
 
 Form = Callable[..., Any]
@@ -54,6 +56,8 @@ def plain_form(op: str) -> Form:
         return partial(JOINED[op], forms=matmul_collective.PLAIN)
     if op == "rotary":
         return _plain_rotary
+    if op == "attention_block_gradients":
+        return plain_gradients
     form: Form = importlib.import_module(f"modellink.kernels.ops.{op}").plain
     return form
 
@@ -102,7 +106,7 @@ class _Inputs:
 def alone(device: torch.device, dtype: torch.dtype) -> list[Case]:
     """The ops of one process."""
     made = _Inputs(device, dtype)
-    return [*_rows(made), *_rotary(made), *_attention(made), *_others(made)]
+    return [*_rows(made), *_rotary(made), *_attention(made), *_blocks(made), *_others(made)]
 
 
 def _case(op: str, use: str, inputs: Sequence[Tensor], **options: Any) -> Case:
@@ -145,6 +149,19 @@ def _attention(made: _Inputs) -> list[Case]:
             case("over a cache", causal, cached, places), case("over a cache, window", window, cached, places),
             case("soft cap", replace(causal, softcap=0.7)), case("alibi", replace(causal, slopes=slopes)),
             case("packed, soft cap", replace(causal, softcap=0.7, documents=documents))]
+
+
+def _blocks(made: _Inputs) -> list[Case]:
+    """The whole result and log-sum-exp are those of twice the keys."""
+    query, key, value = (x.detach() for x in made.heads())
+    gradient = made.random(9, 2, 6, 16).detach()
+    out, lse = plain_block(query, torch.cat([key, key]), torch.cat([value, value]), 0.25, causal=False)
+
+    def case(op: str, causal: bool, inputs: Sequence[Tensor]) -> Case:
+        return Case(op, "causal" if causal else "", lambda form: list(form(*inputs, 0.25, causal=causal)))
+    return [case(op, causal, inputs) for causal in (False, True) for op, inputs in (
+        ("attention_block", (query, key, value)),
+        ("attention_block_gradients", (gradient, query, key, value, out, lse)))]
 
 
 def _others(made: _Inputs) -> list[Case]:

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 Form = TypeVar("Form")
-OPS = frozenset({"adamw", "attention", "grouped_matmul", "linear", "ring_update", "rms_norm", "rotary", "swiglu"})
+OPS = frozenset({"adamw", "attention", "attention_block", "grouped_matmul", "linear", "ring_update", "rms_norm", "rotary",
+                 "swiglu"})
 """Those with a choice."""
 _plain: frozenset[str] = frozenset()
 
