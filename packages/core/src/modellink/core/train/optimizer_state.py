@@ -12,6 +12,8 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
+from modellink.core.resilience.commit import inner_optimizers
+
 Path = tuple[Any, ...]
 METADATA = {"chained_optim_avoid_prefix": True}
 
@@ -27,6 +29,9 @@ class OptimizerState:
     """
 
     def __init__(self, optimizer: Any, models: Any, *, loading: bool, metadata: Mapping[str, Any]) -> None:
+        for part in inner_optimizers(optimizer):
+            if not part.optimizer.state:  # no step was taken yet: in fp16 the first ones may overflow
+                part.init_state_fn(part.optimizer, part.config)
         state = optimizer.sharded_state_dict(models, is_loading=loading, metadata={**metadata, **METADATA})
         self._chained = len(optimizer.chained_optimizers) > 1
         self._parts = [state[number] for number in range(len(state))] if self._chained else [state]
