@@ -119,6 +119,27 @@ def test_agieval_lm_eval(agieval):
     assert texts.mark(maths, {"texts": [" hm"]}).unparsed
 
 
+@pytest.mark.parametrize(("style", "shots"), [("original", 2), ("lm-eval", 0)])
+def test_examples_that_are_not_shown_are_not_counted_nor_needed(agieval, backend, style, shots):
+    if not shots:
+        (agieval / "few_shot_prompts.csv").unlink()
+    found = evaluate("agieval", agieval, backend, prompt_style=style)["tasks"]["agieval"]
+    assert found["shots"] == shots
+
+
+def test_the_examples_of_a_style_are_counted(data, backend):
+    for style, shots in (("original", 3), ("lm-eval", 8)):
+        assert evaluate("gsm8k", data, backend, prompt_style=style)["tasks"]["gsm8k"]["shots"] == shots
+
+
+def test_a_row_whose_answer_has_no_number_is_named(data, write_jsonl):
+    path = write_jsonl(data / "gsm8k" / "test.jsonl", [{"question": "q", "answer": "One.\n#### 1"}, {"question": "q", "answer": "5"}])
+    for style in ("original", "lm-eval"):
+        with pytest.raises(ModelLinkError, match="the right answer is missing") as caught:
+            questions("gsm8k", data, style)
+        assert f"{path}, row 2" in str(caught.value)
+
+
 def test_an_answer_that_is_no_option_is_named(agieval, write_jsonl):
     path = write_jsonl(agieval / "v1" / "sat-math.jsonl", [AGIEVAL[0][1], AGIEVAL[0][1] | {"label": "E"}])
     with pytest.raises(ModelLinkError, match="label is 'E', it must be one of A, B") as caught:

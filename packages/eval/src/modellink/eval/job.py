@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,8 @@ def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence
             item.chat_style(asking.language)
     jobs = []
     for item in tasks:
-        subjects = read_subjects(item, folders, max_samples)
+        shots = functools.partial(item.shown, asking.style, language=asking.chat_language)
+        subjects = read_subjects(item, folders, max_samples, shots)
         questions = [question for subject in subjects for question in make_questions(item, asking, subject)]
         jobs.append(Job(item, asking, subjects, questions))
     return jobs

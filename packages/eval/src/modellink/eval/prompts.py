@@ -48,6 +48,10 @@ class Asking:
     seed: int = 0
 
     @property
+    def chat_language(self) -> str | None:
+        return self.language if self.chat else None
+
+    @property
     def label(self) -> str:
         """A few words for results and journals."""
         words = [self.style, *([f"chat {self.chat} {self.language}"] if self.chat else [])]
@@ -109,9 +113,8 @@ def make_questions(task: Task, asking: Asking, subject: Subject) -> Iterator[Que
     Raises:
         ModelLinkError: a style the task does not have, a template that does not work, a right answer that is no choice.
     """
-    style = task.style(asking.style, subject.name)
     chat = task.chat_style(asking.language) if asking.chat else None
-    writer = _Writer(task, chat or style, subject)
+    writer = _Writer(task, task.way(asking.style, subject.name, asking.chat_language), subject)
     for row in subject.rows:
         question = writer.question(row, asking)
         if asking.chat:
@@ -127,10 +130,9 @@ class _Writer:
     def __init__(self, task: Task, style: Style, subject: Subject) -> None:
         self.task, self.style, self.subject = task, style, subject
         self.spoken = task.spoken(subject.name)
-        examples = subject.examples[:style.shots]
         self.opening = self._render(style.head, {"about": subject.about})
         self.asked = [(self._render(style.question, values, number, example=True), self._answer(values, number))
-                      for number, values in enumerate(examples, 1)]
+                      for number, values in enumerate(subject.examples, 1)]
         self.head = self.opening + "".join(question + answer + style.separator for question, answer in self.asked)
 
     def question(self, row: Row, asking: Asking) -> Question:

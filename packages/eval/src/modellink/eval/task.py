@@ -159,6 +159,15 @@ class Task:
         fitting = (style for style in styles if any(fnmatchcase(subject, pattern) for pattern in style.subjects or ("*",)))
         return next(fitting, styles[-1])
 
+    def way(self, name: str, subject: str, language: str | None) -> Style:
+        """How a subject is asked, in a chat where a language is given and the task has a way of its own for that."""
+        return (self.chat_style(language) if language else None) or self.style(name, subject)
+
+    def shown(self, name: str, subject: str, language: str | None) -> int:
+        """How many examples are shown at most."""
+        shots = self.way(name, subject, language).shots
+        return self.shots if shots is None else min(self.shots, shots)
+
     def chat_style(self, language: str) -> Style | None:
         """How it is asked in a chat, None where it has no way of its own. Raises ModelLinkError for a language it is not in."""
         if self.chat and language not in self.chat:
