@@ -133,7 +133,7 @@ def test_the_examples_of_a_style_are_counted(data, backend):
 
 
 def test_a_row_whose_answer_has_no_number_is_named(data, write_jsonl):
-    path = write_jsonl(data / "gsm8k" / "test.jsonl", [{"question": "q", "answer": "One.\n#### 1"}, {"question": "q", "answer": "5"}])
+    path = write_jsonl(data / "gsm8k" / "test.jsonl", [{"question": "q", "answer": answer} for answer in ("One.\n#### 1", "5")])
     for style in ("original", "lm-eval"):
         with pytest.raises(ModelLinkError, match="the right answer is missing") as caught:
             questions("gsm8k", data, style)

@@ -30,9 +30,14 @@ class Job:
     def runs_code(self) -> bool:
         return any(question.generate is not None and question.generate.test for question in self.questions)
 
+    @property
+    def style(self) -> str:
+        """How it is asked, in a few words."""
+        return self.asking.label(written=any(question.generate for question in self.questions), programs=self.runs_code)
+
     def header(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """The first line of its journal."""
-        return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.asking.label,
+        return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.style,
                 "model": dict(model)}
 
 

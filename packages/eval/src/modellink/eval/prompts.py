@@ -51,14 +51,15 @@ class Asking:
     def chat_language(self) -> str | None:
         return self.language if self.chat else None
 
-    @property
-    def label(self) -> str:
-        """A few words for results and journals."""
+    def label(self, *, written: bool, programs: bool) -> str:
+        """A few words for results and journals, without what does not matter where answers are not written, or no programs."""
         words = [self.style, *([f"chat {self.chat} {self.language}"] if self.chat else [])]
-        if self.max_new_tokens is not None:
+        if written and self.max_new_tokens is not None:
             words.append(f"at most {self.max_new_tokens} tokens")
-        if self.samples > 1 or self.temperature:
-            words.append(f"{self.samples} samples, temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}")
+        if programs and (self.samples > 1 or self.temperature):
+            words.append(f"{self.samples} samples")
+        if written and self.temperature:
+            words.append(f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}")
         return ", ".join(words)
 
 
@@ -69,7 +70,6 @@ class Question:
     Attributes:
         row: its number in the file, from 1.
         digest: of the row; the same whatever the prompt.
-        head: what all questions of a subject begin with, examples included.
         context: what the model is given: a text, or the turns of a chat.
         choices: the texts whose likelihoods are compared; none where an answer is generated.
         golds: the indices of the right ones.
@@ -82,7 +82,6 @@ class Question:
     subject: str
     row: int
     digest: str
-    head: str
     context: Context
     choices: tuple[str, ...] = ()
     golds: tuple[int, ...] = ()
@@ -137,7 +136,7 @@ class _Writer:
 
     def question(self, row: Row, asking: Asking) -> Question:
         context = self.head + self._ask(row)
-        found = Question(self.subject.name, row.number, _digest(row.values), self.head, context)
+        found = Question(self.subject.name, row.number, _digest(row.values), context)
         style = self.style
         if style.generate is not None:
             generate = style.generate if asking.max_new_tokens is None else replace(

@@ -143,7 +143,7 @@ def _result(job: Job, answers: Mapping[str, Any], marks: Sequence[Mark]) -> dict
     for question, mark in zip(job.questions, marks, strict=True):
         by_subject[question.subject].append(mark)
     example = job.questions[0]
-    return {"version": job.task.version, "style": job.asking.label,
+    return {"version": job.task.version, "style": job.style,
             "shots": max(len(subject.examples) for subject in job.subjects),
             "score": ", ".join(sorted({kind_of(question).NAME for question in job.questions})),
             **summarise(by_subject, job.task),

@@ -45,7 +45,7 @@ class Generate:
         extract: ways to find the answer in the text, by name; the first one is the score, the others stand beside it.
         ignore: expressions that are removed from both answers before they are compared.
         ignore_case: compare without regard to case.
-        compare: `text` as it is, or `math` as math.py does.
+        compare: `text` as it is, or `math` as kinds/mathtext.py does.
         test: a template of a program that is run after the one written, which proves it by ending without an error.
         prompt: a template of the beginning of that program, which the text goes on with.
         entry: a template of the name of the function that the test calls.

@@ -29,8 +29,8 @@ def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox
     if sandbox is None:
         raise ModelLinkError("these answers are programs, and running them was not allowed", where="--allow-code-execution")
     written = write(backend, questions, asking, asking.samples)
-    jobs = [(question.program, complete(question.program, text.text), question.target, question.entry)
-            for question, texts in zip(questions, written, strict=True) for text in texts]
+    jobs = [(question.program, complete(question.program, text.text, chat=asking.chat is not None), question.target,
+             question.entry) for question, texts in zip(questions, written, strict=True) for text in texts]
     with ThreadPoolExecutor(sandbox.workers) as pool:
         outcomes = iter(list(pool.map(lambda job: sandbox.passes(*job), jobs)))
     return [{"texts": [text.text for text in texts], "outcomes": [next(outcomes) for _ in texts],
@@ -42,7 +42,7 @@ def mark(question: Question, answer: dict[str, Any]) -> Mark:
     count, passed = len(outcomes), outcomes.count(PASSED)
     failed = next((number for number, outcome in enumerate(outcomes) if outcome != PASSED), 0)
     return Mark(passed / count, f"{outcomes[failed]}\n{answer['texts'][failed]}", PASSED,
-                also={f"pass@{k}": pass_at_k(count, passed, k) for k in KS if k <= count})
+                also={f"pass@{k}": pass_at_k(count, passed, k) for k in sorted({*KS, count}) if k <= count})
 
 
 def pass_at_k(count: int, passed: int, k: int) -> float:
@@ -50,9 +50,12 @@ def pass_at_k(count: int, passed: int, k: int) -> float:
     return 1.0 - comb(count - passed, k) / comb(count, k)
 
 
-def complete(prompt: str, text: str) -> str:
-    """The program: the prompt and its continuation, or the block of code a chat put around one."""
-    block = BLOCK.search(text)
-    if block is None:
-        return prompt + text
+def complete(prompt: str, text: str, *, chat: bool) -> str:
+    """The program: the prompt and its continuation, or the block of code that a chat put around one.
+
+    In plain text a fence ends the code, for a document may have gone on after it; only a text that begins with one is a block.
+    """
+    block = BLOCK.search(text) if chat or text.lstrip().startswith("```") else None
+    if block is None or not block[1].strip():
+        return prompt + text.partition("\n```")[0]
     return f"{prompt}\n    pass\n\n{block[1]}\n" if re.search(r"^def ", block[1], re.MULTILINE) else prompt + block[1]

@@ -97,5 +97,6 @@ def print_tasks(console: Console | None = None) -> None:
     for name in task_names():
         task = load_task(name)
         shots = {task.shots if style.shots is None else style.shots for styles in task.styles.values() for style in styles}
-        table.add_row(name, str(task.version), ", ".join(task.styles), " or ".join(map(str, sorted(shots))), task.data.files[0], task.summary)
+        table.add_row(name, str(task.version), ", ".join(task.styles), " or ".join(map(str, sorted(shots))), task.data.files[0],
+                      task.summary)
     (console or Console()).print(table)
