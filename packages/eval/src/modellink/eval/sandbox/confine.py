@@ -27,7 +27,7 @@ FOLDER = "/sandbox"  # the only place that can be written
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 CLONE_NEWUSER = 0x10000000
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG = 24, 38, 1
+PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
 SYS = {"x86_64": {"pivot_root": 155, "mount_setattr": 442, "capset": 126},
        "aarch64": {"pivot_root": 41, "mount_setattr": 442, "capset": 91}}
 libc = ctypes.CDLL(None, use_errno=True)
@@ -208,6 +208,8 @@ def main():
     for number in range(3):
         os.dup2(silent, number)
     os.close(silent)
+    if told["role"] == "judge":  # where both are one user's: no process of that user gets at its memory or its handles
+        check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
     dialogue.take_part(told | part)
 
 

@@ -85,10 +85,12 @@ def heard(handle):
 
 
 def candidate(told):
-    """Runs the program, then answers calls of its function."""
+    """Runs the program once the judge is out of its reach, then answers calls of its function."""
     names = {"__name__": "__main__"}
     reply, program, entry = told["reply"], told["program"], told["entry"]
     messages = heard(told["listen"])
+    if next(messages, None) is None:
+        return
     try:
         exec(compile(program, "program", "exec"), names)
         function = names[entry]
@@ -129,6 +131,7 @@ def judge(told):
             raise Unfit("the program sends what is no answer") from None
 
     try:
+        say(told["reply"], {"begin": True})
         answer()
         names = {"__name__": "__main__"}
         exec(compile(told["prompt"], "prompt", "exec"), names)  # of the data set: helpers the test may use
