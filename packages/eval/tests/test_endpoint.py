@@ -33,7 +33,7 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("echo"):
             self.give({"choices": [{"text": body["prompt"], "logprobs": self.logprobs(body["prompt"] + "!")}]})
         else:
-            (written,) = self.server.model.generate([Writing(body["prompt"], (), 8)])
+            ((_, written),) = self.server.model.generate([Writing(body["prompt"], (), 8)])
             self.give({"choices": [{"text": written.text}]})
 
     def logprobs(self, text):
@@ -97,8 +97,8 @@ def test_the_bytes_of_a_character_all_belong_to_the_choice(endpoint, server, mon
 def test_texts_and_chats_end_at_the_stops_also_those_not_sent(endpoint, server):
     until = ("#", "@", "^", "~", "is")
     request = Writing("seven ", until, 8)
-    (direct,) = server.model.generate([request])
-    assert "is" in direct.text and endpoint.generate([request])[0].text == direct.text.split("is")[0]
+    ((_, direct),) = server.model.generate([request])
+    assert "is" in direct.text and dict(endpoint.generate([request]))[0].text == direct.text.split("is")[0]
     path, body, _ = server.asked[-1]
     assert path.endswith("/completions") and len(body["stop"]) == 4 and (body["max_tokens"], body["temperature"]) == (8, 0)
 
@@ -115,7 +115,7 @@ def test_a_run_over_http_scores_as_one_without(data, server, endpoint, backend, 
 
 def test_a_server_that_is_busy_is_asked_again(endpoint, server):
     server.mode = "busy"
-    assert endpoint.generate([Writing("x", (), 8)]) and len(server.asked) == 2
+    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
 
 
 @pytest.mark.parametrize(("mode", "message"), [("none", "does not give the log-probabilities"), ("refuses", "answers 400")])
@@ -134,7 +134,7 @@ def test_which_model(server, monkeypatch):
     with pytest.raises(ModelLinkError, match="no model three"):
         Endpoint(address, "three")
     with Endpoint(address, "two") as endpoint:
-        endpoint.generate([Writing("x", (), 8)])
+        list(endpoint.generate([Writing("x", (), 8)]))
     assert server.asked[-1][1]["model"] == "two" and server.asked[-1][2] == "Bearer key"
 
 

@@ -176,7 +176,7 @@ def test_written_answers_are_scored_counted_and_listed(data, backend, tmp_path):
     found = evaluate("gsm8k", data, backend, tmp_path / "out", prompt_style="lm-eval")["tasks"]["gsm8k"]
     right = unparsed = 0
     for number, request in enumerate(list(backend.asked)):
-        said = re.search(r"The answer is (\d)", backend.generate([request])[0].text)
+        said = re.search(r"The answer is (\d)", dict(backend.generate([request]))[0].text)
         unparsed += said is None
         gold = re.search(r"Ann has (\d+)", request.context[request.context.rindex("Q:"):])
         right += said is not None and int(said[1]) == int(gold[1]) % 5
@@ -223,7 +223,7 @@ class Coder:
         return {"fingerprint": "coder"}
 
     def generate(self, requests):
-        return [Written(f"    return {1 + request.seed % 2}\n") for request in requests]
+        return [(number, Written(f"    return {1 + request.seed % 2}\n")) for number, request in enumerate(requests)]
 
 
 def test_programs_are_run_only_where_that_is_allowed(tmp_path):
@@ -235,7 +235,8 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
     assert "--allow-code-execution" in str(caught.value) and not (tmp_path / "out").exists()
     found = evaluate("humaneval", tmp_path, Coder(), tmp_path / "out", sandbox=Sandbox("none"),
                      asking=Asking("lm-eval", samples=4, temperature=0.8))["tasks"]["humaneval"]
-    assert found["accuracy"] == 0.5 and found["micro"]["also"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6)}
+    assert found["accuracy"] == 0.5 and found["micro"]["also"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6),
+                                                                     "pass@4": 1}
     (line,) = (tmp_path / "out" / "humaneval.journal.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["outcomes"] == ["passed", "failed: AssertionError"] * 2
     with pytest.raises(ModelLinkError, match="one text 3 times"):

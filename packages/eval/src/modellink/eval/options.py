@@ -30,7 +30,8 @@ class RunOptions:
     hf_chat_template: bool = option(False, "Ask in chats, in the template of the model's tokenizer.")
     no_chat_template: bool = option(False, "Ask with plain text, which is what happens where no template is named.")
     eval_language: Literal["en", "zh"] = option("en", "Language of the words around a question in a chat.")
-    evaluation_batch_size: int = option(32, "Questions that are computed and noted together.", minimum=1)
+    evaluation_batch_size: int = option(32, "Questions that are computed together; those whose choices are compared "
+                                                 "are noted together too.", minimum=1)
     max_eval_samples: int | None = option(None, "Only the first questions of each subject.", minimum=1)
     max_new_tokens: int | None = option(None, "Longest written answer; the task's where nothing is said.", minimum=1)
     num_samples: int = option(1, "Programs written for each question, for pass@k.", minimum=1)

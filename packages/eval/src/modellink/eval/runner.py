@@ -40,7 +40,7 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
         model: a checkpoint, which needs modellink-infer and runs in this process; or any Backend.
         output: folder for journals and results; with none nothing is written and nothing can be continued.
         prompt_style: `original` or `lm-eval`; `asking` says it and more.
-        batch_size: questions that are computed and noted together.
+        batch_size: questions whose choices are compared together; written answers are noted one by one.
         max_samples: the first rows of each subject only.
         sandbox: where programs a model wrote are run; without one, tasks that need it are refused.
         show: show progress on stderr.
@@ -112,25 +112,34 @@ def _answer(job: Job, backend: Backend, model: Mapping[str, Any], output: Path |
         todo = {key: question for key, question in zip(keys, job.questions, strict=True) if key not in answers}
         with Work(f"answering {job.task.name}", len(todo), unit="questions", show=show) as work:
             for batch in _batches(todo, batch_size):
-                found = kind_of(batch[0][1]).ask(backend, [question for _, question in batch], job.asking, sandbox)
-                lines = [{"key": key, "subject": question.subject, "row": question.row, **answer}
-                         for (key, question), answer in zip(batch, found, strict=True)]
-                if journal is not None:
-                    journal.append(*lines)
-                    kill_point("after-batch")
-                answers |= {line["key"]: line for line in lines}
-                work.advance(len(batch))
+                kind = kind_of(batch[0][1])
+                found = kind.ask(backend, [question for _, question in batch], job.asking, sandbox)
+                for part in [list(found)] if kind.TOGETHER else ([one] for one in found):
+                    lines = [_line(*batch[number], answer) for number, answer in part]
+                    if journal is not None:
+                        journal.append(*lines)
+                        kill_point("after-batch")
+                    answers |= {line["key"]: line for line in lines}
+                    work.advance(len(lines))
     return {key: answers[key] for key in keys}, answered
 
 
+def _line(key: str, question: Question, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"key": key, "subject": question.subject, "row": question.row, **answer}
+
+
 def _batches(todo: Mapping[str, Question], size: int) -> Iterator[Sequence[tuple[str, Question]]]:
-    """Questions of one kind and one subject side by side, so that what they begin with is computed once; the longest first."""
+    """Questions of one kind and one subject side by side, so that what they begin with is computed once; the longest first.
+
+    Of a kind whose answers end one by one all questions are a batch: the backend fills the place of each that has ended.
+    """
     def order(item: tuple[str, Question]) -> tuple[Any, ...]:
         question = item[1]
         return kind_of(question).NAME, question.subject, -len(question.prompt)
     batch: list[tuple[str, Question]] = []
     for item in sorted(todo.items(), key=order):
-        if batch and (len(batch) == size or kind_of(item[1]) is not kind_of(batch[0][1])):
+        kind = kind_of(item[1])
+        if batch and (kind is not kind_of(batch[0][1]) or (kind.TOGETHER and len(batch) == size)):
             yield batch
             batch = []
         batch.append(item)

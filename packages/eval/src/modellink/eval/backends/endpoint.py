@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import pairwise
 from typing import Any
 
@@ -69,8 +69,14 @@ class Endpoint:
     def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
         return list(self._pool.map(self._likelihood, requests))
 
-    def generate(self, requests: Sequence[Writing]) -> list[Written]:
-        return list(self._pool.map(self._write, requests))
+    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
+        asked = {self._pool.submit(self._write, request): number for number, request in enumerate(requests)}
+        try:
+            for done in as_completed(asked):
+                yield asked[done], done.result()
+        finally:
+            for future in asked:  # of a run that ends early
+                future.cancel()
 
     def _write(self, request: Writing) -> Written:
         body = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
