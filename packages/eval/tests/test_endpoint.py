@@ -2,12 +2,13 @@
 
 import json
 import math
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modellink.eval import Asking, Request, Writing, evaluate
+from modellink.eval import Asking, Request, Turn, Writing, evaluate
 from modellink.eval.backends.endpoint import Endpoint
 from modellink.kernels.errors import ModelLinkError
 
@@ -24,6 +25,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.mode == "busy":
             self.server.mode = ""
             self.send_error(503)
+            return
+        if self.server.mode == "breaks":
+            self.server.mode = ""
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if self.server.mode == "new" and "max_tokens" in body:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
             return
         if self.server.mode == "refuses":
             self.send_error(400, "no echo here")
@@ -116,6 +126,32 @@ def test_a_run_over_http_scores_as_one_without(data, server, endpoint, backend, 
 def test_a_server_that_is_busy_is_asked_again(endpoint, server):
     server.mode = "busy"
     assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+
+
+def test_a_connection_that_breaks_is_made_again(endpoint, server):
+    server.mode = "breaks"
+    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+
+
+def test_a_server_that_goes_away_is_named_in_the_end(endpoint, server, monkeypatch):
+    monkeypatch.setattr("modellink.eval.backends.endpoint.WAITS", (0.01, 0.01))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ModelLinkError, match="cannot be asked"):
+        list(endpoint.generate([Writing("x", (), 8)]))
+
+
+def test_newer_models_call_the_longest_answer_otherwise(endpoint, server):
+    server.mode = "new"
+    asked = [Writing((Turn("user", text),), (), 8) for text in ("one", "two")]
+    found = [dict(endpoint.generate([request]))[0].text for request in asked]
+    assert found == ["one", "two"]
+    assert ["max_tokens" in body for _, body, _ in server.asked] == [True, False, False]
+    assert server.asked[-1][1]["max_completion_tokens"] == 8
+
+
+def test_another_address_is_another_model(endpoint):
+    assert endpoint.address in endpoint.describe()["fingerprint"] and "small" in endpoint.describe()["fingerprint"]
 
 
 @pytest.mark.parametrize(("mode", "message"), [("none", "does not give the log-probabilities"), ("refuses", "answers 400")])

@@ -93,20 +93,24 @@ def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Map
     tasks = [name for name in first["tasks"] if name in second["tasks"]]
     if not tasks:
         raise ModelLinkError("the two have no task in common", where=f"{one}, {two}")
-    table = Table(title=f"{one}\n{two}", title_justify="left")
+    table = Table(title=f"{one}\n{two}", title_justify="left", caption_justify="left",
+                  caption="first and second: means over the questions that are compared, each counting the same")
     table.add_column("task")
-    for heading in ("questions", "first", "second", "difference", "better", "worse", "p"):
+    for heading in ("headlines", "questions", "first", "second", "difference", "better", "worse", "p"):
         table.add_column(heading, justify="right")
     table.add_column("test")
     notes = []
     for name in tasks:
         found = compare(read_scores(one, name), read_scores(two, name))
-        table.add_row(name, str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
+        results = [run["tasks"][name] for run in (first, second)]
+        table.add_row(name, ", ".join(f"{100 * run['accuracy']:.2f} %" for run in results), str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
                       f"{100 * (found.second - found.first):+.2f}", *("" if value is None else str(value) for value in (
                           found.better, found.worse)), f"{found.p:.3g}", found.test)
-        styles = [results["tasks"][name]["style"] for results in (first, second)]
-        if styles[0] != styles[1]:
-            notes.append(f"{name}: prompts differ, {styles[0]} and {styles[1]}")
+        for what, key in (("prompts", "style"), ("task versions", "version"), ("aggregations", "aggregation")):
+            if results[0][key] != results[1][key]:
+                notes.append(f"{name}: {what} differ, {results[0][key]} and {results[1][key]}")
+        if "macro" in (run["aggregation"] for run in results):
+            notes.append(f"{name}: its headline is the mean of its subjects (macro), which is not what the test is about")
     (console or Console()).print(table, *notes, sep="\n")
 
 
