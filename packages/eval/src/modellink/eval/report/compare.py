@@ -103,7 +103,8 @@ def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Map
     for name in tasks:
         found = compare(read_scores(one, name), read_scores(two, name))
         results = [run["tasks"][name] for run in (first, second)]
-        table.add_row(name, ", ".join(f"{100 * run['accuracy']:.2f} %" for run in results), str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
+        headlines = ", ".join(f"{100 * run['accuracy']:.2f} %" for run in results)
+        table.add_row(name, headlines, str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
                       f"{100 * (found.second - found.first):+.2f}", *("" if value is None else str(value) for value in (
                           found.better, found.worse)), f"{found.p:.3g}", found.test)
         for what, key in (("prompts", "style"), ("task versions", "version"), ("aggregations", "aggregation")):
