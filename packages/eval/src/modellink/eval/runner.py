@@ -18,6 +18,7 @@ from modellink.eval.job import Job, prepare
 from modellink.eval.journal import RESULTS, check_output, open_journal
 from modellink.eval.kinds import kind_of
 from modellink.eval.prompts import Asking, Question
+from modellink.eval.recorded import recorded_chat
 from modellink.eval.report.write import write_reports
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark, summarise
@@ -39,7 +40,8 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
         data: folders in which each task looks for its files.
         model: a checkpoint, which needs modellink-infer and runs in this process; or any Backend.
         output: folder for journals and results; with none nothing is written and nothing can be continued.
-        prompt_style: `original` or `lm-eval`; `asking` says it and more.
+        prompt_style: `original` or `lm-eval`; `asking` says it and more. Without `asking` a checkpoint that was trained with a
+            template is asked in chats.
         batch_size: questions whose choices are compared together; written answers are noted one by one.
         max_samples: the first rows of each subject only.
         sandbox: where programs a model wrote are run; without one, tasks that need it are refused.
@@ -51,7 +53,8 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
     Raises:
         ModelLinkError: see `prepare` and `check_output`; a likelihood that is no number.
     """
-    asking = asking or Asking(prompt_style)
+    if asking is None:
+        asking = Asking(prompt_style, recorded_chat(Path(model)) if isinstance(model, (str, Path)) else None)
     jobs = prepare(task, data, asking, max_samples)
     if isinstance(model, (str, Path)):
         from modellink.eval.backends.local import LocalBackend
