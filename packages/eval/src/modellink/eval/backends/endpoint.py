@@ -82,7 +82,7 @@ class Endpoint:
                 future.cancel()
 
     def _write(self, request: Writing) -> Written:
-        body = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
+        body: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
         if request.temperature:
             body["seed"] = request.seed
         if request.until:

@@ -115,11 +115,11 @@ class LocalBackend:
         self.load()
         if self.ranks > 1:
             import torch.distributed as dist
-            box = [what, asked]
+            box: list[Any] = [what, asked]
             dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)
             what, asked = box
         assert self._engine is not None
-        return _WORK[what](self._engine, asked) if what else None
+        return _WORK[what](self._engine, asked or []) if what else None
 
 
 def _texts(engine: Engine, asked: list[Any]) -> Iterator[tuple[int, str]]:

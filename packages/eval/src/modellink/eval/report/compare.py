@@ -52,19 +52,19 @@ def compare(first: Scores, second: Scores) -> Comparison:
         return _apart(list(first.values()), list(second.values()))
     changes = [second[key] - first[key] for key in shared]
     better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    means = (sum(scores[key] for key in shared) / len(shared) for scores in (first, second))
+    one, two = (sum(scores[key] for key in shared) / len(shared) for scores in (first, second))
     if all(change in (-1.0, 0.0, 1.0) for change in changes):
-        return Comparison(*means, len(shared), better, worse, sign_test(better, worse), "McNemar, exact")
+        return Comparison(one, two, len(shared), better, worse, sign_test(better, worse), "McNemar, exact")
     mean = sum(changes) / len(changes)
     spread = sum((change - mean) ** 2 for change in changes) / max(1, len(changes) - 1)
-    return Comparison(*means, len(shared), better, worse, _two_sided(mean, math.sqrt(spread / len(changes))), "paired z")
+    return Comparison(one, two, len(shared), better, worse, _two_sided(mean, math.sqrt(spread / len(changes))), "paired z")
 
 
 def sign_test(better: int, worse: int) -> float:
     """Two-sided: how often a fair coin thrown `better + worse` times falls at least as unevenly."""
     count, least = better + worse, min(better, worse)
     tail = sum(math.comb(count, number) for number in range(least + 1))
-    return min(1.0, 2 * tail / 2 ** count)
+    return min(1.0, 2 * tail / (1 << count))
 
 
 def _apart(first: list[float], second: list[float]) -> Comparison:
@@ -73,7 +73,7 @@ def _apart(first: list[float], second: list[float]) -> Comparison:
         mean = sum(scores) / len(scores)
         means.append(mean)
         errors.append(sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1) / len(scores))
-    return Comparison(*means, min(len(first), len(second)), None, None,
+    return Comparison(means[0], means[1], min(len(first), len(second)), None, None,
                       _two_sided(means[1] - means[0], math.sqrt(sum(errors))), "unpaired z")
 
 

@@ -163,7 +163,7 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
     mask = None
     if variant.slopes is not None or (variant.window is not None and variant.window < key.size(0)):
         mask = _bias(query, key.size(0), variant, None)
-    out = torch.nn.functional.scaled_dot_product_attention(
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scale, dropout_p=variant.dropout,
         enable_gqa=q.size(1) != k.size(1))
     return out.permute(2, 0, 1, 3)
@@ -188,10 +188,11 @@ def _over_a_cache(q: Tensor, k: Tensor, v: Tensor, variant: Variant, positions: 
     """
     groups, seq = k.size(1), q.size(2)
     each = q.size(1) // groups
-    out = torch.nn.functional.scaled_dot_product_attention(
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q.unflatten(1, (groups, each)).flatten(2, 3), k, v, attn_mask=_packed_bias(q, k.size(2), each, variant, positions),
         scale=variant.scale, dropout_p=variant.dropout)
-    return out.unflatten(2, (each, seq)).permute(3, 0, 1, 2, 4).flatten(2, 3)
+    joined: Tensor = out.unflatten(2, (each, seq)).permute(3, 0, 1, 2, 4).flatten(2, 3)
+    return joined
 
 
 _biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # positions to what was made of them
@@ -207,7 +208,8 @@ def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: T
         bias = _bias(q.permute(2, 0, 1, 3), keys, variant, positions)
         if variant.slopes is None:
             return bias.repeat(1, 1, each, 1)
-        return bias.unflatten(1, (-1, each)).flatten(2, 3)
+        packed: Tensor = bias.unflatten(1, (-1, each)).flatten(2, 3)
+        return packed
     if variant.slopes is not None or q.device.type != "cpu":
         return make()
     made_for = (keys, each, variant.window, q.dtype)
