@@ -71,6 +71,7 @@ class Style:
     Attributes:
         question: what stands before an answer; where the choices are given it does not end with a blank, they own it.
         subjects: patterns of the subjects it is for; with none for all of them.
+        generate: how an answer is written and judged; None where choices are compared.
         choices: an answer as the data writes it, to the text whose likelihood is measured, of equals the first one counts;
             or the name of a column of texts. None where the answer is generated.
         gold: the column of the right answer; for a column of choices, letters.
@@ -78,7 +79,8 @@ class Style:
         head: what stands before everything.
         separator: what follows the answer of each example.
         shots: how many of the task's examples are shown; None for all.
-        tokens: see `Request.alone`.
+        tokens: of a choice: `joined`, those that follow the question's where both are one text; `alone`, the last one of the
+            choice by itself.
     """
 
     question: str
@@ -130,8 +132,13 @@ class Task:
     """A benchmark.
 
     Attributes:
+        name: what it is called in commands, file names and results.
         version: goes up whenever a score may change.
+        summary: one sentence.
+        data: how the data lies on disk.
+        styles: `original`, `lm-eval` or both, each a way to ask or a list of them for some subjects each.
         shots: how many solved examples stand before a question at most.
+        examples: where they come from.
         aggregation: which accuracy is the headline: over all questions, or the mean over subjects.
         categories: name to the subjects it holds.
         names: a subject to how it is spoken of in prompts; where it is not there, its own name with blanks for underscores.
