@@ -43,7 +43,8 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     jobs = prepare(options.task, options.task_data_path, asking, options.max_eval_samples)
     rank = os.environ.get("RANK")
     first = rank in (None, "0")
-    if first and asking.chat and not (options.prompt_type or options.hf_chat_template):
+    starts = rank is None and options.layout.world_size > 1  # ranks, the first of which speaks
+    if first and not starts and asking.chat and not (options.prompt_type or options.hf_chat_template):
         print(f"note: asking in chats, in the template {asking.chat} that the checkpoint was trained with; --no-chat-template "
               "asks with plain text", file=sys.stderr)
     wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
@@ -65,7 +66,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         backend.follow()
         return
     check_output(jobs, backend.describe(), options.output)
-    if rank is None and options.layout.world_size > 1:
+    if starts:
         from modellink.core.processes import spawn
         sys.exit(spawn(options.layout.world_size, MODULE, sys.argv[1:]))
     backend.load()
