@@ -273,6 +273,19 @@ def test_positions_that_change_in_place_are_looked_at_again(qkv):
         positions += 1 - change
 
 
+def test_a_mask_too_large_to_be_repeated_is_not(qkv, monkeypatch):
+    attention = importlib.import_module("modellink.kernels.ops.attention")
+    monkeypatch.setattr(attention, "_packed_bias", None)
+    monkeypatch.setattr(attention, "_PACKED", 2 * 2 * 7 * 2 - 1)  # heads of a group, batch, keys, queries
+    positions = torch.tensor([[4, 5], [2, 3]])
+    for variant in (Variant(0.3), Variant(0.3, window=2), Variant(0.3, slopes=alibi_slopes(6))):
+        args = (qkv[0][:2], *qkv[1:], variant, positions)
+        torch.testing.assert_close(ops.attention(*args), attention.plain(*args), atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(attention, "_PACKED", 2 * 2 * 7 * 2)
+    with pytest.raises(TypeError):  # now it would be
+        ops.attention(*args)
+
+
 def test_the_mask_of_a_pass_is_made_once(qkv, monkeypatch):
     attention = importlib.import_module("modellink.kernels.ops.attention")
     made, make, held = [], attention._bias, len(attention._biases)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from modellink.kernels.ops.door import form_of
 
+_PACKED = 1 << 24  # the most numbers in a mask over a cache on a CPU with a copy for each head of a group, 64 MB in fp32
 # What torch_npu's documentation of npu_fusion_attention says of it.
 _NPU_MASK = 2048  # the size of its compressed masks
 _NPU_DIM, _NPU_HEADS = 768, 256  # the most it takes
@@ -158,11 +159,12 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
     if variant.documents is not None:
         return _by_document(query, key, value, variant, variant.documents.ends)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-    if positions is not None:
+    each, numbers = q.size(1) // k.size(1), q.size(0) * q.size(2) * k.size(2)
+    if positions is not None and query.device.type == "cpu" and each * numbers <= _PACKED:
         return _over_a_cache(q, k, v, variant, positions)
     mask = None
-    if variant.slopes is not None or (variant.window is not None and variant.window < key.size(0)):
-        mask = _bias(query, key.size(0), variant, None)
+    if positions is not None or variant.slopes is not None or (variant.window is not None and variant.window < key.size(0)):
+        mask = _bias(query, key.size(0), variant, positions)
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scale, dropout_p=variant.dropout,
         enable_gqa=q.size(1) != k.size(1))
@@ -201,8 +203,8 @@ _biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # positions to wha
 def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: Tensor) -> Tensor:
     """`_bias` as [batch, groups or 1, `each` heads of a group x seq, keys].
 
-    All layers of a pass have the same positions. On a CPU what is made of them is kept as long as they are; elsewhere it may
-    be part of a captured graph, which makes it anew from other positions in the same memory.
+    All layers of a pass have the same positions: what is made of them is kept as long as they are. (On a CPU: a captured graph
+    makes it anew, from other positions in the same memory.)
     """
     def make() -> Tensor:
         bias = _bias(q.permute(2, 0, 1, 3), keys, variant, positions)
@@ -210,7 +212,7 @@ def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: T
             return bias.repeat(1, 1, each, 1)
         packed: Tensor = bias.unflatten(1, (-1, each)).flatten(2, 3)
         return packed
-    if variant.slopes is not None or q.device.type != "cpu":
+    if variant.slopes is not None:
         return make()
     made_for = (keys, each, variant.window, q.dtype)
     held = _biases.get(positions)
