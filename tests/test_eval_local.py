@@ -178,6 +178,21 @@ def test_a_killed_run_continues_on_two_ranks(folder: Path, tmp_path: Path) -> No
     assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
+def test_written_answers_go_on_on_two_ranks_and_are_noted_one_by_one(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = ("--task", tmp_path / "own.yaml", "--task-data-path", DATA, "--load", folder, "--device", "cpu", "--prompt-style",
+             "lm-eval")
+    assert run(*words, "--output", tmp_path / "whole").returncode == 0
+    words = (*words, "--output", tmp_path / "out", "--evaluation-batch-size", 3)
+    assert start(*words, MODELLINK_KILL_AT="after-batch").returncode < 0
+    assert len(lines(tmp_path / "out", "own")) == 1
+    done = start(*words, "--tp", 2)
+    assert done.returncode == 0 and "1 answered before" in done.stdout, done.stderr
+    texts = [{line["key"]: line["texts"] for line in lines(tmp_path / place, "own")} for place in ("whole", "out")]
+    assert texts[0] == texts[1] and len(lines(tmp_path / "out", "own")) == len(texts[0])
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
 def test_two_stages_give_the_same(folder: Path, evaluated: tuple[str, Path, str], tmp_path: Path) -> None:
     style, out, _ = evaluated
     if style == "original":
@@ -235,6 +250,22 @@ def test_our_server_gives_what_the_model_gives_here(folder: Path, served: str, t
     assert texts[0] == texts[1] and len({text for (text,) in texts[0].values()}) > 10
     scores = [results(tmp_path / place)["tasks"] for place in ("here", "there")]
     assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_texts_are_written_by_the_compiled_step_where_it_is_the_model(folder: Path, dtype: Any) -> None:
+    from modellink.eval import Writing
+    from modellink.eval.backends.local import LocalBackend
+    from modellink.infer.native import compiled
+    backend = LocalBackend(folder, device="cpu", dtype=dtype, batch_size=2)
+    backend.load()
+    network = backend._engine.network
+    assert (network.step is not None) == (dtype == "float32" and compiled.step() is not None)
+    asked = [Writing(f"word {number} " * (number + 1), (), 6 + number) for number in range(5)]
+    found = dict(backend.generate(asked))
+    assert sorted(found) == list(range(5)) and next(iter(backend.generate(asked)))[0] == 0  # the shortest, before the others
+    network.step = None
+    assert dict(backend.generate(asked)) == found and len({text.text for text in found.values()}) > 3
 
 
 def test_another_precision_is_another_model(folder: Path, evaluated: tuple[str, Path, str]) -> None:

@@ -39,10 +39,12 @@ class NgramBackend:
 
     def generate(self, requests):
         """The end of what was asked, a digit of its length and `The answer is N.`: some of it is right by luck."""
-        time.sleep(self.pause)
         self.asked += requests
-        return [Written(f" {len(request.context) % 7} so the answer is {len(request.context) % 3}. The answer is "
-                        f"{len(request.context) % 5}." if len(request.context) % 4 else " no idea") for request in requests]
+        for number, request in reversed(list(enumerate(requests))):  # in an order of its own
+            time.sleep(self.pause)
+            length = len(request.context)
+            yield number, Written(f" {length % 7} so the answer is {length % 3}. The answer is {length % 5}."
+                                  if length % 4 else " no idea")
 
     def _one(self, request, learned):
         text = request.continuation[-1:] if request.alone else request.continuation

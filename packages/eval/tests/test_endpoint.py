@@ -2,12 +2,13 @@
 
 import json
 import math
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modellink.eval import Asking, Request, Writing, evaluate
+from modellink.eval import Asking, Request, Turn, Writing, evaluate
 from modellink.eval.backends.endpoint import Endpoint
 from modellink.kernels.errors import ModelLinkError
 
@@ -25,6 +26,15 @@ class Handler(BaseHTTPRequestHandler):
             self.server.mode = ""
             self.send_error(503)
             return
+        if self.server.mode == "breaks":
+            self.server.mode = ""
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if self.server.mode == "new" and "max_tokens" in body:
+            self.send_response(400)
+            self.end_headers()
+            self.wfile.write(b"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.")
+            return
         if self.server.mode == "refuses":
             self.send_error(400, "no echo here")
             return
@@ -33,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("echo"):
             self.give({"choices": [{"text": body["prompt"], "logprobs": self.logprobs(body["prompt"] + "!")}]})
         else:
-            (written,) = self.server.model.generate([Writing(body["prompt"], (), 8)])
+            ((_, written),) = self.server.model.generate([Writing(body["prompt"], (), 8)])
             self.give({"choices": [{"text": written.text}]})
 
     def logprobs(self, text):
@@ -97,8 +107,8 @@ def test_the_bytes_of_a_character_all_belong_to_the_choice(endpoint, server, mon
 def test_texts_and_chats_end_at_the_stops_also_those_not_sent(endpoint, server):
     until = ("#", "@", "^", "~", "is")
     request = Writing("seven ", until, 8)
-    (direct,) = server.model.generate([request])
-    assert "is" in direct.text and endpoint.generate([request])[0].text == direct.text.split("is")[0]
+    ((_, direct),) = server.model.generate([request])
+    assert "is" in direct.text and dict(endpoint.generate([request]))[0].text == direct.text.split("is")[0]
     path, body, _ = server.asked[-1]
     assert path.endswith("/completions") and len(body["stop"]) == 4 and (body["max_tokens"], body["temperature"]) == (8, 0)
 
@@ -115,7 +125,33 @@ def test_a_run_over_http_scores_as_one_without(data, server, endpoint, backend, 
 
 def test_a_server_that_is_busy_is_asked_again(endpoint, server):
     server.mode = "busy"
-    assert endpoint.generate([Writing("x", (), 8)]) and len(server.asked) == 2
+    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+
+
+def test_a_connection_that_breaks_is_made_again(endpoint, server):
+    server.mode = "breaks"
+    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+
+
+def test_a_server_that_goes_away_is_named_in_the_end(endpoint, server, monkeypatch):
+    monkeypatch.setattr("modellink.eval.backends.endpoint.WAITS", (0.01, 0.01))
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ModelLinkError, match="cannot be asked"):
+        list(endpoint.generate([Writing("x", (), 8)]))
+
+
+def test_newer_models_call_the_longest_answer_otherwise(endpoint, server):
+    server.mode = "new"
+    asked = [Writing((Turn("user", text),), (), 8) for text in ("one", "two")]
+    found = [dict(endpoint.generate([request]))[0].text for request in asked]
+    assert found == ["one", "two"]
+    assert ["max_tokens" in body for _, body, _ in server.asked] == [True, False, False]
+    assert server.asked[-1][1]["max_completion_tokens"] == 8
+
+
+def test_another_address_is_another_model(endpoint):
+    assert endpoint.address in endpoint.describe()["fingerprint"] and "small" in endpoint.describe()["fingerprint"]
 
 
 @pytest.mark.parametrize(("mode", "message"), [("none", "does not give the log-probabilities"), ("refuses", "answers 400")])
@@ -134,7 +170,7 @@ def test_which_model(server, monkeypatch):
     with pytest.raises(ModelLinkError, match="no model three"):
         Endpoint(address, "three")
     with Endpoint(address, "two") as endpoint:
-        endpoint.generate([Writing("x", (), 8)])
+        list(endpoint.generate([Writing("x", (), 8)]))
     assert server.asked[-1][1]["model"] == "two" and server.asked[-1][2] == "Bearer key"
 
 

@@ -2,11 +2,13 @@
 
 import csv
 import math
+import sys
 
 import pytest
+from rich.console import Console
 
 from modellink.eval import evaluate
-from modellink.eval.report.compare import compare, sign_test
+from modellink.eval.report.compare import compare, print_comparison, sign_test
 
 
 def scores(*values, offset=0):
@@ -45,6 +47,25 @@ def test_two_runs_side_by_side(command, data, ngram, tmp_path):
     assert "prompts differ, original and lm-eval" in done.stdout and "mmlu" not in done.stdout
     (tmp_path / "two" / "boolq.questions.csv").unlink()
     assert "questions of a run are missing" in command("report", tmp_path / "one", tmp_path / "two").stderr
+
+
+def test_headlines_stand_beside_the_means_that_are_compared(tmp_path, capsys):
+    """Two subjects of which one has more questions: macro and micro go different ways."""
+    results = []
+    for run, (large, small) in enumerate((((1, 1, 1, 0), (0,)), ((1, 1, 0, 0), (1,)))):
+        folder = tmp_path / str(run)
+        folder.mkdir()
+        rows = [f"{number},{subject},{number},{score},0,,," for subject, marks in (("large", large), ("small", small))
+                for number, score in enumerate(marks)]
+        (folder / "exam.questions.csv").write_text("digest,subject,row,score,unparsed,margin,answer,right\n" + "\n".join(rows))
+        macro = (sum(large) / 4 + sum(small)) / 2
+        results.append({"tasks": {"exam": {"accuracy": macro, "style": "original", "version": 1 + run, "aggregation": "macro"}}})
+    print_comparison(tmp_path / "0", tmp_path / "1", *results, Console(width=140, file=sys.stdout))
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if "McNemar" in line]
+    assert "37.50 %, 75.00 %" in row and row.count("60.00 %") == 2 and "+0.00" in row
+    assert "task versions differ, 1 and 2" in printed and "mean of its subjects (macro)" in printed
+    assert "means over the questions that are compared" in printed
 
 
 def test_tables_for_programs_and_a_page_for_people(data, backend, tmp_path):

@@ -132,6 +132,25 @@ def test_a_run_killed_at_random_moments_continues_to_the_same_results(data, back
     assert len(lines(journal)) == {"mmlu": 24, "gsm8k": 13}[task]
 
 
+def test_a_written_answer_is_noted_as_soon_as_it_is_there(data, tmp_path, start, ngram):
+    out = tmp_path / "out"
+    assert start("gsm8k", data, out, "lm-eval", 32, MODELLINK_KILL_AT="after-batch").wait() == -signal.SIGKILL
+    assert len(lines(out / "gsm8k.journal.jsonl")) == 2  # the header and the first one
+    again = ngram.NgramBackend()
+    found = evaluate("gsm8k", data, again, out, prompt_style="lm-eval")
+    assert (len(again.asked), found["run"]["gsm8k"]["found answered"]) == (11, 1)
+    evaluate("gsm8k", data, ngram.NgramBackend(), tmp_path / "whole", prompt_style="lm-eval")
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_an_answer_that_a_backend_leaves_out_is_no_wrong_one(data, ngram):
+    class Lazy(ngram.NgramBackend):
+        def generate(self, requests):
+            yield from list(super().generate(requests))[2:]
+    with pytest.raises(ModelLinkError, match="2 of 12 questions have no answer"):
+        evaluate("gsm8k", data, Lazy())
+
+
 def test_a_line_that_was_cut_off_is_answered_again(data, backend, tmp_path, ngram):
     evaluate("boolq", data, backend, tmp_path / "out")
     journal, before = tmp_path / "out" / "boolq.journal.jsonl", results(tmp_path / "out")

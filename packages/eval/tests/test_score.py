@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from modellink.eval import load_task
+from modellink.eval import Asking, load_task
+from modellink.eval.kinds import programs
 from modellink.eval.kinds.choices import choose, per_character
 from modellink.eval.kinds.programs import complete, pass_at_k
 from modellink.eval.score import Mark, accuracy, macro, summarise
@@ -54,7 +55,30 @@ def test_pass_at_k_is_the_share_of_choices_of_k_with_one_that_passes():
 
 
 def test_a_program_is_the_prompt_and_what_follows_or_the_block_of_a_chat():
-    assert complete("def f():\n", "    return 1\n") == "def f():\n    return 1\n"
+    assert complete("def f():\n", "    return 1\n", chat=False) == "def f():\n    return 1\n"
     names = {}
-    exec(complete('import math\ndef f():\n    """Doc."""\n', "Sure:\n```python\ndef f():\n    return math.pi\n```\nDone."), names)
+    exec(complete('import math\ndef f():\n    """Doc."""\n', "Sure:\n```python\ndef f():\n    return math.pi\n```\nDone.",
+                  chat=True), names)
     assert names["f"]() == math.pi
+
+
+@pytest.mark.parametrize(("text", "chat"), [
+    ("    return a + b\n```\n", False), ("    return a + b\n```\nThis adds.\n```python\nf(1, 2)\n```", False),
+    ("```python\ndef f(a, b):\n    return a + b\n```\nIt adds.", False), ("    return a + b\n```\n", True),
+    ("It is\n```\n    return a + b\n```", True)])
+def test_a_fence_ends_a_program_and_begins_one_in_a_chat_or_at_the_beginning(text, chat):
+    names = {}
+    exec(complete("def f(a, b):\n", text, chat=chat), names)
+    assert names["f"](1, 2) == 3
+
+
+def test_pass_at_the_number_of_samples_is_always_there():
+    found = programs.mark(None, {"outcomes": ["failed: x", "passed", "failed: x"], "texts": ["", "", ""]})
+    assert found.also == pytest.approx({"pass@1": 1 / 3, "pass@2": 2 / 3, "pass@3": 1})
+
+
+def test_a_label_names_what_matters_to_the_task():
+    asking = Asking("lm-eval", max_new_tokens=9, samples=3, temperature=0.8)
+    assert asking.label(written=False, programs=False) == "lm-eval"
+    assert asking.label(written=True, programs=False) == "lm-eval, at most 9 tokens, temperature 0.8, top-p 1, seed 0"
+    assert "3 samples, temperature 0.8" in asking.label(written=True, programs=True)

@@ -119,6 +119,27 @@ def test_agieval_lm_eval(agieval):
     assert texts.mark(maths, {"texts": [" hm"]}).unparsed
 
 
+@pytest.mark.parametrize(("style", "shots"), [("original", 2), ("lm-eval", 0)])
+def test_examples_that_are_not_shown_are_not_counted_nor_needed(agieval, backend, style, shots):
+    if not shots:
+        (agieval / "few_shot_prompts.csv").unlink()
+    found = evaluate("agieval", agieval, backend, prompt_style=style)["tasks"]["agieval"]
+    assert found["shots"] == shots
+
+
+def test_the_examples_of_a_style_are_counted(data, backend):
+    for style, shots in (("original", 3), ("lm-eval", 8)):
+        assert evaluate("gsm8k", data, backend, prompt_style=style)["tasks"]["gsm8k"]["shots"] == shots
+
+
+def test_a_row_whose_answer_has_no_number_is_named(data, write_jsonl):
+    path = write_jsonl(data / "gsm8k" / "test.jsonl", [{"question": "q", "answer": answer} for answer in ("One.\n#### 1", "5")])
+    for style in ("original", "lm-eval"):
+        with pytest.raises(ModelLinkError, match="the right answer is missing") as caught:
+            questions("gsm8k", data, style)
+        assert f"{path}, row 2" in str(caught.value)
+
+
 def test_an_answer_that_is_no_option_is_named(agieval, write_jsonl):
     path = write_jsonl(agieval / "v1" / "sat-math.jsonl", [AGIEVAL[0][1], AGIEVAL[0][1] | {"label": "E"}])
     with pytest.raises(ModelLinkError, match="label is 'E', it must be one of A, B") as caught:
@@ -155,7 +176,7 @@ def test_written_answers_are_scored_counted_and_listed(data, backend, tmp_path):
     found = evaluate("gsm8k", data, backend, tmp_path / "out", prompt_style="lm-eval")["tasks"]["gsm8k"]
     right = unparsed = 0
     for number, request in enumerate(list(backend.asked)):
-        said = re.search(r"The answer is (\d)", backend.generate([request])[0].text)
+        said = re.search(r"The answer is (\d)", dict(backend.generate([request]))[0].text)
         unparsed += said is None
         gold = re.search(r"Ann has (\d+)", request.context[request.context.rindex("Q:"):])
         right += said is not None and int(said[1]) == int(gold[1]) % 5
@@ -202,7 +223,7 @@ class Coder:
         return {"fingerprint": "coder"}
 
     def generate(self, requests):
-        return [Written(f"    return {1 + request.seed % 2}\n") for request in requests]
+        return [(number, Written(f"    return {1 + request.seed % 2}\n")) for number, request in enumerate(requests)]
 
 
 def test_programs_are_run_only_where_that_is_allowed(tmp_path):
@@ -214,7 +235,8 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
     assert "--allow-code-execution" in str(caught.value) and not (tmp_path / "out").exists()
     found = evaluate("humaneval", tmp_path, Coder(), tmp_path / "out", sandbox=Sandbox("none"),
                      asking=Asking("lm-eval", samples=4, temperature=0.8))["tasks"]["humaneval"]
-    assert found["accuracy"] == 0.5 and found["micro"]["also"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6)}
+    assert found["accuracy"] == 0.5 and found["micro"]["also"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6),
+                                                                     "pass@4": 1}
     (line,) = (tmp_path / "out" / "humaneval.journal.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["outcomes"] == ["passed", "failed: AssertionError"] * 2
     with pytest.raises(ModelLinkError, match="one text 3 times"):

@@ -7,9 +7,10 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from modellink.data_prep import Tokenizer
-from modellink.eval import Request
+from modellink.eval import Request, Writing
 from modellink.eval.backends.fingerprint import SAMPLE_BYTES, SAMPLES, fingerprint
 from modellink.eval.backends.tokens import Encoder, leading_tokens
+from modellink.kernels.errors import ModelLinkError
 
 TEXTS = [pydoc_data.topics.topics[name] for name in ("assert", "with", "yield", "numbers")]
 
@@ -97,3 +98,27 @@ def test_a_fingerprint_changes_with_name_size_content_and_words(tmp_path):
         assert fingerprint([path], "float32") != first
     path.write_bytes(content)
     assert fingerprint([path.rename(tmp_path / "others")], "float32") != first
+
+
+def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
+    """As in the harness: the beginning token, or where there is none the end token; a text that brings it keeps one."""
+    engine = tokenizers.Tokenizer.from_str(byte_level_text(byte_level))
+    engine.post_processor = processors.ByteLevel()
+    engine.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
+    assert encode.leading == [] and encode.tokenizer.bos_token_id is not None
+    text = encode.tokenizer.encode("Yes No")
+    assert encode(Request("", "Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
+    assert encode(Request("", "<s>Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
+    assert encode.prompt(Writing("", (), 5)) == ([encode.tokenizer.bos_token_id], 0)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
+    assert texts(encode.tokenizer, encode(Request("", "Yes No")).context) == ["</s>"]
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ModelLinkError, match="neither a beginning nor an end token"):
+        Encoder(Tokenizer.from_folder(tmp_path), 100)(Request("", "Yes"))
+
+
+def byte_level_text(tokenizer):
+    return (tokenizer.folder / "tokenizer.json").read_text(encoding="utf-8")

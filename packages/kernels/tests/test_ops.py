@@ -259,6 +259,46 @@ def test_attention_over_a_cache_sees_up_to_each_rows_position(qkv):
     torch.testing.assert_close(out[0], torch.stack([whole[5, 0], whole[3, 1]]), atol=1e-6, rtol=1e-5)
 
 
+def test_positions_that_change_in_place_are_looked_at_again(qkv):
+    """What is made of them is kept for the other layers of a pass, and for nothing else."""
+    _, key, value = qkv
+    new, positions = qkv[0][:2], torch.tensor([[4, 5], [2, 3]])
+    plain = importlib.import_module("modellink.kernels.ops.attention").plain
+    for change in range(2):
+        for variant in (Variant(0.3), Variant(0.3, window=2), Variant(0.3, slopes=alibi_slopes(6))):
+            for end in (7, 6):
+                q, k, v = (x.double() if change else x for x in (new, key[:end], value[:end]))
+                torch.testing.assert_close(ops.attention(q, k, v, variant, positions), plain(q, k, v, variant, positions),
+                                           atol=1e-6, rtol=1e-5)
+        positions += 1 - change
+
+
+def test_a_mask_too_large_to_be_repeated_is_not(qkv, monkeypatch):
+    attention = importlib.import_module("modellink.kernels.ops.attention")
+    monkeypatch.setattr(attention, "_packed_bias", None)
+    monkeypatch.setattr(attention, "_PACKED", 2 * 2 * 7 * 2 - 1)  # heads of a group, batch, keys, queries
+    positions = torch.tensor([[4, 5], [2, 3]])
+    for variant in (Variant(0.3), Variant(0.3, window=2), Variant(0.3, slopes=alibi_slopes(6))):
+        args = (qkv[0][:2], *qkv[1:], variant, positions)
+        torch.testing.assert_close(ops.attention(*args), attention.plain(*args), atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(attention, "_PACKED", 2 * 2 * 7 * 2)
+    with pytest.raises(TypeError):  # now it would be
+        ops.attention(*args)
+
+
+def test_the_mask_of_a_pass_is_made_once(qkv, monkeypatch):
+    attention = importlib.import_module("modellink.kernels.ops.attention")
+    made, make, held = [], attention._bias, len(attention._biases)
+    monkeypatch.setattr(attention, "_bias", lambda *args: made.append(args) or make(*args))
+    with torch.inference_mode():
+        positions = torch.tensor([[4, 5], [2, 3]])
+        for _ in range(5):
+            ops.attention(qkv[0][:2], *qkv[1:], Variant(0.3), positions)
+    assert len(made) == 1
+    del positions, made[:]
+    assert len(attention._biases) == held  # not longer than the pass
+
+
 def test_rotary_turns_pairs_and_leaves_the_rest():
     x = torch.randn(3, 1, 2, 6)
     angle = torch.tensor([0.3, 1.1]).repeat(2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -41,10 +41,12 @@ class Subject:
     about: str = ""
 
 
-def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None = None) -> list[Subject]:
+def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None = None,
+                  shots: Callable[[str], int] | None = None) -> list[Subject]:
     """Everything of a task below the folders, sorted by subject.
 
     Args:
+        shots: how many examples of a subject are shown; None for the most the task has. Where it is none, no file is needed.
         max_samples: take only that many rows of each subject, from its beginning; the rows after them are checked too.
 
     Raises:
@@ -56,7 +58,7 @@ def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None =
         rows = list(read_rows(path, task.data))
         if not rows:
             raise ModelLinkError("the file has no rows", where=path)
-        examples, about = read_examples(task, name, path)
+        examples, about = read_examples(task, name, path, task.shots if shots is None else shots(name))
         subjects.append(Subject(name, path, rows[:max_samples], examples, about))
     return subjects
 

@@ -26,23 +26,23 @@ Found = tuple[Sequence[Mapping[str, Any]], str]
 STEPS = re.compile(r"\nA: Let's think step by step\.\s")  # sports_understanding goes on in the same line
 
 
-def read_examples(task: Task, subject: str, path: Path) -> Found:
-    """At most the task's `shots` examples of a subject, and what stands before them.
+def read_examples(task: Task, subject: str, path: Path, shots: int) -> Found:
+    """At most `shots` examples of a subject, and what stands before them.
 
     Raises:
         ModelLinkError: the file is not there, or is broken, or holds too few.
     """
     source = task.examples
-    if not task.shots or source is None:
+    if not shots or source is None:
         return [], ""
     if source.file is None:
-        return source.samples[:task.shots], ""
+        return source.samples[:shots], ""
     place = _find(source, subject, path)
     found, about = _READERS[source.reader](place, subject, task.data)
     # a dev file has as many rows as are asked for; a paper's prompts have what they have
-    if not found or (source.reader == "rows" and len(found) < task.shots):
-        raise ModelLinkError(f"{len(found)} rows, {task.name} needs {task.shots} examples", where=place)
-    return found[:task.shots], about
+    if not found or (source.reader == "rows" and len(found) < shots):
+        raise ModelLinkError(f"{len(found)} rows, {task.name} needs {shots} examples", where=place)
+    return found[:shots], about
 
 
 def _find(source: Examples, subject: str, path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +30,14 @@ class Job:
     def runs_code(self) -> bool:
         return any(question.generate is not None and question.generate.test for question in self.questions)
 
+    @property
+    def style(self) -> str:
+        """How it is asked, in a few words."""
+        return self.asking.label(written=any(question.generate for question in self.questions), programs=self.runs_code)
+
     def header(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """The first line of its journal."""
-        return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.asking.label,
+        return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.style,
                 "model": dict(model)}
 
 
@@ -62,7 +68,8 @@ def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence
             item.chat_style(asking.language)
     jobs = []
     for item in tasks:
-        subjects = read_subjects(item, folders, max_samples)
+        shots = functools.partial(item.shown, asking.style, language=asking.chat_language)
+        subjects = read_subjects(item, folders, max_samples, shots)
         questions = [question for subject in subjects for question in make_questions(item, asking, subject)]
         jobs.append(Job(item, asking, subjects, questions))
     return jobs

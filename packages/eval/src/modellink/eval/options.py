@@ -8,6 +8,7 @@ from typing import Literal
 
 from modellink.eval.backends.tokens import HF_CHAT
 from modellink.eval.prompts import Asking
+from modellink.eval.recorded import recorded_chat
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
@@ -26,11 +27,13 @@ class RunOptions:
     endpoint_model: str | None = option(None, "The model to ask the server for; the only one it lists where nothing is said.")
     prompt_style: Literal["original", "lm-eval"] = option("original", "Whose prompts: the original ModelLink's, or those of "
                                                           "lm-evaluation-harness.")
-    prompt_type: str | None = option(None, "Ask in chats, in the template of this name (see modellink-data-prep).")
+    prompt_type: str | None = option(None, "Ask in chats, in the template of this name (see modellink-data-prep); where nothing "
+                                     "is said, in the one the checkpoint says it was trained with.")
     hf_chat_template: bool = option(False, "Ask in chats, in the template of the model's tokenizer.")
-    no_chat_template: bool = option(False, "Ask with plain text, which is what happens where no template is named.")
+    no_chat_template: bool = option(False, "Ask with plain text, also a checkpoint that was trained with a template.")
     eval_language: Literal["en", "zh"] = option("en", "Language of the words around a question in a chat.")
-    evaluation_batch_size: int = option(32, "Questions that are computed and noted together.", minimum=1)
+    evaluation_batch_size: int = option(32, "Questions that are computed together; those whose choices are compared "
+                                                 "are noted together too.", minimum=1)
     max_eval_samples: int | None = option(None, "Only the first questions of each subject.", minimum=1)
     max_new_tokens: int | None = option(None, "Longest written answer; the task's where nothing is said.", minimum=1)
     num_samples: int = option(1, "Programs written for each question, for pass@k.", minimum=1)
@@ -79,7 +82,9 @@ class RunOptions:
                               num_layer_list=self.num_layer_list)
 
     def asking(self) -> Asking:
-        """How the questions are asked."""
+        """How the questions are asked: in the template that is named, else in the one the checkpoint was trained with."""
         chat = HF_CHAT if self.hf_chat_template else self.prompt_type
+        if chat is None and self.load is not None and not self.no_chat_template:
+            chat = recorded_chat(self.load)
         return Asking(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,
                       self.top_p, self.seed)

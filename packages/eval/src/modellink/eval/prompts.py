@@ -48,13 +48,18 @@ class Asking:
     seed: int = 0
 
     @property
-    def label(self) -> str:
-        """A few words for results and journals."""
+    def chat_language(self) -> str | None:
+        return self.language if self.chat else None
+
+    def label(self, *, written: bool, programs: bool) -> str:
+        """A few words for results and journals, without what does not matter where answers are not written, or no programs."""
         words = [self.style, *([f"chat {self.chat} {self.language}"] if self.chat else [])]
-        if self.max_new_tokens is not None:
+        if written and self.max_new_tokens is not None:
             words.append(f"at most {self.max_new_tokens} tokens")
-        if self.samples > 1 or self.temperature:
-            words.append(f"{self.samples} samples, temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}")
+        if programs and (self.samples > 1 or self.temperature):
+            words.append(f"{self.samples} samples")
+        if written and self.temperature:
+            words.append(f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {self.seed}")
         return ", ".join(words)
 
 
@@ -65,7 +70,6 @@ class Question:
     Attributes:
         row: its number in the file, from 1.
         digest: of the row; the same whatever the prompt.
-        head: what all questions of a subject begin with, examples included.
         context: what the model is given: a text, or the turns of a chat.
         choices: the texts whose likelihoods are compared; none where an answer is generated.
         golds: the indices of the right ones.
@@ -78,7 +82,6 @@ class Question:
     subject: str
     row: int
     digest: str
-    head: str
     context: Context
     choices: tuple[str, ...] = ()
     golds: tuple[int, ...] = ()
@@ -109,9 +112,8 @@ def make_questions(task: Task, asking: Asking, subject: Subject) -> Iterator[Que
     Raises:
         ModelLinkError: a style the task does not have, a template that does not work, a right answer that is no choice.
     """
-    style = task.style(asking.style, subject.name)
     chat = task.chat_style(asking.language) if asking.chat else None
-    writer = _Writer(task, chat or style, subject)
+    writer = _Writer(task, task.way(asking.style, subject.name, asking.chat_language), subject)
     for row in subject.rows:
         question = writer.question(row, asking)
         if asking.chat:
@@ -127,15 +129,14 @@ class _Writer:
     def __init__(self, task: Task, style: Style, subject: Subject) -> None:
         self.task, self.style, self.subject = task, style, subject
         self.spoken = task.spoken(subject.name)
-        examples = subject.examples[:style.shots]
         self.opening = self._render(style.head, {"about": subject.about})
         self.asked = [(self._render(style.question, values, number, example=True), self._answer(values, number))
-                      for number, values in enumerate(examples, 1)]
+                      for number, values in enumerate(subject.examples, 1)]
         self.head = self.opening + "".join(question + answer + style.separator for question, answer in self.asked)
 
     def question(self, row: Row, asking: Asking) -> Question:
         context = self.head + self._ask(row)
-        found = Question(self.subject.name, row.number, _digest(row.values), self.head, context)
+        found = Question(self.subject.name, row.number, _digest(row.values), context)
         style = self.style
         if style.generate is not None:
             generate = style.generate if asking.max_new_tokens is None else replace(

@@ -18,6 +18,7 @@ from modellink.eval.job import Job, prepare
 from modellink.eval.journal import RESULTS, check_output, open_journal
 from modellink.eval.kinds import kind_of
 from modellink.eval.prompts import Asking, Question
+from modellink.eval.recorded import recorded_chat
 from modellink.eval.report.write import write_reports
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark, summarise
@@ -39,8 +40,9 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
         data: folders in which each task looks for its files.
         model: a checkpoint, which needs modellink-infer and runs in this process; or any Backend.
         output: folder for journals and results; with none nothing is written and nothing can be continued.
-        prompt_style: `original` or `lm-eval`; `asking` says it and more.
-        batch_size: questions that are computed and noted together.
+        prompt_style: `original` or `lm-eval`; `asking` says it and more. Without `asking` a checkpoint that was trained with a
+            template is asked in chats.
+        batch_size: questions whose choices are compared together; written answers are noted one by one.
         max_samples: the first rows of each subject only.
         sandbox: where programs a model wrote are run; without one, tasks that need it are refused.
         show: show progress on stderr.
@@ -51,7 +53,8 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
     Raises:
         ModelLinkError: see `prepare` and `check_output`; a likelihood that is no number.
     """
-    asking = asking or Asking(prompt_style)
+    if asking is None:
+        asking = Asking(prompt_style, recorded_chat(Path(model)) if isinstance(model, (str, Path)) else None)
     jobs = prepare(task, data, asking, max_samples)
     if isinstance(model, (str, Path)):
         from modellink.eval.backends.local import LocalBackend
@@ -112,25 +115,34 @@ def _answer(job: Job, backend: Backend, model: Mapping[str, Any], output: Path |
         todo = {key: question for key, question in zip(keys, job.questions, strict=True) if key not in answers}
         with Work(f"answering {job.task.name}", len(todo), unit="questions", show=show) as work:
             for batch in _batches(todo, batch_size):
-                found = kind_of(batch[0][1]).ask(backend, [question for _, question in batch], job.asking, sandbox)
-                lines = [{"key": key, "subject": question.subject, "row": question.row, **answer}
-                         for (key, question), answer in zip(batch, found, strict=True)]
-                if journal is not None:
-                    journal.append(*lines)
-                    kill_point("after-batch")
-                answers |= {line["key"]: line for line in lines}
-                work.advance(len(batch))
+                kind = kind_of(batch[0][1])
+                found = kind.ask(backend, [question for _, question in batch], job.asking, sandbox)
+                for part in [list(found)] if kind.TOGETHER else ([one] for one in found):
+                    lines = [_line(*batch[number], answer) for number, answer in part]
+                    if journal is not None:
+                        journal.append(*lines)
+                        kill_point("after-batch")
+                    answers |= {line["key"]: line for line in lines}
+                    work.advance(len(lines))
     return {key: answers[key] for key in keys}, answered
 
 
+def _line(key: str, question: Question, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"key": key, "subject": question.subject, "row": question.row, **answer}
+
+
 def _batches(todo: Mapping[str, Question], size: int) -> Iterator[Sequence[tuple[str, Question]]]:
-    """Questions of one kind and one subject side by side, so that what they begin with is computed once; the longest first."""
+    """Questions of one kind and one subject side by side, so that what they begin with is computed once; the longest first.
+
+    Of a kind whose answers end one by one all questions are a batch: the backend fills the place of each that has ended.
+    """
     def order(item: tuple[str, Question]) -> tuple[Any, ...]:
         question = item[1]
         return kind_of(question).NAME, question.subject, -len(question.prompt)
     batch: list[tuple[str, Question]] = []
     for item in sorted(todo.items(), key=order):
-        if batch and (len(batch) == size or kind_of(item[1]) is not kind_of(batch[0][1])):
+        kind = kind_of(item[1])
+        if batch and (kind is not kind_of(batch[0][1]) or (kind.TOGETHER and len(batch) == size)):
             yield batch
             batch = []
         batch.append(item)
@@ -143,7 +155,7 @@ def _result(job: Job, answers: Mapping[str, Any], marks: Sequence[Mark]) -> dict
     for question, mark in zip(job.questions, marks, strict=True):
         by_subject[question.subject].append(mark)
     example = job.questions[0]
-    return {"version": job.task.version, "style": job.asking.label,
+    return {"version": job.task.version, "style": job.style,
             "shots": max(len(subject.examples) for subject in job.subjects),
             "score": ", ".join(sorted({kind_of(question).NAME for question in job.questions})),
             **summarise(by_subject, job.task),

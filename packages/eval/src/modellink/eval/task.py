@@ -45,7 +45,7 @@ class Generate:
         extract: ways to find the answer in the text, by name; the first one is the score, the others stand beside it.
         ignore: expressions that are removed from both answers before they are compared.
         ignore_case: compare without regard to case.
-        compare: `text` as it is, or `math` as math.py does.
+        compare: `text` as it is, or `math` as kinds/mathtext.py does.
         test: a template of a program that is run after the one written, which proves it by ending without an error.
         prompt: a template of the beginning of that program, which the text goes on with.
         entry: a template of the name of the function that the test calls.
@@ -71,6 +71,7 @@ class Style:
     Attributes:
         question: what stands before an answer; where the choices are given it does not end with a blank, they own it.
         subjects: patterns of the subjects it is for; with none for all of them.
+        generate: how an answer is written and judged; None where choices are compared.
         choices: an answer as the data writes it, to the text whose likelihood is measured, of equals the first one counts;
             or the name of a column of texts. None where the answer is generated.
         gold: the column of the right answer; for a column of choices, letters.
@@ -78,7 +79,8 @@ class Style:
         head: what stands before everything.
         separator: what follows the answer of each example.
         shots: how many of the task's examples are shown; None for all.
-        tokens: see `Request.alone`.
+        tokens: of a choice: `joined`, those that follow the question's where both are one text; `alone`, the last one of the
+            choice by itself.
     """
 
     question: str
@@ -130,8 +132,13 @@ class Task:
     """A benchmark.
 
     Attributes:
+        name: what it is called in commands, file names and results.
         version: goes up whenever a score may change.
+        summary: one sentence.
+        data: how the data lies on disk.
+        styles: `original`, `lm-eval` or both, each a way to ask or a list of them for some subjects each.
         shots: how many solved examples stand before a question at most.
+        examples: where they come from.
         aggregation: which accuracy is the headline: over all questions, or the mean over subjects.
         categories: name to the subjects it holds.
         names: a subject to how it is spoken of in prompts; where it is not there, its own name with blanks for underscores.
@@ -158,6 +165,15 @@ class Task:
         styles = self.styles[name]
         fitting = (style for style in styles if any(fnmatchcase(subject, pattern) for pattern in style.subjects or ("*",)))
         return next(fitting, styles[-1])
+
+    def way(self, name: str, subject: str, language: str | None) -> Style:
+        """How a subject is asked, in a chat where a language is given and the task has a way of its own for that."""
+        return (self.chat_style(language) if language else None) or self.style(name, subject)
+
+    def shown(self, name: str, subject: str, language: str | None) -> int:
+        """How many examples are shown at most."""
+        shots = self.way(name, subject, language).shots
+        return self.shots if shots is None else min(self.shots, shots)
 
     def chat_style(self, language: str) -> Style | None:
         """How it is asked in a chat, None where it has no way of its own. Raises ModelLinkError for a language it is not in."""

@@ -140,7 +140,7 @@ def _ends(text: Text, request: Request, tokenizer: Tokenizer | None) -> bool:
 
 
 def _score(text: Text, beams: Beams) -> float:
-    return text.total / len(text.tokens) ** beams.length_penalty
+    return text.total / float(len(text.tokens) ** beams.length_penalty)
 
 
 def _settled(best: Text, finished: Sequence[tuple[float, Text]], beams: Beams) -> bool:

@@ -198,11 +198,11 @@ class PagedCache:
             self._plans = [self._plan(number, self._pieces, self._positions) for number in range(len(self.pools))]
         plan = self._plans[self._pool_of[layer_number]]
         keys, values = self._keys[layer_number], self._values[layer_number]
-        keys[plan.slots] = key.squeeze(1)
+        keys.index_copy_(0, plan.slots, key.squeeze(1))
         if value is None:
             value, values = key[..., :self._latent], keys[..., :self._latent]
         else:
-            values[plan.slots] = value.squeeze(1)
+            values.index_copy_(0, plan.slots, value.squeeze(1))
         found = []
         for part in plan.parts:
             q = query[part.tokens]
@@ -210,7 +210,7 @@ class PagedCache:
                 found.append(ops.attention(q, key[part.tokens], value[part.tokens], variant))
                 continue
             q = q.view(part.rows, -1, *q.shape[2:]).transpose(0, 1)
-            k, v = (held[part.slots].unflatten(0, (-1, part.rows)) for held in (keys, values))
+            k, v = (_taken(held, part.slots).unflatten(0, (-1, part.rows)) for held in (keys, values))
             out = ops.attention(q, k, v, variant, part.positions)
             found.append(out.transpose(0, 1).flatten(0, 1).unsqueeze(1))
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -267,6 +267,11 @@ class PagedCache:
             if self.pools[number] is pool:
                 for side in (self._keys, self._values):
                     side[layer][new] = side[layer][old]
+
+
+def _taken(held: Tensor, slots: Tensor | slice) -> Tensor:
+    # index_select copies whole keys, where indexing looks up each number: a third of the time on one thread, less on several
+    return held[slots] if isinstance(slots, slice) else held.index_select(0, slots)
 
 
 __all__ = ["GONE", "SIZE", "Flat", "PagedCache", "Piece", "Row", "bytes_per_token"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 
@@ -90,6 +90,9 @@ class Backend(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Writing]) -> list[Written]:
-        """A text for each request, in their order, which must not depend on the others."""
+    def generate(self, requests: Sequence[Writing]) -> Iterable[tuple[int, Written]]:
+        """A text for each request, as it is finished, with the number of the request; none must depend on the others.
+
+        All that is to be written is asked for at once, so that the backend can begin the next text when one has ended.
+        """
         ...

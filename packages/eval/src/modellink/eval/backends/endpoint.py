@@ -3,7 +3,8 @@
 Texts are written by `completions`, chats by `chat/completions`. A likelihood is asked for as `completions` with `echo`,
 `logprobs` and one new token, which gives the log-probability of each token of the prompt; servers that do not do that are told
 apart by their answer, and tasks that need likelihoods end with a message that says so. Where a token reaches over the boundary
-between prompt and choice, its whole likelihood counts for the choice. Not here: retrying a request that the server refuses.
+between prompt and choice, its whole likelihood counts for the choice. A server that is busy, or a connection that breaks or times
+out, is tried again after a while. Not here: retrying a request that the server refuses.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import pairwise
 from typing import Any
 
@@ -23,7 +24,8 @@ from modellink.kernels.errors import ModelLinkError
 
 STOPS = 4  # more than that many stop strings are refused by some servers; the others are looked for here
 BUSY = (429, 502, 503, 504)
-WAITS = (0.5, 1, 2, 4, 8)  # seconds before a request to a server that is busy is made again
+WAITS = (0.5, 1, 2, 4, 8)  # seconds before a request is made again, where the server is busy or the connection broke
+LENGTHS = ("max_tokens", "max_completion_tokens")  # of the longest answer; chats of newer models take the second
 
 
 class Endpoint:
@@ -54,6 +56,7 @@ class Endpoint:
             raise ModelLinkError(f"the server has no model {model}", where="--endpoint-model",
                                  fix=f"it has {', '.join(listed[:8])}")
         self.model = model or listed[0]
+        self._length = LENGTHS[0]
 
     def __enter__(self) -> Endpoint:
         return self
@@ -63,17 +66,23 @@ class Endpoint:
         self._client.close()
 
     def describe(self) -> Mapping[str, Any]:
-        """A server does not say which weights it has: the fingerprint is its model's name."""
-        return {"endpoint": self.address, "served model": self.model, "fingerprint": f"endpoint {self.model}"}
+        """A server does not say which weights it has: the fingerprint is its address and its model's name."""
+        return {"endpoint": self.address, "served model": self.model, "fingerprint": f"endpoint {self.address} {self.model}"}
 
     def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
         return list(self._pool.map(self._likelihood, requests))
 
-    def generate(self, requests: Sequence[Writing]) -> list[Written]:
-        return list(self._pool.map(self._write, requests))
+    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
+        asked = {self._pool.submit(self._write, request): number for number, request in enumerate(requests)}
+        try:
+            for done in as_completed(asked):
+                yield asked[done], done.result()
+        finally:
+            for future in asked:  # of a run that ends early
+                future.cancel()
 
     def _write(self, request: Writing) -> Written:
-        body = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
+        body: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
         if request.temperature:
             body["seed"] = request.seed
         if request.until:
@@ -83,11 +92,22 @@ class Endpoint:
                 text = self._ask("POST", "completions", body | {"prompt": request.context})["choices"][0]["text"]
             else:
                 messages = [{"role": turn.role, "content": turn.text} for turn in request.context]
-                text = self._ask("POST", "chat/completions", body | {"messages": messages})["choices"][0]["message"]["content"]
+                text = self._chat(body | {"messages": messages})["choices"][0]["message"]["content"]
         except (KeyError, TypeError, IndexError):
             raise self._strange("completions") from None
         ends = [place for stop in request.until if (place := (text or "").find(stop)) >= 0]
         return Written((text or "")[:min(ends, default=None)])
+
+    def _chat(self, body: dict[str, Any]) -> Any:
+        """Ask in a chat, with the name of the longest answer that the model takes."""
+        named = {self._length if name == LENGTHS[0] else name: value for name, value in body.items()}
+        try:
+            return self._ask("POST", "chat/completions", named)
+        except ModelLinkError as error:
+            if LENGTHS[1] in named or "answers 400" not in error.what or LENGTHS[1] not in error.what:
+                raise
+        self._length = LENGTHS[1]
+        return self._chat(body)
 
     def _likelihood(self, request: Request) -> Likelihood:
         if not isinstance(request.context, str) or request.alone:
@@ -120,6 +140,9 @@ class Endpoint:
             try:
                 answer = self._client.request(method, f"{self.address}/{path}", json=body)
             except httpx.HTTPError as error:
+                if body is not None and wait is not None and isinstance(error, httpx.TransportError):
+                    time.sleep(wait)  # it was there when it was asked for its models
+                    continue
                 raise ModelLinkError(f"the server cannot be asked: {error}", where=f"--endpoint {self.address}",
                                      fix="give the address up to /v1 of a server that runs") from None
             if answer.status_code not in BUSY or wait is None:

@@ -60,8 +60,8 @@ def harness_model() -> type:
             return [self.backend.rolling(request.args[0]) for request in requests]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            return [one.text for start in range(0, len(requests), self.batch)
-                    for one in self.backend.generate([_writing(*request.args) for request in requests[start:start + self.batch]])]
+            found = dict(self.backend.generate([_writing(*request.args) for request in requests]))
+            return [found[number].text for number in range(len(requests))]
     return ModelLinkLM
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -59,11 +60,12 @@ class LocalBackend:
                                  fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
         self.ranks, self.batch_size = layout.world_size, batch_size
         self.encode = Encoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings, chat)
+        self._dtype = str(self._plan.dtype).removeprefix("torch.")
         self._engine: Engine | None = None
 
     def describe(self) -> Mapping[str, Any]:
         import modellink.infer
-        source, dtype = self._plan.source, str(self._plan.dtype).removeprefix("torch.")
+        source, dtype = self._plan.source, self._dtype
         folders = dict.fromkeys((source.folder, source.companions, self.encode.tokenizer.folder))
         companions = {folder / name for folder in folders for name in MODEL_FILES if (folder / name).is_file()}
         return {"checkpoint": source.folder.name, "family": source.family, "stored as": source.describe(), "dtype": dtype,
@@ -75,14 +77,14 @@ class LocalBackend:
         found = self._compute("likelihoods", [pair[:2] for pair in pairs])
         return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
 
-    def generate(self, requests: Sequence[Writing]) -> list[Written]:
+    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
         prompts = [self.encode.prompt(request) for request in requests]
         asked = [(ids, {"max_new_tokens": request.max_tokens, "stop": [*request.until, *self.encode.stop_ids],
                         **({"temperature": request.temperature, "top_p": request.top_p, "top_k": 0, "seed": request.seed}
                            if request.temperature else {"do_sample": False})})
                  for (ids, _), request in zip(prompts, requests, strict=True)]
-        texts = self._compute("texts", asked)
-        return [Written(text, dropped) for text, (_, dropped) in zip(texts, prompts, strict=True)]
+        for number, text in self._compute("texts", asked):
+            yield number, Written(text, prompts[number][1])
 
     def rolling(self, text: str) -> float:
         """The log-probability of a whole text, in windows of the longest sequence, one after the other."""
@@ -92,12 +94,16 @@ class LocalBackend:
         """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
         if self._engine is None:
             from modellink.infer import Engine
-            self._engine = Engine(self._plan, batch_size=self.batch_size, show=True)
+            # The compiled step writes about twice as fast. In fp32 it differs from the model in the last digits, as layouts do;
+            # in bf16 by what the model rounds and it does not, and then the answers are to be the model's own. Whether it pays
+            # is not measured: two runs on one machine are to be computed the same way.
+            self._engine = Engine(self._plan, batch_size=self.batch_size, show=True, native=self._dtype == "float32")
 
     def follow(self) -> None:
         """What every rank but the first does: compute what the first one asks for, until it closes."""
-        while self._compute(None, None) is not None:
-            pass
+        while (found := self._compute(None, None)) is not None:
+            for _ in found:  # texts are written as somebody takes them
+                pass
 
     def close(self) -> None:
         """Let the other ranks go; the first rank calls it after its work."""
@@ -109,19 +115,37 @@ class LocalBackend:
         self.load()
         if self.ranks > 1:
             import torch.distributed as dist
-            box = [what, asked]
+            box: list[Any] = [what, asked]
             dist.broadcast_object_list(box, src=0, device=self._plan.device.torch)
             what, asked = box
         assert self._engine is not None
-        return _WORK[what](self._engine, asked) if what else None
+        return _WORK[what](self._engine, asked or []) if what else None
 
 
-def _texts(engine: Engine, asked: list[Any]) -> list[str]:
-    requests = [request for ids, options in asked for request in engine.requests(ids, **options)]
-    return [answer.text for answer in engine.answer(requests)]
+def _texts(engine: Engine, asked: list[Any]) -> Iterator[tuple[int, str]]:
+    """Each text with its number, as it is finished; the next one begins in its place."""
+    from modellink.infer.request import Answer
+    batch = engine.batch()
+    under_way: dict[int, tuple[int, Answer]] = {}  # by identity: answers are compared by what they hold
+    left = iter(enumerate(asked))
+    try:
+        while True:
+            for number, (ids, options) in islice(left, engine.batch_size - len(under_way)):
+                (request,) = engine.requests(ids, **options)
+                answer = Answer.to(request, engine.tokenizer)
+                under_way[id(answer)] = number, answer
+                batch.add(answer)
+            if not under_way:
+                return
+            for answer, _ in batch.step():
+                if answer.finish_reason is not None:
+                    yield under_way.pop(id(answer))[0], answer.generation().text
+    finally:
+        for _, answer in under_way.values():
+            batch.remove(answer)
 
 
-_WORK: dict[str, Callable[[Any, list[Any]], list[Any]]] = {
+_WORK: dict[str, Callable[[Any, list[Any]], Iterable[Any]]] = {
     "likelihoods": lambda engine, pairs: engine.loglikelihood(pairs), "texts": _texts}
 
 

@@ -47,6 +47,8 @@ class Encoder:
     def __call__(self, request: Request) -> Pair:
         context = self._context(request.context)
         continuation = self._continuation(request, context)
+        if not context and not self.leading and len(continuation) > 1 and continuation[:1] == self._before_all():
+            return Pair(continuation[:1], continuation[1:], 0)  # it brings what would be put before it
         kept, dropped = self._cut(context, self.longest + 1 - len(continuation), request.context)
         return Pair(kept, continuation, dropped)
 
@@ -64,9 +66,8 @@ class Encoder:
         Before the first stands the beginning token, or else the end token, also where the tokenizer puts one there itself; the
         last one is given as much of the text before it as fits.
         """
-        ids, first = self.tokenizer.encode(text), self.tokenizer.bos_token_id
-        before = [first] if first is not None else list(self.tokenizer.eos_token_ids[:1])
-        pairs = [(before, ids[:self.longest])]
+        ids = self.tokenizer.encode(text)
+        pairs = [(self._before_all(), ids[:self.longest])]
         for start in range(self.longest, len(ids), self.longest):
             end = min(start + self.longest, len(ids))
             pairs.append((ids[end - self.longest - 1:start], ids[start:end]))
@@ -76,7 +77,16 @@ class Encoder:
         leading = self.leading if isinstance(context, str) else []  # a chat's template says what it begins with
         room -= len(leading)
         kept = ids if len(ids) <= room else ids[len(ids) - room:]
-        return leading + kept, len(ids) - len(kept)
+        return leading + kept or self._before_all(), len(ids) - len(kept)
+
+    def _before_all(self) -> list[int]:
+        """What stands before a text that follows nothing: the beginning token, or else the first end token."""
+        first = self.tokenizer.bos_token_id
+        before = [first] if first is not None else list(self.tokenizer.eos_token_ids[:1])
+        if not before:
+            raise ModelLinkError("an empty context cannot be read: the tokenizer has neither a beginning nor an end token",
+                                 where=self.tokenizer.folder, fix="name one in its tokenizer_config.json")
+        return before
 
     def _context(self, context: Context) -> list[int]:
         if self._last is None or self._last[0] != context:

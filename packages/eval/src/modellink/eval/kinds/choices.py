@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modellink.eval.backends.backend import Backend, Request
@@ -13,21 +13,21 @@ from modellink.eval.score import Mark
 from modellink.kernels.errors import ModelLinkError
 
 NAME = "likelihood of choices"
+TOGETHER = True
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+        ) -> Iterator[tuple[int, dict[str, Any]]]:
     found = iter(backend.loglikelihood([
         Request(question.context, choice, question.alone) for question in questions for choice in question.choices]))
-    answers = []
-    for question in questions:
+    for number, question in enumerate(questions):
         mine = [next(found) for _ in question.choices]
         if not all(math.isfinite(one.logprob) for one in mine):
             raise ModelLinkError(f"the likelihoods are {[one.logprob for one in mine]}",
                                  where=f"{question.subject}, row {question.row}",
                                  fix="look at the checkpoint: weights that are no numbers, or float16 that overflows?")
-        answers.append({"logprobs": [one.logprob for one in mine], "greedy": [one.greedy for one in mine],
-                        "dropped": max(one.dropped for one in mine)})
-    return answers
+        yield number, {"logprobs": [one.logprob for one in mine], "greedy": [one.greedy for one in mine],
+                       "dropped": max(one.dropped for one in mine)}
 
 
 def mark(question: Question, answer: dict[str, Any]) -> Mark:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 from modellink.eval.backends.backend import Backend
@@ -16,10 +16,11 @@ class Kind(Protocol):
     """`ask` is what takes time and goes to the journal; `mark` is made anew from the journal whenever results are."""
 
     NAME: str
+    TOGETHER: bool  # whether questions are answered a batch at a time; else all at once are begun, and end one by one
 
     def ask(self, backend: Backend, questions: Sequence[Question], asking: Asking,
-            sandbox: Sandbox | None) -> list[dict[str, Any]]:
-        """The answer to each question as JSON holds it, with `dropped` tokens of its context."""
+            sandbox: Sandbox | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The number of each question and its answer as JSON holds it, with `dropped` tokens of its context, as it is there."""
         ...
 
     def mark(self, question: Question, answer: dict[str, Any]) -> Mark:

@@ -7,12 +7,12 @@ pass@k by the unbiased estimator of Chen et al., "Evaluating Large Language Mode
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import comb
 from typing import Any
 
-from modellink.eval.backends.backend import Backend
+from modellink.eval.backends.backend import Backend, Written
 from modellink.eval.kinds.texts import write
 from modellink.eval.prompts import Asking, Question
 from modellink.eval.sandbox import Sandbox
@@ -20,21 +20,33 @@ from modellink.eval.score import Mark
 from modellink.kernels.errors import ModelLinkError
 
 NAME = "generated program, tests passed"
+TOGETHER = False
 KS = (1, 2, 5, 10, 20, 50, 100)
 BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 PASSED = "passed"
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+        ) -> Iterator[tuple[int, dict[str, Any]]]:
     if sandbox is None:
         raise ModelLinkError("these answers are programs, and running them was not allowed", where="--allow-code-execution")
-    written = write(backend, questions, asking, asking.samples)
-    jobs = [(question.program, complete(question.program, text.text), question.target, question.entry)
-            for question, texts in zip(questions, written, strict=True) for text in texts]
-    with ThreadPoolExecutor(sandbox.workers) as pool:
-        outcomes = iter(list(pool.map(lambda job: sandbox.passes(*job), jobs)))
-    return [{"texts": [text.text for text in texts], "outcomes": [next(outcomes) for _ in texts],
-             "dropped": max(text.dropped for text in texts)} for texts in written]
+    running: list[tuple[int, list[Written], list[Future[str]]]] = []
+    with ThreadPoolExecutor(sandbox.workers) as pool:  # programs run while others are written
+        for number, texts in write(backend, questions, asking, asking.samples):
+            question = questions[number]
+            programs = [complete(question.program, text.text, chat=asking.chat is not None) for text in texts]
+            running.append((number, texts, [
+                pool.submit(sandbox.passes, question.program, program, question.target, question.entry) for program in programs]))
+            for one in [one for one in running if all(outcome.done() for outcome in one[2])]:
+                running.remove(one)
+                yield _answer(*one)
+        for one in running:
+            yield _answer(*one)
+
+
+def _answer(number: int, texts: Sequence[Written], outcomes: Sequence[Future[str]]) -> tuple[int, dict[str, Any]]:
+    return number, {"texts": [text.text for text in texts], "outcomes": [outcome.result() for outcome in outcomes],
+                    "dropped": max(text.dropped for text in texts)}
 
 
 def mark(question: Question, answer: dict[str, Any]) -> Mark:
@@ -42,7 +54,7 @@ def mark(question: Question, answer: dict[str, Any]) -> Mark:
     count, passed = len(outcomes), outcomes.count(PASSED)
     failed = next((number for number, outcome in enumerate(outcomes) if outcome != PASSED), 0)
     return Mark(passed / count, f"{outcomes[failed]}\n{answer['texts'][failed]}", PASSED,
-                also={f"pass@{k}": pass_at_k(count, passed, k) for k in KS if k <= count})
+                also={f"pass@{k}": pass_at_k(count, passed, k) for k in sorted({*KS, count}) if k <= count})
 
 
 def pass_at_k(count: int, passed: int, k: int) -> float:
@@ -50,9 +62,12 @@ def pass_at_k(count: int, passed: int, k: int) -> float:
     return 1.0 - comb(count - passed, k) / comb(count, k)
 
 
-def complete(prompt: str, text: str) -> str:
-    """The program: the prompt and its continuation, or the block of code a chat put around one."""
-    block = BLOCK.search(text)
-    if block is None:
-        return prompt + text
+def complete(prompt: str, text: str, *, chat: bool) -> str:
+    """The program: the prompt and its continuation, or the block of code that a chat put around one.
+
+    In plain text a fence ends the code, for a document may have gone on after it; only a text that begins with one is a block.
+    """
+    block = BLOCK.search(text) if chat or text.lstrip().startswith("```") else None
+    if block is None or not block[1].strip():
+        return prompt + text.partition("\n```")[0]
     return f"{prompt}\n    pass\n\n{block[1]}\n" if re.search(r"^def ", block[1], re.MULTILINE) else prompt + block[1]

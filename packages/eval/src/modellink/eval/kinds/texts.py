@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from modellink.eval.backends.backend import Backend, Writing, Written
@@ -13,25 +13,40 @@ from modellink.eval.prompts import Asking, Question
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark
 from modellink.eval.task import Extraction, Generate
+from modellink.kernels.errors import ModelLinkError
 
 NAME = "generated text, answer extracted"
+TOGETHER = False
 SHOWN = 200  # characters of a text in which nothing was found
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None) -> list[dict[str, Any]]:
-    return [{"texts": [text.text for text in texts], "dropped": max(text.dropped for text in texts)}
-            for texts in write(backend, questions, asking, 1)]
+def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+        ) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, (text,) in write(backend, questions, asking, 1):
+        yield number, {"texts": [text.text], "dropped": text.dropped}
 
 
-def write(backend: Backend, questions: Sequence[Question], asking: Asking, samples: int) -> list[list[Written]]:
-    """`samples` texts for each question; without a temperature they are all the same, so one is asked for."""
+def write(backend: Backend, questions: Sequence[Question], asking: Asking, samples: int) -> Iterator[tuple[int, list[Written]]]:
+    """The number of each question and `samples` texts for it, once all of them are there.
+
+    Raises:
+        ModelLinkError: the backend has left some out.
+    """
     requests = []
     for question in questions:
         assert question.generate is not None
         requests += [Writing(question.context, question.generate.until, question.generate.max_tokens, asking.temperature,
                              asking.top_p, asking.seed + number) for number in range(samples)]
-    found = iter(backend.generate(requests))
-    return [[next(found) for _ in range(samples)] for _ in questions]
+    found: dict[int, dict[int, Written]] = {number: {} for number in range(len(questions))}
+    for place, written in backend.generate(requests):
+        number, sample = divmod(place, samples)
+        found[number][sample] = written
+        if len(found[number]) == samples:
+            texts = found.pop(number)
+            yield number, [texts[sample] for sample in range(samples)]
+    if found:
+        raise ModelLinkError(f"{len(found)} of {len(questions)} questions have no answer", where="backend",
+                             fix="let its generate give a text for each request")
 
 
 def mark(question: Question, answer: dict[str, Any]) -> Mark:

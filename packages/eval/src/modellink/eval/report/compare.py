@@ -52,19 +52,19 @@ def compare(first: Scores, second: Scores) -> Comparison:
         return _apart(list(first.values()), list(second.values()))
     changes = [second[key] - first[key] for key in shared]
     better, worse = sum(change > 0 for change in changes), sum(change < 0 for change in changes)
-    means = (sum(scores[key] for key in shared) / len(shared) for scores in (first, second))
+    one, two = (sum(scores[key] for key in shared) / len(shared) for scores in (first, second))
     if all(change in (-1.0, 0.0, 1.0) for change in changes):
-        return Comparison(*means, len(shared), better, worse, sign_test(better, worse), "McNemar, exact")
+        return Comparison(one, two, len(shared), better, worse, sign_test(better, worse), "McNemar, exact")
     mean = sum(changes) / len(changes)
     spread = sum((change - mean) ** 2 for change in changes) / max(1, len(changes) - 1)
-    return Comparison(*means, len(shared), better, worse, _two_sided(mean, math.sqrt(spread / len(changes))), "paired z")
+    return Comparison(one, two, len(shared), better, worse, _two_sided(mean, math.sqrt(spread / len(changes))), "paired z")
 
 
 def sign_test(better: int, worse: int) -> float:
     """Two-sided: how often a fair coin thrown `better + worse` times falls at least as unevenly."""
     count, least = better + worse, min(better, worse)
     tail = sum(math.comb(count, number) for number in range(least + 1))
-    return min(1.0, 2 * tail / 2 ** count)
+    return min(1.0, 2 * tail / (1 << count))
 
 
 def _apart(first: list[float], second: list[float]) -> Comparison:
@@ -73,7 +73,7 @@ def _apart(first: list[float], second: list[float]) -> Comparison:
         mean = sum(scores) / len(scores)
         means.append(mean)
         errors.append(sum((score - mean) ** 2 for score in scores) / max(1, len(scores) - 1) / len(scores))
-    return Comparison(*means, min(len(first), len(second)), None, None,
+    return Comparison(means[0], means[1], min(len(first), len(second)), None, None,
                       _two_sided(means[1] - means[0], math.sqrt(sum(errors))), "unpaired z")
 
 
@@ -93,20 +93,25 @@ def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Map
     tasks = [name for name in first["tasks"] if name in second["tasks"]]
     if not tasks:
         raise ModelLinkError("the two have no task in common", where=f"{one}, {two}")
-    table = Table(title=f"{one}\n{two}", title_justify="left")
+    table = Table(title=f"{one}\n{two}", title_justify="left", caption_justify="left",
+                  caption="first and second: means over the questions that are compared, each counting the same")
     table.add_column("task")
-    for heading in ("questions", "first", "second", "difference", "better", "worse", "p"):
+    for heading in ("headlines", "questions", "first", "second", "difference", "better", "worse", "p"):
         table.add_column(heading, justify="right")
     table.add_column("test")
     notes = []
     for name in tasks:
         found = compare(read_scores(one, name), read_scores(two, name))
-        table.add_row(name, str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
+        results = [run["tasks"][name] for run in (first, second)]
+        headlines = ", ".join(f"{100 * run['accuracy']:.2f} %" for run in results)
+        table.add_row(name, headlines, str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
                       f"{100 * (found.second - found.first):+.2f}", *("" if value is None else str(value) for value in (
                           found.better, found.worse)), f"{found.p:.3g}", found.test)
-        styles = [results["tasks"][name]["style"] for results in (first, second)]
-        if styles[0] != styles[1]:
-            notes.append(f"{name}: prompts differ, {styles[0]} and {styles[1]}")
+        for what, key in (("prompts", "style"), ("task versions", "version"), ("aggregations", "aggregation")):
+            if results[0][key] != results[1][key]:
+                notes.append(f"{name}: {what} differ, {results[0][key]} and {results[1][key]}")
+        if "macro" in (run["aggregation"] for run in results):
+            notes.append(f"{name}: its headline is the mean of its subjects (macro), which is not what the test is about")
     (console or Console()).print(table, *notes, sep="\n")
 
 

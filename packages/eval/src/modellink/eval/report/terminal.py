@@ -96,5 +96,7 @@ def print_tasks(console: Console | None = None) -> None:
     table.add_column("what it is")
     for name in task_names():
         task = load_task(name)
-        table.add_row(name, str(task.version), ", ".join(task.styles), str(task.shots), task.data.files[0], task.summary)
+        shots = {task.shots if style.shots is None else style.shots for styles in task.styles.values() for style in styles}
+        table.add_row(name, str(task.version), ", ".join(task.styles), " or ".join(map(str, sorted(shots))), task.data.files[0],
+                      task.summary)
     (console or Console()).print(table)

@@ -11,6 +11,8 @@ Only the standard library, because nothing else is to be seen from here.
 
 # os alone, so that a start is short
 # ruff: noqa: PTH100, PTH103, PTH106, PTH112, PTH114, PTH115, PTH119, PTH120, PTH211
+from __future__ import annotations
+
 import ctypes
 import json
 import os
@@ -21,34 +23,38 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import dialogue
 from limits import NOBODY, Limits
 
+TYPE_CHECKING = False  # typing takes its time to import; type checkers know the name
+if TYPE_CHECKING:
+    from typing import Any
+
 LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
 FOLDER = "/sandbox"  # the only place that can be written
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 CLONE_NEWUSER = 0x10000000
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG = 24, 38, 1
+PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 24, 38
 SYS = {"x86_64": {"pivot_root": 155, "mount_setattr": 442, "capset": 126},
        "aarch64": {"pivot_root": 41, "mount_setattr": 442, "capset": 91}}
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def check(result, what):
+def check(result: int, what: str) -> None:
     if result != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)}")
 
 
-def syscall(name, *args):
-    return libc.syscall(ctypes.c_long(SYS[os.uname().machine][name]), *args)
+def syscall(name: str, *args: Any) -> int:
+    return int(libc.syscall(ctypes.c_long(SYS[os.uname().machine][name]), *args))
 
 
-def mount(source, target, kind, flags, options=""):
+def mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
     names = [None if text is None else text.encode() for text in (source, target, kind, options)]
     check(libc.mount(names[0], names[1], names[2], ctypes.c_ulong(flags), names[3]), f"mount {target}")
 
 
-def bind(source, target):
+def bind(source: str, target: str) -> None:
     """A file or folder at another place, read only with all that is mounted in it."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
@@ -61,7 +67,7 @@ def bind(source, target):
     check(syscall("mount_setattr", -100, target.encode(), recursive, attributes, ctypes.c_size_t(32)), f"read only {target}")
 
 
-def build_root(limits, visible):
+def build_root(limits: Limits, visible: list[str]) -> None:
     """A root folder in memory with nothing in it but what a Python program needs; the old one is gone afterwards."""
     check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount /")
     top = "/tmp"  # any folder that is there: it is covered in this namespace only
@@ -95,7 +101,7 @@ def build_root(limits, visible):
     os.chdir(FOLDER)
 
 
-def set_limits(limits):
+def set_limits(limits: Limits) -> None:
     for name, value in (("CORE", 0), ("CPU", limits.cpu_seconds), ("AS", limits.address_space), ("FSIZE", limits.file_size),
                         ("NOFILE", limits.open_files), ("NPROC", limits.processes), ("MEMLOCK", 0), ("MSGQUEUE", 0)):
         kind = getattr(resource, f"RLIMIT_{name}")
@@ -104,13 +110,13 @@ def set_limits(limits):
         resource.setrlimit(kind, (value, value))
 
 
-def become_nobody():
+def become_nobody() -> None:
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
 
 
-def drop_privileges():
+def drop_privileges() -> None:
     """No capability is left, and no program that is started brings any back."""
     for number in range(64):
         libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
@@ -119,7 +125,7 @@ def drop_privileges():
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
 
 
-def enter(told):
+def enter(told: dict[str, Any]) -> None:
     """The first start: `unshare`, as root or in a user namespace of one's own."""
     sys.stdin.readline()
     if told["isolation"] == "none":
@@ -133,7 +139,7 @@ def enter(told):
                             "inside", json.dumps(told)])
 
 
-def bubblewrap(told):
+def bubblewrap(told: dict[str, Any]) -> list[str]:
     """The command that makes the same namespaces and root folder (bubblewrap 0.8 or newer; see bwrap(1))."""
     words = [told["tool"], "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
     if told["root"]:  # which becomes nobody afterwards: limits on processes do not bind root, whatever it is called inside
@@ -153,7 +159,7 @@ def bubblewrap(told):
     return [*words, "--remount-ro", "/", "--chdir", FOLDER, "--"]
 
 
-def settle(told):
+def settle(told: dict[str, Any]) -> None:
     """The second start, where bubblewrap has done the rest."""
     if told["root"]:
         become_nobody()
@@ -162,7 +168,7 @@ def settle(told):
     drop_privileges()
 
 
-def confine_little(told):
+def confine_little(told: dict[str, Any]) -> None:
     """Without namespaces: limits, another user where there was root, and a folder of its own, no more."""
     os.chdir(told["folder"])
     if os.geteuid() == 0:
@@ -172,7 +178,7 @@ def confine_little(told):
     drop_privileges()
 
 
-def confine(told):
+def confine(told: dict[str, Any]) -> None:
     """The second start, as process 1 of its namespaces."""
     limits = Limits(**told["limits"])
     root = told["root"]
@@ -190,7 +196,7 @@ def confine(told):
     drop_privileges()
 
 
-def main():
+def main() -> None:
     stage, told = sys.argv[1], json.loads(sys.argv[2])
     silent = os.open(os.devnull, os.O_RDWR)
     try:
@@ -208,6 +214,8 @@ def main():
     for number in range(3):
         os.dup2(silent, number)
     os.close(silent)
+    if told["role"] == "judge":  # where both are one user's: no process of that user gets at its memory or its handles
+        check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
     dialogue.take_part(told | part)
 
 

@@ -8,9 +8,16 @@ them, so nothing that crosses over can run.
 Only the standard library: this runs inside the sandbox.
 """
 
+from __future__ import annotations
+
 import builtins
 import json
 import os
+
+TYPE_CHECKING = False  # typing takes its time to import; type checkers know the name
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
 
 LONGEST = 16 << 20  # bytes of one message
 SIMPLE = (bool, int, str, type(None))
@@ -21,7 +28,7 @@ class Unfit(Exception):
     """A value that does not cross over, or a message that is none."""
 
 
-def encode(value, depth=0):
+def encode(value: Any, depth: int = 0) -> Any:
     if depth > 100:
         raise Unfit("nested too deeply")
     if isinstance(value, bool) or value is None:
@@ -44,7 +51,7 @@ def encode(value, depth=0):
     raise Unfit(f"a value of the type {type(value).__name__}")
 
 
-def decode(value):
+def decode(value: Any) -> Any:
     if not isinstance(value, dict):
         if isinstance(value, (list, float)):
             raise Unfit("a message of another form")
@@ -61,7 +68,7 @@ def decode(value):
     raise Unfit("a message of another form")
 
 
-def say(handle, message):
+def say(handle: int, message: Any) -> None:
     data = json.dumps(message).encode() + b"\n"
     if len(data) > LONGEST:
         raise Unfit("a value too large")
@@ -69,7 +76,7 @@ def say(handle, message):
         data = data[os.write(handle, data):]
 
 
-def heard(handle):
+def heard(handle: int) -> Iterator[Any]:
     """Messages from the other side, until it leaves."""
     held = b""
     while True:
@@ -84,11 +91,13 @@ def heard(handle):
             yield json.loads(line)
 
 
-def candidate(told):
-    """Runs the program, then answers calls of its function."""
-    names = {"__name__": "__main__"}
+def candidate(told: dict[str, Any]) -> None:
+    """Runs the program once the judge is out of its reach, then answers calls of its function."""
+    names: dict[str, Any] = {"__name__": "__main__"}
     reply, program, entry = told["reply"], told["program"], told["entry"]
     messages = heard(told["listen"])
+    if next(messages, None) is None:
+        return
     try:
         exec(compile(program, "program", "exec"), names)
         function = names[entry]
@@ -105,15 +114,15 @@ def candidate(told):
         say(reply, answer)
 
 
-def judge(told):
+def judge(told: dict[str, Any]) -> None:
     """Runs the test against a function that asks the candidate, and says how it went."""
     messages = heard(told["listen"])
 
-    def ask(*args, **kwargs):
+    def ask(*args: Any, **kwargs: Any) -> Any:
         say(told["reply"], {"args": encode(args), "kwargs": encode(kwargs)})
         return answer()
 
-    def answer():
+    def answer() -> Any:
         try:
             message = next(messages, None)
             if message is None:
@@ -129,8 +138,9 @@ def judge(told):
             raise Unfit("the program sends what is no answer") from None
 
     try:
+        say(told["reply"], {"begin": True})
         answer()
-        names = {"__name__": "__main__"}
+        names: dict[str, Any] = {"__name__": "__main__"}
         exec(compile(told["prompt"], "prompt", "exec"), names)  # of the data set: helpers the test may use
         names[told["entry"]] = ask
         exec(compile(told["test"], "test", "exec"), names)
@@ -140,12 +150,12 @@ def judge(told):
     say(told["verdict"], {"verdict": verdict})
 
 
-def _words(error):
+def _words(error: BaseException) -> str:
     text = "" if isinstance(error, AssertionError) else str(error)
     return f"{type(error).__name__}: {text}"[:SHOWN] if text else type(error).__name__
 
 
-def take_part(told):
+def take_part(told: dict[str, Any]) -> None:
     """Do it, and leave without giving anything of the program a chance to run."""
     try:
         (judge if told["role"] == "judge" else candidate)(told)

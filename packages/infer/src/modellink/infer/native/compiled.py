@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,8 +35,9 @@ class Layer(ctypes.Structure):
 
 
 class Model(ctypes.Structure):
-    _fields_ = [(name, I64) for name in ("layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu",
-                                         "weights", "cache", "vocab", "window")] + [
+    _fields_: ClassVar[Any] = [(name, I64) for name in (
+        "layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu", "weights", "cache", "vocab",
+        "window")] + [
         ("epsilon", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)), ("norm", PTR), ("head", Matrix)]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Step:
         self._spec, self._dtype, self.int8 = spec, dtype, int8
         self._held: list[Tensor] = []
         self._lost = self._whole = 0.0
-        self._model = bare(model)
+        self._model = cast(Any, bare(model))
         self._table = RotaryTable(spec)
         self._library = compiled.step()
         self._cache: PagedCache | None = None

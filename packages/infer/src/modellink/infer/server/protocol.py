@@ -94,7 +94,8 @@ def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
     prompts: list[Any] = _chat(body, tokenizer) if chat else _prompts(body)
     if not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {MOST_ANSWERS} is the most", where="n")
-    requests = make_requests(prompts, spec, tokenizer, num_return_sequences=count, prompt_type=prompt_type, **options)
+    options |= {"num_return_sequences": count, "prompt_type": prompt_type}
+    requests = make_requests(prompts, spec, tokenizer, **options)
     streaming = field(body, "stream", bool, False)
     usage = field(field(body, "stream_options", dict, {}), "include_usage", bool, False)
     return Asked(requests, chat, streaming, usage and streaming, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
@@ -246,8 +247,10 @@ def logprobs(answer: Answer, tokenizer: Tokenizer | None, start: int, *, chat: b
 
 def _offsets(asked: Request, tokenizer: Tokenizer | None) -> list[int]:
     """For each token of a prompt how many characters of its text stand before it; what was put in front of a text has none."""
+    if tokenizer is None:
+        return [0] * len(asked.prompt)
     places: list[int] = []
-    for skip in (False, True) if tokenizer else ():
+    for skip in (False, True):
         decoder, text, places = StreamDecoder(tokenizer, skip_special_tokens=skip), "", []
         for token in asked.prompt:
             places.append(len(text))

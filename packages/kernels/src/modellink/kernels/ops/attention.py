@@ -13,9 +13,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from modellink.kernels.ops.door import form_of
 
+_PACKED = 1 << 24  # the most numbers in a mask over a cache on a CPU with a copy for each head of a group, 64 MB in fp32
 # What torch_npu's documentation of npu_fusion_attention says of it.
 _NPU_MASK = 2048  # the size of its compressed masks
 _NPU_DIM, _NPU_HEADS = 768, 256  # the most it takes
@@ -157,18 +159,67 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
     if variant.documents is not None:
         return _by_document(query, key, value, variant, variant.documents.ends)
     q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+    each, numbers = q.size(1) // k.size(1), q.size(0) * q.size(2) * k.size(2)
+    if positions is not None and query.device.type == "cpu" and each * numbers <= _PACKED:
+        return _over_a_cache(q, k, v, variant, positions)
     mask = None
-    windowed = variant.window is not None and variant.window < key.size(0)
-    if positions is not None or windowed or variant.slopes is not None:
-        distance = _distance(query, key.size(0), positions)
-        mask = ~_hidden(distance, variant.window)
-        if variant.slopes is not None:
-            bias = -variant.slopes.to(q.dtype)[:, None, None] * distance
-            mask = bias.masked_fill(~mask, float("-inf"))
-    out = torch.nn.functional.scaled_dot_product_attention(
+    if positions is not None or variant.slopes is not None or (variant.window is not None and variant.window < key.size(0)):
+        mask = _bias(query, key.size(0), variant, positions)
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scale, dropout_p=variant.dropout,
         enable_gqa=q.size(1) != k.size(1))
     return out.permute(2, 0, 1, 3)
+
+
+def _bias(query: Tensor, keys: int, variant: Variant, positions: Tensor | None) -> Tensor:
+    """What is added to the scores [batch or 1, heads or 1, seq, keys], -inf where a key is hidden."""
+    distance = _distance(query, keys, positions)
+    hidden = _hidden(distance, variant.window)
+    if variant.slopes is not None:
+        bias = -variant.slopes.to(query.dtype)[:, None, None] * distance
+    else:
+        bias = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+    return bias.masked_fill_(hidden, float("-inf"))
+
+
+def _over_a_cache(q: Tensor, k: Tensor, v: Tensor, variant: Variant, positions: Tensor) -> Tensor:
+    """[batch, heads, seq, dim] and so on -> [seq, batch, heads, value dim].
+
+    The heads of a group become more queries of one head: torch would copy keys and values for each of them, and its blocks of
+    queries are larger this way.
+    """
+    groups, seq = k.size(1), q.size(2)
+    each = q.size(1) // groups
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
+        q.unflatten(1, (groups, each)).flatten(2, 3), k, v, attn_mask=_packed_bias(q, k.size(2), each, variant, positions),
+        scale=variant.scale, dropout_p=variant.dropout)
+    joined: Tensor = out.unflatten(2, (each, seq)).permute(3, 0, 1, 2, 4).flatten(2, 3)
+    return joined
+
+
+_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # positions to what was made of them
+
+
+def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: Tensor) -> Tensor:
+    """`_bias` as [batch, groups or 1, `each` heads of a group x seq, keys].
+
+    All layers of a pass have the same positions: what is made of them is kept as long as they are. (On a CPU: a captured graph
+    makes it anew, from other positions in the same memory.)
+    """
+    def make() -> Tensor:
+        bias = _bias(q.permute(2, 0, 1, 3), keys, variant, positions)
+        if variant.slopes is None:
+            return bias.repeat(1, 1, each, 1)
+        packed: Tensor = bias.unflatten(1, (-1, each)).flatten(2, 3)
+        return packed
+    if variant.slopes is not None:
+        return make()
+    made_for = (keys, each, variant.window, q.dtype)
+    held = _biases.get(positions)
+    if held is None or held[0] != made_for or not torch.equal(held[1], positions):
+        held = _biases[positions] = made_for, positions.clone(), make()
+    bias: Tensor = held[2]
+    return bias
 
 
 def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, ends: list[int]) -> Tensor:
