@@ -2,7 +2,7 @@
 
 `PREFIX.parts/` holds what is finished: a run that was killed continues from there and ends with the same bytes, and so does any
 number of workers, of shares on several machines, or a Ray cluster. The parts of a run with other input or options are not used.
-Needs the disk space of the result twice; memory does not grow with the input, but for two numbers a sample when packing.
+Needs the disk space of the result twice; memory does not grow with the input, but for four numbers a sample when packing.
 """
 
 from __future__ import annotations
