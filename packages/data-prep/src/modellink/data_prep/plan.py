@@ -23,7 +23,7 @@ from modellink.data_prep.tokenise import Job
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-LAYOUT = 2  # of the parts; a change of what is in them makes older ones unusable
+LAYOUT = 3  # of the parts; a change of what is in them makes older ones unusable
 MIB = 1 << 20
 SAMPLE_ROWS, SAMPLE_CHARACTERS = 500, 1 << 19  # of the corpus, on which gigatoken must agree
 

@@ -44,7 +44,7 @@ def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
     parts, folder = plan.job.parts, options.output_prefix.parent
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(parts, share):
+    with alone(parts, share, show=show):
         try:
             found, done, packed = _run(plan, options, show=show)
         except ModelLinkError:
@@ -64,7 +64,7 @@ Pieces = dict[int, Done]
 def _run(plan: Plan, options: PreprocessOptions, *, show: bool) -> tuple[Pieces, Pieces, Packed | None]:
     """Do what is left to do. Returns the pieces that were found finished, all, and what packing made."""
     parts, share = plan.job.parts, options.share
-    with open_journal(parts, share, plan.made_from, show=show) as journal:
+    with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
         states = {entry["state"]: entry for entry in entries if "state" in entry}
         found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows)

@@ -24,7 +24,7 @@ import numpy as np
 from modellink.data_prep.engines import Choice
 from modellink.data_prep.engines.gigatoken import GigaToken
 from modellink.data_prep.handlers import Handler, Reading, make_handler
-from modellink.data_prep.indexed import IndexedWriter, files_of
+from modellink.data_prep.indexed import IndexedWriter, checksum, files_of
 from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.rows import BadRow
 from modellink.data_prep.tokenizer import Tokenizer
@@ -60,7 +60,7 @@ class Done:
     """What came of a piece; it is noted in the journal.
 
     `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
-    label; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
+    label; `checksums` are of the files of the part; `bad` names the first bad rows.
     """
 
     piece: int
@@ -72,7 +72,7 @@ class Done:
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
 
 
@@ -88,8 +88,8 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
     """
     handler, done = handler or _handler(job), Done(piece.index)
     with ExitStack() as stack:
-        writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
-                   for output in handler.outputs}
+        writers = {output: stack.enter_context(IndexedWriter(
+            part_prefix(job.parts, piece.index, output), np.dtype(job.dtype), durable=False)) for output in handler.outputs}
         for batch in _batches(job, piece, handler, done):
             encoded = handler.encode([sample for _, sample in batch])
             done.cut += encoded.cut
@@ -103,7 +103,7 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
                 writers[output].add_documents(ids, lengths)
     for output, writer in writers.items():
         done.documents[output], done.tokens[output] = writer.documents, writer.tokens
-        done.sizes |= {path.name: path.stat().st_size for path in files_of(writer.prefix)}
+        done.checksums |= {path.name: checksum(path) or 0 for path in files_of(writer.prefix)}
     kill_point("piece-written")
     return done
 
