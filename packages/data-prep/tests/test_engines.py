@@ -3,6 +3,7 @@
 import base64
 import importlib.util
 import json
+import shutil
 import sys
 
 import pytest
@@ -136,6 +137,42 @@ def test_templates_over_sentencepiece(sentencepiece_folder):
     assert sum(tokenizer.is_special(index) for index in encoded.ids) == 2  # bos and eos of the template, none of the text
     assert tokenizer.decode(encoded.turns[0].target, skip_special_tokens=False) == "Yo</s>"
     assert "</s><|im_end|>" in tokenizer.decode(encoded.turns[0].source)
+
+
+ADDED = {"700": {"content": "<|im_end|>", "special": True}, "701": {"content": "<think>", "special": False},
+         "1": {"content": "<s>", "special": True}}
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "added_tokens_decoder": ADDED}},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "added_tokens.json": {"<|im_end|>": 700, "<think>": 701}}])
+def test_tokens_added_to_a_sentencepiece_model(sentencepiece_folder, tmp_path, files):
+    shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
+    bare = Tokenizer.from_folder(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.token_to_id("<think>")) == (702, 700, 701)
+    assert tokenizer.id_to_token(700) == "<|im_end|>" and tokenizer.fingerprint != bare.fingerprint
+    ids = tokenizer.encode("a<|im_end|><think>b", False)
+    assert ids == [*bare.encode("a", False), 700, 701, *bare.encode("b", False)]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|><think>b"
+    is_word = "added_tokens_decoder" in files["tokenizer_config.json"]  # nothing in added_tokens.json says so
+    assert tokenizer.decode(ids) == ("a<think>b" if is_word else "a b")
+    encoded = chat_format(tokenizer, "chatml_de").encode(from_messages(CHAT))
+    said = tokenizer.encode_literal("<|im_end|><think>")
+    assert 700 not in said and (701 in said) == is_word
+    assert encoded.turns[0].target[-1] == 700 and encoded.turns[0].source.count(700) == 2  # of system and question
+
+
+def test_what_sentencepiece_adds_is_part_of_the_fingerprint(sentencepiece_folder, tmp_path):
+    before = Tokenizer.from_folder(sentencepiece_folder).fingerprint
+    shutil.copytree(sentencepiece_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert Tokenizer.from_folder(tmp_path).fingerprint != before  # and a checkpoint's folder hf/ is found
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"a": "b"}')
+    with pytest.raises(ModelLinkError, match="not texts with their ids"):
+        Tokenizer.from_folder(tmp_path)
 
 
 @pytest.fixture

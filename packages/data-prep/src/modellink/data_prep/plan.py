@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import modellink.data_prep as package
 from modellink.data_prep import inputs
 from modellink.data_prep.engines import Choice, Engine
 from modellink.data_prep.engines.gigatoken import GigaToken
@@ -75,7 +76,7 @@ def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
               options.vocab_size, parts)
     plan = Plan(job, handler, inputs.cut(sources, int(options.piece_size * MIB)),
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
-                _made_from(options, paths, tokenizer, reading, dtype), tokenizer.backend, why)
+                _made_from(options, paths, tokenizer, handler, reading, dtype), tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
         for path in existing(list(plan.outputs.values())):
             raise output_exists(path)
@@ -100,13 +101,12 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
                    options.seq_length if chats else None, options.long_samples)
 
 
-def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, reading: Reading,
+def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, handler: Handler, reading: Reading,
                dtype: str) -> dict[str, Any]:
-    chats = repr((tokenizer.chat_templates, options.template.read_bytes() if options.template else None))
-    return {"layout": LAYOUT, "input": inputs.fingerprint(paths), "piece size": options.piece_size,
+    return {"layout": LAYOUT, "version of modellink-data-prep": package.__version__, "input": inputs.fingerprint(paths), "piece size": options.piece_size,
             "tokenizer": tokenizer.fingerprint, "library": tokenizer.backend,
             "special tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id], "token type": dtype,
-            "vocabulary": options.vocab_size, "templates": hashlib.sha256(chats.encode()).hexdigest(),
+            "vocabulary": options.vocab_size, "wording": hashlib.sha256(handler.wording.encode()).hexdigest(),
             "pack": options.packs, **{name.replace("_", " "): list(map(list, value)) if name == "maps" else
                                       list(value) if isinstance(value, tuple) else value
                                       for name, value in asdict(reading).items()}}

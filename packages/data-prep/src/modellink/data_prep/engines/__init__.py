@@ -59,6 +59,12 @@ class Engine(Protocol):
     def id_to_token(self, index: int) -> str | None: ...
 
 
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a file that `open_engine` knows."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
+
+
 def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
     """The engine for a folder.
 

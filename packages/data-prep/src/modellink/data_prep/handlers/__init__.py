@@ -37,9 +37,11 @@ class Handler(Protocol):
         outputs: names of the output files, `{prefix}_{name}_document`.
         small_ids: whether two bytes a token may be used (labels of -100 would not fit them).
         ranking: whether samples are pairs of answers.
+        wording: what its texts are put into.
     """
 
     outputs: list[str]
+    wording: str
     small_ids: bool
     ranking: bool
 

@@ -45,7 +45,7 @@ class InstructionHandler:
         named = reading.prompt_type or reading.template or reading.hf_chat_template
         self._form = chat_format(tokenizer, reading.prompt_type or (None if named else default_prompt_type), reading.template,
                                  reading.hf_chat_template)
-        self._reading = reading
+        self._reading, self.wording = reading, self._form.wording
         maps = {path: FieldMap.from_json(text) for path, text in reading.maps}
         self.ranking = any(names.ranking for names in maps.values())
         if len({names.ranking for names in maps.values()}) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ class GeneralPretrainHandler:
     `reading.append_eod` ends each document that has tokens with the end-of-document token.
     """
 
-    small_ids, ranking = True, False
+    small_ids, ranking, wording = True, False, ""
 
     def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
         self.tokenizer, self.columns, self.outputs = tokenizer, list(reading.keys), list(reading.keys)
@@ -55,6 +56,7 @@ class TextHandler(GeneralPretrainHandler):
     def __init__(self, tokenizer: Tokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, reading)
         self._text, self._around = about["text"], about.get("around", {})
+        self.wording = json.dumps(about, sort_keys=True)
         self.columns, self.optional, self.outputs = list(about["columns"]), list(about.get("optional", [])), ["text"]
 
     def parse(self, row: Mapping[str, Any]) -> list[str]:

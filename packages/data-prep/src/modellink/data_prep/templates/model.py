@@ -35,7 +35,8 @@ class ModelFormat:
     name = "hf-chat-template"
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, **variables: Any) -> None:
-        self._marked = bool(GENERATION.search(tokenizer.chat_template(template)))
+        self.wording = tokenizer.chat_template(template)
+        self._marked = bool(GENERATION.search(self.wording))
         if tokenizer.eos_token_id is None:
             raise ModelLinkError("the tokenizer has no end token", where=tokenizer.folder,
                                  fix="set eos_token in its tokenizer_config.json")
