@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import surrounded
+import numpy as np
+
+from modellink.data_prep.engines import Flat, surrounded
 from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.handlers.rows import text_of
 from modellink.data_prep.tokenizer import Tokenizer
@@ -46,8 +48,20 @@ class GeneralPretrainHandler:
         return texts
 
     def encode(self, samples: Sequence[list[str]]) -> Batch:
-        return Batch({output: surrounded(self.tokenizer.encode_flat(texts), [], self._end, empty=False)
+        return Batch({output: self._documents(texts)
                       for output, texts in zip(self.outputs, zip(*samples, strict=True), strict=True)})
+
+    def _documents(self, texts: Sequence[str]) -> Flat:
+        """An empty text is no document, also where the tokenizer would make a bos token of it."""
+        there = [text for text in texts if text]
+        if not there:
+            return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
+        ids, lengths = surrounded(self.tokenizer.encode_flat(there), [], self._end, empty=False)
+        if len(there) == len(texts):
+            return ids, lengths
+        everywhere = np.zeros(len(texts), np.int64)
+        everywhere[[bool(text) for text in texts]] = lengths
+        return ids, everywhere
 
 
 class TextHandler(GeneralPretrainHandler):
