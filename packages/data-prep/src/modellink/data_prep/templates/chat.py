@@ -25,7 +25,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from modellink.data_prep.templates.literal import BEGIN, END, Literals
-from modellink.data_prep.tokenizer import Tokenizer
+from modellink.data_prep.tokenizer import SPECIAL_NAMES, Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
 LONGEST = 64 << 20  # characters
@@ -59,10 +59,15 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-    """Ids of `render_chat` with the same options; a control token in what the messages say is text."""
+    """Ids of `render_chat` with the same options; a control token in what messages, tools or further variables say is text."""
     literals = Literals(tokenizer)
-    hidden = options | {"tools": literals.hide(options.get("tools"))}
+    hidden = hide_variables(literals, options)
     return literals.encode(render_chat(tokenizer, [literals.hide(message) for message in messages], **hidden))
+
+
+def hide_variables(literals: Literals, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `render_chat` with what people may have written hidden; `bos_token` and its like are meant as tokens."""
+    return {name: value if name in ("template", *SPECIAL_NAMES) else literals.hide(value) for name, value in options.items()}
 
 
 def render_template(source: str, *, where: str = "chat template", mark: bool = False, **variables: Any) -> str:
