@@ -97,8 +97,10 @@ class _Rows:
 
     def _ranked(self, sample: Sample) -> Record:
         prompts, answers = [], []
-        for answer in (sample.chosen, sample.rejected):
+        for meaning, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
             assert answer is not None
+            if not answer[1].strip():
+                raise ValueError(f"{meaning} is an empty answer")
             spoken = replace(sample.conversation, turns=[*sample.conversation.turns, answer])
             source, target = _last_answer(self._form.encode(spoken))
             prompts.append(source)
