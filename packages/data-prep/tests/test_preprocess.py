@@ -91,8 +91,8 @@ def test_empty_texts_are_no_documents(run, tmp_path, write_lines, request, folde
     summary = run(input=(str(path), str(tmp_path / "b.jsonl")), append_eod=True, piece_size=0.001, tokenizer_backend=backend,
                   tokenizer_name_or_path=request.getfixturevalue(folder))
     assert summary.documents == {"text": 2} and summary.rows == 4
-    folder = request.getfixturevalue(folder)
-    assert [Tokenizer.from_folder(folder).decode(ids) for ids in IndexedDataset(tmp_path / "out" / "set_text_document")] == ["a", "b"]
+    tokenizer = Tokenizer.from_folder(request.getfixturevalue(folder))
+    assert [tokenizer.decode(ids) for ids in IndexedDataset(tmp_path / "out" / "set_text_document")] == ["a", "b"]
 
 
 BAD = [{"text": "a"}, {"text": None}, {"other": 1}, {"text": 5}, {"text": "b"}]

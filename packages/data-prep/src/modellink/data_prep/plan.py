@@ -103,7 +103,8 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
 
 def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, handler: Handler, reading: Reading,
                dtype: str) -> dict[str, Any]:
-    return {"layout": LAYOUT, "version of modellink-data-prep": package.__version__, "input": inputs.fingerprint(paths), "piece size": options.piece_size,
+    return {"layout": LAYOUT, "version of modellink-data-prep": package.__version__,
+            "input": inputs.fingerprint(paths), "piece size": options.piece_size,
             "tokenizer": tokenizer.fingerprint, "library": tokenizer.backend,
             "special tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id], "token type": dtype,
             "vocabulary": options.vocab_size, "wording": hashlib.sha256(handler.wording.encode()).hexdigest(),

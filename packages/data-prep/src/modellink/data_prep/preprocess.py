@@ -50,8 +50,9 @@ def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
         except ModelLinkError:
             if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
                 shutil.rmtree(parts)
-                with suppress(OSError):  # it may hold other things by now
-                    (folder if is_new else parts).rmdir()
+                if is_new:
+                    with suppress(OSError):  # it may hold other things by now
+                        folder.rmdir()
             raise
         if share is None:
             shutil.rmtree(parts)

@@ -4,7 +4,7 @@ The way of Megatron's tool: a pool of processes, one document a call, `IndexedDa
 after `tools/preprocess_data.py`, with transformers' tokenizer as there, and its files must have the bytes of ours. The raw
 tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing written) is the limit of a run without gigatoken.
 
-    python benchmarks/data_prep.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 40] [--workers 1 2] [--growth 100 400]
+    python benchmarks/preprocess.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 40] [--workers 1 2] [--growth 100 400]
 
 Each run has a process of its own, so that the memory is its own; times are those of the work without the start of Python and its
 imports, with the loading of the tokenizer and of all workers. `--growth` adds runs over inputs of that many MB, whose peak memory
