@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, chat_format, from_messages, preprocess
@@ -40,22 +41,42 @@ def test_gigatoken_is_chosen_where_it_agrees_and_changes_no_byte(run, snapshot, 
 
 @needs("gigatoken")
 def test_gigatoken_is_not_chosen_where_it_differs(run, monkeypatch):
-    from modellink.data_prep.engines.gigatoken import GigaToken
+    from modellink.data_prep.engines.gigatoken import Fast
 
-    load = GigaToken._load
-
-    class Wrong:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def encode_batch(self, texts):
-            return self.inner.encode_batch([text.replace("part", "prat").replace("he", "eh") for text in texts])
-
-    monkeypatch.setattr(GigaToken, "_load", lambda self: Wrong(load(self)))
+    encode = Fast.encode_flat
+    monkeypatch.setattr(Fast, "encode_flat", lambda self, texts, *more: encode(
+        self, [text.replace("part", "prat").replace("he", "eh") for text in texts], *more))
     summary = run()
     assert summary.backend.startswith("tokenizers ") and summary.backend_why.startswith("gigatoken differs at token")
     with pytest.raises(ModelLinkError, match="gigatoken cannot be used"):
         run("asked", tokenizer_backend="gigatoken")
+
+
+@needs("gigatoken")
+def test_the_sample_is_spread_over_all_inputs(run, monkeypatch, tmp_path, write_lines):
+    """A difference in the middle of the second file is found before anything is written."""
+    from modellink.data_prep.engines.gigatoken import GigaToken
+
+    rows = [{"text": f"{number} " + "plain words " * 2000} for number in range(200)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    write_lines(tmp_path / "b.jsonl", [*rows[:80], *([{"text": "odd words " * 2000}] * 60), *rows[140:]])
+    seen: list[str] = []
+    monkeypatch.setattr(GigaToken, "difference", lambda self, texts: seen.extend(texts) or "")
+    run(input=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    assert sum(text.startswith("odd ") for text in seen) >= 2
+    assert sum(map(len, seen)) < 2 << 20
+
+
+@needs("gigatoken")
+@pytest.mark.parametrize("parallel", [False, True])
+def test_one_core_and_all_give_the_same(byte_folder, parallel):
+    from modellink.data_prep.engines.gigatoken import GigaToken
+
+    engine = GigaToken(byte_folder, parallel=parallel)
+    ids, lengths = engine.encode_flat(TEXTS, wrap=True)
+    assert np.split(ids, np.cumsum(lengths)[:-1])[4].tolist() == engine.encode_batch(TEXTS, wrap=True)[4]
+    assert lengths.tolist() == [len(ids) for ids in engine.encode_batch(TEXTS, wrap=True)]
+    assert len(engine.encode_flat([], wrap=True)[0]) == 0
 
 
 @needs("gigatoken")
@@ -72,9 +93,9 @@ def test_every_document_is_compared_when_asked(run, monkeypatch):
 def test_what_gigatoken_remembers_is_thrown_away(byte_folder, monkeypatch):
     monkeypatch.setattr("modellink.data_prep.engines.gigatoken.GROWN", -1 << 40)
     engine = Tokenizer.from_folder(byte_folder, "gigatoken").engine
-    before = engine._fast
+    before = engine.fast._inner
     first, _ = engine.encode_flat(["a b c" * 30], wrap=True)
-    assert engine._fast is not before and (engine.encode_flat(["a b c" * 30], wrap=True)[0] == first).all()
+    assert engine.fast._inner is not before and (engine.encode_flat(["a b c" * 30], wrap=True)[0] == first).all()
 
 
 def test_without_the_extra_tokenizers_is_used(run, monkeypatch):

@@ -127,6 +127,26 @@ def test_same_bytes_on_a_cluster(two_nodes, command, arguments, expected, snapsh
     assert snapshot(tmp_path / "out") == expected
 
 
+def test_a_piece_is_tried_again_where_its_process_died(two_nodes, corpus, byte_folder, expected, snapshot, tmp_path,
+                                                       monkeypatch):
+    def dies_once(folder, job, piece):  # inside the test, so that Ray sends it by value
+        import os
+        from pathlib import Path
+
+        from modellink.data_prep.tokenise import tokenise_piece
+
+        if piece.index == 1 and not (mark := Path(folder) / "died").exists():
+            mark.touch()
+            os._exit(1)
+        return tokenise_piece(job, piece)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("modellink.data_prep.cluster._tokenise_there", dies_once)
+    preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True, piece_size=0.1,
+                                 output_prefix=tmp_path / "out" / "set", executor="ray"), show=False)
+    assert (tmp_path / "died").exists() and snapshot(tmp_path / "out") == expected
+
+
 def test_a_bad_row_on_a_cluster_is_named(two_nodes, command, byte_folder, tmp_path, write_lines):
     write_lines(tmp_path / "bad.jsonl", [{"text": "a"}, {"text": 1}])
     done = command("--input", "bad.jsonl", "--tokenizer-name-or-path", byte_folder, "--output-prefix", "out/set",

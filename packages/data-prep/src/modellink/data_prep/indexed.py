@@ -92,7 +92,7 @@ class IndexedWriter:
         Raises:
             ModelLinkError: an id does not fit the type.
         """
-        self._bin.write(self._fitting(tokens).tobytes())
+        self._bin.write(np.ascontiguousarray(self._fitting(tokens)).data)
         sizes = lengths[lengths > 0]
         self._lengths.write(sizes.astype("<i4").tobytes())
         self._boundaries.write(np.arange(self.sequences + 1, self.sequences + len(sizes) + 1, dtype="<i8").tobytes())
@@ -102,11 +102,11 @@ class IndexedWriter:
 
     def _fitting(self, array: NDArray[Any]) -> NDArray[Any]:
         if array.size and self.dtype.kind in "iu":
-            limits = np.iinfo(self.dtype)
-            if array.min() < limits.min or array.max() > limits.max:
+            limits, theirs = np.iinfo(self.dtype), np.iinfo(array.dtype)
+            if (theirs.min < limits.min and array.min() < limits.min) or (theirs.max > limits.max and array.max() > limits.max):
                 raise ModelLinkError(f"token ids from {array.min()} to {array.max()} do not fit {self.dtype}",
                                      where=self.prefix, fix="write int32 (--output-dtype int32)")
-        return array.astype(self.dtype)
+        return array.astype(self.dtype, copy=False)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset of the same type."""

@@ -92,6 +92,8 @@ class Lines:
                     if position == 0 and lines[0].startswith(MARK):
                         lines[0], position = lines[0].removeprefix(MARK), len(MARK)
                     for line in lines:
+                        if position >= stop:  # readlines may take one more than asked for
+                            return
                         if (row := self._parse(line)) is not None:
                             yield position, row
                         position += len(line)

@@ -60,8 +60,8 @@ class Instructions:
         if packed and self._is_one_length and not any(self._numbers(row) != {1} for row in range(len(self))):
             raise ModelLinkError("all rows have one length, as packs have, and the attention mask numbers no samples in them",
                                  where=f"{prefix}_packed_{MASK}_document, --reset-position-ids",
-                                 fix="pack the data with modellink-preprocess --pack (the original's --pack numbers nothing); leave "
-                                 "out --reset-position-ids where a row is one sample")
+                                 fix="pack the data with modellink-preprocess --pack (the original's --pack numbers nothing); "
+                                 "leave out --reset-position-ids where a row is one sample")
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -111,7 +111,8 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[in
     described = config.get("added_tokens_decoder") or {}
     try:
         found = {str(text): (int(index), True) for text, index in plain.items()}
-        return found | {str(token["content"]): (int(index), bool(token.get("special", True))) for index, token in described.items()}
+        return found | {str(token["content"]): (int(index), bool(token.get("special", True)))
+                        for index, token in described.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
         raise ModelLinkError("the added tokens are not texts with their ids", where=folder,
                              fix="copy added_tokens.json and tokenizer_config.json anew") from None

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from modellink.data_prep.engines import Flat, surrounded
-from modellink.data_prep.handlers.reading import Batch, Reading
+from modellink.data_prep.handlers.reading import Batch, PlainTokenizer, Reading
 from modellink.data_prep.handlers.rows import text_of
-from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
 PLACE = re.compile(r"\{(\w+)\}")
@@ -27,7 +26,7 @@ class GeneralPretrainHandler:
 
     small_ids, ranking, wording = True, False, ""
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
+    def __init__(self, tokenizer: PlainTokenizer, reading: Reading) -> None:
         self.tokenizer, self.columns, self.outputs = tokenizer, list(reading.keys), list(reading.keys)
         self.optional: list[str] = []
         if reading.append_eod and tokenizer.eod_token_id is None:
@@ -67,7 +66,7 @@ class GeneralPretrainHandler:
 class TextHandler(GeneralPretrainHandler):
     """One text out of several columns, by the wording in `handlers.json`."""
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: PlainTokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, reading)
         self._text, self._around = about["text"], about.get("around", {})
         self.wording = json.dumps(about, sort_keys=True)
