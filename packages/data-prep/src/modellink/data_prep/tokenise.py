@@ -225,8 +225,8 @@ def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
             for piece in islice(todo, 0 if failed else 2 * workers - len(waiting)):
                 try:
                     waiting[processes.pool.submit(tokenise_piece, job, piece)] = piece.index
-                except BrokenProcessPool as error:
-                    failed[piece.index] = error
+                except BrokenProcessPool as broken:
+                    failed[piece.index] = broken
                     break
             if not waiting:
                 break

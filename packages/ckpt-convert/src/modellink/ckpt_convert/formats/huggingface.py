@@ -28,7 +28,7 @@ from modellink.kernels.files import read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 GIGABYTE = 10 ** 9
-SHARD_BYTES = 5 * GIGABYTE
+SHARD_BYTES: int = 5 * GIGABYTE
 
 
 def is_huggingface(folder: Path) -> bool:
