@@ -7,10 +7,10 @@ tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing
     python benchmarks/preprocess.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 40] [--workers 1 2] [--growth 20 80]
 
 Each run has a process of its own, so that the memory is its own; times are those of the work without the start of Python and its
-imports, with the loading of the tokenizer and of all workers. `--growth` are inputs of that many MB whose peak memory is to be the
-same: a row compares the largest with the smallest. A tokenizer that gigatoken refuses has no row of it. The documents are texts of `--data` where it has any,
-else Python's own help topics, over and over with a number before each: about 4 MB of them differ, which favours who remembers
-words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
+imports, with the loading of the tokenizer and of all workers. `--growth` are inputs of that many MB whose peak memory is to be
+the same: a row compares the largest with the smallest. A tokenizer that gigatoken refuses has no row of it. The documents are
+texts of `--data` where it has any, else Python's own help topics, over and over with a number before each: about 4 MB of them
+differ, which favours who remembers words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
 """
 
 from __future__ import annotations
