@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from modellink.data_prep.indexed import checksum
 from modellink.data_prep.tokenise import Done
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
+from modellink.kernels.progress import Work
 
 Share = tuple[int, int]
+READERS = 4  # threads
 
 
 def suffix(share: Share | None) -> str:
@@ -82,18 +86,25 @@ def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, 
     return [entry for _, entries in _shares(parts) if entries[0].get("made_from") == made_from for entry in entries]
 
 
-def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool) -> dict[int, Done]:
+def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool, show: bool) -> dict[int, Done]:
     """Pieces whose files are there as they were noted; all, once they are merged.
 
     A piece with bad rows does not count when those must fail.
     """
+    noted = {entry["piece"]: Done(**entry) for entry in entries if "piece" in entry}
+    usable = [done for done in noted.values() if skips_bad_rows or not done.skipped]
+    if not usable or any(entry.get("state") == "merged" for entry in entries):
+        return {done.piece: done for done in usable}
     found = {}
-    merged = any(entry.get("state") == "merged" for entry in entries)
-    for done in {entry["piece"]: Done(**entry) for entry in entries if "piece" in entry}.values():
-        whole = merged or all(checksum(parts / name) == noted for name, noted in done.checksums.items())
-        if whole and (skips_bad_rows or not done.skipped):
-            found[done.piece] = done
+    with Work("checking finished pieces", len(usable), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
+        for done, whole in zip(usable, pool.map(partial(_is_whole, parts), usable), strict=True):
+            found |= {done.piece: done} if whole else {}
+            work.advance()
     return found
+
+
+def _is_whole(parts: Path, done: Done) -> bool:
+    return all(checksum(parts / name) == noted for name, noted in done.checksums.items())
 
 
 def _shares(parts: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:

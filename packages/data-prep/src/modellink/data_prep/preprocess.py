@@ -75,7 +75,7 @@ def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool
     with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
         states = {entry["state"]: entry for entry in entries if "state" in entry}
-        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows)
+        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows, show=show)
         outputs = existing(list(plan.outputs.values()))
         if "merged" in states and len(outputs) == 2 * len(plan.outputs):  # killed while it tidied up
             packed = states["merged"].get("packed")
