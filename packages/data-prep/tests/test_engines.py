@@ -59,7 +59,7 @@ def test_the_sample_is_spread_over_all_inputs(run, monkeypatch, tmp_path, write_
 
     rows = [{"text": f"{number} " + "plain words " * 2000} for number in range(200)]
     write_lines(tmp_path / "a.jsonl", rows)
-    write_lines(tmp_path / "b.jsonl", [*rows[:80], *([{"text": "odd words " * 2000}] * 60), *rows[140:]])
+    write_lines(tmp_path / "b.jsonl", [*rows[:80], *([{"text": "odd words " * 2000}] * 80), *rows[160:]])
     seen: list[str] = []
     monkeypatch.setattr(GigaToken, "difference", lambda self, texts: seen.extend(texts) or "")
     run(input=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
