@@ -95,7 +95,7 @@ def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool
     usable = [done for done in noted.values() if skips_bad_rows or not done.skipped]
     if not usable or any(entry.get("state") == "merged" for entry in entries):
         return {done.piece: done for done in usable}
-    found = {}
+    found: dict[int, Done] = {}
     with Work("checking finished pieces", len(usable), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
         for done, whole in zip(usable, pool.map(partial(_is_whole, parts), usable), strict=True):
             found |= {done.piece: done} if whole else {}
