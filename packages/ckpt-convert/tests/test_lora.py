@@ -17,10 +17,12 @@ from tiny_models import make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
 from modellink.ckpt_convert.lora import LoraConfig, merge_lora, whole
+from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.open import open_adapter
 from modellink.ckpt_convert.peft import write_peft
 from modellink.ckpt_convert.plan import Target
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import mark_complete
 from modellink.kernels.parallel import ParallelLayout
 
 VERIFY = ["--verify", "--no-verify-model"]
@@ -80,6 +82,26 @@ def test_the_command_merges(made: Any, run: Run, tmp_path: Path) -> None:
     assert "merged with a LoRA adapter of rank 4, alpha 6" in run(
         [tmp_path / "base", tmp_path / "x", "--to", "hf", "--lora-load", tmp_path / "mg", "--dry-run"]).stdout
     assert "LoRA adapter of rank 4" in run(["inspect", tmp_path / "mg"]).stdout
+
+
+def test_the_folder_that_training_saves_to(made: Any, run: Run, tmp_path: Path) -> None:
+    """The last complete iteration counts, and the template it was trained with goes with the weights wherever they go."""
+    tensors = made("llama")
+    base = open_checkpoint(tmp_path / "base")
+    saved, wanted = tmp_path / "saved", tensors_of(merge_lora(base, CONFIG, tensors))
+    write_companions(saved, Manifest(base.family, base.spec, "float32", "chatml"), tmp_path / "base")
+    (saved / "lora.json").write_text("{}")
+    write_peft(saved / "iter_0000005" / "peft", base.spec, base.family, tensors, CONFIG)
+    mark_complete(saved / "iter_0000005")
+    (saved / "iter_0000009").mkdir()  # of a save that did not finish
+    for number, adapter in enumerate([saved, saved / "iter_0000005", saved / "iter_0000005" / "peft"]):
+        done = run([tmp_path / "base", tmp_path / f"merged{number}", "--to", "hf", *VERIFY, "--lora-load", adapter])
+        assert done.returncode == 0, done.stderr
+        opened = open_checkpoint(tmp_path / f"merged{number}")
+        assert opened.prompt_type == "chatml" and equal(tensors_of(opened), wanted)
+    done = run([tmp_path / "merged0", tmp_path / "mg", "--to", "megatron-core", "--tp", 2, *VERIFY])
+    assert done.returncode == 0 and open_checkpoint(tmp_path / "mg").prompt_type == "chatml", done.stderr
+    assert run([saved, tmp_path / "peft", "--to", "peft"]).returncode == 0  # the model it belongs to came along
 
 
 def test_the_command_says_what_is_wrong(made: Any, run: Run, tmp_path: Path) -> None:

@@ -147,6 +147,25 @@ def skipped(folder: Path) -> tuple[str, ...]:
     return (str(folder / "rest"),)
 
 
+def test_finetune_begins_anew_with_the_adapters_of_an_iteration(run, tmp_path):
+    """The third batch is the first of the new run: it has the loss of the third step with what two steps have learned."""
+    straight = run(1, save=str(tmp_path / "a"), save_interval=1, exit_interval=3)
+    options = {"lora_load": str(tmp_path / "a"), "finetune": True, "train_iters": 1, "data_path": skipped(tmp_path)}
+    (begun,), (last,) = run(1, ckpt_step=2, **options), run(1, **options)
+    assert begun[:2] == last[:2] == (1, 8)
+    assert begun[2:] == pytest.approx(straight[2][2:], rel=1e-5)
+    assert last[2] != pytest.approx(straight[2][2], rel=1e-4)  # those of the third step
+
+
+def test_the_folder_of_a_run_is_an_adapter_to_the_converter(run, tiny, tmp_path):
+    from modellink.ckpt_convert import open_checkpoint
+    from modellink.ckpt_convert.open import open_adapter
+
+    run(1, save=str(tmp_path / "a"), train_iters=1, prompt_type="chatml")
+    found = open_adapter(tmp_path / "a", open_checkpoint(tiny))
+    assert found.folder == tmp_path / "a/iter_0000001/peft" and found.prompt_type == "chatml"
+
+
 def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     run(1, save=str(tmp_path / "a"), train_iters=1)
     names = pools(1)(saved, folder=str(tmp_path / "a/iter_0000001"))[0]

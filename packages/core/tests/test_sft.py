@@ -19,6 +19,7 @@ OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 8, "lr"
 VARIABLE: dict[str, Any] = {"variable_seq_lengths": True}
 TP2, PP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
 CP2 = {"context_parallel_size": 2}
+PACKED: dict[str, Any] = {"data_path": ("packs",), "reset_position_ids": True, "seq_length": 48, "global_batch_size": 4}
 TABLE = {
     "fixed": (1, {}), "variable": (1, VARIABLE), "variable of 4": (1, VARIABLE | {"micro_batch_size": 4}),
     "fixed of 8": (1, {"micro_batch_size": 8}), "recomputed": (1, VARIABLE | {
@@ -30,7 +31,9 @@ TABLE = {
         "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}),
     "cp2": (2, CP2 | VARIABLE | {"micro_batch_size": 4}),
     "cp2 ring": (2, CP2 | VARIABLE | {"context_parallel_algo": "megatron_cp_algo", "pad_to_multiple_of": 1}),
-    "tp2 pp2": (4, TP2 | PP2 | VARIABLE)}
+    "tp2 pp2": (4, TP2 | PP2 | VARIABLE),
+    "packed": (1, PACKED), "packed cp2": (2, CP2 | PACKED), "packed cp2 ring": (2, CP2 | PACKED | {
+        "context_parallel_algo": "megatron_cp_algo"}), "packed pp2": (2, PP2 | PACKED | {"micro_batch_size": 2})}
 
 
 def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
@@ -58,6 +61,8 @@ def samples():
 def chats(samples, tmp_path_factory):
     prefix = tmp_path_factory.mktemp("chats") / "chats"
     INSTRUCTIONS.write_set(prefix, samples)
+    pairs = zip(samples[::2], samples[1::2], strict=True)
+    INSTRUCTIONS.write_set(prefix.with_name("packs"), [INSTRUCTIONS.pack(list(pair), PACKED["seq_length"]) for pair in pairs])
     return prefix
 
 
@@ -66,6 +71,7 @@ def run(pools, tiny, chats):
     """`run(layout, **options)`: the steps of a run from the tiny model (`load` replaces it)."""
     def go(layout: str, **options: Any) -> list[tuple[int, int, float, float]]:
         world_size, more = TABLE[layout]
+        more = more | ({"data_path": (str(chats.with_name("packs")),)} if "data_path" in more else {})
         return pools(world_size)(train, options=OPTIONS | {"load": str(tiny), "data_path": (str(chats),)} | more | options)[-1]
     return go
 
@@ -77,9 +83,10 @@ def plain(tiny, samples):
 
 @pytest.mark.parametrize("layout", TABLE)
 def test_the_loss_is_the_mean_over_learned_tokens_of_the_global_batch(run, plain, layout):
-    """Over an epoch and a third, so the set is begun anew in the middle of a batch."""
+    """Over an epoch and a third, so the set is begun anew in the middle of a batch; packed rows hold two samples each."""
     steps = run(layout)
-    assert [step[:2] for step in steps] == [(number, 8 * number) for number in range(1, 6)]
+    rows = 4 if layout.startswith("packed") else 8
+    assert [step[:2] for step in steps] == [(number, rows * number) for number in range(1, 6)]
     assert [step[2] for step in steps] == pytest.approx([loss for loss, _ in plain], rel=1e-5)
     assert [step[3] for step in steps] == pytest.approx([norm for _, norm in plain], rel=1e-4)
 
@@ -153,6 +160,28 @@ def test_packed_rows_count_positions_anew(pools, tmp_path, samples):
     begins = [sum(lengths[:number]) for number in range(4)]
     assert starts == [begin for begin, size in zip(begins, [*lengths, 70 - sum(lengths)], strict=True) for _ in range(size)]
     assert labels[:sum(lengths)] == [label for sample in learned for label in [*sample["input_ids"][1:], -100]]
+
+
+def test_packs_without_numbers_and_packs_that_nobody_separates_are_told_of(pools, chats, tmp_path, samples):
+    """The original's --pack leaves a mask of ones: its samples cannot be told apart, and would attend to each other."""
+    ones = [INSTRUCTIONS.pack(samples[:3], 70) | {"attention_mask": [1] * 70}] * 5
+    INSTRUCTIONS.write_set(tmp_path / "ones", ones)
+    with pytest.raises(AssertionError, match="numbers no samples"):
+        pools(1)(rows, prefix=str(tmp_path / "ones"), seq_length=70, numbers=[0], packed=True)
+    pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # a sample a row, of many lengths
+    with pytest.raises(AssertionError, match="hold several samples, which attend"):
+        pools(1)(noted, prefix=str(chats.with_name("packs")))
+    pools(1)(noted, prefix=str(chats))
+
+
+def noted(prefix: str) -> None:
+    """On a rank: fail with what is printed over a set that is not taken for a packed one."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        rows(prefix, 48, [0])
+    assert not printed.getvalue(), printed.getvalue()
 
 
 def collated(prefix: str) -> list[list[int]]:

@@ -45,6 +45,10 @@ def chat(*messages, **more):
     return lines({"conversations": list(messages)} | more)
 
 
+def tool(**parameters):
+    return json.dumps([{"name": "f", "parameters": parameters}])
+
+
 # name: (file, content, options, message, place)
 BAD = {
     "a column is missing": ("a.jsonl", lines({"body": "a"}), {}, "no column 'text'", "a.jsonl"),
@@ -92,6 +96,14 @@ BAD = {
     "messages that are a text": ("a.jsonl", lines({"conversations": "q"}), SHAREGPT, "a text and not a JSON list", "line 1"),
     "tools that are no JSON": ("a.jsonl", chat(ASK, SAY, tools="add"), SHAREGPT, "the tools are not JSON", "line 1"),
     "a tool without a name": ("a.jsonl", chat(ASK, SAY, tools='[{"a": 1}]'), SHAREGPT, "a tool has no name", "line 1"),
+    "a speaker that is a list": ("a.jsonl", chat({"from": ["human"], "value": "a"}, SAY), SHAREGPT,
+                                 "a message is from ['human']", "line 1"),
+    "a tool that is a number": ("a.jsonl", chat(ASK, SAY, tools='[{"function": 3}]'), SHAREGPT, "a tool has no name: 3",
+                                "line 1"),
+    "required arguments that are no list": ("a.jsonl", chat(ASK, SAY, tools=tool(required=True)), SHAREGPT,
+                                            "required of the tool 'f' is a bool", "line 1"),
+    "choices that are no list": ("a.jsonl", chat(ASK, SAY, tools=tool(properties={"a": {"enum": 5}})), SHAREGPT,
+                                 "enum of the tool 'f' is a int", "line 1"),
     "a call that is no JSON": ("a.jsonl", chat(ASK, {"from": "function_call", "value": "add(1)"}), SHAREGPT,
                                "a function call is not JSON", "line 1"),
     "no rejected answer": ("a.jsonl", chat(ASK, chosen=SAY, rejected=None), RANKED, "'rejected' is empty", "line 1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modellink.data_prep import Tokenizer, encode_chat, render_chat
-from modellink.data_prep.templates.chat import render_template
+from modellink.data_prep.templates.sandbox import render_template
 from modellink.kernels.errors import ModelLinkError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "你好 <b>&</b>"},

@@ -3,8 +3,10 @@
 import base64
 import importlib.util
 import json
+import shutil
 import sys
 
+import numpy as np
 import pytest
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, chat_format, from_messages, preprocess
@@ -39,22 +41,42 @@ def test_gigatoken_is_chosen_where_it_agrees_and_changes_no_byte(run, snapshot, 
 
 @needs("gigatoken")
 def test_gigatoken_is_not_chosen_where_it_differs(run, monkeypatch):
-    from modellink.data_prep.engines.gigatoken import GigaToken
+    from modellink.data_prep.engines.gigatoken import Fast
 
-    load = GigaToken._load
-
-    class Wrong:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def encode_batch(self, texts):
-            return self.inner.encode_batch([text.replace("part", "prat").replace("he", "eh") for text in texts])
-
-    monkeypatch.setattr(GigaToken, "_load", lambda self: Wrong(load(self)))
+    encode = Fast.encode_flat
+    monkeypatch.setattr(Fast, "encode_flat", lambda self, texts, *more: encode(
+        self, [text.replace("part", "prat").replace("he", "eh") for text in texts], *more))
     summary = run()
     assert summary.backend.startswith("tokenizers ") and summary.backend_why.startswith("gigatoken differs at token")
     with pytest.raises(ModelLinkError, match="gigatoken cannot be used"):
         run("asked", tokenizer_backend="gigatoken")
+
+
+@needs("gigatoken")
+def test_the_sample_is_spread_over_all_inputs(run, monkeypatch, tmp_path, write_lines):
+    """A difference in the middle of the second file is found before anything is written."""
+    from modellink.data_prep.engines.gigatoken import GigaToken
+
+    rows = [{"text": f"{number} " + "plain words " * 2000} for number in range(200)]
+    write_lines(tmp_path / "a.jsonl", rows)
+    write_lines(tmp_path / "b.jsonl", [*rows[:80], *([{"text": "odd words " * 2000}] * 80), *rows[160:]])
+    seen: list[str] = []
+    monkeypatch.setattr(GigaToken, "difference", lambda self, texts: seen.extend(texts) or "")
+    run(input=(str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")))
+    assert sum(text.startswith("odd ") for text in seen) >= 2
+    assert sum(map(len, seen)) < 2 << 20
+
+
+@needs("gigatoken")
+@pytest.mark.parametrize("parallel", [False, True])
+def test_one_core_and_all_give_the_same(byte_folder, parallel):
+    from modellink.data_prep.engines.gigatoken import GigaToken
+
+    engine = GigaToken(byte_folder, parallel=parallel)
+    ids, lengths = engine.encode_flat(TEXTS, wrap=True)
+    assert np.split(ids, np.cumsum(lengths)[:-1])[4].tolist() == engine.encode_batch(TEXTS, wrap=True)[4]
+    assert lengths.tolist() == [len(ids) for ids in engine.encode_batch(TEXTS, wrap=True)]
+    assert len(engine.encode_flat([], wrap=True)[0]) == 0
 
 
 @needs("gigatoken")
@@ -71,9 +93,9 @@ def test_every_document_is_compared_when_asked(run, monkeypatch):
 def test_what_gigatoken_remembers_is_thrown_away(byte_folder, monkeypatch):
     monkeypatch.setattr("modellink.data_prep.engines.gigatoken.GROWN", -1 << 40)
     engine = Tokenizer.from_folder(byte_folder, "gigatoken").engine
-    before = engine._fast
+    before = engine.fast._inner
     first, _ = engine.encode_flat(["a b c" * 30], wrap=True)
-    assert engine._fast is not before and (engine.encode_flat(["a b c" * 30], wrap=True)[0] == first).all()
+    assert engine.fast._inner is not before and (engine.encode_flat(["a b c" * 30], wrap=True)[0] == first).all()
 
 
 def test_without_the_extra_tokenizers_is_used(run, monkeypatch):
@@ -136,6 +158,42 @@ def test_templates_over_sentencepiece(sentencepiece_folder):
     assert sum(tokenizer.is_special(index) for index in encoded.ids) == 2  # bos and eos of the template, none of the text
     assert tokenizer.decode(encoded.turns[0].target, skip_special_tokens=False) == "Yo</s>"
     assert "</s><|im_end|>" in tokenizer.decode(encoded.turns[0].source)
+
+
+ADDED = {"700": {"content": "<|im_end|>", "special": True}, "701": {"content": "<think>", "special": False},
+         "1": {"content": "<s>", "special": True}}
+
+
+@pytest.mark.parametrize("files", [
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>", "added_tokens_decoder": ADDED}},
+    {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "added_tokens.json": {"<|im_end|>": 700, "<think>": 701}}])
+def test_tokens_added_to_a_sentencepiece_model(sentencepiece_folder, tmp_path, files):
+    shutil.copy(sentencepiece_folder / "tokenizer.model", tmp_path)
+    bare = Tokenizer.from_folder(tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.token_to_id("<think>")) == (702, 700, 701)
+    assert tokenizer.id_to_token(700) == "<|im_end|>" and tokenizer.fingerprint != bare.fingerprint
+    ids = tokenizer.encode("a<|im_end|><think>b", False)
+    assert ids == [*bare.encode("a", False), 700, 701, *bare.encode("b", False)]
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "a<|im_end|><think>b"
+    is_word = "added_tokens_decoder" in files["tokenizer_config.json"]  # nothing in added_tokens.json says so
+    assert tokenizer.decode(ids) == ("a<think>b" if is_word else "a b")
+    encoded = chat_format(tokenizer, "chatml_de").encode(from_messages(CHAT))
+    said = tokenizer.encode_literal("<|im_end|><think>")
+    assert 700 not in said and (701 in said) == is_word
+    assert encoded.turns[0].target[-1] == 700 and encoded.turns[0].source.count(700) == 2  # of system and question
+
+
+def test_what_sentencepiece_adds_is_part_of_the_fingerprint(sentencepiece_folder, tmp_path):
+    before = Tokenizer.from_folder(sentencepiece_folder).fingerprint
+    shutil.copytree(sentencepiece_folder, tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert Tokenizer.from_folder(tmp_path).fingerprint != before  # and a checkpoint's folder hf/ is found
+    (tmp_path / "hf" / "added_tokens.json").write_text('{"a": "b"}')
+    with pytest.raises(ModelLinkError, match="not texts with their ids"):
+        Tokenizer.from_folder(tmp_path)
 
 
 @pytest.fixture

@@ -117,12 +117,35 @@ def test_datasets_by_name(make, byte_tokenizer, tmp_path, write_lines):
     (tmp_path / "dataset_info.json").write_text(json.dumps({
         "first": {"file_name": "a.jsonl", "columns": {"prompt": "q"}}, "ranked": {"file_name": "r.json", "ranking": True},
         "second": {"file_name": "b.json", "formatting": "sharegpt", "columns": {"messages": "chat"}},
-        "away": {"file_name": "../a.jsonl"}, "hub": {"hf_hub_url": "x/y"}}))
+        "away": {"file_name": "../a.jsonl"}, "hub": {"hf_hub_url": "x/y"},
+        "some": {"file_name": "a.jsonl", "num_samples": 5}, "part": {"file_name": "a.jsonl", "subset": "en"}}))
     data, _ = make("first,second", "LlamaFactoryInstructionHandler", dataset_dir=tmp_path)
     assert [said(byte_tokenizer, data, index) for index in (0, 1)] == [["2<|im_end|>"], ["Yo<|im_end|>"]]
-    for names, message in (("frist", "no dataset 'frist'"), ("away", "outside the folder"), ("hub", "no file_name")):
+    for names, message in (("frist", "no dataset 'frist'"), ("away", "outside the folder"), ("hub", "no file_name"),
+                           ("some", "num_samples is 5"), ("part", "subset is 'en'")):
         with pytest.raises(ModelLinkError, match=message):
             make(names, "LlamaFactoryInstructionHandler", dataset_dir=tmp_path, name="other")
+
+
+def test_a_dataset_may_be_a_folder_or_a_pattern(make, byte_tokenizer, tmp_path, write_lines):
+    (tmp_path / "many").mkdir()
+    for name in "ab":
+        write_lines(tmp_path / "many" / f"{name}.jsonl", [{"instruction": "q", "output": name}])
+    (tmp_path / "dataset_info.json").write_text(json.dumps({
+        "folder": {"file_name": "many"}, "pattern": {"file_name": "many/[b-z]*.jsonl", "split": "train"}}))
+    for names, answers in (("folder", ["a", "b"]), ("pattern", ["b"])):
+        data, _ = make(names, "LlamaFactoryInstructionHandler", name=names, dataset_dir=tmp_path)
+        assert [said(byte_tokenizer, data, index) for index in range(len(answers))] == [[f"{one}<|im_end|>"] for one in answers]
+
+
+@pytest.mark.parametrize("place", ["chosen", "rejected"])
+def test_an_empty_answer_of_a_pair_is_refused(make, tmp_path, place):
+    """Before, a template whose answers have no end of their own learned the answer of an earlier turn instead."""
+    (tmp_path / "mine.json").write_text('{"user": ["Q:{content} A:"], "efficient_eos": true}')
+    row = RANKED | {"conversations": [*CHAT, CHAT[0]], place: {"from": "gpt", "value": " "}}
+    _, summary = make([row, RANKED], "SharegptStylePairwiseHandler", template=tmp_path / "mine.json", prompt_type=None,
+                      on_bad_row="skip")
+    assert summary.rows == 1 and f"{place} is an empty answer" in summary.bad_rows[0]
 
 
 OLDER = {
@@ -198,8 +221,21 @@ def test_a_long_conversation_is_cut_from_its_end_and_keeps_answers():
     turns = [Turn([1] * 30, [2] * 30), Turn([3] * 30, [4] * 30), Turn([5] * 9, [6] * 9)]
     fitted = Encoded(turns, [7]).fit(80)
     assert [(len(turn.source), len(turn.target)) for turn in fitted.turns] == [(30, 30), (10, 9)]
-    assert len(fitted) == 80 and fitted.labels()[-1] == 7 and fitted.labels().count(4) == 9
+    assert len(fitted) == 80 and fitted.ids[-1] == 7 and fitted.labels().count(4) == 9
     assert Encoded(turns, [7]).fit(200) == Encoded(turns, [7])
+
+
+def test_no_end_is_learned_after_an_answer_that_was_cut():
+    """Neither the one that closes the sample nor the one learned where the next turn begins; after whole answers both are."""
+    turns = [Turn([1] * 4, [2] * 60), Turn([3] * 4, [4] * 4, closing=7)]
+    cut = Encoded(turns, [7]).fit(60)
+    assert cut.ids[-1] == 7 and 7 not in cut.labels() and 7 not in cut.labels(train_on_prompt=True)
+    both = Encoded([Turn([1] * 40, [2] * 4), Turn([3] * 40, [4] * 4, closing=7)], [7]).fit(60)
+    assert both.labels()[-1] == 7 and both.labels().count(7) == 2
+    first = Encoded([Turn([1] * 30, [2] * 40), Turn([3] * 9, [4] * 9, closing=7)], []).fit(80)
+    assert first.labels().count(7) == 1  # the first answer is whole
+    shared = Encoded([Turn([1] * 100, [2] * 100), Turn([3] * 9, [4] * 9, closing=7)], [7])
+    assert 7 not in shared.fit(100).labels()
 
 
 @pytest.mark.parametrize(("choice", "counts"), [("cut", (3, 2, 0)), ("drop", (1, 0, 2))])

@@ -1,5 +1,8 @@
 """Packing: no sample is lost or cut, labels stay masked, ends are kept, and the bytes do not depend on how the work was cut."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from modellink.data_prep.templates.encoded import IGNORED
 from modellink.kernels.errors import ModelLinkError
 
 LENGTH = 128
+PROGRAM = "from modellink.data_prep.cli import main; main()"
 ROWS = [{"instruction": f"number {number}", "output": "word " * (number * 7 % 40 + 1),
          **({"history": [["a", "b"]]} if number % 3 else {})} for number in range(60)]
 
@@ -82,6 +86,19 @@ def test_same_packs_for_any_number_of_workers_and_any_cut(run, tmp_path, snapsho
     for name, options in (("cut", {"piece_size": 0.001}), ("two", {"piece_size": 0.002, "workers": 2}), ("neat", {})):
         run(name, **{"pack": True} | options | ({"pack": False, "neat_pack": True} if name == "neat" else {}))
         assert snapshot(tmp_path / name) == snapshot(tmp_path / "one")
+
+
+def test_many_parts_need_few_open_files(run, byte_folder, tmp_path, write_lines, snapshot):
+    """A large input has thousands of parts; 1,024 open files are what most machines allow, 64 make the test short."""
+    write_lines(tmp_path / "rows.jsonl", ROWS * 5)
+    run("one", pack=True)
+    tight = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)); {PROGRAM}"
+    done = subprocess.run([sys.executable, "-c", tight, "--input", tmp_path / "rows.jsonl", "--output-prefix",
+                           tmp_path / "tight" / "set", "--tokenizer-name-or-path", byte_folder, "--prompt-type", "chatml",
+                           "--handler-name", "AlpacaStyleInstructionHandler", "--seq-length", str(LENGTH), "--pack",
+                           "--piece-size", "0.001"], capture_output=True, text=True)
+    assert done.returncode == 0 and "pieces" in done.stdout, done.stderr
+    assert snapshot(tmp_path / "tight") == snapshot(tmp_path / "one")
 
 
 @pytest.mark.parametrize(("options", "message"), [

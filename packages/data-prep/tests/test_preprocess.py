@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from modellink.data_prep import IndexedDataset, PreprocessOptions, preprocess
+from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess
 from modellink.kernels.errors import ModelLinkError
 
 SMALL = 0.05  # MiB: about ten pieces of the corpus
@@ -83,10 +83,16 @@ def test_int32_as_the_original_wrote(run, tmp_path):
     assert wide.dtype == np.int32 and (wide.tokens == narrow.tokens).all()
 
 
-def test_texts_without_tokens_are_no_documents(run, tmp_path, write_lines):
+@pytest.mark.parametrize("backend", ["auto", "tokenizers"])
+@pytest.mark.parametrize("folder", ["byte_folder", "piece_folder"])  # the second puts a bos token before a text
+def test_empty_texts_are_no_documents(run, tmp_path, write_lines, request, folder, backend):
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
-    summary = run(input=(str(path),), append_eod=True)
-    assert summary.documents == {"text": 2} and summary.rows == 3
+    write_lines(tmp_path / "b.jsonl", [{"text": ""}])
+    summary = run(input=(str(path), str(tmp_path / "b.jsonl")), append_eod=True, piece_size=0.001, tokenizer_backend=backend,
+                  tokenizer_name_or_path=request.getfixturevalue(folder))
+    assert summary.documents == {"text": 2} and summary.rows == 4
+    tokenizer = Tokenizer.from_folder(request.getfixturevalue(folder))
+    assert [tokenizer.decode(ids) for ids in IndexedDataset(tmp_path / "out" / "set_text_document")] == ["a", "b"]
 
 
 BAD = [{"text": "a"}, {"text": None}, {"other": 1}, {"text": 5}, {"text": "b"}]

@@ -1,5 +1,6 @@
 """Work in shares: the same bytes as one run, whoever did which share, in any order, killed or not, and on a Ray cluster."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -8,6 +9,7 @@ import sys
 import pytest
 
 from modellink.data_prep import PreprocessOptions, preprocess
+from modellink.data_prep.parts import alone
 from modellink.kernels.errors import ModelLinkError
 
 SMALL = ("--piece-size", "0.05")
@@ -52,22 +54,48 @@ def test_a_killed_share_goes_on_and_a_lost_one_is_made_up_for(command, arguments
     assert snapshot(tmp_path / "out") == expected
 
 
-def test_shares_with_other_options_are_not_joined(command, arguments, expected, snapshot, tmp_path):
+def test_shares_with_other_options_are_not_joined_and_not_thrown_away(command, arguments, expected, snapshot, tmp_path):
     wrong = [argument for argument in arguments if argument != "--append-eod"]
     assert command(*wrong, "--piece", "0/2").returncode == 0
     assert command(*arguments, "--piece", "1/2").returncode == 0
+    before = snapshot(tmp_path / "out")
+    for options in (arguments, wrong):
+        joined = command(*options)
+        assert joined.returncode == 2 and "made with another append eod" in joined.stderr and "of-2.jsonl" in joined.stderr
+        assert snapshot(tmp_path / "out") == before
+    joined = command(*arguments, "--overwrite")
+    assert joined.returncode == 0 and "4 found done" in joined.stdout
+    assert snapshot(tmp_path / "out") == expected
+
+
+def test_a_part_of_the_right_size_and_other_bytes_is_made_anew(command, arguments, expected, snapshot, tmp_path):
+    """What a power cut leaves of a part: parts are written without waiting for the disk."""
+    assert command(*arguments, "--piece", "0/2").returncode == 0
+    part = min((tmp_path / "out" / "set.parts").glob("*.bin"))
+    part.write_bytes(bytes(part.stat().st_size))
     joined = command(*arguments)
     assert joined.returncode == 0 and "4 found done" in joined.stdout
     assert snapshot(tmp_path / "out") == expected
 
 
-def test_joining_waits_for_no_share_at_work(command, arguments, tmp_path):
+def test_shares_work_side_by_side_and_joining_waits_for_them(command, arguments, tmp_path):
     parts = tmp_path / "out" / "set.parts"
     parts.mkdir(parents=True)
-    with (parts / "lock.1-of-2").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with alone(parts, (1, 2), show=True):
         assert "another run is writing" in command(*arguments).stderr
+        assert "another run is writing" in command(*arguments, "--piece", "1/2").stderr
         assert command(*arguments, "--piece", "0/2").returncode == 0
+    with alone(parts, None, show=True):
+        assert "another run is writing" in command(*arguments, "--piece", "0/2").stderr
+
+
+def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    def flock(file, kind):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone(tmp_path / "parts", (0, 2), show=True):
+        assert capsys.readouterr().err.count("has no locks (Function not implemented)") == 1
 
 
 @pytest.mark.parametrize("piece", ["3/3", "a/2", "1", "-1/2", "1/0"])
@@ -97,6 +125,26 @@ def test_same_bytes_on_a_cluster(two_nodes, command, arguments, expected, snapsh
     done = command(*arguments, "--executor", "ray")
     assert done.returncode == 0, done.stderr
     assert snapshot(tmp_path / "out") == expected
+
+
+def test_a_piece_is_tried_again_where_its_process_died(two_nodes, corpus, byte_folder, expected, snapshot, tmp_path,
+                                                       monkeypatch):
+    def dies_once(folder, job, piece):  # inside the test, so that Ray sends it by value
+        import os
+        from pathlib import Path
+
+        from modellink.data_prep.tokenise import tokenise_piece
+
+        if piece.index == 1 and not (mark := Path(folder) / "died").exists():
+            mark.touch()
+            os._exit(1)
+        return tokenise_piece(job, piece)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("modellink.data_prep.cluster._tokenise_there", dies_once)
+    preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True, piece_size=0.1,
+                                 output_prefix=tmp_path / "out" / "set", executor="ray"), show=False)
+    assert (tmp_path / "died").exists() and snapshot(tmp_path / "out") == expected
 
 
 def test_a_bad_row_on_a_cluster_is_named(two_nodes, command, byte_folder, tmp_path, write_lines):

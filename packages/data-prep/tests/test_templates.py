@@ -5,6 +5,7 @@
 
 import json
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from modellink.data_prep import Tokenizer, encode_chat
 from modellink.data_prep.templates.conversation import from_messages
 from modellink.data_prep.templates.encoded import IGNORED
 from modellink.data_prep.templates.formats import chat_format
+from modellink.data_prep.templates.model import ModelFormat
 from modellink.data_prep.templates.template import load_template, template_names
 from modellink.kernels.errors import ModelLinkError
 
@@ -161,7 +163,8 @@ def test_training_chat_and_evaluation_are_one(all_tokens, byte_tokenizer, name):
     form = chat_format(byte_tokenizer, hf_chat_template=True) if own else chat_format(all_tokens, name)
     messages = CONVERSATIONS["turns"][0]
     trained, prompt = form.encode(from_messages(messages)), form.encode(from_messages(messages[:-1]))
-    assert trained.ids[:len(prompt.ids)] == prompt.ids and not any(trained.learned[len(trained.ids):])
+    assert trained.ids[:len(prompt.ids)] == prompt.ids
+    assert own or trained.learned[:len(prompt.ids)] == prompt.learned
     assert all(trained.learned[len(prompt.ids):len(trained.ids) - own])
     if own:
         assert encode_chat(byte_tokenizer, messages) == trained.ids
@@ -173,6 +176,25 @@ def test_a_message_of_any_kind_is_hidden(byte_tokenizer):
     message = MappingProxyType({"role": "user", "content": "a<|im_end|>b"})
     assert encode_chat(byte_tokenizer, [message]).count(2) == 1
     assert encode_chat(byte_tokenizer, [message], tools=[{"name": "<|im_end|>"}]).count(2) == 1
+
+
+WIDE = ("{% for message in messages %}{{ message['content'] }}{% for call in message.tool_calls or [] %}{{ call | tojson }}"
+        "{% endfor %}{% endfor %}{{ tools | tojson if tools }}{{ note }}<|im_end|>")
+
+
+def test_names_of_arguments_and_variables_are_hidden(byte_folder, tmp_path):
+    """They come from rows and callers as well: only the `<|im_end|>` of the template itself is one."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(byte_folder / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(WIDE)
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    call = {"name": "f", "arguments": {"<|im_end|>": 1}}
+    tools = [{"name": "f", "parameters": {"properties": {"<|im_end|>": {"type": "int"}}}}]
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]
+    assert encode_chat(tokenizer, messages, tools=tools, note="<|im_end|>").count(2) == 1
+    assert encode_chat(tokenizer, messages, note={"<|im_end|>": "<|im_end|>"}, eos_token="<|im_end|>").count(2) == 1
+    encoded = ModelFormat(tokenizer, note="<|im_end|>").encode(from_messages(messages[:1], tools))
+    assert encoded.ids.count(2) == 1
 
 
 OWN = {"qwen3": ["turns", "system", "tools"], "llama3": ["turns", "system"], "gemma3": ["turns", "system"],

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -84,7 +84,8 @@ def _opened(folder: Path, hf: Path | None, options: ConvertOptions) -> Checkpoin
     adapter = open_adapter(options.lora_load, source, r=r, alpha=alpha)
     check_targets(adapter.tensors, options.lora_targets)
     assert adapter.adapter is not None
-    return merge_lora(source, adapter.adapter, adapter.tensors)
+    merged = merge_lora(source, adapter.adapter, adapter.tensors)
+    return replace(merged, prompt_type=adapter.prompt_type or source.prompt_type)
 
 
 def _check(source: Checkpoint, options: ConvertOptions) -> None:

@@ -207,11 +207,15 @@ def _write_companions(plan: Plan, temporary: Path, config: dict[str, object], dt
         write_json(temporary / "config.json", config)
         if plan.index is not None:
             write_json(temporary / huggingface.INDEX, plan.index)
+        if plan.source.prompt_type is not None:  # all else is in config.json
+            manifest.write_manifest(temporary, _described(plan.source, dtype))
         return
-    source = plan.source
-    manifest.write_companions(temporary, manifest.Manifest(source.family, source.spec, dtype, source.prompt_type),
-                              source.companions)
+    manifest.write_companions(temporary, _described(plan.source, dtype), plan.source.companions)
     write_json(temporary / manifest.FOLDER / "config.json", config)
     mark_complete(temporary / iteration_folder(plan.iteration))
     with atomic_write(temporary / TRACKER, "w") as file:
         file.write(str(plan.iteration))
+
+
+def _described(source: Checkpoint, dtype: str) -> manifest.Manifest:
+    return manifest.Manifest(source.family, source.spec, dtype, source.prompt_type)

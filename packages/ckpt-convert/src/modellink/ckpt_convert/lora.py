@@ -9,7 +9,7 @@ An adapter of a linear layer is A [rank, in] and B [out, rank]; with it the laye
 A layer's rank is the number of rows of its A; the scale is one for the whole adapter. Merging reads lazily: it gives a checkpoint
 that can be converted, compared and streamed as any other.
 
-Not here: adapter folders of peft (peft.py) and Megatron checkpoints that hold adapters (formats/adapters.py).
+Not here: adapter folders of peft (peft.py) and Megatron checkpoints that hold adapters (formats/megatron.py).
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 `modellink.json` holds ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the original config.json,
 generation config, tokenizer files and chat template. Converting, training and serving pass both on unchanged, so that a
-checkpoint can become a Hugging Face folder again.
+checkpoint can become a Hugging Face folder again. Such a folder has `modellink.json` too where a prompt type is known, which is
+then all that is read of it: its config.json says the rest.
 """
 
 from __future__ import annotations
@@ -62,7 +63,12 @@ def write_companions(dst: Path | str, described: Manifest, companions: Path | No
             if tokenizer_alone and path.name == "config.json":
                 continue
             copy_file(path, dst / FOLDER / path.name)
-    write_json(dst / FILE, {
+    write_manifest(dst, described)
+
+
+def write_manifest(folder: Path, described: Manifest) -> None:
+    """Write `modellink.json` into a folder."""
+    write_json(folder / FILE, {
         "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(), "dtype": described.dtype,
         "vocab_size": described.spec.vocab_size, "prompt_type": described.prompt_type,
         "producer": described.producer or f"modellink-ckpt-convert {package.__version__}"})

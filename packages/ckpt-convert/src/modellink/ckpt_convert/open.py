@@ -18,6 +18,9 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import incomplete, read_json
 from modellink.kernels.parallel import ParallelLayout
 
+# What modellink-train saves of adapters: SAVED beside its iterations, and in each of them INSIDE, a folder of peft.
+SAVED, INSIDE = "lora.json", "peft"
+
 
 def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | str | None = None,
                     iteration: int | None = None, lora_r: int | None = None, lora_alpha: float | None = None,
@@ -47,10 +50,12 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
                              fix="leave it out")
     if huggingface.is_huggingface(path):
         return huggingface.open_folder(path, family)
-    if peft.is_peft(path):
+    if (folder := _peft_folder(path, iteration)) is not None:
         if not adapter:
             raise _is_adapter(path)
-        return _open_peft(path, family, Path(hf) if hf else None)
+        carried = folder.parent.parent / manifest.FOLDER
+        base = Path(hf) if hf else carried if folder != path and (carried / "config.json").is_file() else None
+        return _open_peft(folder, family, base)
     root, folder = _iteration(path, iteration)
     if not (torch_dist.is_torch_dist(folder) or ranks.is_megatron(folder)):
         raise _unrecognised(folder)
@@ -88,11 +93,28 @@ def _open_peft(folder: Path, family: str | None, hf: Path | None) -> Checkpoint:
                              fix="give --tokenizer-name-or-path, the Hugging Face folder of the base model")
     spec, family = read_spec(Config.load(base), family)
     config, tensors = peft.read(folder, spec, family)
-    return Checkpoint("peft adapter", folder, spec, family, base, tensors, adapter=config)
+    return Checkpoint("peft adapter", folder, spec, family, base, tensors, adapter=config, prompt_type=_trained_with(folder))
+
+
+def _peft_folder(path: Path, iteration: int | None) -> Path | None:
+    """The folder of peft that `path` is, or that lies in what modellink-train saved of adapters there."""
+    if peft.is_peft(path):
+        return path
+    if (path / SAVED).is_file():
+        path = last_complete(path, iteration, ours=True)
+    return path / INSIDE if peft.is_peft(path / INSIDE) else None
+
+
+def _trained_with(folder: Path) -> str | None:
+    """The prompt type of a folder of peft inside an iteration of modellink-train."""
+    inside = folder.resolve()
+    found = manifest.read_manifest(inside.parents[1]) if inside.name == INSIDE and FOLDER.match(inside.parent.name) else None
+    return found.prompt_type if found else None
 
 
 def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, alpha: float | None = None) -> Checkpoint:
-    """Open a LoRA adapter of the model `base`: a folder of peft, or a Megatron checkpoint in any layout.
+    """Open a LoRA adapter of the model `base`: a folder of peft, a Megatron checkpoint in any layout, or the --save folder of
+    modellink-train. Its prompt type is the one it was trained with, where that is known.
 
     Args:
         path: the folder; of a Megatron checkpoint that holds weights too, only the adapter is taken.
@@ -102,23 +124,26 @@ def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, al
         ModelLinkError: there is no adapter, it does not fit the model, or its scale is not known.
     """
     path = Path(path)
-    if peft.is_peft(path):
-        config, tensors = peft.read(path, base.spec, base.family)
+    if (inside := _peft_folder(path, None)) is not None:
+        config, tensors = peft.read(inside, base.spec, base.family)
         for name, mine, theirs in (("--lora-r", r, config.r), ("--lora-alpha", alpha, config.alpha)):
             if mine is not None and mine != theirs:
-                raise ModelLinkError(f"{name} is {mine:g} and {theirs:g} in the adapter", where=f"{name}, {path / peft.CONFIG}")
-        return Checkpoint("peft adapter", path, base.spec, base.family, base.companions, tensors, adapter=config)
+                raise ModelLinkError(f"{name} is {mine:g} and {theirs:g} in the adapter", where=f"{name}, {inside / peft.CONFIG}")
+        return Checkpoint("peft adapter", inside, base.spec, base.family, base.companions, tensors, adapter=config,
+                          prompt_type=_trained_with(inside))
     if not path.is_dir():
         raise ModelLinkError("the adapter's folder is missing", where=path)
-    _, folder = _iteration(path, None)
+    root, folder = _iteration(path, None)
     if not ranks.is_megatron(folder):
         raise ModelLinkError("no adapter was recognised", where=path,
-                             fix=f"looked for {peft.CONFIG} (peft) and mp_rank_* (Megatron)")
+                             fix=f"looked for {peft.CONFIG} (peft), mp_rank_* (Megatron) and {SAVED} (modellink-train)")
     found = megatron.read(folder, base.spec)
     if not found.adapter:
         raise ModelLinkError("there is no LoRA tensor in it", where=path)
     config = lora.config_of(found.arguments, found.adapter, r, alpha, path)
-    return Checkpoint(found.kind, path, base.spec, base.family, base.companions, found.adapter, found.layout, adapter=config)
+    described = manifest.read_manifest(root)
+    return Checkpoint(found.kind, path, base.spec, base.family, base.companions, found.adapter, found.layout, adapter=config,
+                      prompt_type=described.prompt_type if described else None)
 
 
 def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:

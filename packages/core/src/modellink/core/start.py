@@ -62,12 +62,13 @@ def _opened(config: CheckpointConfig, lora: LoraConfig) -> Start:
     if (config.load / adapters.FILE).is_file():
         raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
                              fix="give it with --lora-load, and with --load what they were trained on")
-    if config.ckpt_step is not None and is_huggingface(config.load):
+    of_adapters = lora.on and lora.lora_load is not None  # then --ckpt-step is theirs
+    if config.ckpt_step is not None and is_huggingface(config.load) and not of_adapters:
         raise ModelLinkError(f"iteration {config.ckpt_step} was asked for, and the folder has no iterations",
                              where=f"--ckpt-step, --load {config.load}", fix="leave it out")
     hf = None if describes_itself(config.load) else config.tokenizer_name_or_path
     source = open_checkpoint(config.load, family=config.model_type_hf, hf=hf,
-                             iteration=None if lora.on and lora.lora_load else config.ckpt_step)
+                             iteration=None if of_adapters else config.ckpt_step)
     if lora.lora_load is not None:
         adapters.check(lora.lora_load, lora, source)
     if config.ckpt_step is not None and lora.lora_load is not None and is_peft(lora.lora_load):

@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import click
-from rich.console import Console
-from rich.table import Table
 
 from modellink.data_prep.inspection import InspectOptions, inspect
 from modellink.data_prep.merge import MergeOptions, merge_groups
@@ -84,6 +82,9 @@ def inspect_command(prefix: str, given: Layer) -> None:
 
 
 def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
+    from rich.console import Console  # worker processes import this module too
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column()
     table.add_column(overflow="fold")

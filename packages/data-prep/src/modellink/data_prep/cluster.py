@@ -17,6 +17,7 @@ from modellink.data_prep.tokenise import Done, Job, WorkerDied, tokenise_piece
 from modellink.kernels.errors import ModelLinkError
 
 AHEAD = 4  # pieces a processor that are handed out at a time
+RETRIES = 3  # of a piece whose node or process died: it is made again, byte for byte; a bad row is not tried again
 
 
 def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
@@ -36,7 +37,7 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
     if started:
         ray.init(log_to_driver=False)
     try:
-        remote: Any = ray.remote(max_retries=0, scheduling_strategy="SPREAD")(_tokenise_there)
+        remote: Any = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD")(_tokenise_there)
         todo, waiting, failed = list(reversed(pieces)), dict[Any, int](), dict[int, Exception]()
         ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while todo or waiting:
@@ -64,6 +65,7 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
 def _tokenise_there(folder: str, job: Job, piece: Piece) -> Done:
     """On a node: paths are meant from where the command was given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of gigatoken; a task is one processor
     if not Path(folder).is_dir():
         raise ModelLinkError("this node does not see the folder", where=folder, fix="all nodes must see one disk")
     os.chdir(folder)

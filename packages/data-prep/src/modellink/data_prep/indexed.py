@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import struct
 import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -47,10 +48,13 @@ class IndexedWriter:
     """Writes one dataset, as a context manager; when the block raises, nothing appears.
 
     An existing dataset of that name is replaced.
+
+    Args:
+        durable: wait until it is on the disk. Without that a power cut may leave files with less in them than was written.
     """
 
-    def __init__(self, prefix: Path | str, dtype: np.dtype[Any]) -> None:
-        self.prefix, self.dtype = Path(prefix), np.dtype(dtype)
+    def __init__(self, prefix: Path | str, dtype: np.dtype[Any], *, durable: bool = True) -> None:
+        self.prefix, self.dtype, self._durable = Path(prefix), np.dtype(dtype), durable
         self._code = next((code for code, known in CODES.items() if known == self.dtype), 0)
         if not self._code:
             raise ModelLinkError(f"an indexed dataset cannot hold {self.dtype}", where=prefix)
@@ -59,7 +63,7 @@ class IndexedWriter:
 
     def __enter__(self) -> IndexedWriter:
         bin_path, _ = files_of(self.prefix)
-        self._bin: IO[bytes] = self._stack.enter_context(atomic_write(bin_path))
+        self._bin: IO[bytes] = self._stack.enter_context(atomic_write(bin_path, durable=self._durable))
         # Nameless files: they vanish with the process, however it ends.
         with ExitStack() as nameless:
             self._lengths = nameless.enter_context(tempfile.TemporaryFile(dir=bin_path.parent))
@@ -88,7 +92,7 @@ class IndexedWriter:
         Raises:
             ModelLinkError: an id does not fit the type.
         """
-        self._bin.write(self._fitting(tokens).tobytes())
+        self._bin.write(np.ascontiguousarray(self._fitting(tokens)).data)
         sizes = lengths[lengths > 0]
         self._lengths.write(sizes.astype("<i4").tobytes())
         self._boundaries.write(np.arange(self.sequences + 1, self.sequences + len(sizes) + 1, dtype="<i8").tobytes())
@@ -98,11 +102,11 @@ class IndexedWriter:
 
     def _fitting(self, array: NDArray[Any]) -> NDArray[Any]:
         if array.size and self.dtype.kind in "iu":
-            limits = np.iinfo(self.dtype)
-            if array.min() < limits.min or array.max() > limits.max:
+            limits, theirs = np.iinfo(self.dtype), np.iinfo(array.dtype)
+            if (theirs.min < limits.min and array.min() < limits.min) or (theirs.max > limits.max and array.max() > limits.max):
                 raise ModelLinkError(f"token ids from {array.min()} to {array.max()} do not fit {self.dtype}",
                                      where=self.prefix, fix="write int32 (--output-dtype int32)")
-        return array.astype(self.dtype)
+        return array.astype(self.dtype, copy=False)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset of the same type."""
@@ -130,7 +134,7 @@ class IndexedWriter:
                 self._write_index()
 
     def _write_index(self) -> None:
-        with atomic_write(files_of(self.prefix)[1]) as file:
+        with atomic_write(files_of(self.prefix)[1], durable=self._durable) as file:
             file.write(HEADER.pack(MAGIC, VERSION, self._code, self.sequences, self.documents + 1))
             self._lengths.seek(0)
             shutil.copyfileobj(self._lengths, file, 1 << 20)
@@ -232,6 +236,18 @@ class IndexedDataset:
 
 def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
     return (array[start:start + CHUNK] for start in range(0, len(array), CHUNK))
+
+
+def checksum(path: Path) -> int | None:
+    """CRC-32 of a file, None where there is none."""
+    found = 0
+    try:
+        with path.open("rb", buffering=0) as file:
+            while chunk := file.read(1 << 20):
+                found = zlib.crc32(chunk, found)
+    except FileNotFoundError:
+        return None
+    return found
 
 
 def existing(prefixes: Sequence[Path]) -> list[Path]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from modellink.data_prep.readers import FORMATS, PACKED, UNREADABLE
+from modellink.data_prep.readers import FORMATS, PACKED, unreadable
 from modellink.data_prep.rows import Source, Span
 from modellink.kernels.errors import ModelLinkError, near
 
@@ -26,10 +26,6 @@ class Piece:
     index: int
     spans: tuple[tuple[Path, Span], ...]
     bytes: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.index:06d}"
 
 
 def open_source(path: Path) -> Source:
@@ -44,7 +40,7 @@ def open_source(path: Path) -> Source:
                              fix=f"known endings are {', '.join(FORMATS)}")
     try:
         return FORMATS[ending](path)
-    except UNREADABLE as error:
+    except unreadable() as error:
         raise ModelLinkError(f"the file cannot be read: {error}", where=path) from None
 
 
@@ -69,8 +65,11 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
             raise ModelLinkError("the input does not exist, or the pattern fits no file", where=item,
                                  fix=near(path.name, names) or "give a file, a folder, or a pattern in quotation marks")
         found += files
-    if twice := [path for path in found if found.count(path) > 1] if len(found) < 10_000 else []:
-        raise ModelLinkError("an input is given twice", where=twice[0])
+    seen: set[Path] = set()
+    for path in found:
+        if path in seen:
+            raise ModelLinkError("an input is given twice", where=path)
+        seen.add(path)
     return found
 
 

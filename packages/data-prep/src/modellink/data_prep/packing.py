@@ -2,25 +2,28 @@
 
 `packed_attention_mask` numbers the samples of a pack from 1 and is 0 on padding, so that a reader sees where each sample ends
 without looking for end tokens, which stand after every turn too. Padding has the id 0 and the label -100. Each pack is one
-sequence and one document of exactly `length` tokens. In memory are two numbers a sample and one pack.
+sequence and one document of exactly `length` tokens. In memory are four numbers a sample and one pack; of the parts, of which a
+large input has thousands, a few are open at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from modellink.data_prep.indexed import IndexedDataset, IndexedWriter
+from modellink.data_prep.indexed import IndexedDataset, IndexedWriter, files_of
 from modellink.data_prep.templates.encoded import IGNORED
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.progress import Work
 
 INPUTS, MASK, LABELS = "packed_input_ids", "packed_attention_mask", "packed_labels"
 PADDING = {INPUTS: 0, MASK: 0, LABELS: IGNORED}
+OPEN = 16  # parts at a time
 
 
 @dataclass
@@ -68,13 +71,15 @@ def pack(parts: Mapping[str, Sequence[Path]], outputs: dict[str, Path], length: 
 
     Returns what came of it; a pack holds its samples in the order of the input.
     """
-    data = {field: [IndexedDataset(prefix) for prefix in prefixes] for field, prefixes in parts.items()}
-    lengths = np.concatenate([item.lengths for item in data[INPUTS]]) if data[INPUTS] else np.zeros(0, np.int32)
-    firsts = np.cumsum([0, *(len(item) for item in data[INPUTS])])
+    sizes = [np.array(IndexedDataset(prefix).lengths) for prefix in parts[INPUTS]]  # copies, so that no file stays open
+    lengths = np.concatenate(sizes) if sizes else np.zeros(0, np.int32)
+    firsts = np.cumsum([0, *map(len, sizes)])
+    begins = np.concatenate([np.cumsum(part, dtype=np.int64) - part for part in sizes]) if sizes else lengths
     packs = assign(lengths, length)
     order = np.argsort(packs, kind="stable")
     edges = np.concatenate([[0], np.cumsum(np.bincount(packs))]) if len(packs) else np.zeros(1, np.int64)
     for field, prefix in outputs.items():
+        tokens_of = lru_cache(OPEN)(_tokens)
         with Work(f"packing {prefix.name}", len(edges) - 1, unit="packs", show=show) as work, \
                 IndexedWriter(prefix, np.dtype("<i4")) as writer:
             for start, stop in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
@@ -82,9 +87,14 @@ def pack(parts: Mapping[str, Sequence[Path]], outputs: dict[str, Path], length: 
                 at = 0
                 for number, sample in enumerate(order[start:stop].tolist(), 1):
                     part = int(np.searchsorted(firsts, sample, "right")) - 1
-                    ids = data[field][part][sample - int(firsts[part])]
+                    begin = int(begins[sample])
+                    ids = tokens_of(parts[field][part])[begin:begin + int(lengths[sample])]
                     row[at:at + len(ids)] = number if field == MASK else ids
                     at += len(ids)
                 writer.add_document(row)
                 work.advance()
     return Packed(len(edges) - 1, len(lengths), int(lengths.sum()), length)
+
+
+def _tokens(prefix: Path) -> NDArray[np.int32]:
+    return np.memmap(files_of(prefix)[0], "<i4", mode="r")

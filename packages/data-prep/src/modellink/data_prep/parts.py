@@ -1,7 +1,8 @@
 """What is finished of a run, in PREFIX.parts/: a dataset a piece, and journals that say which of them to trust.
 
 A run has `journal.jsonl`; the i-th of N shares has `journal.i-of-N.jsonl` and touches nothing of the others. The run that joins
-them reads all journals. Parts made from other inputs or options are not used.
+them reads all journals. Parts made from other inputs or options are not used. A part is written without waiting for the disk;
+its checksum is in the journal, and is compared before a later run uses it.
 """
 
 from __future__ import annotations
@@ -9,15 +10,20 @@ from __future__ import annotations
 import fcntl
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from modellink.data_prep.indexed import checksum
 from modellink.data_prep.tokenise import Done
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
+from modellink.kernels.progress import Work
 
 Share = tuple[int, int]
+READERS = 4  # threads
 
 
 def suffix(share: Share | None) -> str:
@@ -25,26 +31,38 @@ def suffix(share: Share | None) -> str:
 
 
 @contextmanager
-def alone(parts: Path, share: Share | None) -> Iterator[None]:
+def alone(parts: Path, share: Share | None, *, show: bool) -> Iterator[None]:
     """One run at a time on the parts, or on a share of them; a lock is its process's and vanishes with it.
+
+    All shares hold `lock` together, the run that joins them holds it alone.
 
     Raises:
         ModelLinkError: another run is at work.
     """
     parts.mkdir(exist_ok=True)
-    own = parts / f"lock{suffix(share)}"
+    wanted = [("lock", fcntl.LOCK_EX)] if share is None else [("lock", fcntl.LOCK_SH), (f"lock{suffix(share)}", fcntl.LOCK_EX)]
     with ExitStack() as stack:
-        for path in [own, *(parts.glob("lock.*") if share is None else [])]:
-            file = stack.enter_context(path.open("w"))
+        for name, kind in wanted:
+            file = stack.enter_context((parts / name).open("w"))
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, kind | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ModelLinkError("another run is writing this output", where=path, fix="wait for it to end") from None
+                raise ModelLinkError("another run is writing this output", where=parts / name, fix="wait for it to end") from None
+            except OSError as error:  # Lustre mounted without flock, some network disks
+                if show and name == "lock":
+                    print(f"note: {parts} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
+                          file=sys.stderr)
         yield
 
 
-def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *, show: bool) -> Journal:
-    """The journal of this run, empty when what it tells of was made from something else."""
+def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *, overwrite: bool, show: bool) -> Journal:
+    """The journal of this run, empty when what it tells of was made from something else.
+
+    Raises:
+        ModelLinkError: what shares have finished was made from something else, and is not to be overwritten.
+    """
+    if share is None and not overwrite:
+        _refuse_foreign_shares(parts, made_from)
     path = parts / f"journal{suffix(share)}.jsonl"
     journal = Journal(path)
     before = _made_from(journal)
@@ -56,8 +74,7 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
         journal = Journal(path)
         journal.append({"made_from": made_from})
         if before is not None and show:
-            changed = [name for name, value in made_from.items() if before.get(name) != value]
-            print(f"starting anew: the unfinished run here had another {', another '.join(changed)}", file=sys.stderr)
+            print(f"starting anew: the unfinished run here had {_difference(before, made_from)}", file=sys.stderr)
     if share is None:
         for path in parts.glob(".*.tmp"):
             path.unlink()
@@ -66,32 +83,54 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
 
 def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:
     """What the shares of this very work have noted."""
-    found: list[dict[str, Any]] = []
-    for path in sorted(parts.glob("journal.*-of-*.jsonl")):
-        with Journal(path) as journal:
-            found += journal.entries if _made_from(journal) == made_from else []
-    return found
+    return [entry for _, entries in _shares(parts) if entries[0].get("made_from") == made_from for entry in entries]
 
 
-def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool) -> dict[int, Done]:
-    """Pieces whose files are there with the sizes that were noted; all, once they are merged.
+def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool, show: bool) -> dict[int, Done]:
+    """Pieces whose files are there as they were noted; all, once they are merged.
 
     A piece with bad rows does not count when those must fail.
     """
-    found = {}
-    merged = any(entry.get("state") == "merged" for entry in entries)
-    for entry in entries:
-        if "piece" in entry:
-            done = Done(**entry)
-            files = {parts / name: size for name, size in done.sizes.items()}
-            whole = merged or all(path.is_file() and path.stat().st_size == size for path, size in files.items())
-            if whole and (skips_bad_rows or not done.skipped):
-                found[done.piece] = done
+    noted = {entry["piece"]: Done(**entry) for entry in entries if "piece" in entry}
+    usable = [done for done in noted.values() if skips_bad_rows or not done.skipped]
+    if not usable or any(entry.get("state") == "merged" for entry in entries):
+        return {done.piece: done for done in usable}
+    found: dict[int, Done] = {}
+    with Work("checking finished pieces", len(usable), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
+        for done, whole in zip(usable, pool.map(partial(_is_whole, parts), usable), strict=True):
+            found |= {done.piece: done} if whole else {}
+            work.advance()
     return found
+
+
+def _is_whole(parts: Path, done: Done) -> bool:
+    return all(checksum(parts / name) == noted for name, noted in done.checksums.items())
+
+
+def _shares(parts: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
+    """The journals of shares that have begun."""
+    for path in sorted(parts.glob("journal.*-of-*.jsonl")):
+        with Journal(path) as journal:
+            if journal.entries:
+                yield path, journal.entries
 
 
 def _made_from(journal: Journal) -> dict[str, Any] | None:
     return journal.entries[0].get("made_from", {}) if journal.entries else None
+
+
+def _difference(before: dict[str, Any], made_from: dict[str, Any]) -> str:
+    return ", ".join(f"another {name}" for name, value in made_from.items() if before.get(name) != value)
+
+
+def _refuse_foreign_shares(parts: Path, made_from: dict[str, Any]) -> None:
+    """An option forgotten in the run that joins must not throw away what other machines worked on."""
+    for path, entries in _shares(parts):
+        before = entries[0].get("made_from", {})
+        if before != made_from and len(entries) > 1:
+            raise ModelLinkError(f"a share of this output was made with {_difference(before, made_from)}", where=path,
+                                 fix="give all shares and the run that joins them the same options, or throw their work away "
+                                 "with --overwrite")
 
 
 def _remove_foreign(parts: Path, made_from: dict[str, Any]) -> None:

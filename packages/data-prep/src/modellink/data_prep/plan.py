@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -11,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import modellink.data_prep as package
 from modellink.data_prep import inputs
 from modellink.data_prep.engines import Choice, Engine
 from modellink.data_prep.engines.gigatoken import GigaToken
@@ -18,14 +20,14 @@ from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, make_handler, trains_on_chats
 from modellink.data_prep.indexed import existing, token_dtype
 from modellink.data_prep.options import PreprocessOptions
-from modellink.data_prep.rows import BadRow, Source
-from modellink.data_prep.tokenise import Job
+from modellink.data_prep.rows import BadRow, Source, Span
+from modellink.data_prep.tokenise import Around, Job
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-LAYOUT = 2  # of the parts; a change of what is in them makes older ones unusable
+LAYOUT = 3  # of the parts; a change of what is in them makes older ones unusable
 MIB = 1 << 20
-SAMPLE_ROWS, SAMPLE_CHARACTERS = 500, 1 << 19  # of the corpus, on which gigatoken must agree
+SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpus, on which gigatoken must agree
 
 
 @dataclass
@@ -47,8 +49,11 @@ class Plan:
     why: str
 
 
-def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
+def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lambda pieces: None, show: bool = True) -> Plan:
     """Check everything and cut the work into pieces.
+
+    Args:
+        begin: called with the number of pieces as soon as it is known, before what takes longest is checked.
 
     Raises:
         ModelLinkError: a wrong input or option.
@@ -63,6 +68,8 @@ def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
         _check_columns(source, handler.rows_of(source.path).columns, options.handler_name)
     if options.packs and handler.ranking:
         raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
+    pieces = inputs.cut(sources, int(options.piece_size * MIB))
+    begin(len(pieces))
     engine, why = _engine(options, tokenizer, handler, sources)
     if engine is not tokenizer.engine:
         tokenizer = Tokenizer(tokenizer.folder, engine)
@@ -72,14 +79,20 @@ def make_plan(options: PreprocessOptions, *, show: bool = True) -> Plan:
     dtype = token_dtype(tokenizer.vocab_size if small else None).name
     parts = Path(f"{options.output_prefix}.parts")
     job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
-              options.vocab_size, parts)
-    plan = Plan(job, handler, inputs.cut(sources, int(options.piece_size * MIB)),
+              options.vocab_size, parts, _around(engine, tokenizer) if not options.verify_tokenizer else None)
+    plan = Plan(job, handler, pieces,
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
-                _made_from(options, paths, tokenizer, reading, dtype), tokenizer.backend, why)
+                _made_from(options, paths, tokenizer, handler, reading, dtype), tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
         for path in existing(list(plan.outputs.values())):
             raise output_exists(path)
     return plan
+
+
+def _around(engine: Engine, tokenizer: Tokenizer) -> Around | None:
+    if not isinstance(engine, GigaToken):
+        return None
+    return Around(tuple(engine.head), tuple(engine.tail), tokenizer.eod_token_id)
 
 
 def output_exists(path: Path) -> ModelLinkError:
@@ -100,13 +113,13 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
                    options.seq_length if chats else None, options.long_samples)
 
 
-def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, reading: Reading,
+def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, handler: Handler, reading: Reading,
                dtype: str) -> dict[str, Any]:
-    chats = repr((tokenizer.chat_templates, options.template.read_bytes() if options.template else None))
-    return {"layout": LAYOUT, "input": inputs.fingerprint(paths), "piece size": options.piece_size,
+    return {"layout": LAYOUT, "version of modellink-data-prep": package.__version__,
+            "input": inputs.fingerprint(paths), "piece size": options.piece_size,
             "tokenizer": tokenizer.fingerprint, "library": tokenizer.backend,
             "special tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id], "token type": dtype,
-            "vocabulary": options.vocab_size, "templates": hashlib.sha256(chats.encode()).hexdigest(),
+            "vocabulary": options.vocab_size, "wording": hashlib.sha256(handler.wording.encode()).hexdigest(),
             "pack": options.packs, **{name.replace("_", " "): list(map(list, value)) if name == "maps" else
                                       list(value) if isinstance(value, tuple) else value
                                       for name, value in asdict(reading).items()}}
@@ -138,7 +151,7 @@ def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, 
         why = "gigatoken is not installed"
     else:
         try:
-            engine = GigaToken(tokenizer.folder, tokenizer.engine)
+            engine = GigaToken(tokenizer.folder, tokenizer.engine, parallel=options.workers == 1)
         except ModelLinkError as error:
             why = error.what
         else:
@@ -153,15 +166,26 @@ def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, 
 
 
 def _sample(handler: Handler, sources: list[Source]) -> list[str]:
-    """Texts of the first rows of each input."""
+    """Texts from places spread evenly over all inputs; of a file that cannot be entered in its middle from its beginning."""
     texts: list[str] = []
-    for source in sources[:20]:
-        reader: Rows = handler.rows_of(source.path)
-        spans = source.cut(MIB)[:1]
-        for _, row in islice((item for span in spans for item in source.rows(span, [*reader.columns, *reader.optional])),
-                             SAMPLE_ROWS):
-            with suppress(ValueError):  # a bad row is told of when its turn comes
-                texts += [] if isinstance(row, BadRow) else reader.parse(row)
-            if sum(map(len, texts)) > SAMPLE_CHARACTERS:
-                return texts
+    chosen = _spread(sources, SAMPLE_PLACES)
+    for source in chosen:
+        spans = source.cut(max(MIB, source.path.stat().st_size // SAMPLE_PLACES))
+        for span in _spread(spans, SAMPLE_PLACES // len(chosen)):
+            texts += _some_texts(handler.rows_of(source.path), source, span, SAMPLE_CHARACTERS // SAMPLE_PLACES)
     return texts
+
+
+def _some_texts(reader: Rows, source: Source, span: Span, characters: int) -> list[str]:
+    texts: list[str] = []
+    for _, row in islice(source.rows(span, [*reader.columns, *reader.optional]), SAMPLE_ROWS // SAMPLE_PLACES):
+        with suppress(ValueError):  # a bad row is told of when its turn comes
+            texts += [] if isinstance(row, BadRow) else reader.parse(row)
+        if sum(map(len, texts)) > characters:
+            break
+    return texts
+
+
+def _spread(items: list[Any], count: int) -> list[Any]:
+    count = min(max(count, 1), len(items))
+    return [items[index * len(items) // count] for index in range(count)]

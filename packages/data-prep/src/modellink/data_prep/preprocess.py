@@ -2,7 +2,7 @@
 
 `PREFIX.parts/` holds what is finished: a run that was killed continues from there and ends with the same bytes, and so does any
 number of workers, of shares on several machines, or a Ray cluster. The parts of a run with other input or options are not used.
-Needs the disk space of the result twice; memory does not grow with the input, but for two numbers a sample when packing.
+Needs the disk space of the result twice; memory does not grow with the input, but for four numbers a sample when packing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 from modellink.data_prep.indexed import existing
 from modellink.data_prep.inputs import Piece
@@ -20,7 +21,7 @@ from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
 from modellink.data_prep.parts import alone, entries_of_shares, finished, open_journal
 from modellink.data_prep.plan import Plan, make_plan, output_exists
-from modellink.data_prep.tokenise import Done, part_prefix, tokenise
+from modellink.data_prep.tokenise import Done, Workers, part_prefix, tokenise
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal, kill_point
 from modellink.kernels.progress import Work
@@ -38,20 +39,27 @@ def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
         ModelLinkError: a wrong input, option or row. Nothing is left behind, unless pieces were finished: they stay for the
             next run, in `{output_prefix}.parts/`.
     """
+    with Workers() as workers:
+        return _preprocess(options, workers, show=show)
+
+
+def _preprocess(options: PreprocessOptions, workers: Workers, *, show: bool) -> Summary:
     start = time.monotonic()
     share = options.share
-    plan = make_plan(options, show=show)
+    most = options.workers if options.executor == "local" else 1
+    plan = make_plan(options, begin=lambda pieces: workers.start(min(most, pieces)), show=show)
     parts, folder = plan.job.parts, options.output_prefix.parent
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(parts, share):
+    with alone(parts, share, show=show):
         try:
-            found, done, packed = _run(plan, options, show=show)
+            found, done, packed = _run(plan, options, workers, show=show)
         except ModelLinkError:
             if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
                 shutil.rmtree(parts)
-                with suppress(OSError):  # it may hold other things by now
-                    (folder if is_new else parts).rmdir()
+                if is_new:
+                    with suppress(OSError):  # it may hold other things by now
+                        folder.rmdir()
             raise
         if share is None:
             shutil.rmtree(parts)
@@ -61,13 +69,13 @@ def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
 Pieces = dict[int, Done]
 
 
-def _run(plan: Plan, options: PreprocessOptions, *, show: bool) -> tuple[Pieces, Pieces, Packed | None]:
+def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool) -> tuple[Pieces, Pieces, Packed | None]:
     """Do what is left to do. Returns the pieces that were found finished, all, and what packing made."""
     parts, share = plan.job.parts, options.share
-    with open_journal(parts, share, plan.made_from, show=show) as journal:
+    with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
         states = {entry["state"]: entry for entry in entries if "state" in entry}
-        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows)
+        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows, show=show)
         outputs = existing(list(plan.outputs.values()))
         if "merged" in states and len(outputs) == 2 * len(plan.outputs):  # killed while it tidied up
             packed = states["merged"].get("packed")
@@ -76,7 +84,7 @@ def _run(plan: Plan, options: PreprocessOptions, *, show: bool) -> tuple[Pieces,
             raise output_exists(outputs[0])
         todo = [piece for piece in plan.pieces if piece.index not in found
                 and (share is None or piece.index % share[1] == share[0])]
-        done = found | _work(plan, todo, journal, options, show=show)
+        done = found | _work(plan, todo, journal, options, workers, show=show)
         if share is not None:
             return found, done, None
         journal.append({"state": "merging"})  # from here on the outputs are this run's own
@@ -88,11 +96,12 @@ def _run(plan: Plan, options: PreprocessOptions, *, show: bool) -> tuple[Pieces,
     return found, done, made
 
 
-def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOptions, *, show: bool) -> Pieces:
+def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOptions, workers: Workers, *,
+          show: bool) -> Pieces:
     done: Pieces = {}
     count = len(plan.pieces) - len(todo)
     what = "tokenising" + (f", {count} of {len(plan.pieces)} pieces were done or are of others" if count else "")
-    run: Callable[..., Iterator[Done]] = tokenise
+    run: Callable[..., Iterator[Done]] = partial(tokenise, started=workers)
     if options.executor == "ray":
         from modellink.data_prep.cluster import tokenise_on_ray as run
     with Work(what, sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:

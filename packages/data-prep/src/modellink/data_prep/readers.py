@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 import orjson
-import pyarrow
 
 from modellink.data_prep.rows import BadRow, Row, Source, Span
 from modellink.data_prep.tables import Arrow, Parquet
@@ -29,8 +28,14 @@ from modellink.kernels.errors import ModelLinkError
 
 CHUNK = 1 << 20  # bytes
 PEEK = 100  # rows looked at to learn the columns
+MARK = b"\xef\xbb\xbf"  # of byte order
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-UNREADABLE = (EOFError, zlib.error, OSError, pyarrow.ArrowException)
+
+
+def unreadable() -> tuple[type[Exception], ...]:
+    """What the libraries raise over a file that is broken; pyarrow may be none of those in use."""
+    arrow = sys.modules.get("pyarrow")
+    return (EOFError, zlib.error, OSError, *([arrow.ArrowException] if arrow else []))
 
 
 def open_bytes(path: Path) -> BinaryIO:
@@ -40,6 +45,8 @@ def open_bytes(path: Path) -> BinaryIO:
     if head.startswith(GZIP):
         return cast(BinaryIO, gzip.open(path))
     if head == ZSTD:
+        import pyarrow
+
         return cast(BinaryIO, io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), CHUNK))
     return path.open("rb")
 
@@ -81,12 +88,16 @@ class Lines:
                 if start and not _seek_line(file, start, stop):
                     return
                 position = file.tell() if start else 0
-                while position < stop and (line := file.readline()):
-                    body = line[3:] if position == 0 and line.startswith(b"\xef\xbb\xbf") else line
-                    if (row := self._parse(body)) is not None:
-                        yield position, row
-                    position += len(line)
-        except UNREADABLE as error:
+                while position < stop and (lines := file.readlines(min(CHUNK, stop - position))):
+                    if position == 0 and lines[0].startswith(MARK):
+                        lines[0], position = lines[0].removeprefix(MARK), len(MARK)
+                    for line in lines:
+                        if position >= stop:  # readlines may take one more than asked for
+                            return
+                        if (row := self._parse(line)) is not None:
+                            yield position, row
+                        position += len(line)
+        except unreadable() as error:
             raise _broken(self.path, error) from None
 
     def name_place(self, place: int) -> str:
@@ -117,12 +128,10 @@ def _seek_line(file: BinaryIO, start: int, stop: int) -> bool:
 
 
 def _json_line(line: bytes) -> Row | None:
-    if not line.strip():
-        return None
     try:
         return _object(orjson.loads(line))
     except orjson.JSONDecodeError as error:
-        return BadRow(f"not JSON: {error}")
+        return BadRow(f"not JSON: {error}") if line.strip() else None
 
 
 def _text_line(line: bytes) -> Row | None:
@@ -177,7 +186,7 @@ class JsonArray(_Whole):
         except UnicodeDecodeError as error:
             raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}",
                                  fix="write the file anew as UTF-8") from None
-        except UNREADABLE as error:
+        except unreadable() as error:
             raise _broken(self.path, error) from None
         except _NotJson as error:
             raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1),
@@ -249,7 +258,7 @@ class Csv(_Whole):
             except csv.Error as error:
                 raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
                                      fix="mend or write the file anew") from None
-            except UNREADABLE as error:
+            except unreadable() as error:
                 raise _broken(self.path, error) from None
 
 

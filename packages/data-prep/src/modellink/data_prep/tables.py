@@ -6,19 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
-
-import pyarrow
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any, cast
 
 from modellink.data_prep.rows import BadRow, Row, Span
 from modellink.kernels.errors import ModelLinkError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+# pyarrow is imported where a table is opened: workers on plain text start without it
 
 
 class Parquet:
     """A parquet file; spans count row groups, places are row numbers from 1."""
 
     def __init__(self, path: Path) -> None:
+        import pyarrow.parquet
+
         self.path = path
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -47,6 +51,8 @@ class Parquet:
         return self._columns
 
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
+        import pyarrow.parquet
+
         place = self._first[span[0]]
         try:
             with pyarrow.parquet.ParquetFile(self.path, memory_map=True) as file:
@@ -78,6 +84,8 @@ class Arrow:
     """
 
     def __init__(self, path: Path) -> None:
+        import pyarrow
+
         self.path = path
         try:
             with self._open() as reader:
@@ -88,6 +96,8 @@ class Arrow:
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
+        import pyarrow
+
         with pyarrow.memory_map(str(self.path)) as file:
             is_file = file.read(6) == b"ARROW1"
             file.seek(0)
@@ -108,6 +118,8 @@ class Arrow:
         return self._columns
 
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
+        import pyarrow
+
         place = 1
         wanted = [name for name in columns if name in self._columns]
         try:

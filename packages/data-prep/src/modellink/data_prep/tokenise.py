@@ -11,9 +11,10 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import import_module
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -22,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from modellink.data_prep.engines import Choice
-from modellink.data_prep.engines.gigatoken import GigaToken
-from modellink.data_prep.handlers import Handler, Reading, make_handler
-from modellink.data_prep.indexed import IndexedWriter, files_of
+from modellink.data_prep.engines.gigatoken import Fast, GigaToken
+from modellink.data_prep.handlers import Handler, Reading, make_handler, make_plain_handler
+from modellink.data_prep.indexed import IndexedWriter, checksum, files_of
 from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.rows import BadRow
 from modellink.data_prep.tokenizer import Tokenizer
@@ -42,8 +43,17 @@ class WorkerDied(ModelLinkError):
 
 
 @dataclass(frozen=True)
+class Around:
+    """The ids around a text and after it, where `gigatoken` alone tokenises; see `Fast`."""
+
+    head: tuple[int, ...]
+    tail: tuple[int, ...]
+    eod_token_id: int | None
+
+
+@dataclass(frozen=True)
 class Job:
-    """What is the same for all pieces."""
+    """What is the same for all pieces. With `around` a worker needs no more of the tokenizer than `Fast`."""
 
     tokenizer: Path
     backend: Choice
@@ -53,6 +63,7 @@ class Job:
     skip_bad_rows: bool
     vocab_size: int | None
     parts: Path
+    around: Around | None = None
 
 
 @dataclass
@@ -60,7 +71,7 @@ class Done:
     """What came of a piece; it is noted in the journal.
 
     `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
-    label; `sizes` are the bytes of the files of the part; `bad` names the first bad rows.
+    label; `checksums` are of the files of the part; `bad` names the first bad rows.
     """
 
     piece: int
@@ -72,7 +83,7 @@ class Done:
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
-    sizes: dict[str, int] = field(default_factory=dict)
+    checksums: dict[str, int] = field(default_factory=dict)
     bad: list[str] = field(default_factory=list)
 
 
@@ -88,8 +99,8 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
     """
     handler, done = handler or _handler(job), Done(piece.index)
     with ExitStack() as stack:
-        writers = {output: stack.enter_context(IndexedWriter(part_prefix(job.parts, piece.index, output), np.dtype(job.dtype)))
-                   for output in handler.outputs}
+        writers = {output: stack.enter_context(IndexedWriter(
+            part_prefix(job.parts, piece.index, output), np.dtype(job.dtype), durable=False)) for output in handler.outputs}
         for batch in _batches(job, piece, handler, done):
             encoded = handler.encode([sample for _, sample in batch])
             done.cut += encoded.cut
@@ -103,13 +114,17 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
                 writers[output].add_documents(ids, lengths)
     for output, writer in writers.items():
         done.documents[output], done.tokens[output] = writer.documents, writer.tokens
-        done.sizes |= {path.name: path.stat().st_size for path in files_of(writer.prefix)}
+        done.checksums |= {path.name: checksum(path) or 0 for path in files_of(writer.prefix)}
     kill_point("piece-written")
     return done
 
 
 @lru_cache(maxsize=1)
 def _handler(job: Job) -> Handler:
+    if job.around is not None:
+        source = (job.tokenizer / "tokenizer.json").read_text(encoding="utf-8")
+        around = job.around
+        return make_plain_handler(Fast(job.tokenizer, source, around.head, around.tail, around.eod_token_id), job.reading)
     tokenizer = Tokenizer.from_folder(job.tokenizer, job.backend)
     if isinstance(tokenizer.engine, GigaToken):
         tokenizer.engine.verify = job.verify
@@ -168,7 +183,30 @@ def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
                           fix="use the tokenizer that belongs to the model, or correct --vocab-size")
 
 
-def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None) -> Iterator[Done]:
+class Workers:
+    """Processes that tokenise, as a context manager. They start while the parent still checks what else there is to check."""
+
+    def __init__(self) -> None:
+        self.pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+    def start(self, count: int) -> None:
+        """Start that many; one is this process."""
+        if count > 1 and self.pool is None:
+            # Processes start clean (spawn): a copy of a process with threads, which tokenizers has, may hang.
+            self.pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
+            for _ in range(count):
+                self.pool.submit(_warm_up)
+
+
+def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None,
+             started: Workers | None = None) -> Iterator[Done]:
     """Work through pieces, here (with `handler`) or in `workers` processes; results come as they are ready.
 
     When pieces fail, those under way are finished first and the error of the earliest one is raised, so that the same input
@@ -180,11 +218,16 @@ def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
     todo = iter(pieces)
     waiting: dict[Future[Done], int] = {}
     failed: dict[int, Exception] = {}
-    # Processes start clean (spawn): a copy of a process with threads, which tokenizers has, may hang.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker) as pool:
+    with started or Workers() as processes:
+        processes.start(workers)
+        assert processes.pool is not None
         while True:
             for piece in islice(todo, 0 if failed else 2 * workers - len(waiting)):
-                waiting[pool.submit(tokenise_piece, job, piece)] = piece.index
+                try:
+                    waiting[processes.pool.submit(tokenise_piece, job, piece)] = piece.index
+                except BrokenProcessPool as broken:
+                    failed[piece.index] = broken
+                    break
             if not waiting:
                 break
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
@@ -200,6 +243,12 @@ def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
                              fix="out of memory is the usual reason: use fewer workers. What is finished is kept, run the "
                              "command again. (From a script of yours, call preprocess() under `if __name__ == '__main__':`.)")
         raise error
+
+
+def _warm_up() -> None:
+    """Import what the first piece would wait for."""
+    with suppress(ImportError):
+        import_module("gigatoken")
 
 
 def _start_worker() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import Choice, Engine, Flat, Span, open_engine
+from modellink.data_prep.engines import Choice, Engine, Flat, Span, has_vocabulary, open_engine
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
@@ -64,7 +64,7 @@ class Tokenizer:
         if not folder.is_dir():
             raise ModelLinkError("there is no tokenizer folder", where=folder,
                                  fix="give a folder that holds tokenizer.json; names on a hub are not downloaded")
-        if not (folder / "tokenizer.json").is_file() and (folder / "hf" / "tokenizer.json").is_file():
+        if not has_vocabulary(folder) and has_vocabulary(folder / "hf"):
             folder = folder / "hf"
         return cls(folder, open_engine(folder, backend))
 

@@ -52,18 +52,25 @@ def start_writeback(handle: int, offset: int, count: int) -> bool:
 
 
 @contextmanager
-def atomic_write(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open `path` for writing; it appears with its whole content when the block ends, and not at all when it raises."""
+def atomic_write(path: Path | str, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
+    """Open `path` for writing; it appears with its whole content when the block ends, and not at all when it raises.
+
+    Args:
+        durable: wait until it is on the disk. Without that, only for what has its checksum elsewhere: no crash of the process
+            leaves half a file, but a power cut may.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         kill_point("after-write")
         os.replace(temporary, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

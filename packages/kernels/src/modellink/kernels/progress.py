@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 GIGABYTE = 10 ** 9
 PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
@@ -33,6 +34,9 @@ class Work:
     def __enter__(self) -> Work:
         self._start = self._last = time.monotonic()
         if self.show and sys.stderr.isatty():
+            from rich.console import Console  # a tenth of a second that worker processes and log files have no use for
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
             self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
                                  TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()

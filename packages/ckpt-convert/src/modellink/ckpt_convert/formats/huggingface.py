@@ -17,6 +17,7 @@ from modellink.ckpt_convert.formats.pickle import read_archive
 from modellink.ckpt_convert.formats.tensors import Part, Stored, as_bytes
 from modellink.ckpt_convert.formats.writing import Planned
 from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.manifest import read_manifest
 from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.source import Checkpoint, assemble, refuse_left_over, refuse_missing, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
@@ -27,7 +28,7 @@ from modellink.kernels.files import read_json
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 GIGABYTE = 10 ** 9
-SHARD_BYTES = 5 * GIGABYTE
+SHARD_BYTES: int = 5 * GIGABYTE
 
 
 def is_huggingface(folder: Path) -> bool:
@@ -64,7 +65,9 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
             stored = found[name].flipped if transposed else found[name]
             parts[canonical].append(Part(stored, piece, range(stored.columns), (row, 0)))
             row += len(piece)
-    return Checkpoint("Hugging Face", folder, spec, family, folder, assemble(spec, parts, folder))
+    described = read_manifest(folder)
+    return Checkpoint("Hugging Face", folder, spec, family, folder, assemble(spec, parts, folder),
+                      prompt_type=described.prompt_type if described else None)
 
 
 def _weights(folder: Path, family: str) -> dict[str, Stored]:

@@ -31,6 +31,7 @@ from modellink.core.data.pretrain import Batch
 from modellink.kernels.errors import ModelLinkError
 
 IGNORED = -100
+LOOKED_AT = 100  # rows, to tell a packed set
 INPUTS, MASK, LABELS = FIELDS = INSTRUCTION_FIELDS
 
 
@@ -56,8 +57,27 @@ class Instructions:
                 raise ModelLinkError(f"{field} and {INPUTS} have samples of other lengths", where=prefix,
                                      fix="the files are of two sets: make them again with modellink-preprocess")
 
+        if packed and self._is_one_length and not any(self._numbers(row) != {1} for row in range(len(self))):
+            raise ModelLinkError("all rows have one length, as packs have, and the attention mask numbers no samples in them",
+                                 where=f"{prefix}_packed_{MASK}_document, --reset-position-ids",
+                                 fix="pack the data with modellink-preprocess --pack (the original's --pack numbers nothing); "
+                                 "leave out --reset-position-ids where a row is one sample")
+
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def _is_one_length(self) -> bool:
+        return len(self) > 1 and bool((self.lengths == self.lengths[0]).all())
+
+    def _numbers(self, row: int) -> set[int]:
+        """What stands in the attention mask of a row."""
+        return set(np.unique(self.fields[MASK][row]).tolist())
+
+    @property
+    def looks_packed(self) -> bool:
+        """Whether a row, of some looked at, holds more than one sample."""
+        return any(max(self._numbers(row), default=1) > 1 for row in range(0, len(self), max(len(self) // LOOKED_AT, 1)))
 
     @property
     def cut(self) -> int:
@@ -139,7 +159,11 @@ def _split(prefix: str, data: DataConfig, instruction: InstructionConfig, seed: 
     if not rows[0]:
         raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where=f"--data-path {prefix}, --split",
                              fix="give more data, or another split")
-    if samples.cut and (not dist.is_initialized() or dist.get_rank() == 0):
+    speaks = not dist.is_initialized() or dist.get_rank() == 0
+    if speaks and not samples.packed and samples.looks_packed:
+        print(f"note: rows of {prefix} hold several samples, which attend to each other; --reset-position-ids keeps them apart",
+              flush=True)
+    if speaks and samples.cut:
         print(f"note: {samples.cut} of {len(samples)} samples of {prefix} are longer than --seq-length {data.seq_length} and "
               "lose their end", flush=True)
     return [Share(samples, part, seed, instruction.shuffle) if part else None for part in rows]

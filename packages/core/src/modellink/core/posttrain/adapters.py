@@ -115,11 +115,11 @@ def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
     return found
 
 
-def read(folder: Path, source: Checkpoint) -> dict[str, Tensor]:
-    """The adapters of a folder: one of peft, or where a run saved."""
+def read(folder: Path, source: Checkpoint, step: int | None = None) -> dict[str, Tensor]:
+    """The adapters of a folder: one of peft, or where a run saved, then of iteration `step` or the last complete one."""
     if is_peft(folder):
         return peft.read_peft(folder, source.spec, source.family)[1]
-    return read_iteration(last_complete(folder), source.spec)
+    return read_iteration(last_complete(folder, step), source.spec)
 
 
 def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:

@@ -44,7 +44,8 @@ def set_up(run: Run) -> Training:
             print(f"note: {run.source.folder} ({run.source.format}) gives its weights; an optimizer state, schedule or random "
                   "state that Megatron left there is not read, and training begins at iteration 0", flush=True)
     if run.lora.on:
-        given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source)
+        given = {} if run.lora.lora_load is None or run.source is None else read(run.lora.lora_load, run.source,
+                                                                                 run.checkpoint.ckpt_step)
         add_adapters(models, run.spec, run.layout, run.lora, run.optimizer.seed, given)
         if run.lora.lora_quantize is not None:
             quantize(models, run.lora.lora_quantize)

@@ -20,7 +20,7 @@ from modellink.kernels.errors import ModelLinkError
 
 Choice = Literal["auto", "tokenizers", "gigatoken", "sentencepiece", "tiktoken", "transformers"]
 Span = tuple[int, int]  # characters
-Flat = tuple[NDArray[np.int64], NDArray[np.int64]]  # ids of several texts in one row, and how many each has
+Flat = tuple[NDArray[Any], NDArray[np.int64]]  # ids of several texts in one row, and how many each has
 
 
 class Engine(Protocol):
@@ -57,6 +57,12 @@ class Engine(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
     def id_to_token(self, index: int) -> str | None: ...
+
+
+def has_vocabulary(folder: Path) -> bool:
+    """Whether a folder holds a file that `open_engine` knows."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
@@ -102,7 +108,7 @@ def surrounded(flat: Flat, head: Sequence[int], tail: Sequence[int], *, empty: b
     ids, lengths = flat
     added = np.where((lengths > 0) | empty, len(head) + len(tail), 0)
     ends = np.cumsum(lengths + added)
-    found = np.empty(int(ends[-1]) if len(ends) else 0, np.int64)
+    found = np.empty(int(ends[-1]) if len(ends) else 0, ids.dtype)
     fresh = np.zeros(len(found), bool)
     for at, index in enumerate(head):
         places = (ends - lengths - added)[added > 0] + at

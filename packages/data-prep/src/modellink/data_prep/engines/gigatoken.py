@@ -25,11 +25,54 @@ HARD = ("", " ", "a", "  two  spaces ", "\n\n\ttab\r\n", "naïve café", "你好
 GROWN = 256 << 20  # bytes by which the process may grow before the library, which remembers every word, is loaded anew
 
 
+class Fast:
+    """gigatoken alone over a tokenizer.json: texts to ids, without `tokenizers`. It is all a worker on plain text needs.
+
+    Args:
+        source: content of tokenizer.json.
+        head, tail: ids that belong around a text.
+        eod_token_id: see `Tokenizer`.
+        parallel: on all cores; else on one, and without the library `awkward`, which takes half a second to import.
+
+    Raises:
+        ModelLinkError: the library is missing or does not know this kind of tokenizer.
+    """
+
+    def __init__(self, folder: Path, source: str, head: Sequence[int] = (), tail: Sequence[int] = (),
+                 eod_token_id: int | None = None, *, parallel: bool = False) -> None:
+        self.folder, self.eod_token_id, self.parallel = folder, eod_token_id, parallel
+        self._source, self._head, self._tail = source, head, tail
+        self._library: Any = library("gigatoken", folder)
+        self._load()
+
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = True) -> Flat:
+        """See `Tokenizer`."""
+        if _resident() - self._floor > GROWN:
+            self._load()
+        if self.parallel:
+            layout = self._inner.encode_batch(list(texts)).layout
+            offsets = np.asarray(layout.offsets.data, np.int64)
+            flat: Flat = np.asarray(layout.content.data)[offsets[0]:offsets[-1]], np.diff(offsets)
+        else:
+            found = [self._inner.encode(text) for text in texts]
+            flat = np.concatenate(found) if found else np.zeros(0, np.uint32), np.fromiter(map(len, found), np.int64, len(found))
+        return surrounded(flat, self._head, self._tail) if add_special_tokens else flat
+
+    def _load(self) -> None:
+        try:
+            self._inner = self._library.Tokenizer.from_json(self._source)
+        except Exception as error:  # whatever the library raises over a kind it does not know
+            raise ModelLinkError(f"gigatoken does not know this tokenizer: {str(error).splitlines()[0]}",
+                                 fix="use --tokenizer-backend tokenizers") from None
+        self._floor = _resident()
+
+
 class GigaToken(HuggingFace):
     """See `Engine`.
 
     Args:
         loaded: the folder's engine, when there is one already.
+        parallel: see `Fast`.
 
     Raises:
         ModelLinkError: the library is missing or does not know this kind of tokenizer.
@@ -37,29 +80,22 @@ class GigaToken(HuggingFace):
 
     verify = False
 
-    def __init__(self, folder: Path, loaded: HuggingFace | None = None) -> None:
+    def __init__(self, folder: Path, loaded: HuggingFace | None = None, *, parallel: bool = True) -> None:
         if loaded is None:
             super().__init__(folder)
         else:
             vars(self).update(vars(loaded))
-        self._library: Any = library("gigatoken", folder)
-        self.name = f"gigatoken {metadata.version('gigatoken')} ({HuggingFace.name})"
-        self.why = "it gives the same ids as tokenizers here"
-        self._fast = self._load()
         alone, around = (self.encode_batch(["a"], wrap=wrap)[0] for wrap in (False, True))
         start = next((at for at in range(len(around)) if around[at:at + len(alone)] == alone), None)
         if start is None:
             raise ModelLinkError("gigatoken cannot be used: what is put around a text changes it", where=folder)
-        self._head, self._tail = around[:start], around[start + len(alone):]
+        self.head, self.tail = around[:start], around[start + len(alone):]
+        self.fast = Fast(folder, self.source, self.head, self.tail, parallel=parallel)
+        self.name = f"gigatoken {metadata.version('gigatoken')} ({HuggingFace.name})"
+        self.why = "it gives the same ids as tokenizers here"
 
     def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
-        if _resident() - self._floor > GROWN:
-            self._fast = self._load()
-        layout = self._fast.encode_batch(list(texts)).layout
-        offsets = np.asarray(layout.offsets.data, np.int64)
-        flat: Flat = np.asarray(layout.content.data)[offsets[0]:offsets[-1]].astype(np.int64), np.diff(offsets)
-        if wrap:
-            flat = surrounded(flat, self._head, self._tail)
+        flat = self.fast.encode_flat(texts, wrap)
         if self.verify and (problem := self._compare(texts, flat, wrap=wrap)):
             raise ModelLinkError(f"gigatoken and tokenizers differ: {problem}", where="--verify-tokenizer",
                                  fix="use --tokenizer-backend tokenizers")
@@ -81,15 +117,6 @@ class GigaToken(HuggingFace):
     def hard_texts(self) -> list[str]:
         """Texts that tell two tokenizers apart, with this one's control tokens in them."""
         return [*HARD, *(f"a {token} b{token}" for token in list(self.control)[:20])]
-
-    def _load(self) -> Any:
-        try:
-            found = self._library.Tokenizer.from_json(self.source)
-        except Exception as error:  # whatever the library raises over a kind it does not know
-            raise ModelLinkError(f"gigatoken does not know this tokenizer: {str(error).splitlines()[0]}",
-                                 fix="use --tokenizer-backend tokenizers") from None
-        self._floor = _resident()
-        return found
 
 
 def _resident() -> int:

@@ -1,14 +1,15 @@
 """`tokenizer.model` of sentencepiece (extra `sentencepiece`). A bos token is put before a text, as LLaMA's tokenizers do it.
 
-Control tokens are the model's own (`<s>`) and its user-defined pieces are text. `tokenizer_config.json` may say
-`add_bos_token: false`.
+Control tokens are the model's own (`<s>`) and those added beside it, in `added_tokens.json` or `added_tokens_decoder` of
+`tokenizer_config.json`, unless the latter says that one is not special: that is a word of the model, as user-defined pieces are.
+`tokenizer_config.json` may say `add_bos_token: false`. Not here: blanks that an added token swallows (`lstrip`, `rstrip`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,54 +34,85 @@ class SentencePiece:
         except Exception as error:  # of a type of the library's own
             raise ModelLinkError(f"not a sentencepiece model: {error}", where=file, fix="copy the file anew") from None
         self.name = f"sentencepiece {module.__version__}"
-        self.fingerprint = hashlib.sha256(content).hexdigest()
-        self.vocab_size = self._model.vocab_size()
-        ids = range(self.vocab_size)
+        config_file = folder / "tokenizer_config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        ids = range(self._model.vocab_size())
         self.control = {self._model.id_to_piece(index): index for index in ids if self._model.is_control(index)}
+        self._added = _added_tokens(folder, config)
+        words = {text for text, (_, special) in self._added.items() if not special}
+        self.control |= {text: index for text, (index, special) in self._added.items() if special}
+        self.vocab_size = max([len(ids), *(index + 1 for index, _ in self._added.values())])
         self.raw_bytes = frozenset(index for index in ids if self._model.is_byte(index))
-        config = folder / "tokenizer_config.json"
-        adds = read_json(config).get("add_bos_token", True) if config.is_file() else True
-        self._bos = [self._model.bos_id()] if adds and self._model.bos_id() >= 0 else []
-        self._pattern = re.compile("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) or r"(?!)")
+        self._bos = [self._model.bos_id()] if config.get("add_bos_token", True) and self._model.bos_id() >= 0 else []
+        self._texts = {index: text for text, (index, _) in self._added.items()}
+        self._ids = self.control | {text: self._added[text][0] for text in words}
+        self._tokens, self._words = _any_of(self._ids), _any_of(words)
+        self.fingerprint = hashlib.sha256(content + repr((self._bos, self._added)).encode()).hexdigest()
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
         head = self._bos if wrap else []
-        return [head + self._with_control(text) for text in texts]
+        return [head + self._split(text, self._tokens) for text in texts]
 
     def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
         return flatten(self.encode_batch(texts, wrap=wrap))
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
-        ids: list[int] = self._model.encode(text)
-        return ids
+        return self._split(text, self._words)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]] | None:
         return None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Control tokens are spelt out between the texts around them; the library leaves them out on its own."""
-        if skip_special_tokens or not set(self.control.values()) & set(ids):
+        """Control and added tokens are spelt out between the texts around them; the library knows of neither."""
+        skipped = set(self.control.values())
+        apart = skipped | set(self._texts)
+        if not apart & set(ids):
             return str(self._model.decode(list(ids)))
+        if skip_special_tokens:
+            ids = [index for index in ids if index not in skipped]
         text, run = "", list[int]()
         for index in [*ids, -1]:
-            if index < 0 or self._model.is_control(index):
+            if index < 0 or index in apart:
                 text += self._model.decode(run)
-                text += self._model.id_to_piece(index) if index >= 0 else ""
+                text += (self.id_to_token(index) or "") if index >= 0 else ""
                 run = []
             else:
                 run.append(index)
         return text
 
     def token_to_id(self, token: str) -> int | None:
+        if token in self._added:
+            return self._added[token][0]
         index = self._model.piece_to_id(token)
         return None if index == self._model.unk_id() and token != self._model.id_to_piece(index) else int(index)
 
     def id_to_token(self, index: int) -> str | None:
-        return str(self._model.id_to_piece(index)) if 0 <= index < self.vocab_size else None
+        if index in self._texts:
+            return self._texts[index]
+        return str(self._model.id_to_piece(index)) if 0 <= index < self._model.vocab_size() else None
 
-    def _with_control(self, text: str) -> list[int]:
+    def _split(self, text: str, tokens: re.Pattern[str]) -> list[int]:
+        """Ids of a text in which `tokens` stand for themselves."""
         found, end = [], 0
-        for match in self._pattern.finditer(text):
-            found += [*self._model.encode(text[end:match.start()]), self.control[match[0]]]
+        for match in tokens.finditer(text):
+            found += [*self._model.encode(text[end:match.start()]), self._ids[match[0]]]
             end = match.end()
         return found + self._model.encode(text[end:]) if end < len(text) or not end else found
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Tokens beside the model: text to id and whether it is special."""
+    file = folder / "added_tokens.json"
+    plain = read_json(file) if file.is_file() else {}
+    described = config.get("added_tokens_decoder") or {}
+    try:
+        found = {str(text): (int(index), True) for text, index in plain.items()}
+        return found | {str(token["content"]): (int(index), bool(token.get("special", True)))
+                        for index, token in described.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ModelLinkError("the added tokens are not texts with their ids", where=folder,
+                             fix="copy added_tokens.json and tokenizer_config.json anew") from None

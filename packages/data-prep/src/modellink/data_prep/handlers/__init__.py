@@ -7,11 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from modellink.data_prep.handlers.dataset_info import find_datasets
 from modellink.data_prep.handlers.fields import field_map, known_handlers
-from modellink.data_prep.handlers.instruction import InstructionHandler
 from modellink.data_prep.handlers.pretrain import GeneralPretrainHandler, TextHandler
-from modellink.data_prep.handlers.reading import Batch, Reading
+from modellink.data_prep.handlers.reading import Batch, PlainTokenizer, Reading
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
@@ -37,9 +35,11 @@ class Handler(Protocol):
         outputs: names of the output files, `{prefix}_{name}_document`.
         small_ids: whether two bytes a token may be used (labels of -100 would not fit them).
         ranking: whether samples are pairs of answers.
+        wording: what its texts are put into.
     """
 
     outputs: list[str]
+    wording: str
     small_ids: bool
     ranking: bool
 
@@ -72,6 +72,8 @@ def choose_maps(name: str, map_keys: str | None, inputs: Sequence[str],
     if about["style"] in PLAIN:
         return tuple(inputs), ()
     if about["style"] == "dataset_info":
+        from modellink.data_prep.handlers.dataset_info import find_datasets
+
         found = find_datasets(inputs, folder)
         return tuple(path for path, _ in found), tuple((path, names.to_json()) for path, names in found)
     extra = {key: value for key, value in about.items() if key in ("prompt_ends_at", "user_mark", "assistant_mark")}
@@ -87,10 +89,18 @@ def make_handler(tokenizer: Tokenizer, reading: Reading) -> Handler:
     """
     about = _about(reading.handler)
     if about["style"] not in PLAIN:
+        from modellink.data_prep.handlers.instruction import InstructionHandler  # templates, which plain text has no use for
+
         return InstructionHandler(tokenizer, reading, about.get("prompt_type"))
     if reading.prompt_type or reading.template or reading.hf_chat_template:
         raise ModelLinkError(f"{reading.handler} reads plain text and has no use for a template", where="--prompt-type",
                              fix="choose an instruction handler, e.g. AlpacaStyleInstructionHandler, or leave it out")
+    return make_plain_handler(tokenizer, reading)
+
+
+def make_plain_handler(tokenizer: PlainTokenizer, reading: Reading) -> Handler:
+    """The handler of plain text that `reading` names."""
+    about = _about(reading.handler)
     return GeneralPretrainHandler(tokenizer, reading) if about["style"] == "columns" else TextHandler(tokenizer, reading, about)
 
 

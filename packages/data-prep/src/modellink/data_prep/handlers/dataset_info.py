@@ -1,6 +1,7 @@
 """`dataset_info.json`: names of datasets, each with its file and how its rows are read (LlamaFactoryInstructionHandler).
 
-An entry has `file_name` (in the same folder), and may have `formatting` (alpaca or sharegpt), `columns`, `tags` and `ranking`.
+An entry has `file_name` (a file, folder or pattern in the same folder), and may have `formatting` (alpaca or sharegpt),
+`columns`, `tags` and `ranking`. What would choose among the rows (`num_samples`, `subset`, ...) is refused.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from modellink.data_prep.handlers.fields import FieldMap, field_map
+from modellink.data_prep.inputs import find_inputs
 from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.files import read_json
 
 NAME = "dataset_info.json"
 IGNORED = ("images", "videos", "audios")  # columns of pictures, which are not read
+REFUSED = ("num_samples", "subset", "folder")
 
 
 def find_datasets(names: Sequence[str], folder: Path | None) -> list[tuple[str, FieldMap]]:
@@ -34,17 +37,28 @@ def find_datasets(names: Sequence[str], folder: Path | None) -> list[tuple[str, 
         if name not in known:
             raise ModelLinkError(f"there is no dataset {name!r}", where=file,
                                  fix=near(name, list(known)) or f"there are: {', '.join(sorted(known)[:20])}")
-        found.append((str(folder / _file_name(known[name], f"{file}, {name}", folder)), _map(known[name], f"{file}, {name}")))
+        where = f"{file}, {name}"
+        found += [(str(path), _map(known[name], where)) for path in _files(known[name], where, folder)]
     return found
 
 
-def _file_name(entry: Any, where: str, folder: Path) -> str:
+def _files(entry: Any, where: str, folder: Path) -> list[Path]:
     name = entry.get("file_name") if isinstance(entry, dict) else None
     if not isinstance(name, str):
         raise ModelLinkError("it has no file_name", where=where, fix="only files are read: no hub and no scripts")
-    if not (folder / name).resolve().is_relative_to(folder.resolve()):
+    for key in (*REFUSED, *(["split"] if entry.get("split") != "train" else [])):
+        if entry.get(key) is not None:
+            raise ModelLinkError(f"{key} is {entry[key]!r}, and all rows of a file are read", where=where,
+                                 fix="put the rows that are meant into a file of their own and leave it out")
+    _check_inside(folder, [folder / name], name, where)
+    files = find_inputs([str(folder / name)])
+    _check_inside(folder, files, name, where)
+    return files
+
+
+def _check_inside(folder: Path, files: list[Path], name: str, where: str) -> None:
+    if not all(path.resolve().is_relative_to(folder.resolve()) for path in files):
         raise ModelLinkError(f"{name!r} is outside the folder", where=where)
-    return name
 
 
 def _map(entry: dict[str, Any], where: str) -> FieldMap:

@@ -45,7 +45,7 @@ class InstructionHandler:
         named = reading.prompt_type or reading.template or reading.hf_chat_template
         self._form = chat_format(tokenizer, reading.prompt_type or (None if named else default_prompt_type), reading.template,
                                  reading.hf_chat_template)
-        self._reading = reading
+        self._reading, self.wording = reading, self._form.wording
         maps = {path: FieldMap.from_json(text) for path, text in reading.maps}
         self.ranking = any(names.ranking for names in maps.values())
         if len({names.ranking for names in maps.values()}) > 1:
@@ -97,8 +97,10 @@ class _Rows:
 
     def _ranked(self, sample: Sample) -> Record:
         prompts, answers = [], []
-        for answer in (sample.chosen, sample.rejected):
+        for meaning, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
             assert answer is not None
+            if not answer[1].strip():
+                raise ValueError(f"{meaning} is an empty answer")
             spoken = replace(sample.conversation, turns=[*sample.conversation.turns, answer])
             source, target = _last_answer(self._form.encode(spoken))
             prompts.append(source)

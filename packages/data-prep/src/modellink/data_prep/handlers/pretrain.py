@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import surrounded
-from modellink.data_prep.handlers.reading import Batch, Reading
+import numpy as np
+
+from modellink.data_prep.engines import Flat, surrounded
+from modellink.data_prep.handlers.reading import Batch, PlainTokenizer, Reading
 from modellink.data_prep.handlers.rows import text_of
-from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
 PLACE = re.compile(r"\{(\w+)\}")
@@ -22,9 +24,9 @@ class GeneralPretrainHandler:
     `reading.append_eod` ends each document that has tokens with the end-of-document token.
     """
 
-    small_ids, ranking = True, False
+    small_ids, ranking, wording = True, False, ""
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading) -> None:
+    def __init__(self, tokenizer: PlainTokenizer, reading: Reading) -> None:
         self.tokenizer, self.columns, self.outputs = tokenizer, list(reading.keys), list(reading.keys)
         self.optional: list[str] = []
         if reading.append_eod and tokenizer.eod_token_id is None:
@@ -45,16 +47,29 @@ class GeneralPretrainHandler:
         return texts
 
     def encode(self, samples: Sequence[list[str]]) -> Batch:
-        return Batch({output: surrounded(self.tokenizer.encode_flat(texts), [], self._end, empty=False)
+        return Batch({output: self._documents(texts)
                       for output, texts in zip(self.outputs, zip(*samples, strict=True), strict=True)})
+
+    def _documents(self, texts: Sequence[str]) -> Flat:
+        """An empty text is no document, also where the tokenizer would make a bos token of it."""
+        there = [text for text in texts if text]
+        if not there:
+            return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
+        ids, lengths = surrounded(self.tokenizer.encode_flat(there), [], self._end, empty=False)
+        if len(there) == len(texts):
+            return ids, lengths
+        everywhere = np.zeros(len(texts), np.int64)
+        everywhere[[bool(text) for text in texts]] = lengths
+        return ids, everywhere
 
 
 class TextHandler(GeneralPretrainHandler):
     """One text out of several columns, by the wording in `handlers.json`."""
 
-    def __init__(self, tokenizer: Tokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
+    def __init__(self, tokenizer: PlainTokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, reading)
         self._text, self._around = about["text"], about.get("around", {})
+        self.wording = json.dumps(about, sort_keys=True)
         self.columns, self.optional, self.outputs = list(about["columns"]), list(about.get("optional", [])), ["text"]
 
     def parse(self, row: Mapping[str, Any]) -> list[str]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 from modellink.data_prep.engines import Flat
 
@@ -45,3 +47,13 @@ class Batch:
     cut: int = 0
     dropped: int = 0
     learned: int = 0
+
+
+class PlainTokenizer(Protocol):
+    """What plain text needs of a `Tokenizer`."""
+
+    folder: Path
+
+    @property
+    def eod_token_id(self) -> int | None: ...
+    def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = True) -> Flat: ...

@@ -166,7 +166,8 @@ def _message(message: object, names: FieldMap) -> tuple[str, str]:
              tags["function_tag"]: "function", tags["system_tag"]: "system"}
     if not isinstance(message, Mapping) or tags["role_tag"] not in message:
         raise ValueError(f"a message has no {tags['role_tag']!r}")
-    role = roles.get(message[tags["role_tag"]])
+    spoken = message[tags["role_tag"]]
+    role = roles.get(spoken) if isinstance(spoken, str) else None
     if role is None:
         raise ValueError(f"a message is from {message[tags['role_tag']]!r}, known are {', '.join(roles)}")
     return role, text_of(message.get(tags["content_tag"]), tags["content_tag"])

@@ -1,34 +1,17 @@
 """A tokenizer's own chat template, rendered as transformers renders it. Training, chat and evaluation all come here.
 
-A template is code from the internet. It runs in Jinja's immutable sandbox: it reaches no Python internals, no files, no
-network and no process, cannot change what it is given, and sees plain data only. Its text may not pass `LONGEST` characters.
-
-What is *not* contained: the processor time and the memory of one expression. Jinja has no `while` and `range` stops at
-100,000, but nested loops can run for very long and `"a" * 10**10` or a format width can ask for all memory. Where templates
-of strangers are run for others, set limits on the process (ulimit, a container).
+A template is code from the internet and runs in a sandbox; sandbox.py says what that contains and what it does not.
 """
 
 from __future__ import annotations
 
-import json
-import traceback
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from modellink.data_prep.templates.literal import BEGIN, END, Literals
-from modellink.data_prep.tokenizer import Tokenizer
+from modellink.data_prep.templates.literal import Literals
+from modellink.data_prep.tokenizer import SPECIAL_NAMES, Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
-LONGEST = 64 << 20  # characters
 Message = Mapping[str, Any]
 # Spellings of what a model thought before it answered; transformers gives templates the first two.
 REASONING = ("reasoning_content", "thinking", "reasoning")
@@ -50,6 +33,8 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     Raises:
         ModelLinkError: no template, or it is broken, or it refuses the messages or steps out of the sandbox.
     """
+    from modellink.data_prep.templates.sandbox import render_template  # Jinja, which plain text has no use for
+
     source = tokenizer.chat_template(template, tools=tools is not None)
     if not messages:
         raise ModelLinkError("the conversation is empty", fix="give at least one message")
@@ -59,82 +44,15 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-    """Ids of `render_chat` with the same options; a control token in what the messages say is text."""
+    """Ids of `render_chat` with the same options; a control token in what messages, tools or further variables say is text."""
     literals = Literals(tokenizer)
-    hidden = options | {"tools": literals.hide(options.get("tools"))}
+    hidden = hide_variables(literals, options)
     return literals.encode(render_chat(tokenizer, [literals.hide(message) for message in messages], **hidden))
 
 
-def render_template(source: str, *, where: str = "chat template", mark: bool = False, **variables: Any) -> str:
-    """Render a chat template's Jinja text in the sandbox; every failure of it is a ModelLinkError that names the line.
-
-    Args:
-        mark: write BEGIN and END around what stands in `{% generation %}`.
-    """
-    try:
-        pieces, length = [], 0
-        for piece in _compile(source, mark).generate(**{name: _plain(value, name) for name, value in variables.items()}):
-            pieces.append(piece)
-            length += len(piece)
-            if length > LONGEST:
-                raise SecurityError(f"its text is longer than {LONGEST:,} characters")
-        return "".join(pieces)
-    except ModelLinkError:
-        raise
-    except jinja2.TemplateSyntaxError as error:
-        raise ModelLinkError(f"the chat template is not valid Jinja: {error.message}", where=f"{where}, line {error.lineno}",
-                             fix="repair the template") from None
-    except SecurityError as error:
-        raise ModelLinkError(f"the chat template was stopped: {error}", where=_line(where, error),
-                             fix="do not use this template before you know what it tries to do") from None
-    except _Refusal as error:
-        raise ModelLinkError(f"the chat template refuses these messages: {error}", where=_line(where, error),
-                             fix="change the messages to what the template expects") from None
-    except Exception as error:  # whatever an expression in the template can raise, down to RecursionError
-        raise ModelLinkError(f"the chat template failed: {type(error).__name__}: {error}", where=_line(where, error),
-                             fix="check that the messages have the keys the template uses") from None
-
-
-class _Refusal(jinja2.TemplateError):
-    """`raise_exception` in a template."""
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says; for the text it means nothing but a scope."""
-
-    begin = end = ""
-
-    tags = {"generation"}  # noqa: RUF012 - Jinja's interface
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = [nodes.Output([nodes.TemplateData(mark)] if mark else [], lineno=line) for mark in (self.begin, self.end)]
-        return nodes.Scope([marks[0], *body, marks[1]], lineno=line)
-
-
-class _Marked(_Generation):
-    begin, end = BEGIN, END
-
-
-def _refuse(message: object) -> NoReturn:
-    raise _Refusal(str(message))
-
-
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
-             separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own filter escapes `<`, `>`, `&` and everything beyond ASCII: models were trained on neither."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-@lru_cache(maxsize=32)
-def _compile(source: str, mark: bool = False) -> jinja2.Template:
-    sandbox = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols", _Marked if mark else _Generation])
-    sandbox.filters["tojson"] = _to_json
-    sandbox.globals["raise_exception"] = _refuse
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return sandbox.from_string(source)
+def hide_variables(literals: Literals, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of `render_chat` with what people may have written hidden; `bos_token` and its like are meant as tokens."""
+    return {name: value if name in ("template", *SPECIAL_NAMES) else literals.hide(value) for name, value in options.items()}
 
 
 def _message(message: object, position: int) -> dict[str, Any]:
@@ -143,25 +61,3 @@ def _message(message: object, position: int) -> dict[str, Any]:
     kept = {name: value for name, value in message.items() if value is not None}
     thought = next((kept[name] for name in REASONING if name in kept), None)
     return kept if thought is None else {"thinking": thought, **kept, "reasoning_content": thought}
-
-
-def _plain(value: object, name: str) -> Any:
-    """A copy made of JSON's types alone, so that no object's methods are in a template's reach."""
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        return str.__str__(value)  # of a subclass (an enum), the text it holds
-    if isinstance(value, int):
-        return int.__int__(value)
-    if isinstance(value, float):
-        return float.__float__(value)
-    if isinstance(value, Mapping):
-        return {_plain(key, name): _plain(item, name) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, name) for item in value]
-    raise ModelLinkError(f"{name} holds a {type(value).__name__}; a chat template is given text, numbers, lists and objects")
-
-
-def _line(where: str, error: BaseException) -> str:
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
-    return f"{where}, line {lines[-1]}" if lines else where

@@ -64,9 +64,10 @@ def from_messages(messages: Sequence[Mapping[str, Any]], tools: object = None) -
         if role is None:
             raise ModelLinkError(f"message {position} has the role {message.get('role')!r}", fix=f"roles are {', '.join(ROLES)}")
         content = message.get("content")
-        if role == "assistant" and message.get("tool_calls"):
-            role, content = "function", json.dumps([call.get("function", call) for call in message["tool_calls"]],
-                                                   ensure_ascii=False)
+        if role == "assistant" and (calls := message.get("tool_calls")):
+            if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
+                raise ModelLinkError(f"the tool_calls of message {position} are not a list of objects")
+            role, content = "function", json.dumps([call.get("function", call) for call in calls], ensure_ascii=False)
         if not isinstance(content, str):
             raise ModelLinkError(f"the content of message {position} is a {type(content).__name__}, not a text")
         if role == "system":
@@ -108,10 +109,10 @@ def tool_list(tools: object) -> list[dict[str, Any]]:
         tools = [tools]
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
         raise ModelLinkError("tools must be a list of objects")
-    found = [dict(tool.get("function", tool)) for tool in tools]
-    if missing := [tool for tool in found if not isinstance(tool.get("name"), str)]:
+    found = [tool.get("function", tool) for tool in tools]
+    if missing := [tool for tool in found if not isinstance(tool, Mapping) or not isinstance(tool.get("name"), str)]:
         raise ModelLinkError(f"a tool has no name: {str(missing[0])[:80]}")
-    return found
+    return [dict(tool) for tool in found]
 
 
 def function_calls(text: str) -> list[dict[str, Any]]:

@@ -22,10 +22,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Turns and, at the end, ids that close the sample and are learned."""
+    """Turns and, at the end, ids that close the sample. They are learned unless `breaks_off`: the last answer was cut."""
 
     turns: list[Turn]
     ending: list[int] = field(default_factory=list)
+    breaks_off: bool = False
 
     @property
     def ids(self) -> list[int]:
@@ -33,15 +34,16 @@ class Encoded:
 
     def labels(self, *, train_on_prompt: bool = False) -> list[int]:
         """As long as `ids` and not shifted: an id where it is learned, -100 elsewhere."""
+        ending = [IGNORED] * len(self.ending) if self.breaks_off else self.ending
         if train_on_prompt:
-            return self.ids
+            return [index for turn in self.turns for index in (*turn.source, *turn.target)] + ending
         found: list[int] = []
         for turn in self.turns:
             source = [IGNORED] * len(turn.source)
             if turn.closing is not None and source:
                 source[0] = turn.closing
             found += source + turn.target
-        return found + self.ending
+        return found + ending
 
     @property
     def learned(self) -> list[bool]:
@@ -52,17 +54,23 @@ class Encoded:
         return sum(len(turn.source) + len(turn.target) for turn in self.turns) + len(self.ending)
 
     def fit(self, limit: int) -> Encoded:
-        """At most `limit` ids, cut so that labels survive: each turn by the rule of `share`, turns without room are left out."""
+        """At most `limit` ids, cut so that labels survive: each turn by the rule of `share`, turns without room are left out.
+
+        After an answer that was cut no end is learned: it would teach to stop in the middle of a sentence.
+        """
         if len(self) <= limit:
             return self
-        room, turns = limit - len(self.ending), []
+        room, turns, breaks_off = limit - len(self.ending), list[Turn](), False
         for turn in self.turns:
             if room <= 0:
                 break
             source, target = share(len(turn.source), len(turn.target), room)
-            turns.append(replace(turn, source=turn.source[:source], target=turn.target[:target]))
+            closing = None if breaks_off else turn.closing
+            turns.append(Turn(turn.source[:source], turn.target[:target], closing))
+            if turn.target:
+                breaks_off = target < len(turn.target)
             room -= source + target
-        return replace(self, turns=turns)
+        return replace(self, turns=turns, breaks_off=breaks_off)
 
 
 def share(source: int, target: int, room: int) -> tuple[int, int]:

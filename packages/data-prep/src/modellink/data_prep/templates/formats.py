@@ -24,9 +24,11 @@ class ChatFormat(Protocol):
         name: the prompt type, or `hf-chat-template`.
         eos_token_id: ends an answer.
         stop_token_ids: end a generation.
+        wording: what is put around what people say; of two formats that differ in it the ids differ.
     """
 
     name: str
+    wording: str
     eos_token_id: int
     stop_token_ids: tuple[int, ...]
 

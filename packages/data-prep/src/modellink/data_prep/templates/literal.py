@@ -29,11 +29,11 @@ class Literals:
         self._hidden: list[str] = []
 
     def hide(self, value: Any) -> Any:
-        """`value` (texts in lists and objects) with stand-ins for what would become control tokens."""
+        """`value` (texts in lists and objects, names of these too) with stand-ins for what would become control tokens."""
         if isinstance(value, str):
             return self._risky.sub(self._stand_in, value)
         if isinstance(value, Mapping):
-            return {key: self.hide(item) for key, item in value.items()}
+            return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self.hide(item) for item in value]
         return value

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
-from modellink.data_prep.templates.chat import render_chat
+from modellink.data_prep.templates.chat import hide_variables, render_chat
 from modellink.data_prep.templates.conversation import Conversation
 from modellink.data_prep.templates.encoded import Encoded, Turn
 from modellink.data_prep.templates.literal import BEGIN, END, Literals
@@ -35,7 +35,8 @@ class ModelFormat:
     name = "hf-chat-template"
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, **variables: Any) -> None:
-        self._marked = bool(GENERATION.search(tokenizer.chat_template(template)))
+        self.wording = tokenizer.chat_template(template)
+        self._marked = bool(GENERATION.search(self.wording))
         if tokenizer.eos_token_id is None:
             raise ModelLinkError("the tokenizer has no end token", where=tokenizer.folder,
                                  fix="set eos_token in its tokenizer_config.json")
@@ -51,14 +52,15 @@ class ModelFormat:
         literals = Literals(self.tokenizer)
         messages = literals.hide(conversation.messages())
         tools = literals.hide([{"type": "function", "function": tool} for tool in conversation.tools]) or None
-        text = self._render(messages, tools, conversation.ends_with_question)
+        variables = hide_variables(literals, self._variables)
+        text = self._render(messages, tools, conversation.ends_with_question, variables)
         spans: list[tuple[int, int]] = []
         if conversation.ends_with_question:
             text = self._unmarked(text)[0] if self._marked else text
         elif self._marked:
             text, spans = self._unmarked(text)
         else:
-            spans = self._answers(messages, tools, text)
+            spans = self._answers(messages, tools, text, variables)
         turns: list[Turn] = []
         for is_learned, group in groupby(literals.encode_marked(text, spans), key=lambda item: item[1]):
             ids = [index for index, _ in group]
@@ -69,9 +71,9 @@ class ModelFormat:
                 turns.append(Turn(source, ids))
         return Encoded(turns)
 
-    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool) -> str:
+    def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, variables: dict[str, Any]) -> str:
         return render_chat(self.tokenizer, messages, tools=tools, template=self._template, add_generation_prompt=prompt,
-                           mark=self._marked, **self._variables)
+                           mark=self._marked, **variables)
 
     @staticmethod
     def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
@@ -82,11 +84,12 @@ class ModelFormat:
             plain += piece
         return plain, spans
 
-    def _answers(self, messages: list[dict[str, Any]], tools: Any, text: str) -> list[tuple[int, int]]:
+    def _answers(self, messages: list[dict[str, Any]], tools: Any, text: str,
+                 variables: dict[str, Any]) -> list[tuple[int, int]]:
         places = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         starts = []
         for index in places:
-            prompt = self._render(messages[:index], tools, True)
+            prompt = self._render(messages[:index], tools, True, variables)
             if not text.startswith(prompt):
                 raise self._unclear(index, "the prompt for it is not what the conversation begins with")
             starts.append(len(prompt))
@@ -97,7 +100,7 @@ class ModelFormat:
             if stop:
                 spans.append((start, stop))
                 continue
-            whole = self._render(messages[:index + 1], tools, False)
+            whole = self._render(messages[:index + 1], tools, False, variables)
             if not text.startswith(whole) or len(whole) > limit:
                 raise self._unclear(index, "no end token follows it")
             spans.append((start, len(whole)))

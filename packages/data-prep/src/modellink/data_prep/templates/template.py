@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -78,6 +78,7 @@ class PromptFormat:
 
     def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
         self.tokenizer, self.template, self.name = tokenizer, template, template.name
+        self.wording = json.dumps(asdict(template), sort_keys=True)
         stops = {word: tokenizer.token_to_id(word) for word in template.stop_words}
         if template.replace_eos:
             self.eos_token_id = self._needed(template.stop_words[0])

@@ -23,10 +23,19 @@ def describe_tools(tools: list[dict[str, Any]]) -> str:
         known = schema.get("properties", {}) if isinstance(schema, dict) else None
         if not isinstance(known, dict) or not all(isinstance(item, dict) for item in known.values()):
             raise ModelLinkError(f"the parameters of the tool {tool['name']!r} are not a JSON schema of an object")
-        required = schema.get("required") or []
+        required = _list(tool, schema, "required")
+        for about in known.values():
+            _list(tool, about, "enum")
         arguments = "".join(_argument(name, about, name in required) for name, about in known.items())
         text += _put(words["tool"], name=tool["name"], description=tool.get("description", ""), arguments=arguments)
     return _put(words["prompt"], tools=text, names=", ".join(tool["name"] for tool in tools))
+
+
+def _list(tool: dict[str, Any], schema: dict[str, Any], name: str) -> list[Any]:
+    found = schema.get(name) or []
+    if not isinstance(found, list):
+        raise ModelLinkError(f"{name} of the tool {tool['name']!r} is a {type(found).__name__}, not a list")
+    return found
 
 
 def _argument(name: str, about: dict[str, Any], required: bool) -> str:
