@@ -23,6 +23,12 @@ from modellink.infer.sampling import Chooser
 from modellink.infer.score import PASS_LOGITS
 from modellink.kernels.errors import ModelLinkError
 
+NONE = -1  # in the place of a token that could not be chosen
+
+
+class TooLong(ModelLinkError):
+    """The cache will never hold a sequence."""
+
 
 @dataclass(eq=False)
 class Member:
@@ -93,8 +99,8 @@ class Batch:
         """Raise where the cache will never hold a request."""
         need = len(request.prompt) + request.max_new_tokens
         if need > self.cache.tokens:
-            raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
-                                 where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
+            raise TooLong(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
+                          where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, finished or not."""
@@ -177,20 +183,16 @@ class Batch:
     def _push(self, members: Sequence[Member], logits: Tensor) -> list[tuple[Answer, str]]:
         """Choose a token for each of them."""
         wishes = [int(member.answer.cancelled) for member in self.running]
-        agreed = self.network.agree([*choose(logits, [member.chooser for member in members]), *wishes])
+        agreed = self.network.agree([*choose(logits, members), *wishes])
         chosen, stopped = agreed[:len(members)], dict(zip(self.running, agreed[len(members):], strict=True))
         details = _logprobs(logits, chosen, [member.answer for member in members])
         pieces = []
         for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
-            answer, constraint = member.answer, member.chooser.constraint
-            if constraint is not None and constraint.stuck:
-                piece = answer.end("stuck")
-            else:
-                piece = answer.push(token, logprob, top)
-                if constraint is not None:
-                    constraint.take(token)
-            if constraint is not None and constraint.done and answer.finish_reason is None:
-                piece += answer.end("stop")
+            answer = member.answer
+            try:
+                piece = _say(member, token, logprob, top)
+            except Exception as fault:  # of this answer; the others are to go on
+                piece = answer.fail(fault)
             if stopped[member] and answer.finish_reason is None:
                 piece += answer.end("cancelled")
             pieces.append((answer, piece))
@@ -203,10 +205,33 @@ class Batch:
         return pieces
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """Logits [n, vocabulary] -> a token for each row."""
+def choose(logits: Tensor, members: Sequence[Member]) -> list[int]:
+    """Logits [n, vocabulary] -> a token for each row; NONE where its chooser failed, which its answer then says."""
     best: list[int] = logits.argmax(-1).tolist()
-    return [token if chooser.plain else chooser(row) for token, chooser, row in zip(best, choosers, logits, strict=True)]
+    for place, member in enumerate(members):
+        if not member.chooser.plain:
+            try:
+                best[place] = member.chooser(logits[place])
+            except Exception as fault:
+                best[place], member.answer.fault = NONE, fault
+    return best
+
+
+def _say(member: Member, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> str:
+    """Let an answer have its next token; the piece of text that became certain."""
+    answer, constraint = member.answer, member.chooser.constraint
+    if token == NONE:
+        raise answer.fault or RuntimeError("the first rank could not choose a token")
+    answer.fault = None  # of this rank alone; the first one's choice holds
+    if constraint is None:
+        return answer.push(token, logprob, top)
+    if constraint.stuck:
+        return answer.end("stuck")
+    piece = answer.push(token, logprob, top)
+    constraint.take(token)
+    if constraint.done and answer.finish_reason is None:
+        piece += answer.end("stop")
+    return piece
 
 
 def _note_prompts(asked: Sequence[tuple[Answer, range]], logits: Tensor) -> None:

@@ -99,28 +99,49 @@ def chat(given: Layer) -> None:
 @command(ModelOptions, ServeOptions, name="serve")
 def serve(given: Layer) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to chat with."""
+    if "replica_url" in given.values:
+        return _serve_elsewhere(given)
     resolved = resolve([ModelOptions, ServeOptions], given)
     model, options = resolved[ModelOptions], resolved[ServeOptions]
+    from modellink.core import processes
     from modellink.infer.server import run
     run.check_installed()
+    if options.replicas > 1 and processes.under_launcher():
+        raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
+                             fix="run the command without torchrun")
     plan = model.plan(_local_rank())
+    sockets = run.bind(options.host, options.port) if _first() else []
     if options.replicas > 1:
-        from modellink.core import processes
-        if processes.under_launcher():
-            raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
-                                 fix="run the command without torchrun")
-        return run.serve_replicas(options.replicas, sys.argv[1:], host=options.host, port=options.port,
+        from modellink.infer.server.replicas import device_shares, make_replicas
+        device = plan.device
+        shares = device_shares(device.kind, device.module.device_count() if device.module else 0, options.replicas,
+                               model.layout.world_size)
+        return run.serve_replicas(make_replicas(options.replicas, sys.argv[1:], shares), sockets,
                                   most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
+        for one in sockets:
+            one.close()  # the first rank takes the port
         _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
     engine = _engine(model, options.batch_size)
-    if _first():
-        print(f"serving at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
-    else:
+    if not _first():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
-    run.serve(engine, host=options.host, port=options.port, name=options.served_model_name or plan.source.folder.resolve().name,
-              api_key=options.key, most_waiting=options.max_waiting, largest_body=options.max_body)
+    run.serve(engine, sockets, name=options.served_model_name or plan.source.folder.resolve().name, api_key=options.key,
+              most_waiting=options.max_waiting, largest_body=options.max_body)
+
+
+def _serve_elsewhere(given: Layer) -> None:
+    """In front of servers that have the model."""
+    if wrong := set(given.values) - {"replica_url", "host", "port", "max_waiting", "max_body"}:
+        raise ModelLinkError(f"--{min(wrong).replace('_', '-')} is for the servers that have the model", where="--replica-url",
+                             fix="give it to each of them, and leave it out here")
+    options = resolve([ServeOptions], given)[ServeOptions]
+    from modellink.infer.server import run
+    run.check_installed()
+    from modellink.infer.server.replicas import Replica
+    replicas = [Replica(index, url.rstrip("/")) for index, url in enumerate(options.replica_url)]
+    run.serve_replicas(replicas, run.bind(options.host, options.port), most_waiting=options.max_waiting,
+                       largest_body=options.max_body)
 
 
 for each in (generate, chat, serve):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,14 +164,19 @@ class ServeOptions:
                                            "said.")
     api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
                                  "environment says the same.")
-    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address.",
-                           minimum=1)
+    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address; each has "
+                           "its share of the accelerators.", minimum=1)
+    replica_url: tuple[str, ...] = option((), "Servers of the model that run already, on this machine or others, as "
+                                          "http://HOST:PORT; this one stands in front of them and takes no --load.")
     batch_size: int = option(16, "Answers computed together at most, of each replica.", minimum=1)
     max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
     max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
 
     def check(self) -> None:
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key:
+        for url in self.replica_url:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise ModelLinkError(f"{url!r} is no address of a server", where="--replica-url", fix="write it as http://HOST:PORT")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key and not self.replica_url:
             print(f"note: listening at {self.host} without an API key: everybody who reaches it can use the model",
                   file=sys.stderr)
 

@@ -86,7 +86,7 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
     if unknown:
         raise ModelLinkError(f"there is no option {unknown}", where="generate",
                              fix=f"there are {', '.join(Options.__annotations__)}")
-    sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
+    sampling, (stop_ids, strings) = _sampling(options), _stops(options, spec, tokenizer)
     beams, count = _beams(options), options.get("num_return_sequences", 1)
     grammar = grammar_of(tokenizer, json_schema=options.get("json_schema"), regex=options.get("regex"))
     if options.get("prompt_logprobs") and beams:
@@ -144,7 +144,7 @@ def _beams(options: Options) -> Beams | None:
     return Beams(beams, count, penalty, options.get("early_stopping", False))
 
 
-def _stops(options: Options, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
+def _stops(options: Options, spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
     """Token ids and strings that end an answer."""
     stops, ends = _list(options.get("stop")), _list(options.get("eos_token_id"))
     strings = tuple(item for item in stops if isinstance(item, str))
@@ -152,11 +152,21 @@ def _stops(options: Options, tokenizer: Tokenizer | None) -> tuple[frozenset[int
         raise ModelLinkError("a stop string is empty", where="--stop")
     if strings and tokenizer is None:
         raise _no_tokenizer("a stop string")
+    check_stop_ids([item for item in stops if isinstance(item, int)], spec, "--stop")
+    check_stop_ids(ends, spec, "eos_token_id")
     if options.get("ignore_eos"):
         ends = []
     elif options.get("eos_token_id") is None and tokenizer is not None:
         ends = list(tokenizer.eos_token_ids)
     return frozenset(item for item in [*stops, *ends] if isinstance(item, int)), strings
+
+
+def check_stop_ids(ids: Sequence[int], spec: ModelSpec, where: str) -> None:
+    """Raise for a token that never comes because the model does not know it."""
+    wrong = next((index for index in ids if not 0 <= index < spec.vocab_size), None)
+    if wrong is not None:
+        raise ModelLinkError(f"an answer cannot end with the token id {wrong}; the model knows ids from 0 to "
+                             f"{spec.vocab_size - 1}", where=where)
 
 
 def _list(value: Any) -> list[Any]:
