@@ -37,6 +37,7 @@ class Member:
     answer: Answer
     row: Row
     chooser: Chooser
+    begun: bool = False  # a piece of it was computed since it joined
 
     @property
     def left(self) -> int:
@@ -145,23 +146,50 @@ class Batch:
     def _join(self) -> None:
         """Let those that wait join, in their order, as long as there is room for their prompts."""
         while self.waiting and len(self.running) < self.rows:
-            row = self.waiting[0].row
-            pages = -(-(len(row.tokens) + 1) // SIZE)
-            if self.running and any(pages > pool.available for pool in self.cache.pools if pool.window is None):
+            member = self.waiting[0]
+            length = len(member.row.tokens) + 1
+            if self.running and any(self.cache.pages_of(pool, length) > pool.available for pool in self.cache.pools):
                 return
-            # what others computed has no logits any more
-            self.cache.tables.admit(row, shared=not self._moving(row) and not self.waiting[0].answer.prompt_left)
+            self.cache.tables.admit(member.row, shared=self._may_share(member))
+            member.begun = False
             self.running.append(self.waiting.popleft())
+
+    def _may_share(self, member: Member) -> bool:
+        """Whether a row may begin with what others computed, of which there are no logits any more."""
+        return not self._moving(member.row) and not member.answer.prompt_left
+
+    def _look_again(self, member: Member) -> None:
+        """Let a row of which nothing was computed yet begin with what others computed since it joined."""
+        self.cache.tables.release(member.row)
+        self.cache.tables.admit(member.row, shared=True)
+
+    def _waits(self, member: Member, earlier: Sequence[Member]) -> bool:
+        """Whether a row that joined earlier computes the next page of this one too: a pass later it is there."""
+        row, page = member.row, member.row.computed // SIZE
+        end = (page + 1) * SIZE
+        if end >= len(row.tokens):  # its last token is computed in any case
+            return False
+        return any(other.row.computed < end <= len(other.row.tokens) and not self._moving(other.row)
+                   and other.row.digest(page) == row.digest(page) for other in earlier)
 
     def _pieces(self) -> list[tuple[Member, Piece]]:
         """What the next pass computes, single tokens first."""
         budget, room = self.budget, self._most_asked
+        ready: list[Member] = []
+        for place, member in enumerate(self.running):
+            if member.begun or not self._may_share(member):
+                ready.append(member)
+                continue
+            self._look_again(member)
+            if not self._waits(member, self.running[:place]):
+                ready.append(member)
         singles: list[tuple[Member, Piece]] = []
         longer: list[tuple[Member, Piece]] = []
-        for member in sorted(self.running, key=lambda member: member.left > 1):
-            count = min(member.left, budget, room if member.answer.prompt_left else budget)
+        for member in sorted(ready, key=lambda member: member.left > 1):
+            count = min(member.left, budget, self.cache.piece, room if member.answer.prompt_left else budget)
             if count == 0 or member not in self.running or not self._room(member, count):
                 continue
+            member.begun = True
             budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
             (singles if count == 1 else longer).append((member, Piece(member.row, member.row.computed, count)))
         return [(member, piece) for member, piece in [*singles, *longer] if member in self.running]

@@ -97,8 +97,7 @@ class PagedCache:
         self.spec, self.device, self.piece = spec, device, piece
         pages = -(-tokens // SIZE)
         windows = sorted({spec.window(layer) for layer in range(spec.num_layers)}, key=lambda window: window or 0)
-        self.pools = [Pool(pages if window is None else min(pages, rows * -(-(window + piece + 2 * SIZE) // SIZE)), window)
-                      for window in windows]
+        self.pools = [Pool(pages if window is None else min(pages, rows * self.most_pages(window)), window) for window in windows]
         self.tables = Tables(self.pools)
         self._pool_of = {layer + 1: windows.index(spec.window(layer)) for layer in layers}
         self._latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
@@ -110,10 +109,20 @@ class PagedCache:
         self._positions = torch.empty(0)
         self._plans: list[Plan] = []  # of the pass under way, for each pool
 
+    def most_pages(self, window: int) -> int:
+        """Pages that a row of any length has at a time where layers have a window: what it sees, and a piece more."""
+        return -(-(window + self.piece + 2 * SIZE) // SIZE)
+
+    def pages_of(self, pool: Pool, length: int) -> int:
+        """Pages of a pool that a row of so many tokens has at most at a time."""
+        pages = -(-length // SIZE)
+        return pages if pool.window is None else min(pages, self.most_pages(pool.window))
+
     @property
     def tokens(self) -> int:
         """How many tokens a single row may have."""
-        return min((pool.pages * SIZE for pool in self.pools if pool.window is None), default=1 << 62)
+        return min((pool.pages * SIZE for pool in self.pools
+                    if pool.window is None or pool.pages < self.most_pages(pool.window)), default=1 << 62)
 
     @property
     def bytes(self) -> int:
