@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -254,6 +255,37 @@ def test_names_of_the_original(engine):
     assert engine.generate("The quick", max_new_tokens=6, ignore_eos=True, detokenize=False)[0].text == ""
     stopped = engine.generate("The quick", max_new_tokens=6, eos_token_id=whole[0].token_ids[2])[0]
     assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3
+
+
+def test_names_of_the_originals_generate(engine, capsys, monkeypatch):
+    from modellink.infer import prompts
+    monkeypatch.setattr(prompts, "_noted", set())
+    expected = engine.generate("The quick", max_new_tokens=6)
+    told = {"pad_token_id": 0, "bos_token_id": 1, "tokenizer": object(), "recompute": True}
+    assert engine.generate(input_ids="The quick", max_new_tokens=6, **told) == expected
+    assert engine.generate("The quick", max_new_tokens=6, **told) == expected
+    notes = capsys.readouterr().err
+    assert [notes.count(f"note: {name} means nothing here") for name in told] == [1] * 4  # once, not for each call
+    stream = engine.generate("The quick", stream=True, max_new_tokens=6)
+    assert "".join(stream) == expected[0].text and [stream.generation] == expected
+    with pytest.raises(ModelLinkError, match="there is no prompt"):
+        engine.generate()
+    with pytest.raises(ModelLinkError, match="prompts and input_ids"):
+        engine.generate("a", input_ids=[5])
+
+
+@pytest.mark.parametrize("make", [torch.tensor, numpy.array, lambda rows: [torch.tensor(row) for row in rows],
+                                  lambda rows: [[numpy.int64(item) for item in row] for row in rows]])
+def test_tensors_and_arrays_are_token_ids(engine, make):
+    rows = [[5, 6, 7], [8, 9, 10]]
+    assert engine.generate(make(rows), max_new_tokens=4) == engine.generate(rows, max_new_tokens=4)
+    assert engine.generate(make(rows)[0], max_new_tokens=4) == engine.generate(rows[0], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("prompt", [torch.tensor(5), torch.tensor([0.5, 2.0]), torch.zeros(1, 1, 2).long(), [5.5], 7.5])
+def test_other_tensors_are_refused(engine, prompt):
+    with pytest.raises(ModelLinkError, match="prompt"):
+        engine.generate(prompt)
 
 
 def test_top_logprobs_are_the_best_of_the_distribution(engine, full_logits):

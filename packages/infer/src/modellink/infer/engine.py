@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 
@@ -99,17 +99,32 @@ class Engine:
         options.setdefault("prompt_type", self.plan.prompt_type)
         return make_requests(prompts, self.spec, self.tokenizer, **options)
 
-    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[Generation]:
+    @overload
+    def generate(self, prompts: Prompts | None = None, *, input_ids: Any = None, stream: Literal[False] = False,
+                 **options: Unpack[Options]) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompts: Prompts | None = None, *, input_ids: Any = None, stream: Literal[True],
+                 **options: Unpack[Options]) -> Stream: ...
+
+    def generate(self, prompts: Any = None, *, input_ids: Any = None, stream: bool = False,
+                 **options: Unpack[Options]) -> list[Generation] | Stream:
         """Answers to one prompt or many, in their order; a request in a batch gets what it gets alone.
 
         Args:
-            prompts: a text, token ids, a chat, or a list of any of these.
+            prompts: a text, token ids, a chat, or a list of any of these; token ids may be a tensor or an array.
+            input_ids: the original's name of `prompts`.
+            stream: give what `stream` gives, as in the original's API.
             options: see `prompts.Options`. With `num_return_sequences` a prompt has so many answers, one after the other.
 
         Raises:
             ModelLinkError: see `prompts.make_requests`; nothing was computed.
         """
-        return self.answer(self.requests(prompts, **options))
+        if (prompts is None) == (input_ids is None):
+            raise ModelLinkError("there is no prompt" if prompts is None else "there are prompts and input_ids",
+                                 fix="give one of them")
+        prompts = input_ids if prompts is None else prompts
+        return self.stream(prompts, **options) if stream else self.answer(self.requests(prompts, **options))
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
         """`generate` for requests that are made already, each with options of its own; one with beams has several answers."""

@@ -48,7 +48,7 @@ class Beams:
     beams: int
     count: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
 
 
 @dataclass(frozen=True)
