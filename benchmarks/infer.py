@@ -61,7 +61,7 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
     engine = load(folder, device="cpu", dtype=dtype, **options)
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
-        vars(engine).pop("cache", None)  # or the pages of an earlier round would be found again
+        engine.forget()  # or the pages of an earlier round would be found again
         return [answer.token_ids for answer in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
     return generate
 
@@ -94,7 +94,7 @@ def served(folder: Path, dtype: str) -> Contender:
         assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [tokens] * len(rows)
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
-        vars(engine).pop("cache", None)
+        engine.forget()
         service.batch = engine.batch()
         runner.run(ask(rows, tokens))
         return []

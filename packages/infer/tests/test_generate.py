@@ -114,6 +114,33 @@ def test_logprobs_of_prompts_in_pieces_and_after_a_row_had_to_wait(engine, full_
         assert answer.token_ids == engine.generate([row], max_new_tokens=20, ignore_eos=True)[0].token_ids
 
 
+def test_a_cache_is_as_large_as_was_asked_for_or_refused(llama, engine, monkeypatch):
+    from modellink.infer.cache import bytes_of
+    cache = engine.network.cache(rows=2, piece=64, tokens=96)
+    sizes = {"tokens": 96, "rows": 2, "piece": 64, "tp": 1, "dtype": torch.float32}
+    needed = bytes_of(engine.spec, range(3), **sizes)
+    assert needed == 96 * 3 * 2 * 2 * 20 * 4 and 0 < cache.bytes - needed < 5000  # a slot of each layer is nobody's
+    with pytest.raises(ModelLinkError, match=r"a cache of 10,000,000,000,000 tokens takes 9,600,000.0 GB, [\d.,]+ GB of memory"):
+        load(llama, device="cpu", cache_tokens=10**13).generate("The", max_new_tokens=2)
+    monkeypatch.setattr(type(engine.network._on), "available", lambda self: needed - 1)
+    with pytest.raises(ModelLinkError, match="use at most 64"):
+        engine.network.cache(rows=2, piece=64, tokens=96)
+    assert engine.network.cache(rows=2, piece=64, most=96).tokens == 32  # half of what is there, in whole pages
+
+
+def test_what_is_forgotten_is_computed_again(llama, monkeypatch):
+    engine = load(llama, device="cpu")
+    counted = []
+    whole = engine.network.logits
+    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    text = [7] * 100
+    found = [(engine.generate([text], max_new_tokens=1), engine.score([text])) for _ in range(2)]
+    again = sum(counted[2:])
+    engine.forget()
+    assert [(engine.generate([text], max_new_tokens=1), engine.score([text])), *found] == [found[0]] * 3
+    assert (sum(counted[:2]), again, sum(counted[4:])) == (199, again, 199) and again < 199
+
+
 def test_streams_that_hold_all_pages_are_named(engine, monkeypatch):
     monkeypatch.setitem(engine.__dict__, "cache", engine.network.cache(rows=2, piece=64, tokens=96))
     first = engine.stream([5] * 60, max_new_tokens=30, ignore_eos=True)

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
 from modellink.infer.constraint import Constraint
-from modellink.infer.network import Network
+from modellink.infer.network import PASS_LOGITS, Network
 from modellink.infer.request import Answer, Request
 from modellink.infer.sampling import Chooser
-from modellink.infer.score import PASS_LOGITS
 from modellink.kernels.errors import ModelLinkError
 
 NONE = -1  # in the place of a token that could not be chosen
@@ -67,9 +66,7 @@ class Batch:
         self.tokenizer = tokenizer
         self.waiting: deque[Member] = deque()
         self.running: list[Member] = []
-        spec = network.spec
-        self._most_asked = max(1, PASS_LOGITS // spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
-        self._fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
+        self._most_asked = max(1, PASS_LOGITS // network.spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
 
     @property
     def idle(self) -> bool:
@@ -140,8 +137,7 @@ class Batch:
         return ended + (self._push(members, logits[len(wanted):]) if ready else [])
 
     def _moving(self, row: Row) -> bool:
-        """Whether every further token changes the angles of all (dynamic rotary scaling beyond the original length)."""
-        return self._fixed is not None and len(row.tokens) > self._fixed
+        return moves(self.network.spec, len(row.tokens))
 
     def _join(self) -> None:
         """Let those that wait join, in their order, as long as there is room for their prompts."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
 from modellink.infer.network import Network
 from modellink.infer.request import Answer, Beams, Generation, Request
 from modellink.infer.sampling import narrow, penalise
@@ -96,8 +96,7 @@ def _seed(network: Network, request: Request) -> int:
 
 
 def _moving(network: Network, row: Row) -> bool:
-    original = network.spec.original_max_position_embeddings
-    return network.spec.rope_scaling_type == "dynamic" and len(row.tokens) > (original or 0)
+    return moves(network.spec, len(row.tokens))
 
 
 def _pass(network: Network, cache: PagedCache, rows: Sequence[Row]) -> Tensor:

@@ -89,6 +89,11 @@ class Engine:
         """Where all answers of this engine have their keys and values; made when the first one is asked for."""
         return self.network.cache(rows=self.batch_size, piece=PASS_TOKENS, tokens=self._cache_tokens)
 
+    def forget(self) -> None:
+        """Drop the caches, and with them what prompts and texts to come could have in common with earlier ones."""
+        self.__dict__.pop("cache", None)
+        self.network.scoring = None
+
     def batch(self) -> Batch:
         """An empty batch over the cache; who adds answers to it steps it."""
         from modellink.infer.batch import Batch

@@ -28,8 +28,8 @@ class ModelOptions:
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
     expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
-    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; as many as "
-                                      "fit into half of the free memory where nothing is said, and no more than can be used.",
+    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; where "
+                                      "nothing is said as many as can be used and half of the free memory has room for.",
                                       unit="tokens", minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
