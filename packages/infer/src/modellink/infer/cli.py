@@ -51,7 +51,7 @@ def generate(given: Layer) -> None:
     from_stdin = not asked.prompt and asked.prompt_file is None
     prompts = _prompts(asked) if first else []
     plan = model.plan(_local_rank())
-    arguments["prompt_type"] = plan.prompt_type
+    arguments |= {"prompt_type": plan.prompt_type, "logprobs": asked.logprobs}
     from modellink.infer.prompts import make_requests
     requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
     if plan.tokenizer is None:
@@ -63,20 +63,16 @@ def generate(given: Layer) -> None:
     engine = _engine(model, asked.batch_size)
     prompts, requests = engine.network.share((prompts, requests))  # of several machines one has the files and the terminal
     start = time.monotonic()
-    if asked.stream:
-        answers = _streamed(engine, requests, first)
-    else:
-        answers = engine.answer(requests)
-        if first:
-            _print(prompts, answers, as_json=asked.json)
+    tokens = _streamed(engine, requests, first) if asked.stream else _answered(engine, prompts, requests, first, asked.json)
     if first:
-        tokens, seconds = sum(len(answer.token_ids) for answer in answers), time.monotonic() - start
+        seconds = time.monotonic() - start
         print(f"{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens a second", file=sys.stderr)
 
 
 @command(ModelOptions, ChatOptions, AnswerOptions, name="chat")
 def chat(given: Layer) -> None:
-    """Talk with a model. /clear forgets, /quit leaves, Ctrl-C stops an answer."""
+    """Talk with a model. A line that says /clear, clear or new forgets what was said; /quit, /exit, quit, exit or q leaves;
+    Ctrl-C stops an answer."""
     resolved = resolve([ModelOptions, ChatOptions, AnswerOptions], given)
     model, options = resolved[ModelOptions], resolved[ChatOptions]
     arguments = resolved[AnswerOptions].arguments(set(given.values), draws=True)
@@ -236,9 +232,10 @@ def _engine(model: ModelOptions, batch_size: int) -> Engine:
                   int8=model.int8, graphs=model.graphs, show=True)
 
 
-def _streamed(engine: Engine, requests: list[Request], first: bool) -> list[Generation]:
+def _streamed(engine: Engine, requests: list[Request], first: bool) -> int:
+    """Print each answer as it is made; how many tokens they have."""
     from modellink.infer.engine import Stream
-    answers = []
+    tokens = 0
     for number, request in enumerate(requests, 1):
         stream = Stream(engine, request)
         if first:
@@ -248,20 +245,32 @@ def _streamed(engine: Engine, requests: list[Request], first: bool) -> list[Gene
                 print(piece, end="", flush=True)
         if first:
             print(flush=True)
-        answers.append(stream.generation)
-    return answers
+        tokens += len(stream.generation.token_ids)
+    return tokens
 
 
-def _print(prompts: list[Any], answers: list[Generation], *, as_json: bool) -> None:
-    each = len(answers) // len(prompts)
-    for number, answer in enumerate(answers, 1):
-        prompt = prompts[(number - 1) // each]
-        if as_json:
-            print(json.dumps({"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids,
-                              "finish_reason": answer.finish_reason}, ensure_ascii=False))
-        else:
-            _heading(number, len(answers), "answer" if each > 1 else "prompt")
-            print(answer.text)
+def _answered(engine: Engine, prompts: list[Any], requests: list[Request], first: bool, as_json: bool) -> int:
+    """Print each answer when it and those before it are there; how many tokens they have."""
+    from modellink.kernels.progress import Work
+    count = sum(request.beams.count if request.beams else 1 for request in requests)
+    each, number, tokens = count // len(prompts), 0, 0
+    # on a terminal the answers show themselves how far it is
+    with Work("answering", len(requests), unit="answers",
+              show=first and len(requests) > 1 and not sys.stdout.isatty()) as work:
+        for answers in engine.each(requests, work.advance):
+            for answer in answers:
+                number, tokens = number + 1, tokens + len(answer.token_ids)
+                if first and as_json:
+                    print(_json(prompts[(number - 1) // each], answer), flush=True)
+                elif first:
+                    _heading(number, count, "answer" if each > 1 else "prompt")
+                    print(answer.text, flush=True)
+    return tokens
+
+
+def _json(prompt: Any, answer: Generation) -> str:
+    values = {"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+    return json.dumps(values | ({} if answer.logprobs is None else {"logprobs": answer.logprobs}), ensure_ascii=False)
 
 
 def _heading(number: int, count: int, what: str = "prompt") -> None:

@@ -8,7 +8,7 @@ groups do, and one thread uses it at a time; the server has a thread for that.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
@@ -133,24 +133,39 @@ class Engine:
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
         """`generate` for requests that are made already, each with options of its own; one with beams has several answers."""
-        batch = self.batch()
-        asked = [(request, Answer.to(request, self.tokenizer)) for request in requests]
-        answers = [answer for request, answer in asked if request.beams is None]
-        try:
-            for answer in answers:
-                batch.add(answer)
-            while not batch.idle:
-                batch.step()
-        finally:
-            for answer in answers:
-                batch.remove(answer)
-        return [found for request, answer in asked for found in self._search(request) or [answer.generation()]]
+        return [found for answers in self.each(requests) for found in answers]
 
-    def _search(self, request: Request) -> list[Generation]:
-        if request.beams is None:
-            return []
+    def each(self, requests: Sequence[Request], done: Callable[[int], None] = lambda count: None) -> Iterator[list[Generation]]:
+        """The answers to each request, in the order of the requests, as soon as they and those before them are there.
+
+        Args:
+            done: is told how many requests came to their end, in whatever order.
+        """
         from modellink.infer.beam import search
-        return search(self.network, self.cache, request, self.tokenizer)
+        batch = self.batch()
+        answers = [Answer.to(request, self.tokenizer) for request in requests]
+        joined = [answer for answer in answers if answer.request.beams is None]
+
+        def step() -> None:
+            if ended := sum(answer.finish_reason is not None for answer, _ in batch.step()):
+                done(ended)
+        try:
+            for answer in joined:
+                batch.add(answer)
+            for answer in answers:
+                if answer.request.beams is None:
+                    while answer.finish_reason is None:
+                        step()
+                    yield [answer.generation()]
+                    continue
+                while not batch.idle:  # a search takes all the pages it finds
+                    step()
+                found = search(self.network, self.cache, answer.request, self.tokenizer)
+                done(1)
+                yield found
+        finally:
+            for answer in joined:
+                batch.remove(answer)
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """The answer to one prompt in pieces of text, as they come."""

@@ -136,12 +136,15 @@ class PromptOptions:
     system: str | None = option(None, "System message before it (with --chat).")
     stream: bool = option(False, "Show the answer as it is made.")
     json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
+    logprobs: bool = option(False, "In it the log-probability of each token too (with --json).")
     batch_size: int = option(16, "How many prompts are computed together at most.", minimum=1)
 
     def check(self) -> None:
         if self.prompt and self.prompt_file:
             raise ModelLinkError("prompts come from the command line or from a file, not from both",
                                  where="--prompt, --prompt-file")
+        if self.logprobs and not self.json:
+            raise ModelLinkError("log-probabilities are printed as JSON", where="--logprobs", fix="add --json")
         if self.stream and self.json:
             raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
 
