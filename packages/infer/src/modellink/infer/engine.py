@@ -36,7 +36,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          family: str | None = None, tokenizer: Path | str | None = None, prompt_type: str | None = None, batch_size: int = 16,
          cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, graphs: bool | None = None,
          show: bool = False) -> Engine:
-    """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
+    """Load a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch_dist checkpoint, whatever layout it was written at.
 
     Args:
         path: the checkpoint.

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, and where it runs."""
 
-    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core or torch_dist, written at any layout.")
+    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch_dist, written at any "
+                        "layout.")
     tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
