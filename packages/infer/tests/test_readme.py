@@ -45,7 +45,7 @@ def test_the_lines_with_curl(address):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     (block,) = blocks("console", "curl")
-    whole, streamed = (subprocess.run(shlex.split(line.replace(ADDRESS, address)) + ["-s"], capture_output=True, text=True).stdout
+    whole, streamed = (subprocess.run([*shlex.split(line.replace(ADDRESS, address)), "-s"], capture_output=True, text=True).stdout
                        for line in block.replace("\\\n", " ").split("$ ")[1:])
     assert json.loads(whole)["choices"][0]["message"]["content"]
     assert streamed.startswith('data: {"id"') and streamed.rstrip().endswith("data: [DONE]")

@@ -43,12 +43,43 @@ class Member:
         """Tokens still to compute before the next one can be chosen."""
         return len(self.row.tokens) - self.row.computed
 
-    def asked(self, piece: Piece) -> range:
-        """The tokens of a piece after which the log-probability of the prompt's next one is wanted and not known yet."""
-        if not self.answer.prompt_left:
+
+@dataclass(frozen=True)
+class Share:
+    """What one pass computes of a member. All of it is asked before the pass: afterwards the member is further on."""
+
+    member: Member
+    piece: Piece
+    begin: int  # where in the pass its first token stands
+
+    @property
+    def last(self) -> int:
+        """Where in the pass its last token stands."""
+        return self.begin + self.piece.count - 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens of the row are then computed."""
+        return self.piece.count == self.member.left
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the answer then gets a token; one that is only asked about its prompt gets none."""
+        return self.complete and self.member.answer.request.max_new_tokens > 0
+
+    @property
+    def asked(self) -> range:
+        """The tokens of the row after which the log-probability of the prompt's next one is wanted and not known yet."""
+        answer, piece = self.member.answer, self.piece
+        if not answer.prompt_left:
             return range(0)
-        known, last = len(self.answer.prompt_logprobs), len(self.answer.request.prompt) - 1
+        known, last = len(answer.prompt_logprobs), len(answer.request.prompt) - 1
         return range(max(piece.start, known), min(piece.start + piece.count, last))
+
+    @property
+    def asked_places(self) -> list[int]:
+        """Where in the pass those stand."""
+        return [self.begin + token - self.piece.start for token in self.asked]
 
 
 class Batch:
@@ -110,31 +141,31 @@ class Batch:
     def step(self) -> list[tuple[Answer, str]]:
         """One pass; the answers that got a token, each with the new piece of its text (which may be empty)."""
         self._join()
-        pieces = self._pieces()
-        if not pieces:
+        shares = self._shares()
+        if not shares:
             if self.waiting and not self.running:
                 raise ModelLinkError("answers of other batches hold the pages this one needs", where="--cache-tokens",
                                      fix="take the other streams to their end first, or make the cache larger")
             return []
-        whole = [place for place, (member, piece) in enumerate(pieces) if piece.count == member.left]
-        ready = [place for place in whole if pieces[place][0].answer.request.max_new_tokens]
-        silent = [pieces[place][0] for place in whole if place not in ready]
-        ends = torch.tensor([piece.count for _, piece in pieces]).cumsum(0).sub(1).tolist()
-        ids = [token for _, piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
-        asked = [(member.answer, member.asked(piece)) for member, piece in pieces]
-        wanted = [end + 1 - piece.count + place - piece.start
-                  for (_, piece), (_, places), end in zip(pieces, asked, ends, strict=True) for place in places]
-        state = self.cache.state([piece for _, piece in pieces], wanted + [ends[place] for place in ready])
-        logits = self.network.logits(torch.tensor([ids]), state)[0]
-        for _, piece in pieces:
-            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
-        if wanted:
-            _note_prompts(asked, logits[:len(wanted)])
-        for member in silent:
+        chosen = [share for share in shares if share.chooses]
+        ended = [share.member for share in shares if share.complete and not share.chooses]
+        asked = [(share.member.answer, share.asked) for share in shares]
+        prompts = [place for share in shares for place in share.asked_places]
+        logits = self._logits([share.piece for share in shares], prompts + [share.last for share in chosen])
+        if prompts:
+            _note_prompts(asked, logits[:len(prompts)])
+        for member in ended:
             self._leave(member)
-        ended = [(member.answer, member.answer.end("length")) for member in silent]
-        members = [pieces[place][0] for place in ready]
-        return ended + (self._push(members, logits[len(wanted):]) if ready else [])
+        told = [(member.answer, member.answer.end("length")) for member in ended]
+        return told + (self._push([share.member for share in chosen], logits[len(prompts):]) if chosen else [])
+
+    def _logits(self, pieces: Sequence[Piece], places: Sequence[int]) -> Tensor:
+        """Compute a pass over pieces: logits [places, vocabulary] after those tokens of it."""
+        ids = [token for piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
+        logits = self.network.logits(torch.tensor([ids]), self.cache.state(pieces, places))[0]
+        for piece in pieces:
+            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
+        return logits
 
     def _moving(self, row: Row) -> bool:
         return moves(self.network.spec, len(row.tokens))
@@ -168,27 +199,33 @@ class Batch:
         return any(other.row.computed < end <= len(other.row.tokens) and not self._moving(other.row)
                    and other.row.digest(page) == row.digest(page) for other in earlier)
 
-    def _pieces(self) -> list[tuple[Member, Piece]]:
+    def _ready(self) -> list[Member]:
+        """The rows that the next pass may compute something of, those with a single token first."""
+        found = []
+        for place, member in enumerate(self.running):
+            if not member.begun and self._may_share(member):
+                self._look_again(member)
+                if self._waits(member, self.running[:place]):
+                    continue
+            found.append(member)
+        return sorted(found, key=lambda member: member.left > 1)
+
+    def _shares(self) -> list[Share]:
         """What the next pass computes, single tokens first."""
         budget, room = self.budget, self._most_asked
-        ready: list[Member] = []
-        for place, member in enumerate(self.running):
-            if member.begun or not self._may_share(member):
-                ready.append(member)
-                continue
-            self._look_again(member)
-            if not self._waits(member, self.running[:place]):
-                ready.append(member)
-        singles: list[tuple[Member, Piece]] = []
-        longer: list[tuple[Member, Piece]] = []
-        for member in sorted(ready, key=lambda member: member.left > 1):
+        pieces: list[tuple[Member, Piece]] = []
+        for member in self._ready():
             count = min(member.left, budget, self.cache.piece, room if member.answer.prompt_left else budget)
             if count == 0 or member not in self.running or not self._room(member, count):
                 continue
             member.begun = True
             budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
-            (singles if count == 1 else longer).append((member, Piece(member.row, member.row.computed, count)))
-        return [(member, piece) for member, piece in [*singles, *longer] if member in self.running]
+            pieces.append((member, Piece(member.row, member.row.computed, count)))
+        found: list[Share] = []
+        for member, piece in sorted(pieces, key=lambda pair: pair[1].count > 1):
+            if member in self.running:  # another one did not need its pages
+                found.append(Share(member, piece, found[-1].last + 1 if found else 0))
+        return found
 
     def _room(self, member: Member, count: int) -> bool:
         """Pages for the next tokens of a row, at the cost of those that joined later; False where it was itself the last."""

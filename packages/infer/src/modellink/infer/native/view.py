@@ -54,7 +54,7 @@ class Step:
         self._spec, self._dtype, self.int8 = spec, dtype, int8
         self._held: list[Tensor] = []
         self._lost = self._whole = 0.0
-        self._model = bare(model)
+        self._model: Any = bare(model)
         self._table = RotaryTable(spec)
         self._library = compiled.step()
         self._cache: PagedCache | None = None

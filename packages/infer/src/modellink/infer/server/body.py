@@ -92,8 +92,9 @@ def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
     prompts: list[Any] = [read_chat(body, tokenizer)] if chat else _prompts(body)
     if not 1 <= count * len(prompts) <= MOST_ANSWERS:
         raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {MOST_ANSWERS} is the most", where="n")
+    options |= {"num_return_sequences": count, "prompt_type": prompt_type}
     try:
-        requests = make_requests(prompts, spec, tokenizer, num_return_sequences=count, prompt_type=prompt_type, **options)
+        requests = make_requests(prompts, spec, tokenizer, **options)
     except ModelLinkError as error:
         raise in_api_words(error, body, chat=chat) from None
     streaming = field(body, "stream", bool, False)

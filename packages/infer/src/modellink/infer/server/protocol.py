@@ -41,13 +41,13 @@ def logprobs(answer: Answer, tokenizer: Tokenizer | None, start: int, *, chat: b
 
 def _said(answer: Answer, tokenizer: Tokenizer | None, start: int) -> list[Said]:
     """The tokens from `start`: of the prompt, where its log-probabilities were asked for, and of the answer so far."""
-    asked, found = answer.request, []
+    asked, found = answer.request, list[Said]()
     told = len(asked.prompt) if asked.prompt_logprobs else 0
     if start < told:
         found += map(Said, asked.prompt, [None, *answer.prompt_logprobs], [None, *answer.prompt_top_logprobs],
                      _offsets(asked, tokenizer))
     first = max(0, start - told)
-    places = range(first, min(map(len, (answer.token_ids, answer.logprobs, answer.top_logprobs, answer.offsets))))
+    places = range(first, min(len(answer.token_ids), len(answer.logprobs), len(answer.top_logprobs), len(answer.offsets)))
     return found + [Said(answer.token_ids[place], answer.logprobs[place], answer.top_logprobs[place],
                          len(asked.before) + answer.offsets[place]) for place in places]  # the answer may be growing
 
@@ -82,7 +82,9 @@ def _text(token: int, tokenizer: Tokenizer | None) -> str:
 def _offsets(asked: Request, tokenizer: Tokenizer | None) -> list[int]:
     """For each token of a prompt how many characters of its text stand before it; what was put in front of a text has none."""
     places: list[int] = []
-    for skip in (False, True) if tokenizer else ():
+    if tokenizer is None:
+        return [0] * len(asked.prompt)
+    for skip in (False, True):
         decoder, text, places = StreamDecoder(tokenizer, skip_special_tokens=skip), "", []
         for token in asked.prompt:
             places.append(len(text))
@@ -90,7 +92,7 @@ def _offsets(asked: Request, tokenizer: Tokenizer | None) -> list[int]:
         text += decoder.finish()
         if text.endswith(asked.before):
             return [max(0, place - len(text) + len(asked.before)) for place in places]
-    return [min(place, len(asked.before)) for place in places] or [0] * len(asked.prompt)
+    return [min(place, len(asked.before)) for place in places]
 
 
 def whole(asked: Asked, answers: Sequence[Answer], tokenizer: Tokenizer | None) -> dict[str, Any]:
