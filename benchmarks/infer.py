@@ -1,12 +1,12 @@
 """modellink-infer beside transformers' generate: time to the first token, decode tokens a second, and sixteen requests together.
 
 Greedy, same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt (batch 1); sixteen
-prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it is,
-without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt, for whole answers (server)
-and for streams that are read token by token (streams), both compared with the library (compiled). Each contender has a process of
-its own, so that the memory is its own; the rounds take turns and the best counts. With --text, the perplexity of its first tokens is printed with the weights as they
-are and in int8. The limit of one prompt is the read bandwidth of the memory, measured here, over the
-bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
+prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it
+is, without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt, for whole answers
+(server) and for streams that are read token by token (streams), both compared with the library (compiled). Each contender has a
+process of its own, so that the memory is its own; the rounds take turns and the best counts. With --text, the perplexity of its
+first tokens is printed with the weights as they are and in int8. The limit of one prompt is the read bandwidth of the memory,
+measured here, over the bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
 
     python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text FILE] [--json FILE]
 
