@@ -408,7 +408,7 @@ def test_the_command_serves_and_ends_gracefully(llama, engine, tp):
          "--served-model-name", "tiny", "--tp", str(tp)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=httpx.HTTPTransport(retries=0)) as client:
-            for _ in range(600):
+            for _ in range(1800):
                 try:
                     client.get("/health")
                     break

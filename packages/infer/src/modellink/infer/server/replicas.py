@@ -218,7 +218,7 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
                 return found
             lost, refusal = lost + 1, found
         except httpx.ConnectError:
-            continue
+            replica.ready = False  # before anybody noticed that it ended; it is asked again soon
         except httpx.HTTPError:
             lost += 1
         finally:
