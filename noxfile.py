@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 from npu import prepare  # noqa: E402
 from report import Entry, Report  # noqa: E402
-from wheels import PACKAGES, test_needs, wheels  # noqa: E402
+from wheels import PACKAGES, project, test_needs, wheels  # noqa: E402
 
 nox.needs_version = ">=2024.4"
 nox.options.default_venv_backend = "virtualenv"
@@ -35,6 +35,7 @@ nox.options.sessions = [
 CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
+HARNESS = "lm-eval[hf]"  # the peer of modellink-eval
 
 
 class Env:
@@ -63,7 +64,10 @@ class Env:
         self.pip(*files, *needs)
 
     def install_all(self, *needs: str) -> None:
-        self.install("eval", *PEERS, *needs, extras=("local",))  # eval[local] needs infer, which needs all the others
+        """All six, with the server and what tests and benchmarks compare with."""
+        extras = project(ROOT, "infer")["project"]["optional-dependencies"]
+        self.install("eval", *PEERS, *extras["server"], *extras["constrained"], *needs,
+                     extras=("local",))  # eval[local] needs infer, which needs all the others
 
     def pytest(self, *args: str, **environment: str) -> None:
         junit = f"--junitxml={REPORT.junit(self.session.name)}"
@@ -130,8 +134,8 @@ for _package in PACKAGES:
 
 @session("e2e", shared="all")
 def e2e(env: Env) -> None:
-    """What crosses packages: imports, separate installation, README commands, and comparisons with transformers."""
-    env.install_all()
+    """What crosses packages: imports, separate installation, README commands, and comparisons with transformers and lm-eval."""
+    env.install_all(HARNESS, "openai")
     env.pytest("-m", "not stress", "tests")
 
 
@@ -162,12 +166,12 @@ def stress(env: Env) -> None:
     """What takes long: many kills, soaks, big inputs. The default run holds a short form of each."""
     files = (*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("tests/**/*.py"))
     marked = [path for path in files if "mark.stress" in path.read_text("utf-8")]
-    env.install_all()
+    env.install_all(*{need for package in PACKAGES for need in test_needs(ROOT, package)})
     env.pytest("-m", "stress", *sorted(map(str, marked)))
 
 
 @session("bench", shared="all")
 def bench(env: Env) -> None:
     """Every script in benchmarks/, as one table and results/bench.json; `nox -s bench -- NAME` for some of them."""
-    env.install_all()
+    env.install_all(HARNESS)
     env.python("tools/bench.py", *env.session.posargs)

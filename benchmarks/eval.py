@@ -53,8 +53,8 @@ class Ours:
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]], batch: int) -> list[float]:
         from modellink.eval import Request
-        from modellink.infer.score import _caches
-        _caches.clear()  # or the pages of an earlier round would be found again
+        assert self.backend._engine is not None
+        self.backend._engine.forget()  # or the pages of an earlier round would be found again
         found = []
         for start in range(0, len(pairs), batch):
             found += [one.logprob for one in self.backend.loglikelihood([Request(*pair) for pair in pairs[start:start + batch]])]

@@ -1,12 +1,12 @@
 """modellink-infer beside transformers' generate: time to the first token, decode tokens a second, and sixteen requests together.
 
 Greedy, same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt (batch 1); sixteen
-prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it is,
-without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt (server), which is compared
-with the library (compiled). Each contender has a process of its own, so that the memory is its own;
-the rounds take turns and the best counts. With --text, the perplexity of its first tokens is printed with the weights as they
-are and in int8. The limit of one prompt is the read bandwidth of the memory, measured here, over the
-bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
+prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it
+is, without the compiled step (eager), and with int8 weights; and asked over HTTP, one connection a prompt, for whole answers
+(server) and for streams that are read token by token (streams), both compared with the library (compiled). Each contender has a
+process of its own, so that the memory is its own; the rounds take turns and the best counts. With --text, the perplexity of its
+first tokens is printed with the weights as they are and in int8. The limit of one prompt is the read bandwidth of the memory,
+measured here, over the bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives it alone.
 
     python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text FILE] [--json FILE]
 
@@ -32,8 +32,8 @@ import torch
 
 LENGTHS = {"first token of 512": [512], "one prompt": [12],
            "16 prompts": [5, 90, 17, 40, 64, 9, 120, 33, 51, 8, 77, 25, 13, 100, 60, 29]}
-CONTENDERS = ("compiled", "eager", "int8", "server", "padded", "one by one")
-PEERS = ("padded", "one by one")
+CONTENDERS = ("compiled", "eager", "int8", "server", "streams", "padded", "one by one")
+PEERS, SERVED = ("padded", "one by one"), ("server", "streams")
 WINDOW = 512  # tokens of a text that see each other
 
 
@@ -61,12 +61,12 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
     engine = load(folder, device="cpu", dtype=dtype, **options)
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
-        vars(engine).pop("cache", None)  # or the pages of an earlier round would be found again
+        engine.forget()  # or the pages of an earlier round would be found again
         return [answer.token_ids for answer in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
     return generate
 
 
-def served(folder: Path, dtype: str) -> Contender:
+def served(folder: Path, dtype: str, *, stream: bool) -> Contender:
     import asyncio
     import threading
 
@@ -88,13 +88,26 @@ def served(folder: Path, dtype: str) -> Contender:
     runner = asyncio.Runner()
     client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=600)  # it takes longer to make than to ask
 
+    async def whole(body: dict[str, Any]) -> int:
+        return (await client.post("/v1/completions", json=body)).json()["usage"]["completion_tokens"]
+
+    async def streamed(body: dict[str, Any]) -> int:
+        usage = None
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        async with client.stream("POST", "/v1/completions", json=body | more) as answer:
+            async for line in answer.aiter_lines():
+                if line.startswith("data: {"):
+                    usage = json.loads(line[6:])["usage"]
+        assert usage is not None
+        return usage["completion_tokens"]
+
     async def ask(rows: list[list[int]], tokens: int) -> None:
-        found = await asyncio.gather(*(client.post("/v1/completions", json={
-            "prompt": row, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}) for row in rows))
-        assert [answer.json()["usage"]["completion_tokens"] for answer in found] == [tokens] * len(rows)
+        one = streamed if stream else whole
+        body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+        assert await asyncio.gather(*(one({**body, "prompt": row}) for row in rows)) == [tokens] * len(rows)
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
-        vars(engine).pop("cache", None)
+        engine.forget()
         service.batch = engine.batch()
         runner.run(ask(rows, tokens))
         return []
@@ -119,8 +132,8 @@ def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
 def make(who: str, folder: Path, dtype: str) -> Contender:
     if who in PEERS:
         return theirs(folder, dtype, padded=who == "padded")
-    if who == "server":
-        return served(folder, dtype)
+    if who in SERVED:
+        return served(folder, dtype, stream=who == "streams")
     return ours(folder, dtype, native=who != "eager", int8=who == "int8")
 
 
@@ -159,11 +172,11 @@ def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str
             check(case, best)
         limit = bandwidth() / weight_bytes(folder, dtype) if case == "one prompt" else None
         for who in (who for who in CONTENDERS if who not in PEERS):
-            for peer in (peer for peer in (PEERS if who != "server" else ("compiled",)) if peer in best):
+            for peer in (peer for peer in (("compiled",) if who in SERVED else PEERS) if peer in best):
                 rows.append({"claim": f"{case}, {dtype}, {who}", "ours": best[who]["rate"], "peer": best[peer]["rate"],
-                             "unit": "tokens/s", "peer_name": f"transformers {peer}" if who != "server" else "library",
-                             "peak_memory": best[who]["peak"],
-                             "peer_peak_memory": best[peer]["peak"], "limit": limit if who in ("compiled", "eager") else None})
+                             "unit": "tokens/s", "peer_name": "library" if who in SERVED else f"transformers {peer}",
+                             "peak_memory": best[who]["peak"], "peer_peak_memory": best[peer]["peak"],
+                             "limit": limit if who in ("compiled", "eager") else None})
                 show(rows[-1])
     for process in contenders.values():
         process.communicate()

@@ -4,12 +4,15 @@ A benchmark script takes `--json PATH` and writes there a list of rows; each row
 same run:
     {"claim": str, "ours": number, "peer": number, "unit": str, "peer_name": str, "peak_memory": bytes, "limit": number or null}
 `limit` is the physical limit in the same unit (copy bandwidth, raw tokenizer, matmul rate). The ratio ours / peer is made here.
+Scripts find a model and data by MODELLINK_TEST_MODEL and MODELLINK_TEST_DATA; where they are not set, the model is the one of the
+quickstart, made if it is not there, and the data those of ../shared/data, if they are there.
 Not here: a verdict. A benchmark that fails is reported, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -20,12 +23,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def measure(script: Path) -> list[dict[str, Any]] | None:
+def environment() -> dict[str, str]:
+    """What the scripts find a model and data by."""
+    found = dict(os.environ)
+    weights, data = ROOT / "quickstart" / "SmolLM2-135M-Instruct", ROOT.parent / "shared" / "data"
+    if "MODELLINK_TEST_MODEL" not in found:
+        if not weights.exists():
+            print(f"== the weights of the quickstart, into {weights.relative_to(ROOT)}", flush=True)
+            subprocess.run([sys.executable, str(ROOT / "examples" / "quickstart" / "weights.py"), str(weights)], cwd=ROOT)
+        if weights.exists():
+            found["MODELLINK_TEST_MODEL"] = str(weights)
+    if data.is_dir():
+        found.setdefault("MODELLINK_TEST_DATA", str(data))
+    return found
+
+
+def measure(script: Path, environment: dict[str, str]) -> list[dict[str, Any]] | None:
     """The rows of one script, or None if it failed."""
     print(f"== {script.relative_to(ROOT)}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         rows = Path(temporary) / "rows.json"
-        done = subprocess.run([sys.executable, str(script), "--json", str(rows)], cwd=ROOT)
+        done = subprocess.run([sys.executable, str(script), "--json", str(rows)], cwd=ROOT, env=environment)
         if done.returncode or not rows.exists():
             print(f"   failed with exit status {done.returncode}{'' if rows.exists() else ', no rows written'}")
             return None
@@ -49,7 +67,8 @@ def main(names: list[str]) -> int:
     if unknown := set(names) - {path.stem for path in scripts}:
         print(f"no such benchmark: {', '.join(sorted(unknown))}")
         return 2
-    results = {script.stem: measure(script) for script in scripts}
+    known = environment()
+    results = {script.stem: measure(script, known) for script in scripts}
     rows = [row for found in results.values() for row in found or ()]
     print(table(rows))
     target = ROOT / "results" / "bench.json"

@@ -23,7 +23,8 @@ VOCABULARY = 379
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
          "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
          "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-FAMILIES = {"llama": ("LlamaConfig", {"head_dim": 20}), "qwen2": ("Qwen2Config", {"tie_word_embeddings": True})}
+FAMILIES = {"llama": ("LlamaConfig", {"head_dim": 20}), "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+            "mistral": ("MistralConfig", {"head_dim": 20, "sliding_window": 40})}
 # Of many lengths, with characters of one to four bytes.
 PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊", "def add(a, b):\n    return",
            "Schöne Grüße aus Köln: Straße, Fähre, Übermut. Ça va déjà mieux, garçon? " * 2]

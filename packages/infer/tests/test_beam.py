@@ -31,7 +31,8 @@ def cut(tokens: list[int], stops: set[int]) -> list[int]:
 @pytest.mark.parametrize("options", [
     {"num_beams": 4}, {"num_beams": 4, "length_penalty": 2.0}, {"num_beams": 3, "length_penalty": -1.0},
     {"num_beams": 2, "early_stopping": True}, {"num_beams": 5, "num_return_sequences": 3},
-    {"num_beams": 3, "repetition_penalty": 1.3}], ids=str)
+    {"num_beams": 3, "repetition_penalty": 1.3}, {"num_beams": 3, "early_stopping": "never", "length_penalty": 3.0},
+    {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.0}], ids=str)
 @pytest.mark.parametrize("ends", [[2, 0], [5, 60, 120, 200, 222, 300, 333, 350]], ids=["rare ends", "frequent ends"])
 def test_beams_are_those_of_transformers(engine, theirs, options, ends):
     for row in ROWS:
@@ -53,6 +54,27 @@ def test_one_beam_is_greedy(engine):
     assert engine.generate([ROWS[3]], num_beams=1, max_new_tokens=9) == engine.generate([ROWS[3]], max_new_tokens=9)
 
 
+@pytest.mark.parametrize("early", [True, False, "never"])
+def test_when_a_search_stops_is_what_transformers_says(engine, theirs, early):
+    """With a prompt for which going on finds a better one."""
+    ends = list(range(10, 370, 6))
+    expected, scores = reference(theirs, ROWS[0], 30, eos_token_id=ends, num_beams=2, early_stopping=early)
+    (found,) = engine.generate([ROWS[0]], max_new_tokens=30, eos_token_id=ends, num_beams=2, early_stopping=early)
+    assert found.token_ids == cut(expected[0], set(ends)) and found.score == pytest.approx(scores[0], rel=1e-4)
+    assert len(found.token_ids) == (30 if early == "never" else 5)
+
+
+def test_alternatives_of_a_beam(engine, full_logits):
+    row = ROWS[2]
+    for answer in engine.generate([row], num_beams=3, num_return_sequences=2, max_new_tokens=6, ignore_eos=True, top_logprobs=3):
+        whole = full_logits([*row, *answer.token_ids])[len(row) - 1:-1]
+        assert answer.logprobs == pytest.approx(whole[range(6), answer.token_ids].tolist(), abs=1e-4)
+        for step, expected in zip(answer.top_logprobs, whole, strict=True):
+            values, ids = expected.topk(3)
+            assert [token for token, _ in step] == ids.tolist()
+            assert [value for _, value in step] == pytest.approx(values.tolist(), abs=1e-4)
+
+
 def test_drawn_beams_follow_the_seed(engine):
     options = {"num_beams": 3, "do_sample": True, "temperature": 1.5, "max_new_tokens": 8}
     first, again, other = (engine.generate([ROWS[1]], seed=seed, **options) for seed in (1, 1, 2))
@@ -68,6 +90,7 @@ def test_a_stop_string_ends_a_beam(engine):
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"num_beams": 0}, "num-beams is 0"), ({"num_beams": 2, "num_return_sequences": 3}, "3 answers cannot come from 2"),
+    ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
     ({"num_beams": 2, "length_penalty": float("nan")}, "length-penalty is nan"), ({"beams": 2}, "no option beams")])
 def test_what_makes_no_search_is_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):

@@ -44,6 +44,31 @@ def test_several_prompts_as_json(command, llama, engine, prompts):
         (answer.text, answer.token_ids, answer.finish_reason) for answer in expected]
 
 
+def test_answers_are_printed_in_order_as_they_are_ready(command, llama, engine, monkeypatch, tmp_path):
+    """The first is out before the last is computed, and what came is kept when a later one fails."""
+    from modellink.infer.batch import Batch
+    (tmp_path / "many.jsonl").write_text("".join(f'"The {number}"\n' for number in range(4)))
+    step, steps = Batch.step, []
+
+    def fails(batch):
+        steps.append(1)
+        if len(steps) == 30:
+            raise RuntimeError("no more")
+        return step(batch)
+    monkeypatch.setattr(Batch, "step", fails)
+    found = command("generate", "--load", llama, "--prompt-file", tmp_path / "many.jsonl", "--json", "--batch-size", 1, *ANSWER)
+    monkeypatch.undo()
+    expected = [engine.generate(f"The {number}", max_new_tokens=12)[0].text for number in range(2)]
+    assert found.status == 1 and [json.loads(line)["text"] for line in found.out.splitlines()] == expected
+
+
+def test_log_probabilities_as_json(command, llama, engine):
+    found = command("generate", "--load", llama, "--json", "--logprobs", "--prompt", "The quick", *ANSWER)
+    (expected,) = engine.generate("The quick", max_new_tokens=12, logprobs=True)
+    assert json.loads(found.out)["logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
+    assert "answering: 2 of 2 answers" in command("generate", "--load", llama, "--prompt", "a", "b", *ANSWER).err
+
+
 def test_a_chat_turn(command, llama, engine):
     found = command("generate", "--load", llama, "--chat", "--system", "Be kind.", "--prompt", "Hello", "--stream", *ANSWER)
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello"}]
@@ -86,6 +111,7 @@ def test_a_conversation_on_two_ranks(llama, engine):
         expected.append(engine.generate(messages, max_new_tokens=12)[0].text)
         messages.append({"role": "assistant", "content": expected[-1]})
     assert found.stdout.replace("You >> ", "") == "".join(f"ModelLink:\n{text}\n\n" for text in expected)
+    assert "/clear: the conversation is forgotten" in found.stderr and "/quit: the conversation ends" in found.stderr
 
 
 WRONG = [
@@ -107,6 +133,7 @@ WRONG = [
     (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k is for drawing"),
     (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
     (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
+    (["--load", "LLAMA", "--prompt", "a", "--logprobs"], "add --json"),
     (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "No such option"),
     (["--load", "LLAMA", "--prompt", "a", "--device", "abacus"], "abacus"),
     (["--load", "LLAMA", "--prompt", "a", "--model-type-hf", "nonsense"], "nonsense"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 
@@ -111,6 +112,33 @@ def test_logprobs_of_prompts_in_pieces_and_after_a_row_had_to_wait(engine, full_
         assert answer.prompt_logprobs == pytest.approx(whole[range(len(whole)), row[1:]].tolist(), abs=1e-4)
         assert [step[0][1] for step in answer.prompt_top_logprobs] == pytest.approx(whole.max(-1).values.tolist(), abs=1e-4)
         assert answer.token_ids == engine.generate([row], max_new_tokens=20, ignore_eos=True)[0].token_ids
+
+
+def test_a_cache_is_as_large_as_was_asked_for_or_refused(llama, engine, monkeypatch):
+    from modellink.infer.cache import bytes_of
+    cache = engine.network.cache(rows=2, piece=64, tokens=96)
+    sizes = {"tokens": 96, "rows": 2, "piece": 64, "tp": 1, "dtype": torch.float32}
+    needed = bytes_of(engine.spec, range(3), **sizes)
+    assert needed == 96 * 3 * 2 * 2 * 20 * 4 and 0 < cache.bytes - needed < 5000  # a slot of each layer is nobody's
+    with pytest.raises(ModelLinkError, match=r"a cache of 10,000,000,000,000 tokens takes 9,600,000.0 GB, [\d.,]+ GB of memory"):
+        load(llama, device="cpu", cache_tokens=10**13).generate("The", max_new_tokens=2)
+    monkeypatch.setattr(type(engine.network._on), "available", lambda self: needed - 1)
+    with pytest.raises(ModelLinkError, match="use at most 64"):
+        engine.network.cache(rows=2, piece=64, tokens=96)
+    assert engine.network.cache(rows=2, piece=64, most=96).tokens == 32  # half of what is there, in whole pages
+
+
+def test_what_is_forgotten_is_computed_again(llama, monkeypatch):
+    engine = load(llama, device="cpu")
+    counted = []
+    whole = engine.network.logits
+    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    text = [7] * 100
+    found = [(engine.generate([text], max_new_tokens=1), engine.score([text])) for _ in range(2)]
+    again = sum(counted[2:])
+    engine.forget()
+    assert [(engine.generate([text], max_new_tokens=1), engine.score([text])), *found] == [found[0]] * 3
+    assert (sum(counted[:2]), again, sum(counted[4:])) == (199, again, 199) and again < 199
 
 
 def test_streams_that_hold_all_pages_are_named(engine, monkeypatch):
@@ -254,6 +282,37 @@ def test_names_of_the_original(engine):
     assert engine.generate("The quick", max_new_tokens=6, ignore_eos=True, detokenize=False)[0].text == ""
     stopped = engine.generate("The quick", max_new_tokens=6, eos_token_id=whole[0].token_ids[2])[0]
     assert stopped.finish_reason == "stop" and len(stopped.token_ids) <= 3
+
+
+def test_names_of_the_originals_generate(engine, capsys, monkeypatch):
+    from modellink.infer import prompts
+    monkeypatch.setattr(prompts, "_noted", set())
+    expected = engine.generate("The quick", max_new_tokens=6)
+    told = {"pad_token_id": 0, "bos_token_id": 1, "tokenizer": object(), "recompute": True}
+    assert engine.generate(input_ids="The quick", max_new_tokens=6, **told) == expected
+    assert engine.generate("The quick", max_new_tokens=6, **told) == expected
+    notes = capsys.readouterr().err
+    assert [notes.count(f"note: {name} means nothing here") for name in told] == [1] * 4  # once, not for each call
+    stream = engine.generate("The quick", stream=True, max_new_tokens=6)
+    assert "".join(stream) == expected[0].text and [stream.generation] == expected
+    with pytest.raises(ModelLinkError, match="there is no prompt"):
+        engine.generate()
+    with pytest.raises(ModelLinkError, match="prompts and input_ids"):
+        engine.generate("a", input_ids=[5])
+
+
+@pytest.mark.parametrize("make", [torch.tensor, numpy.array, lambda rows: [torch.tensor(row) for row in rows],
+                                  lambda rows: [[numpy.int64(item) for item in row] for row in rows]])
+def test_tensors_and_arrays_are_token_ids(engine, make):
+    rows = [[5, 6, 7], [8, 9, 10]]
+    assert engine.generate(make(rows), max_new_tokens=4) == engine.generate(rows, max_new_tokens=4)
+    assert engine.generate(make(rows)[0], max_new_tokens=4) == engine.generate(rows[0], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("prompt", [torch.tensor(5), torch.tensor([0.5, 2.0]), torch.zeros(1, 1, 2).long(), [5.5], 7.5])
+def test_other_tensors_are_refused(engine, prompt):
+    with pytest.raises(ModelLinkError, match="prompt"):
+        engine.generate(prompt)
 
 
 def test_top_logprobs_are_the_best_of_the_distribution(engine, full_logits):

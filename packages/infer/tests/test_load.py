@@ -169,7 +169,7 @@ async def _run(server: SimpleNamespace, seconds: float, expected: dict[tuple[int
     return seen
 
 
-@pytest.mark.parametrize("seconds", [20, pytest.param(1200, marks=pytest.mark.stress)])
+@pytest.mark.parametrize("seconds", [60, pytest.param(1200, marks=pytest.mark.stress)])
 def test_soak(server, expected, seconds):
     seed = int(os.environ.get("MODELLINK_TEST_SEED", random.randrange(1 << 20)))
     print("seed", seed)

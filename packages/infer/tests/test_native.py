@@ -119,6 +119,20 @@ def test_int8_is_near_and_says_how_near(llama, engine, capsys):
     assert len(small.generate(ROWS, max_new_tokens=5, ignore_eos=True)) == 4 and values is small.network.step
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_int8_weights_take_the_place_of_the_others(folder, family):
+    """The embedding stays, whose rows are looked up."""
+    plain, small = (load(folder(family), device="cpu", int8=int8).network for int8 in (False, True))
+    whole, left = (sum(one.nbytes for one in network._model.parameters()) for network in (plain, small))
+    spec, step = plain.spec, small.step
+    embedding = 4 * spec.vocab_size * spec.hidden_size
+    held = sum(one.nbytes for one in step._held)
+    assert embedding <= left < embedding + 0.05 * whole  # and the norms and biases
+    assert held < 0.32 * whole + (embedding / 4 if spec.tied else 0)
+    with pytest.raises(ModelLinkError, match="over a cache alone"):
+        small.logits(torch.tensor([[5, 6]]))
+
+
 def test_quantised_rows_are_within_half_a_step():
     from modellink.infer.native.view import quantise
     weight = torch.randn(7, 33) * torch.logspace(-3, 3, 7)[:, None]

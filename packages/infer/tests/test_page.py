@@ -38,12 +38,13 @@ def site() -> Iterator[SimpleNamespace]:
     from modellink.kernels.device import find
     engine.start(find("cpu"))  # before the server's modules import megatron
     from modellink.infer.server import app as real
-    found = SimpleNamespace(answer=ANSWER, pause=0.0, asked=[], left=0)
+    found = SimpleNamespace(answer=ANSWER, pause=0.0, before=0.0, asked=[], left=0)
     app = fastapi.FastAPI()
 
     async def say(answer: str) -> AsyncIterator[str]:
         done = False
         try:
+            await asyncio.sleep(found.before)
             for start in range(0, len(answer), 7):
                 yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': answer[start:start + 7]}}]})}\n\n"
                 await asyncio.sleep(found.pause)
@@ -88,7 +89,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def visit(browser, site) -> Iterator[Callable[..., Any]]:
     """`visit(width=, dark=)`: a fresh visitor's page. At the end it had no error and asked nobody else for anything."""
-    site.answer, site.pause, site.asked, site.left = ANSWER, 0.0, [], 0
+    site.answer, site.pause, site.before, site.asked, site.left = ANSWER, 0.0, 0.0, [], 0
     contexts, problems = [], []
 
     def visit(width: int = 1000, height: int = 800, *, dark: bool = False) -> Any:
@@ -189,6 +190,45 @@ def test_an_error_is_told(visit, site):
     say(page, "Hi")
     finished(page)
     assert page.locator(".note").inner_text() == "Error: too many answers wait"
+    assert page.locator(".user").count() == 0 and page.input_value("#text") == "Hi"  # it can be sent again
+    site.answer = "Hello"
+    page.press("#text", "Enter")
+    finished(page)
+    assert site.asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
+
+
+def test_what_is_stopped_before_it_was_answered_is_no_turn(visit, site):
+    site.before = 60.0
+    page = visit()
+    say(page, "one")
+    sync_api.expect(page.locator("#send")).to_have_text("Stop")
+    page.type("#text", "two")
+    page.click("#send")
+    finished(page)
+    assert page.input_value("#text") == "one\ntwo" and page.locator(".user, .assistant").count() == 0
+    site.before = 0.0
+    page.press("#text", "Enter")
+    finished(page)
+    assert [message["role"] for message in site.asked[-1]["messages"]] == ["user"]
+    page.reload()
+    assert page.locator(".user").all_inner_texts() == ["one\ntwo"]
+
+
+def test_a_new_chat_has_nothing_of_the_answer_it_ended(visit, site):
+    site.pause, site.answer = 0.1, "word " * 400
+    page = visit()
+    say(page, "old")
+    sync_api.expect(page.locator(".assistant")).to_contain_text("word word", timeout=30_000)
+    page.click("#new")
+    finished(page)
+    site.pause, site.answer = 0.0, "Hello"
+    say(page, "new")
+    finished(page)
+    page.wait_for_timeout(300)
+    assert [message["content"] for message in site.asked[-1]["messages"]] == ["new"]
+    assert page.locator("#talk").inner_text().split() == ["new", "Hello"] and page.locator(".note").count() == 0
+    page.reload()
+    assert page.locator(".user, .assistant").all_inner_texts() == ["new", "Hello"]
 
 
 def test_light_and_dark(visit, site):

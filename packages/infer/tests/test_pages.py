@@ -149,6 +149,61 @@ def test_a_common_beginning_is_computed_once(engine, batch, monkeypatch):
     assert sum(counted) == 2 * (101 - 96)
 
 
+@pytest.mark.parametrize("rows", [3, 8])
+def test_a_beginning_that_comes_several_times_at_once_is_computed_once(engine, batch, monkeypatch, rows):
+    """Chats with one system prompt, questions with the same examples, several answers to one prompt."""
+    counted = []
+    whole = engine.network.logits
+    head = [7 + place % 50 for place in range(100)]  # three whole pages
+    prompts = [[*head, 8 + number] for number in range(6)] + [[9] * 20]
+    alone = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for prompt in prompts]
+    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    crowd = batch(4096, rows)
+    assert finish(crowd, engine, engine.requests(prompts, max_new_tokens=6, ignore_eos=True)) == alone
+    assert sum(counted) == 101 + 5 * (101 - 96) + 20 + 7 * 5
+    counted.clear()
+    requests = engine.requests([9, *head], max_new_tokens=6, ignore_eos=True, temperature=2.0, seed=1, num_return_sequences=8)
+    found = finish(crowd, engine, requests)
+    assert sum(counted) == 101 + 7 * (101 - 96) + 8 * 5
+    monkeypatch.undo()
+    assert found == [answer.token_ids for request in requests for answer in engine.answer([request])]
+    assert all(pool.used == 0 for pool in crowd.cache.pools)
+
+
+def test_who_leads_may_leave(engine, batch):
+    """Rows that wait for another's pages compute them themselves when it is taken out, or has to wait for room."""
+    from modellink.infer.request import Answer
+    head = [7 + place % 50 for place in range(130)]
+    requests = engine.requests([[*head, 8 + number] for number in range(3)], max_new_tokens=6, ignore_eos=True)
+    alone = [engine.answer([request])[0].token_ids for request in requests]
+    crowd = batch(4096)
+    answers = [Answer.to(request, None) for request in requests]
+    for answer in answers:
+        crowd.add(answer)
+    crowd.step()
+    crowd.remove(answers[0])
+    while not crowd.idle:
+        crowd.step()
+    assert [answer.token_ids for answer in answers[1:]] == alone[1:]
+
+
+def test_a_window_in_every_layer_bounds_what_fits(folder):
+    """A cache smaller than what a window and a piece need holds only its pages; a larger one any length."""
+    from modellink.infer import load
+    from modellink.infer.batch import Batch
+    from modellink.infer.request import Answer
+    engine = load(folder("mistral"), device="cpu")
+    rows = [[7 + (place * place + row) % 300 for place in range(150)] for row in range(3)]
+    requests = engine.requests(rows, max_new_tokens=20, ignore_eos=True)
+    small = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=160), rows=3, budget=64)
+    assert [pool.window for pool in small.cache.pools] == [40] and small.cache.tokens == 160
+    with pytest.raises(ModelLinkError, match="170 tokens does not fit into a cache of 160"):
+        small.add(Answer.to(requests[0], None))
+    large = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=192), rows=3, budget=64)  # for one at a time
+    assert large.cache.tokens > 1 << 40
+    assert finish(large, engine, requests) == [engine.answer([request])[0].token_ids for request in requests]
+
+
 def test_a_request_that_will_never_fit_is_refused(engine, batch):
     from modellink.infer.request import Answer
     (request,) = engine.requests([5] * 60, max_new_tokens=10)

@@ -21,6 +21,7 @@ pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊"}]
 
 
@@ -178,8 +179,8 @@ def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeyp
     found = post(server, "/v1/chat/completions", messages=parts, max_tokens=5, temperature=0).json()
     assert found["choices"][0]["message"]["content"] == engine.generate(
         [{"role": "user", "content": "Hello"}], max_new_tokens=5)[0].text
-    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", "{{ tools[0]['name'] }}{{ messages[0]['content'] }}")
-    found = post(server, "/v1/chat/completions", messages=parts, tools=[{"name": "clock"}], max_tokens=5, temperature=0).json()
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", "{{ tools[0].function.name }}{{ messages[0]['content'] }}")
+    found = post(server, "/v1/chat/completions", messages=parts, tools=[CLOCK], max_tokens=5, temperature=0).json()
     assert found["usage"]["prompt_tokens"] == len(engine.tokenizer.encode("clockHello"))
 
 
@@ -195,13 +196,120 @@ def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeyp
     ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "20 is the most"),
     ({"prompt": "a", "max_tokens": 0}, 400, "at least 1"), (b'{"prompt": "a\\ud800"}', 400, "not Unicode"),
     (b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400), 400, "401 digits"),
-    ({"prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition-penalty is 1e-30"),
+    ({"prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition_penalty is 1e-30"),
     ({"prompt": "a", "stop": ["a"] * 65}, 400, "64 is the most"),
     ({"prompt": "a" * 200_000}, 413, "larger than 100000")])
 def test_a_bad_body_gets_a_proper_error(server, body, status, message):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = server.client.post("/v1/completions", content=content)
     assert response.status_code == status and message in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("more", "param", "message"), [
+    ({"max_tokens": 1000}, "max_tokens", "use at most"), ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
+    ({"top_p": 2}, "top_p", "top_p is 2"), ({"top_p": 0}, "top_p", "top_p is 0"), ({"top_k": -7}, "top_k", "top_k is -7"),
+    ({"min_p": 3}, "min_p", "min_p is 3"), ({"frequency_penalty": 1000}, "frequency_penalty", "frequency_penalty is 1000"),
+    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"), ({"logprobs": 21}, "logprobs", "20 is the most"),
+    ({"stop": ""}, "stop", "stop string is empty"), ({"stop_token_ids": ["a"]}, "stop_token_ids", "no token id"),
+    ({"prompt": [400]}, "prompt", "token id 400"), ({"prompt": [5] * 300}, "prompt", "longest sequence"),
+    ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "no answer can be made"),
+    ({"guided_regex": "a", "guided_json": {}}, "response_format", "one schema or expression"),
+    ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs", "choice in structured_outputs is not supported"),
+    *(({name: value}, name, f"{name} is not supported") for name, value in {
+        "guided_choice": ["a"], "guided_grammar": "x", "min_tokens": 3, "bad_words": ["a"], "allowed_token_ids": [1],
+        "include_stop_str_in_output": True, "skip_special_tokens": False, "functions": [{"name": "f"}], "tools": [{}],
+        "add_special_tokens": False, "truncate_prompt_tokens": 5, "best_of": True, "suffix": "x"}.items())])
+def test_an_error_names_the_field(server, more, param, message):
+    response = post(server, **{"prompt": "a"} | more)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert (error["param"], message in error["message"], "--" in error["message"]) == (param, True, False), error
+
+
+@pytest.mark.parametrize(("more", "param", "message"), [
+    ({"max_completion_tokens": 1000}, "max_completion_tokens", "use at most"), ({"max_tokens": 0}, "max_tokens", "at least 1"),
+    ({"messages": [{"role": "user", "content": "a" * 9000}]}, "messages", "longest sequence"),
+    ({"tool_choice": "required"}, "tool_choice", "cannot be forced"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "cannot be forced"),
+    ({"continue_final_message": True}, "continue_final_message", "is not supported"), ({"tools": ["clock"]}, "tools", "tool 0"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools", "no JSON schema"),
+    *(({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages", message) for calls, message in (
+        ("clock", "no list of"), ([5], "no list of"), ([{"function": {}}], "no list of"), ([{"function": "f"}], "no list of"),
+        ([{"function": {"name": "f", "arguments": "{"}}], "the arguments of f"),
+        ([{"function": {"name": "f", "arguments": "[]"}}], "the arguments of f"),
+        ([{"function": {"name": "f", "arguments": 5}}], "the arguments of f")))])
+def test_an_error_of_a_chat_names_the_field(server, more, param, message):
+    response = post(server, "/v1/chat/completions", **{"messages": CHAT} | more)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param and message in response.json()["error"]["message"]
+
+
+def test_what_does_not_fit_into_the_cache_is_told_by_field(server, monkeypatch):
+    for pool in server.service.batch.cache.pools:
+        monkeypatch.setattr(pool, "pages", 1)
+    error = post(server, prompt="a", max_tokens=100).json()["error"]
+    assert error["param"] == "max_tokens" and "does not fit into a cache of 32" in error["message"]
+
+
+def test_fields_that_ask_for_nothing_are_taken(server, engine):
+    more = {"skip_special_tokens": True, "logit_bias": {}, "best_of": 1, "length_penalty": 1.0, "min_tokens": 0, "user": "me",
+            "guided_json": None, "use_beam_search": False}
+    (expected,) = engine.generate("The", max_new_tokens=5)
+    assert post(server, prompt="The", max_tokens=5, temperature=0, **more).json()["choices"][0]["text"] == expected.text
+
+
+def test_calls_of_functions_reach_the_template_as_objects(server, engine, monkeypatch):
+    """As the `openai` client sends back what a model called: the arguments are a JSON text."""
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", "{% for m in messages %}{{ m.content }}"
+                        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}")
+    call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "Köln"}'}}
+    messages = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "1", "content": "12:00"}]
+    found = post(server, "/v1/chat/completions", messages=messages, tools=[CLOCK], tool_choice="auto", max_tokens=5)
+    text = 'Grüße 🦊{"zone": "Köln"}12:00'
+    assert found.status_code == 200, found.text
+    assert found.json()["usage"]["prompt_tokens"] == len(engine.tokenizer.encode(text))
+
+
+def test_no_tools_reach_the_template_where_none_is_chosen(server, engine, monkeypatch):
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", "{{ tools is none or not tools }}")
+    found = post(server, "/v1/chat/completions", messages=CHAT, tools=[CLOCK], tool_choice="none", max_tokens=5)
+    assert found.json()["usage"]["prompt_tokens"] == len(engine.tokenizer.encode("True"))
+
+
+def test_fields_of_other_servers_that_an_answer_keeps_to(server):
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": ["x"]}}, "required": ["a"], "additionalProperties": False}
+    for more in ({"guided_json": schema}, {"guided_json": json.dumps(schema)}, {"structured_outputs": {"json": schema}}):
+        assert post(server, prompt="a", max_tokens=40, **more).json()["choices"][0]["text"] == '{"a": "x"}'
+    for more in ({"guided_regex": "ab{3}"}, {"structured_outputs": {"regex": "ab{3}"}}):
+        assert post(server, prompt="a", max_tokens=40, **more).json()["choices"][0]["text"] == "abbb"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_answer_that_is_stuck_was_cut(server, monkeypatch, streaming):
+    """OpenAI's clients know `stop` and `length`."""
+    pytest.importorskip("llguidance")
+    from modellink.infer.constraint import Constraint
+
+    def stuck(constraint: Any, logits: Any) -> Any:
+        constraint.stuck = True
+        return logits
+    monkeypatch.setattr(Constraint, "narrow", stuck)
+    response = post(server, prompt="a", guided_regex="a+", stream=streaming)
+    text = response.text.replace("data: [DONE]", "").strip().split("data: ")[-1] if streaming else response.text
+    assert json.loads(text)["choices"][0]["finish_reason"] == "length"
+
+
+def test_what_is_counted_is_bounded_by_the_routes(server):
+    for number in range(50):
+        server.client.get(f"/v1/models/{number}")
+        server.client.get(f"/nothing/{number}")
+        server.client.put(f"/v1/models/{number}")
+    paths = {line.split('path="')[1].split('"')[0] for line in server.client.get("/metrics").text.splitlines()
+             if line.startswith("modellink_http_requests_total{")}
+    assert paths <= {"other", "/", "/health", "/metrics", "/v1/models", "/v1/models/{wanted:path}", "/v1/completions",
+                     "/v1/chat/completions"} and "/v1/models/{wanted:path}" in paths
 
 
 @pytest.mark.parametrize(("body", "message"), [
@@ -300,7 +408,7 @@ def test_the_command_serves_and_ends_gracefully(llama, engine, tp):
          "--served-model-name", "tiny", "--tp", str(tp)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, transport=httpx.HTTPTransport(retries=0)) as client:
-            for _ in range(600):
+            for _ in range(1800):
                 try:
                     client.get("/health")
                     break

@@ -18,6 +18,11 @@ def megatron(source: Path, path: Path) -> Path:
     return path
 
 
+def legacy(source: Path, path: Path) -> Path:
+    convert(source, path, to="megatron-legacy", layout=ParallelLayout(tp=2, pp=3), make_vocab_size_divisible_by=8)
+    return path
+
+
 def trained(source: Path, path: Path) -> Path:
     """A torch_dist checkpoint: what one step of training at learning rate 0 saves."""
     from modellink.core import processes
@@ -38,11 +43,11 @@ def trained(source: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [megatron, trained])
+@pytest.mark.parametrize("make", [megatron, legacy, trained])
 def test_the_same_tokens_from_every_source(engine, llama, prompts, tmp_path, make):
     expected = engine.generate(prompts, max_new_tokens=20)
     other = load(make(llama, tmp_path / "checkpoint"), device="cpu")
-    assert other.plan.source.format == {megatron: "Megatron-Core", trained: "torch_dist"}[make]
+    assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy", trained: "torch_dist"}[make]
     assert other.generate(prompts, max_new_tokens=20) == expected
 
 

@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
 from modellink.infer.constraint import Constraint
-from modellink.infer.network import Network
+from modellink.infer.network import PASS_LOGITS, Network
 from modellink.infer.request import Answer, Request
 from modellink.infer.sampling import Chooser
-from modellink.infer.score import PASS_LOGITS
 from modellink.kernels.errors import ModelLinkError
+
+NONE = -1  # in the place of a token that could not be chosen
+
+
+class TooLong(ModelLinkError):
+    """The cache will never hold a sequence."""
 
 
 @dataclass(eq=False)
@@ -31,18 +36,50 @@ class Member:
     answer: Answer
     row: Row
     chooser: Chooser
+    begun: bool = False  # a piece of it was computed since it joined
 
     @property
     def left(self) -> int:
         """Tokens still to compute before the next one can be chosen."""
         return len(self.row.tokens) - self.row.computed
 
-    def asked(self, piece: Piece) -> range:
-        """The tokens of a piece after which the log-probability of the prompt's next one is wanted and not known yet."""
-        if not self.answer.prompt_left:
+
+@dataclass(frozen=True)
+class Share:
+    """What one pass computes of a member. All of it is asked before the pass: afterwards the member is further on."""
+
+    member: Member
+    piece: Piece
+    begin: int  # where in the pass its first token stands
+
+    @property
+    def last(self) -> int:
+        """Where in the pass its last token stands."""
+        return self.begin + self.piece.count - 1
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tokens of the row are then computed."""
+        return self.piece.count == self.member.left
+
+    @property
+    def chooses(self) -> bool:
+        """Whether the answer then gets a token; one that is only asked about its prompt gets none."""
+        return self.complete and self.member.answer.request.max_new_tokens > 0
+
+    @property
+    def asked(self) -> range:
+        """The tokens of the row after which the log-probability of the prompt's next one is wanted and not known yet."""
+        answer, piece = self.member.answer, self.piece
+        if not answer.prompt_left:
             return range(0)
-        known, last = len(self.answer.prompt_logprobs), len(self.answer.request.prompt) - 1
+        known, last = len(answer.prompt_logprobs), len(answer.request.prompt) - 1
         return range(max(piece.start, known), min(piece.start + piece.count, last))
+
+    @property
+    def asked_places(self) -> list[int]:
+        """Where in the pass those stand."""
+        return [self.begin + token - self.piece.start for token in self.asked]
 
 
 class Batch:
@@ -60,9 +97,7 @@ class Batch:
         self.tokenizer = tokenizer
         self.waiting: deque[Member] = deque()
         self.running: list[Member] = []
-        spec = network.spec
-        self._most_asked = max(1, PASS_LOGITS // spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
-        self._fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
+        self._most_asked = max(1, PASS_LOGITS // network.spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
 
     @property
     def idle(self) -> bool:
@@ -93,8 +128,8 @@ class Batch:
         """Raise where the cache will never hold a request."""
         need = len(request.prompt) + request.max_new_tokens
         if need > self.cache.tokens:
-            raise ModelLinkError(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
-                                 where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
+            raise TooLong(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
+                          where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
 
     def remove(self, answer: Answer) -> None:
         """Take an answer out, finished or not."""
@@ -106,59 +141,91 @@ class Batch:
     def step(self) -> list[tuple[Answer, str]]:
         """One pass; the answers that got a token, each with the new piece of its text (which may be empty)."""
         self._join()
-        pieces = self._pieces()
-        if not pieces:
+        shares = self._shares()
+        if not shares:
             if self.waiting and not self.running:
                 raise ModelLinkError("answers of other batches hold the pages this one needs", where="--cache-tokens",
                                      fix="take the other streams to their end first, or make the cache larger")
             return []
-        whole = [place for place, (member, piece) in enumerate(pieces) if piece.count == member.left]
-        ready = [place for place in whole if pieces[place][0].answer.request.max_new_tokens]
-        silent = [pieces[place][0] for place in whole if place not in ready]
-        ends = torch.tensor([piece.count for _, piece in pieces]).cumsum(0).sub(1).tolist()
-        ids = [token for _, piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
-        asked = [(member.answer, member.asked(piece)) for member, piece in pieces]
-        wanted = [end + 1 - piece.count + place - piece.start
-                  for (_, piece), (_, places), end in zip(pieces, asked, ends, strict=True) for place in places]
-        state = self.cache.state([piece for _, piece in pieces], wanted + [ends[place] for place in ready])
-        logits = self.network.logits(torch.tensor([ids]), state)[0]
-        for _, piece in pieces:
-            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
-        if wanted:
-            _note_prompts(asked, logits[:len(wanted)])
-        for member in silent:
+        chosen = [share for share in shares if share.chooses]
+        ended = [share.member for share in shares if share.complete and not share.chooses]
+        asked = [(share.member.answer, share.asked) for share in shares]
+        prompts = [place for share in shares for place in share.asked_places]
+        logits = self._logits([share.piece for share in shares], prompts + [share.last for share in chosen])
+        if prompts:
+            _note_prompts(asked, logits[:len(prompts)])
+        for member in ended:
             self._leave(member)
-        ended = [(member.answer, member.answer.end("length")) for member in silent]
-        members = [pieces[place][0] for place in ready]
-        return ended + (self._push(members, logits[len(wanted):]) if ready else [])
+        told = [(member.answer, member.answer.end("length")) for member in ended]
+        return told + (self._push([share.member for share in chosen], logits[len(prompts):]) if chosen else [])
+
+    def _logits(self, pieces: Sequence[Piece], places: Sequence[int]) -> Tensor:
+        """Compute a pass over pieces: logits [places, vocabulary] after those tokens of it."""
+        ids = [token for piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
+        logits = self.network.logits(torch.tensor([ids]), self.cache.state(pieces, places))[0]
+        for piece in pieces:
+            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
+        return logits
 
     def _moving(self, row: Row) -> bool:
-        """Whether every further token changes the angles of all (dynamic rotary scaling beyond the original length)."""
-        return self._fixed is not None and len(row.tokens) > self._fixed
+        return moves(self.network.spec, len(row.tokens))
 
     def _join(self) -> None:
         """Let those that wait join, in their order, as long as there is room for their prompts."""
         while self.waiting and len(self.running) < self.rows:
-            row = self.waiting[0].row
-            pages = -(-(len(row.tokens) + 1) // SIZE)
-            if self.running and any(pages > pool.available for pool in self.cache.pools if pool.window is None):
+            member = self.waiting[0]
+            length = len(member.row.tokens) + 1
+            if self.running and any(self.cache.pages_of(pool, length) > pool.available for pool in self.cache.pools):
                 return
-            # what others computed has no logits any more
-            self.cache.tables.admit(row, shared=not self._moving(row) and not self.waiting[0].answer.prompt_left)
+            self.cache.tables.admit(member.row, shared=self._may_share(member))
+            member.begun = False
             self.running.append(self.waiting.popleft())
 
-    def _pieces(self) -> list[tuple[Member, Piece]]:
+    def _may_share(self, member: Member) -> bool:
+        """Whether a row may begin with what others computed, of which there are no logits any more."""
+        return not self._moving(member.row) and not member.answer.prompt_left
+
+    def _look_again(self, member: Member) -> None:
+        """Let a row of which nothing was computed yet begin with what others computed since it joined."""
+        self.cache.tables.release(member.row)
+        self.cache.tables.admit(member.row, shared=True)
+
+    def _waits(self, member: Member, earlier: Sequence[Member]) -> bool:
+        """Whether a row that joined earlier computes the next page of this one too: a pass later it is there."""
+        row, page = member.row, member.row.computed // SIZE
+        end = (page + 1) * SIZE
+        if end >= len(row.tokens):  # its last token is computed in any case
+            return False
+        return any(other.row.computed < end <= len(other.row.tokens) and not self._moving(other.row)
+                   and other.row.digest(page) == row.digest(page) for other in earlier)
+
+    def _ready(self) -> list[Member]:
+        """The rows that the next pass may compute something of, those with a single token first."""
+        found = []
+        for place, member in enumerate(self.running):
+            if not member.begun and self._may_share(member):
+                self._look_again(member)
+                if self._waits(member, self.running[:place]):
+                    continue
+            found.append(member)
+        return sorted(found, key=lambda member: member.left > 1)
+
+    def _shares(self) -> list[Share]:
         """What the next pass computes, single tokens first."""
         budget, room = self.budget, self._most_asked
-        singles: list[tuple[Member, Piece]] = []
-        longer: list[tuple[Member, Piece]] = []
-        for member in sorted(self.running, key=lambda member: member.left > 1):
-            count = min(member.left, budget, room if member.answer.prompt_left else budget)
+        pieces: list[tuple[Member, Piece]] = []
+        for member in self._ready():
+            count = min(member.left, budget, self.cache.piece, room if member.answer.prompt_left else budget)
             if count == 0 or member not in self.running or not self._room(member, count):
                 continue
+            member.begun = True
             budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
-            (singles if count == 1 else longer).append((member, Piece(member.row, member.row.computed, count)))
-        return [(member, piece) for member, piece in [*singles, *longer] if member in self.running]
+            pieces.append((member, Piece(member.row, member.row.computed, count)))
+        found: list[Share] = []
+        for member, piece in sorted(pieces, key=lambda pair: pair[1].count > 1):
+            if member in self.running:  # another one did not need its pages
+                found.append(Share(member, piece, found[-1].last + 1 if found else 0))
+        return found
 
     def _room(self, member: Member, count: int) -> bool:
         """Pages for the next tokens of a row, at the cost of those that joined later; False where it was itself the last."""
@@ -177,20 +244,16 @@ class Batch:
     def _push(self, members: Sequence[Member], logits: Tensor) -> list[tuple[Answer, str]]:
         """Choose a token for each of them."""
         wishes = [int(member.answer.cancelled) for member in self.running]
-        agreed = self.network.agree([*choose(logits, [member.chooser for member in members]), *wishes])
+        agreed = self.network.agree([*choose(logits, members), *wishes])
         chosen, stopped = agreed[:len(members)], dict(zip(self.running, agreed[len(members):], strict=True))
         details = _logprobs(logits, chosen, [member.answer for member in members])
         pieces = []
         for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
-            answer, constraint = member.answer, member.chooser.constraint
-            if constraint is not None and constraint.stuck:
-                piece = answer.end("stuck")
-            else:
-                piece = answer.push(token, logprob, top)
-                if constraint is not None:
-                    constraint.take(token)
-            if constraint is not None and constraint.done and answer.finish_reason is None:
-                piece += answer.end("stop")
+            answer = member.answer
+            try:
+                piece = _say(member, token, logprob, top)
+            except Exception as fault:  # of this answer; the others are to go on
+                piece = answer.fail(fault)
             if stopped[member] and answer.finish_reason is None:
                 piece += answer.end("cancelled")
             pieces.append((answer, piece))
@@ -203,10 +266,33 @@ class Batch:
         return pieces
 
 
-def choose(logits: Tensor, choosers: Sequence[Chooser]) -> list[int]:
-    """Logits [n, vocabulary] -> a token for each row."""
+def choose(logits: Tensor, members: Sequence[Member]) -> list[int]:
+    """Logits [n, vocabulary] -> a token for each row; NONE where its chooser failed, which its answer then says."""
     best: list[int] = logits.argmax(-1).tolist()
-    return [token if chooser.plain else chooser(row) for token, chooser, row in zip(best, choosers, logits, strict=True)]
+    for place, member in enumerate(members):
+        if not member.chooser.plain:
+            try:
+                best[place] = member.chooser(logits[place])
+            except Exception as fault:
+                best[place], member.answer.fault = NONE, fault
+    return best
+
+
+def _say(member: Member, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> str:
+    """Let an answer have its next token; the piece of text that became certain."""
+    answer, constraint = member.answer, member.chooser.constraint
+    if token == NONE:
+        raise answer.fault or RuntimeError("the first rank could not choose a token")
+    answer.fault = None  # of this rank alone; the first one's choice holds
+    if constraint is None:
+        return answer.push(token, logprob, top)
+    if constraint.stuck:
+        return answer.end("stuck")
+    piece = answer.push(token, logprob, top)
+    constraint.take(token)
+    if constraint.done and answer.finish_reason is None:
+        piece += answer.end("stop")
+    return piece
 
 
 def _note_prompts(asked: Sequence[tuple[Answer, range]], logits: Tensor) -> None:

@@ -2,8 +2,9 @@
 
 The rules are those of transformers: of max(2, 1 + end tokens) x beams candidates the best that go on are kept; one of the first
 `beams` that ends is finished, with the score sum of log-probabilities / (tokens ^ length penalty). The search stops when no
-running text can become better than the worst finished one, at once when all are finished with `early_stopping`, or at the
-longest answer. Not here: other requests in the same pass.
+running text can become better than the worst finished one (judged by its score now; with `early_stopping` "never" and a positive
+length penalty by the score it would have at the longest answer), at once when all are finished with `early_stopping` True, or at
+the longest answer. Not here: other requests in the same pass.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
 from modellink.infer.network import Network
 from modellink.infer.request import Answer, Beams, Generation, Request
 from modellink.infer.sampling import narrow, penalise
 from modellink.kernels.errors import ModelLinkError
+
+Top = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Text:
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    top: list[Top] = field(default_factory=list)  # the most likely tokens in the place of each, where they are asked for
     total: float = 0.0
     parent: int = 0  # its row in the pass it came from
 
@@ -53,11 +57,11 @@ def search(network: Network, cache: PagedCache, request: Request, tokenizer: Tok
             candidates = _candidates(_pass(network, cache, rows), running, request, beams.beams, generator)
             going = [text for text in candidates if not _ends(text, request, tokenizer)]
             for text in candidates[:beams.beams]:
-                if text not in going and not (beams.early_stopping and len(finished) == beams.beams):
+                if text not in going and not (beams.early_stopping is True and len(finished) == beams.beams):
                     finished.append((_score(text, beams), text))
             finished = sorted(finished, key=lambda item: -item[0])[:beams.beams]
             running = going[:beams.beams]
-            if not running or _settled(running[0], finished, beams):
+            if not running or _settled(running[0], finished, request.max_new_tokens, beams):
                 break
             rows = _follow(network, cache, rows, running)
     finally:
@@ -92,8 +96,7 @@ def _seed(network: Network, request: Request) -> int:
 
 
 def _moving(network: Network, row: Row) -> bool:
-    original = network.spec.original_max_position_embeddings
-    return network.spec.rope_scaling_type == "dynamic" and len(row.tokens) > (original or 0)
+    return moves(network.spec, len(row.tokens))
 
 
 def _pass(network: Network, cache: PagedCache, rows: Sequence[Row]) -> Tensor:
@@ -125,12 +128,20 @@ def _candidates(logprobs: Tensor, running: Sequence[Text], request: Request, bea
     else:
         drawn = torch.multinomial(totals.softmax(-1), keep, generator=generator)
         best = drawn[totals[drawn].argsort(descending=True, stable=True)]
+    tops = [_top(row, request.top_logprobs) for row in logprobs] if request.top_logprobs else []
     found = []
     for place in best.tolist():
         parent, token = divmod(place, logprobs.size(1))
         text = running[parent]
-        found.append(Text([*text.tokens, token], [*text.logprobs, logprobs[parent, token].item()], totals[place].item(), parent))
+        found.append(Text([*text.tokens, token], [*text.logprobs, logprobs[parent, token].item()],
+                          [*text.top, tops[parent] if tops else []], totals[place].item(), parent))
     return found
+
+
+def _top(logprobs: Tensor, count: int) -> Top:
+    """The most likely tokens of log-probabilities [vocabulary]."""
+    values, ids = logprobs.topk(min(count, len(logprobs)))
+    return list(zip(ids.tolist(), values.tolist(), strict=True))
 
 
 def _ends(text: Text, request: Request, tokenizer: Tokenizer | None) -> bool:
@@ -139,13 +150,17 @@ def _ends(text: Text, request: Request, tokenizer: Tokenizer | None) -> bool:
     return bool(request.stop_strings) and _answer(request, tokenizer, text).finish_reason is not None
 
 
-def _score(text: Text, beams: Beams) -> float:
-    return text.total / float(len(text.tokens) ** beams.length_penalty)
+def _score(text: Text, beams: Beams, length: int | None = None) -> float:
+    """As it is, or with the probability it has now at another length."""
+    return text.total / float((length or len(text.tokens)) ** beams.length_penalty)
 
 
-def _settled(best: Text, finished: Sequence[tuple[float, Text]], beams: Beams) -> bool:
+def _settled(best: Text, finished: Sequence[tuple[float, Text]], longest: int, beams: Beams) -> bool:
     """Whether what runs cannot win any more."""
-    return len(finished) == beams.beams and (beams.early_stopping or _score(best, beams) <= finished[-1][0])
+    if len(finished) < beams.beams:
+        return False
+    may_grow = beams.early_stopping == "never" and beams.length_penalty > 0  # long texts win
+    return beams.early_stopping is True or _score(best, beams, longest if may_grow else None) <= finished[-1][0]
 
 
 def _follow(network: Network, cache: PagedCache, rows: Sequence[Row], running: Sequence[Text]) -> list[Row]:
@@ -170,6 +185,6 @@ def _follow(network: Network, cache: PagedCache, rows: Sequence[Row], running: S
 
 def _answer(request: Request, tokenizer: Tokenizer | None, text: Text) -> Answer:
     answer = Answer.to(request, tokenizer)
-    for token, logprob in zip(text.tokens, text.logprobs, strict=True):
-        answer.push(token, logprob)
+    for token, logprob, top in zip(text.tokens, text.logprobs, text.top, strict=True):
+        answer.push(token, logprob, top)
     return answer

@@ -71,8 +71,31 @@ class Flat:
     count: Tensor
 
 
+def moves(spec: ModelSpec, length: int) -> bool:
+    """Whether in a sequence of so many tokens every further one changes the angles of all (dynamic rotary scaling beyond the
+    length it begins at): what was computed before then serves neither the next pass nor another row."""
+    return spec.rope_scaling_type == "dynamic" and length > (spec.original_max_position_embeddings or 0)
+
+
 def bytes_per_token(spec: ModelSpec, layers: int, tp: int, dtype: torch.dtype) -> int:
     return layers * dtype.itemsize * sum(groups * dim for groups, dim in _shapes(spec, tp) if dim)
+
+
+def bytes_of(spec: ModelSpec, layers: range, *, tokens: int, rows: int, piece: int, tp: int, dtype: torch.dtype) -> int:
+    """Memory that a cache takes; see `PagedCache` for the arguments."""
+    pages = sum(_pages(spec.window(layer), tokens, rows, piece) for layer in layers)
+    return pages * SIZE * bytes_per_token(spec, 1, tp, dtype)
+
+
+def _pages(window: int | None, tokens: int, rows: int, piece: int) -> int:
+    """Of a pool."""
+    pages = -(-tokens // SIZE)
+    return pages if window is None else min(pages, rows * _most_pages(window, piece))
+
+
+def _most_pages(window: int, piece: int) -> int:
+    """Pages that a row of any length has at a time where layers have a window: what it sees, and a piece more."""
+    return -(-(window + piece + 2 * SIZE) // SIZE)
 
 
 def _shapes(spec: ModelSpec, tp: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -95,10 +118,8 @@ class PagedCache:
     def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, rows: int, piece: int, tp: int, dtype: torch.dtype,
                  device: torch.device) -> None:
         self.spec, self.device, self.piece = spec, device, piece
-        pages = -(-tokens // SIZE)
         windows = sorted({spec.window(layer) for layer in range(spec.num_layers)}, key=lambda window: window or 0)
-        self.pools = [Pool(pages if window is None else min(pages, rows * -(-(window + piece + 2 * SIZE) // SIZE)), window)
-                      for window in windows]
+        self.pools = [Pool(_pages(window, tokens, rows, piece), window) for window in windows]
         self.tables = Tables(self.pools)
         self._pool_of = {layer + 1: windows.index(spec.window(layer)) for layer in layers}
         self._latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
@@ -110,10 +131,16 @@ class PagedCache:
         self._positions = torch.empty(0)
         self._plans: list[Plan] = []  # of the pass under way, for each pool
 
+    def pages_of(self, pool: Pool, length: int) -> int:
+        """Pages of a pool that a row of so many tokens has at most at a time."""
+        pages = -(-length // SIZE)
+        return pages if pool.window is None else min(pages, _most_pages(pool.window, self.piece))
+
     @property
     def tokens(self) -> int:
         """How many tokens a single row may have."""
-        return min((pool.pages * SIZE for pool in self.pools if pool.window is None), default=1 << 62)
+        return min((pool.pages * SIZE for pool in self.pools
+                    if pool.window is None or pool.pages < _most_pages(pool.window, self.piece)), default=1 << 62)
 
     @property
     def bytes(self) -> int:
@@ -274,4 +301,4 @@ def _taken(held: Tensor, slots: Tensor | slice) -> Tensor:
     return held[slots] if isinstance(slots, slice) else held.index_select(0, slots)
 
 
-__all__ = ["GONE", "SIZE", "Flat", "PagedCache", "Piece", "Row", "bytes_per_token"]
+__all__ = ["GONE", "SIZE", "Flat", "PagedCache", "Piece", "Row", "bytes_per_token", "moves"]

@@ -1,7 +1,8 @@
 """A conversation, and the loop that holds one on a terminal.
 
-`/clear` forgets what was said, `/quit` or the end of the input leaves; Ctrl-C stops an answer and not the program. On a terminal
-lines can be edited and earlier ones come back with the arrow keys.
+`/clear` forgets what was said, `/quit` or the end of the input leaves; so do the original's words, `clear` and `new`, and `q`,
+`quit` and `exit`, alone on a line. Ctrl-C stops an answer and not the program. On a terminal lines can be edited and earlier ones
+come back with the arrow keys.
 """
 
 from __future__ import annotations
@@ -59,9 +60,11 @@ def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **opti
     while (line := engine.network.share(_read() if first_rank else None)) is not None:
         text = line.strip()
         if text in QUIT:
+            _say(first_rank, f"{text}: the conversation ends")
             return
         if text in CLEAR:
             conversation.clear()
+            _say(first_rank, f"{text}: the conversation is forgotten")
         elif text:
             try:
                 stream = _stream(engine, conversation, text, options)
@@ -81,6 +84,12 @@ def _stream(engine: Engine, conversation: Conversation, text: str, options: dict
         except ModelLinkError:
             if not conversation.forget_oldest():
                 raise
+
+
+def _say(first_rank: bool, words: str) -> None:
+    """On stderr: stdout holds the conversation alone."""
+    if first_rank:
+        print(words, file=sys.stderr, flush=True)
 
 
 def _read() -> str | None:

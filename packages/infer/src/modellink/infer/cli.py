@@ -51,7 +51,7 @@ def generate(given: Layer) -> None:
     from_stdin = not asked.prompt and asked.prompt_file is None
     prompts = _prompts(asked) if first else []
     plan = model.plan(_local_rank())
-    arguments["prompt_type"] = plan.prompt_type
+    arguments |= {"prompt_type": plan.prompt_type, "logprobs": asked.logprobs}
     from modellink.infer.prompts import make_requests
     requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
     if plan.tokenizer is None:
@@ -63,20 +63,16 @@ def generate(given: Layer) -> None:
     engine = _engine(model, asked.batch_size)
     prompts, requests = engine.network.share((prompts, requests))  # of several machines one has the files and the terminal
     start = time.monotonic()
-    if asked.stream:
-        answers = _streamed(engine, requests, first)
-    else:
-        answers = engine.answer(requests)
-        if first:
-            _print(prompts, answers, as_json=asked.json)
+    tokens = _streamed(engine, requests, first) if asked.stream else _answered(engine, prompts, requests, first, asked.json)
     if first:
-        tokens, seconds = sum(len(answer.token_ids) for answer in answers), time.monotonic() - start
+        seconds = time.monotonic() - start
         print(f"{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens a second", file=sys.stderr)
 
 
 @command(ModelOptions, ChatOptions, AnswerOptions, name="chat")
 def chat(given: Layer) -> None:
-    """Talk with a model. /clear forgets, /quit leaves, Ctrl-C stops an answer."""
+    """Talk with a model. A line that says /clear, clear or new forgets what was said; /quit, /exit, quit, exit or q leaves;
+    Ctrl-C stops an answer."""
     resolved = resolve([ModelOptions, ChatOptions, AnswerOptions], given)
     model, options = resolved[ModelOptions], resolved[ChatOptions]
     arguments = resolved[AnswerOptions].arguments(set(given.values), draws=True)
@@ -99,28 +95,49 @@ def chat(given: Layer) -> None:
 @command(ModelOptions, ServeOptions, name="serve")
 def serve(given: Layer) -> None:
     """Serve a model over HTTP, with OpenAI's API and a page to chat with."""
+    if "replica_url" in given.values:
+        return _serve_elsewhere(given)
     resolved = resolve([ModelOptions, ServeOptions], given)
     model, options = resolved[ModelOptions], resolved[ServeOptions]
+    from modellink.core import processes
     from modellink.infer.server import run
     run.check_installed()
+    if options.replicas > 1 and processes.under_launcher():
+        raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
+                             fix="run the command without torchrun")
     plan = model.plan(_local_rank())
+    sockets = run.bind(options.host, options.port) if _first() else []
     if options.replicas > 1:
-        from modellink.core import processes
-        if processes.under_launcher():
-            raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
-                                 fix="run the command without torchrun")
-        return run.serve_replicas(options.replicas, sys.argv[1:], host=options.host, port=options.port,
+        from modellink.infer.server.replicas import device_shares, make_replicas
+        device = plan.device
+        shares = device_shares(device.kind, device.module.device_count() if device.module else 0, options.replicas,
+                               model.layout.world_size)
+        return run.serve_replicas(make_replicas(options.replicas, sys.argv[1:], shares), sockets,
                                   most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
+        for one in sockets:
+            one.close()  # the first rank takes the port
         _start(model, [], forward=(signal.SIGINT, signal.SIGTERM))
     engine = _engine(model, options.batch_size)
-    if _first():
-        print(f"serving at http://{options.host}:{options.port}", file=sys.stderr, flush=True)
-    else:
+    if not _first():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the first rank says when it ends
-    run.serve(engine, host=options.host, port=options.port, name=options.served_model_name or plan.source.folder.resolve().name,
-              api_key=options.key, most_waiting=options.max_waiting, largest_body=options.max_body)
+    run.serve(engine, sockets, name=options.served_model_name or plan.source.folder.resolve().name, api_key=options.key,
+              most_waiting=options.max_waiting, largest_body=options.max_body)
+
+
+def _serve_elsewhere(given: Layer) -> None:
+    """In front of servers that have the model."""
+    if wrong := set(given.values) - {"replica_url", "host", "port", "max_waiting", "max_body"}:
+        raise ModelLinkError(f"--{min(wrong).replace('_', '-')} is for the servers that have the model", where="--replica-url",
+                             fix="give it to each of them, and leave it out here")
+    options = resolve([ServeOptions], given)[ServeOptions]
+    from modellink.infer.server import run
+    run.check_installed()
+    from modellink.infer.server.replicas import Replica
+    replicas = [Replica(index, url.rstrip("/")) for index, url in enumerate(options.replica_url)]
+    run.serve_replicas(replicas, run.bind(options.host, options.port), most_waiting=options.max_waiting,
+                       largest_body=options.max_body)
 
 
 for each in (generate, chat, serve):
@@ -215,9 +232,10 @@ def _engine(model: ModelOptions, batch_size: int) -> Engine:
                   int8=model.int8, graphs=model.graphs, show=True)
 
 
-def _streamed(engine: Engine, requests: list[Request], first: bool) -> list[Generation]:
+def _streamed(engine: Engine, requests: list[Request], first: bool) -> int:
+    """Print each answer as it is made; how many tokens they have."""
     from modellink.infer.engine import Stream
-    answers = []
+    tokens = 0
     for number, request in enumerate(requests, 1):
         stream = Stream(engine, request)
         if first:
@@ -227,20 +245,32 @@ def _streamed(engine: Engine, requests: list[Request], first: bool) -> list[Gene
                 print(piece, end="", flush=True)
         if first:
             print(flush=True)
-        answers.append(stream.generation)
-    return answers
+        tokens += len(stream.generation.token_ids)
+    return tokens
 
 
-def _print(prompts: list[Any], answers: list[Generation], *, as_json: bool) -> None:
-    each = len(answers) // len(prompts)
-    for number, answer in enumerate(answers, 1):
-        prompt = prompts[(number - 1) // each]
-        if as_json:
-            print(json.dumps({"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids,
-                              "finish_reason": answer.finish_reason}, ensure_ascii=False))
-        else:
-            _heading(number, len(answers), "answer" if each > 1 else "prompt")
-            print(answer.text)
+def _answered(engine: Engine, prompts: list[Any], requests: list[Request], first: bool, as_json: bool) -> int:
+    """Print each answer when it and those before it are there; how many tokens they have."""
+    from modellink.kernels.progress import Work
+    count = sum(request.beams.count if request.beams else 1 for request in requests)
+    each, number, tokens = count // len(prompts), 0, 0
+    # on a terminal the answers show themselves how far it is
+    with Work("answering", len(requests), unit="answers",
+              show=first and len(requests) > 1 and not sys.stdout.isatty()) as work:
+        for answers in engine.each(requests, work.advance):
+            for answer in answers:
+                number, tokens = number + 1, tokens + len(answer.token_ids)
+                if first and as_json:
+                    print(_json(prompts[(number - 1) // each], answer), flush=True)
+                elif first:
+                    _heading(number, count, "answer" if each > 1 else "prompt")
+                    print(answer.text, flush=True)
+    return tokens
+
+
+def _json(prompt: Any, answer: Generation) -> str:
+    values = {"prompt": prompt, "text": answer.text, "token_ids": answer.token_ids, "finish_reason": answer.finish_reason}
+    return json.dumps(values | ({} if answer.logprobs is None else {"logprobs": answer.logprobs}), ensure_ascii=False)
 
 
 def _heading(number: int, count: int, what: str = "prompt") -> None:

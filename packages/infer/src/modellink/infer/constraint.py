@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class Constraint:
 
     def __init__(self, tokenizer: Tokenizer, grammar: str, ends: frozenset[int]) -> None:
         self._matcher = _compiled(tokenizer, grammar).deep_copy()
-        self._ends, self._others = sorted(ends), sorted(set(tokenizer.eos_token_ids) - ends)
+        self._ends, self._others = frozenset(ends), sorted(set(tokenizer.eos_token_ids) - ends)
         self.done = self.stuck = False
 
     def narrow(self, logits: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ class Constraint:
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:size].astype(bool)
         allowed = np.zeros(size, bool)
         allowed[:len(bits)] = bits
-        allowed[[token for token in self._others if token < size]] = False
-        allowed[[token for token in self._ends if token < size]] = self._matcher.is_accepting()
+        allowed[_within(self._others, size)] = False
+        allowed[_within(self._ends, size)] = self._matcher.is_accepting()
         self.stuck = bool(self._matcher.is_error()) or not allowed.any()
         if self.stuck:
             return logits
@@ -88,6 +88,11 @@ class Constraint:
         if token not in self._ends:
             self._matcher.consume_token(token)
             self.done = bool(self._matcher.is_stopped())
+
+
+def _within(tokens: Iterable[int], size: int) -> list[int]:
+    """Those that the model has logits for: a tokenizer may name end tokens beyond its vocabulary."""
+    return [token for token in tokens if 0 <= token < size]
 
 
 def _library() -> type[LLMatcher]:

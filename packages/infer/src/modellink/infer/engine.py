@@ -8,10 +8,10 @@ groups do, and one thread uses it at a time; the server has a thread for that.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 
@@ -36,7 +36,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
          family: str | None = None, tokenizer: Path | str | None = None, prompt_type: str | None = None, batch_size: int = 16,
          cache_tokens: int | None = None, native: bool | None = False, int8: bool = False, graphs: bool | None = None,
          show: bool = False) -> Engine:
-    """Load a Hugging Face folder, a Megatron-Core or a torch_dist checkpoint, whatever layout it was written at.
+    """Load a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch_dist checkpoint, whatever layout it was written at.
 
     Args:
         path: the checkpoint.
@@ -89,6 +89,11 @@ class Engine:
         """Where all answers of this engine have their keys and values; made when the first one is asked for."""
         return self.network.cache(rows=self.batch_size, piece=PASS_TOKENS, tokens=self._cache_tokens)
 
+    def forget(self) -> None:
+        """Drop the caches, and with them what prompts and texts to come could have in common with earlier ones."""
+        self.__dict__.pop("cache", None)
+        self.network.scoring = None
+
     def batch(self) -> Batch:
         """An empty batch over the cache; who adds answers to it steps it."""
         from modellink.infer.batch import Batch
@@ -99,38 +104,68 @@ class Engine:
         options.setdefault("prompt_type", self.plan.prompt_type)
         return make_requests(prompts, self.spec, self.tokenizer, **options)
 
-    def generate(self, prompts: Prompts, **options: Unpack[Options]) -> list[Generation]:
+    @overload
+    def generate(self, prompts: Prompts | None = None, *, input_ids: Any = None, stream: Literal[False] = False,
+                 **options: Unpack[Options]) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompts: Prompts | None = None, *, input_ids: Any = None, stream: Literal[True],
+                 **options: Unpack[Options]) -> Stream: ...
+
+    def generate(self, prompts: Any = None, *, input_ids: Any = None, stream: bool = False,
+                 **options: Unpack[Options]) -> list[Generation] | Stream:
         """Answers to one prompt or many, in their order; a request in a batch gets what it gets alone.
 
         Args:
-            prompts: a text, token ids, a chat, or a list of any of these.
+            prompts: a text, token ids, a chat, or a list of any of these; token ids may be a tensor or an array.
+            input_ids: the original's name of `prompts`.
+            stream: give what `stream` gives, as in the original's API.
             options: see `prompts.Options`. With `num_return_sequences` a prompt has so many answers, one after the other.
 
         Raises:
             ModelLinkError: see `prompts.make_requests`; nothing was computed.
         """
-        return self.answer(self.requests(prompts, **options))
+        if (prompts is None) == (input_ids is None):
+            raise ModelLinkError("there is no prompt" if prompts is None else "there are prompts and input_ids",
+                                 fix="give one of them")
+        prompts = input_ids if prompts is None else prompts
+        return self.stream(prompts, **options) if stream else self.answer(self.requests(prompts, **options))
 
     def answer(self, requests: Sequence[Request]) -> list[Generation]:
         """`generate` for requests that are made already, each with options of its own; one with beams has several answers."""
-        batch = self.batch()
-        asked = [(request, Answer.to(request, self.tokenizer)) for request in requests]
-        answers = [answer for request, answer in asked if request.beams is None]
-        try:
-            for answer in answers:
-                batch.add(answer)
-            while not batch.idle:
-                batch.step()
-        finally:
-            for answer in answers:
-                batch.remove(answer)
-        return [found for request, answer in asked for found in self._search(request) or [answer.generation()]]
+        return [found for answers in self.each(requests) for found in answers]
 
-    def _search(self, request: Request) -> list[Generation]:
-        if request.beams is None:
-            return []
+    def each(self, requests: Sequence[Request], done: Callable[[int], None] = lambda count: None) -> Iterator[list[Generation]]:
+        """The answers to each request, in the order of the requests, as soon as they and those before them are there.
+
+        Args:
+            done: is told how many requests came to their end, in whatever order.
+        """
         from modellink.infer.beam import search
-        return search(self.network, self.cache, request, self.tokenizer)
+        batch = self.batch()
+        answers = [Answer.to(request, self.tokenizer) for request in requests]
+        joined = [answer for answer in answers if answer.request.beams is None]
+
+        def step() -> None:
+            if ended := sum(answer.finish_reason is not None for answer, _ in batch.step()):
+                done(ended)
+        try:
+            for answer in joined:
+                batch.add(answer)
+            for answer in answers:
+                if answer.request.beams is None:
+                    while answer.finish_reason is None:
+                        step()
+                    yield [answer.generation()]
+                    continue
+                while not batch.idle:  # a search takes all the pages it finds
+                    step()
+                found = search(self.network, self.cache, answer.request, self.tokenizer)
+                done(1)
+                yield found
+        finally:
+            for answer in joined:
+                batch.remove(answer)
 
     def stream(self, prompt: str | Sequence[int] | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """The answer to one prompt in pieces of text, as they come."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from modellink.ckpt_convert.weights import Source
 from modellink.core.model.build import BuildSettings, build_models
 from modellink.core.model.load import load_weights
 from modellink.core.model.state import SequenceState
-from modellink.infer.cache import SIZE, PagedCache, bytes_per_token
+from modellink.infer.cache import SIZE, PagedCache, bytes_of, bytes_per_token
 from modellink.infer.graphs import Graphs, refusal
 from modellink.infer.native.measure import pays
 from modellink.infer.native.view import Step, takes
@@ -29,6 +30,15 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 CACHE_SHARE = 0.5  # of the memory that is free once the weights are there
+PASS_LOGITS = 1 << 26  # numbers in the logits of one pass, 256 MB in fp32
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """The cache that texts are scored with, and the longest one it was made for."""
+
+    longest: int
+    cache: PagedCache
 
 
 class Network:
@@ -38,12 +48,16 @@ class Network:
         native: let the compiled step compute passes of few tokens where it takes the model; None measures whether it pays.
         int8: let it compute all passes over a cache, with int8 weights.
         graphs: compute passes of single tokens from captured graphs; None does it where there is an accelerator.
+
+    Attributes:
+        scoring: see score.py; None before the first text, and where it was dropped.
     """
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
                  native: bool | None = False, int8: bool = False, graphs: bool | None = None) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._on = device
+        self.scoring: Scoring | None = None
         settings = BuildSettings(layout=layout, dtype=dtype)
         models = build_models(source.spec, settings)
         load_weights(models, source, settings, show=show)
@@ -72,16 +86,28 @@ class Network:
         if int8 and show and self.step is not None:
             print(f"int8 weights: root mean square error {100 * self.step.error:.2f} % of the weights", file=sys.stderr)
 
-    def cache(self, *, rows: int, piece: int, tokens: int | None = None) -> PagedCache:
-        """A cache for so many rows; without `tokens` for rows of the longest length, or what half of the free memory holds."""
-        spec = self.spec
-        per_token = bytes_per_token(spec, len(self._layers), self.layout.tp, self.dtype)
-        share = CACHE_SHARE / int(os.environ.get("MODELLINK_REPLICAS", "1"))  # see server/replicas.py
-        room = int(share * self._on.available() // per_token // SIZE * SIZE)
-        wanted = min(tokens or rows * (spec.max_position_embeddings + SIZE), max(room, SIZE))
-        (wanted,) = self._smallest(wanted)
-        return PagedCache(spec, self._layers, tokens=wanted, rows=rows, piece=piece, tp=self.layout.tp, dtype=self.dtype,
-                          device=self.device)
+    def cache(self, *, rows: int, piece: int, tokens: int | None = None, most: int | None = None) -> PagedCache:
+        """A cache for so many rows.
+
+        Args:
+            tokens: that it holds. None: `most`, or what half of the free memory has room for.
+            most: None: as many as rows of the longest length have.
+
+        Raises:
+            ModelLinkError: there is no memory for so many `tokens`.
+        """
+        sizes: dict[str, Any] = {"rows": rows, "piece": piece, "tp": self.layout.tp, "dtype": self.dtype}
+        (free,) = self._smallest(self._on.available())
+        if tokens is None:
+            per_token = bytes_per_token(self.spec, len(self._layers), self.layout.tp, self.dtype)
+            share = CACHE_SHARE / int(os.environ.get("MODELLINK_REPLICAS", "1"))  # see server/replicas.py
+            (room,) = self._smallest(int(share * free // per_token // SIZE * SIZE))
+            tokens = min(most or rows * (self.spec.max_position_embeddings + SIZE), max(room, SIZE))
+        elif (needed := bytes_of(self.spec, self._layers, tokens=tokens, **sizes)) > free:
+            fits = int(tokens * free / needed) // SIZE * SIZE
+            raise ModelLinkError(f"a cache of {tokens:,} tokens takes {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB of memory are "
+                                 "free", where="--cache-tokens", fix=f"use at most {fits:,}")
+        return PagedCache(self.spec, self._layers, tokens=tokens, device=self.device, **sizes)
 
     def logits(self, ids: Tensor, state: SequenceState | None = None) -> Tensor:
         """Token ids [batch, seq] -> logits [batch, seq (or n of `state.wanted`), vocabulary] in fp32."""
@@ -89,6 +115,8 @@ class Network:
                 state.cache, ids.size(1)):
             assert state.positions is not None and state.wanted is not None
             return self.step.logits(ids[0], state.cache, state.positions[0], state.wanted[0])[None]
+        if self.step is not None and self.step.int8:
+            raise ModelLinkError("int8 weights compute passes over a cache alone: the others are gone")
         if self.graphs is not None and state is not None and isinstance(state.cache, PagedCache) and state.cache.singles:
             assert state.positions is not None and state.wanted is not None
             found = self.graphs.logits(ids[0], state.positions[0], state.cache)

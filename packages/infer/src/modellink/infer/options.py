@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 class ModelOptions:
     """Which model, and where it runs."""
 
-    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core or torch_dist, written at any layout.")
+    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch_dist, written at any "
+                        "layout.")
     tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
     expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
-    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; as many as "
-                                      "fit into half of the free memory where nothing is said, and no more than can be used.",
+    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; where "
+                                      "nothing is said as many as can be used and half of the free memory has room for.",
                                       unit="tokens", minimum=1)
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
@@ -135,12 +137,15 @@ class PromptOptions:
     system: str | None = option(None, "System message before it (with --chat).")
     stream: bool = option(False, "Show the answer as it is made.")
     json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
+    logprobs: bool = option(False, "In it the log-probability of each token too (with --json).")
     batch_size: int = option(16, "How many prompts are computed together at most.", minimum=1)
 
     def check(self) -> None:
         if self.prompt and self.prompt_file:
             raise ModelLinkError("prompts come from the command line or from a file, not from both",
                                  where="--prompt, --prompt-file")
+        if self.logprobs and not self.json:
+            raise ModelLinkError("log-probabilities are printed as JSON", where="--logprobs", fix="add --json")
         if self.stream and self.json:
             raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
 
@@ -163,14 +168,19 @@ class ServeOptions:
                                            "said.")
     api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
                                  "environment says the same.")
-    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address.",
-                           minimum=1)
+    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address; each has "
+                           "its share of the accelerators.", minimum=1)
+    replica_url: tuple[str, ...] = option((), "Servers of the model that run already, on this machine or others, as "
+                                          "http://HOST:PORT; this one stands in front of them and takes no --load.")
     batch_size: int = option(16, "Answers computed together at most, of each replica.", minimum=1)
     max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
     max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
 
     def check(self) -> None:
-        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key:
+        for url in self.replica_url:
+            if not re.fullmatch(r"https?://[^/\s]+/?", url):
+                raise ModelLinkError(f"{url!r} is no address of a server", where="--replica-url", fix="write it as http://HOST:PORT")
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key and not self.replica_url:
             print(f"note: listening at {self.host} without an API key: everybody who reaches it can use the model",
                   file=sys.stderr)
 

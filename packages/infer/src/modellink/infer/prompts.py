@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.data_prep import Tokenizer
@@ -29,7 +31,7 @@ class Options(TypedDict, total=False):
     - `temperature` (1.0), `top_k` (50), `top_p` (1.0), `min_p` (0), `repetition_penalty` (1), `presence_penalty` (0),
       `frequency_penalty` (0): see `Sampling`.
     - `seed`: of each request, whatever else is in the batch; of several answers to one prompt each has the next number.
-    - `num_beams` (1), `length_penalty` (1.0), `early_stopping` (False): beam search; see beam.py.
+    - `num_beams` (1), `length_penalty` (1.0), `early_stopping` (False, True or "never"): beam search; see beam.py.
     - `num_return_sequences` (1): answers to each prompt: the best beams, or so many draws.
     - `stop`: strings or token ids that end an answer, beside the end tokens of the checkpoint, in whose place `eos_token_id`
       stands where it is given; `ignore_eos` (False): the end tokens end nothing.
@@ -40,6 +42,8 @@ class Options(TypedDict, total=False):
     - `json_schema`, `regex`: what the answer keeps to, see constraint.py; a schema is an object or JSON text.
     - `prompt_type`: the template around a chat, see template.py (the one `load` was given, else the one the checkpoint was
       trained with, else the tokenizer's own).
+
+    Names of the original's API that mean nothing here (`MEANINGLESS`) are taken with a note.
     """
 
     max_new_tokens: int | None
@@ -55,7 +59,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     num_beams: int
     length_penalty: float
-    early_stopping: bool
+    early_stopping: bool | Literal["never"]
     num_return_sequences: int
     stop: str | int | Sequence[str | int]
     eos_token_id: int | Sequence[int] | None
@@ -69,9 +73,18 @@ class Options(TypedDict, total=False):
     json_schema: Mapping[str, Any] | str | None
     regex: str | None
     prompt_type: str | None
+    bos_token_id: int | None
+    pad_token_id: int | None
+    recompute: bool | None
+    tokenizer: Any
 
 
-def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, **options: Unpack[Options]) -> list[Request]:
+MEANINGLESS = {"bos_token_id": "the tokenizer says what a text begins with", "pad_token_id": "rows are not padded",
+               "recompute": "keys and values are always kept", "tokenizer": "the engine has the one it was loaded with"}
+_noted: set[str] = set()
+
+
+def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, /, **options: Unpack[Options]) -> list[Request]:
     """Requests of one prompt or a list of them.
 
     Args:
@@ -86,7 +99,11 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
     if unknown:
         raise ModelLinkError(f"there is no option {unknown}", where="generate",
                              fix=f"there are {', '.join(Options.__annotations__)}")
-    sampling, (stop_ids, strings) = _sampling(options), _stops(options, tokenizer)
+    for name in MEANINGLESS.keys() - _noted:
+        if options.get(name) is not None:
+            _noted.add(name)
+            print(f"note: {name} means nothing here: {MEANINGLESS[name]}", file=sys.stderr)
+    sampling, (stop_ids, strings) = _sampling(options), _stops(options, spec, tokenizer)
     beams, count = _beams(options), options.get("num_return_sequences", 1)
     grammar = grammar_of(tokenizer, json_schema=options.get("json_schema"), regex=options.get("regex"))
     if options.get("prompt_logprobs") and beams:
@@ -139,12 +156,15 @@ def _beams(options: Options) -> Beams | None:
     if count > beams:
         raise ModelLinkError(f"{count} answers cannot come from {beams} beams", where="--num-return-sequences",
                              fix=f"use at most {beams}")
+    early = options.get("early_stopping", False)
+    if early not in (True, False, "never"):
+        raise ModelLinkError(f"early_stopping is {early!r}, it must be True, False or 'never'", where="early_stopping")
     if not math.isfinite(penalty := options.get("length_penalty", 1.0)):
         raise ModelLinkError(f"length-penalty is {penalty}", where="--length-penalty")
-    return Beams(beams, count, penalty, options.get("early_stopping", False))
+    return Beams(beams, count, penalty, early)
 
 
-def _stops(options: Options, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
+def _stops(options: Options, spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
     """Token ids and strings that end an answer."""
     stops, ends = _list(options.get("stop")), _list(options.get("eos_token_id"))
     strings = tuple(item for item in stops if isinstance(item, str))
@@ -152,11 +172,21 @@ def _stops(options: Options, tokenizer: Tokenizer | None) -> tuple[frozenset[int
         raise ModelLinkError("a stop string is empty", where="--stop")
     if strings and tokenizer is None:
         raise _no_tokenizer("a stop string")
+    check_stop_ids([item for item in stops if isinstance(item, int)], spec, "--stop")
+    check_stop_ids(ends, spec, "eos_token_id")
     if options.get("ignore_eos"):
         ends = []
     elif options.get("eos_token_id") is None and tokenizer is not None:
         ends = list(tokenizer.eos_token_ids)
     return frozenset(item for item in [*stops, *ends] if isinstance(item, int)), strings
+
+
+def check_stop_ids(ids: Sequence[int], spec: ModelSpec, where: str) -> None:
+    """Raise for a token that never comes because the model does not know it."""
+    wrong = next((index for index in ids if not 0 <= index < spec.vocab_size), None)
+    if wrong is not None:
+        raise ModelLinkError(f"an answer cannot end with the token id {wrong}; the model knows ids from 0 to "
+                             f"{spec.vocab_size - 1}", where=where)
 
 
 def _list(value: Any) -> list[Any]:
@@ -174,10 +204,24 @@ def check_ids(ids: Sequence[int], spec: ModelSpec, what: str = "the prompt") -> 
 
 
 def _each(prompts: Prompts) -> list[Any]:
-    """A list of prompts, however many there are."""
-    if isinstance(prompts, (str, Chat)) or (len(prompts) and isinstance(prompts[0], (int, Mapping))):
+    """A list of prompts, however many there are; tensors and arrays of one or two dimensions are token ids."""
+    prompts = _plain(prompts)
+    if not isinstance(prompts, (str, Chat, Sequence)):
+        raise _no_prompt()
+    if isinstance(prompts, (str, Chat)) or (len(prompts) and isinstance(prompts[0], (int, float, Mapping))):
         return [prompts]
-    return list(prompts)
+    return [_plain(prompt) for prompt in prompts]
+
+
+def _plain(value: Any) -> Any:
+    """A tensor or an array as a list, also one of numbers that are tensors."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+        if not isinstance(value, list):
+            raise _no_prompt()
+    if isinstance(value, (list, tuple)) and value and getattr(value[0], "ndim", None) == 0:
+        value = [item.item() for item in value]
+    return value
 
 
 def _ids(prompt: Any, tokenizer: Tokenizer | None, prompt_type: str | None) -> tuple[list[int], tuple[int, ...]]:
@@ -185,7 +229,10 @@ def _ids(prompt: Any, tokenizer: Tokenizer | None, prompt_type: str | None) -> t
     if not isinstance(prompt, (str, Chat)) and len(prompt) and isinstance(prompt[0], Mapping):
         prompt = Chat(prompt)
     if not isinstance(prompt, (str, Chat)):
-        return [int(index) for index in prompt], ()
+        try:
+            return [operator.index(index) for index in prompt], ()
+        except TypeError:
+            raise _no_prompt() from None
     if tokenizer is None:
         raise _no_tokenizer("a text or a chat")
     if isinstance(prompt, str):
@@ -201,6 +248,10 @@ def check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         raise ModelLinkError(f"the text is not Unicode at character {error.start}: {text[error.start]!a}",
                              fix="write it in UTF-8") from None
+
+
+def _no_prompt() -> ModelLinkError:
+    return ModelLinkError("a prompt is a text, token ids (whole numbers), or a chat, or a list of any of these")
 
 
 def _no_tokenizer(what: str) -> ModelLinkError:

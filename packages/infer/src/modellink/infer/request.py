@@ -10,7 +10,7 @@ from modellink.data_prep import Tokenizer
 from modellink.infer.sampling import Sampling
 from modellink.infer.text import GrowingText
 
-FinishReason = Literal["stop", "length", "cancelled", "stuck"]
+FinishReason = Literal["stop", "length", "cancelled", "stuck", "failed"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Beams:
     beams: int
     count: int = 1
     length_penalty: float = 1.0
-    early_stopping: bool = False
+    early_stopping: bool | Literal["never"] = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ class Answer:
     prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     cancelled: bool = False  # a wish; of several ranks the first one's counts
     finish_reason: FinishReason | None = None
+    fault: Exception | None = None  # why it `failed`: a fault of ours that met this answer alone
 
     @classmethod
     def to(cls, request: Request, tokenizer: Tokenizer | None) -> Answer:
@@ -114,8 +115,15 @@ class Answer:
         self.finish_reason = "stop" if self.text.stopped else reason
         return piece
 
+    def fail(self, fault: Exception) -> str:
+        """It cannot go on; `generation` raises the fault."""
+        self.fault, self.finish_reason = fault, "failed"
+        return ""
+
     def generation(self, score: float | None = None) -> Generation:
         assert self.finish_reason is not None
+        if self.fault is not None:
+            raise self.fault
         asked = self.request
         return Generation(asked.before + self.text.text, self.token_ids, self.finish_reason,
                           self.logprobs if asked.logprobs else None, len(asked.prompt),

@@ -10,17 +10,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row
-from modellink.infer.network import Network
+from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
+from modellink.infer.network import PASS_LOGITS, Network, Scoring
 from modellink.kernels.errors import ModelLinkError
 
 PASS_TOKENS = 2048  # of all rows of one pass
-PASS_LOGITS = 1 << 26  # numbers in the logits of one pass, 256 MB in fp32
 PASS_ROWS = 64
 WORTH = 4  # pages that rows must have in common for one to wait until the other's are there
 
@@ -99,24 +97,17 @@ def _inputs(network: Network, pairs: Sequence[Pair]) -> list[_Input]:
     users: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         users.setdefault((*context, *continuation)[:-1], []).append(number)
-    spec = network.spec
-    fixed = spec.original_max_position_embeddings if spec.rope_scaling_type == "dynamic" else None
     return [_Input(Row(list(tokens)), min(len(pairs[number][0]) for number in numbers) - 1, numbers,
-                   shared=fixed is None or len(tokens) <= fixed)  # beyond, a row's angles depend on its length
+                   shared=not moves(network.spec, len(tokens)))
             for tokens, numbers in sorted(users.items())]
-
-
-_caches: WeakKeyDictionary[Network, tuple[int, PagedCache]] = WeakKeyDictionary()  # with the row it was made for
 
 
 def _cache(network: Network, longest: int) -> PagedCache:
     """A network's cache for scoring, which lives on; a larger one where a row does not fit."""
-    made_for, cache = _caches.get(network, (0, None))
-    if cache is None or longest > made_for:
-        tokens = longest + PASS_TOKENS + PASS_ROWS * SIZE  # of which memory may have fewer
-        cache = network.cache(rows=PASS_ROWS, piece=PASS_TOKENS, tokens=tokens)
-        _caches[network] = longest, cache
-    return cache
+    if network.scoring is None or longest > network.scoring.longest:
+        most = longest + PASS_TOKENS + PASS_ROWS * SIZE
+        network.scoring = Scoring(longest, network.cache(rows=PASS_ROWS, piece=PASS_TOKENS, most=most))
+    return network.scoring.cache
 
 
 def _choose(cache: PagedCache, waiting: Sequence[_Input], room: int) -> list[tuple[_Input, Piece]]:

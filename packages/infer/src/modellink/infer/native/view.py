@@ -7,6 +7,7 @@ for each row, made when the model is loaded. Between weights everything is fp32,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 from dataclasses import fields
@@ -45,7 +46,8 @@ class Step:
     """A model as the compiled step sees it. Keep it as long as the model: it points into its parameters.
 
     Args:
-        int8: keep a copy of the matrices in int8, with a scale for each row.
+        int8: keep the matrices in int8, with a scale for each row. The model's own are freed (but the embedding, whose rows are
+            looked up): it computes nothing without the step any more.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, dtype: torch.dtype, *, int8: bool = False) -> None:
@@ -64,15 +66,18 @@ class Step:
             len(layers), spec.hidden_size, spec.num_attention_heads, spec.groups, spec.head_dim, spec.ffn, spec.rotary_dim,
             int(spec.rotary_interleaved), ACTIVATIONS[spec.activation_func], kind, KINDS[dtype], spec.vocab_size, 0,
             spec.norm_epsilon, (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
-            self._gain(self._model.decoder.final_layernorm), self._matrix(head[:spec.vocab_size]))
+            self._gain(self._model.decoder.final_layernorm), self._matrix(head[:spec.vocab_size], None if spec.tied else head))
+        if int8:
+            _give_back()
 
     def _layer(self, layer: Any) -> compiled.Layer:
         attention, mlp = layer.self_attention, layer.mlp
         bias = attention.linear_qkv.bias
         return compiled.Layer(
             self._gain(layer.input_layernorm), self._gain(layer.pre_mlp_layernorm),
-            None if bias is None else self._hold(bias.float()), self._matrix(attention.linear_qkv.weight),
-            self._matrix(attention.linear_proj.weight), self._matrix(mlp.linear_fc1.weight), self._matrix(mlp.linear_fc2.weight))
+            None if bias is None else self._hold(bias.float()),
+            *(self._matrix(linear.weight, linear.weight) for linear in (
+                attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)))
 
     def _gain(self, norm: Any) -> int:
         return self._hold(norm.weight.float() + norm.offset)
@@ -81,12 +86,15 @@ class Step:
         self._held.append(tensor.detach().contiguous())
         return self._held[-1].data_ptr()
 
-    def _matrix(self, weight: Tensor) -> compiled.Matrix:
+    def _matrix(self, weight: Tensor, owner: nn.Parameter | None) -> compiled.Matrix:
+        """A matrix as the step reads it; `owner` is the parameter that int8 values take the place of."""
         if not self.int8:
             return compiled.Matrix(self._hold(weight), None)
         values, scale = quantise(weight)
         self._lost += (values.float() * scale[:, None] - weight.float()).square().sum().item()
         self._whole += weight.float().square().sum().item()
+        if owner is not None:
+            owner.data = owner.data.new_empty(0)
         return compiled.Matrix(self._hold(values), self._hold(scale))
 
     @property
@@ -124,6 +132,12 @@ class Step:
             self._cache = cache
             for number, (keys, values) in enumerate(cache.memory()):
                 self._layers[number].keys, self._layers[number].values = keys.data_ptr(), values.data_ptr()
+
+
+def _give_back() -> None:
+    """Let the system have the memory of what was freed, which the C library would keep (Linux)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,2 +1,5 @@
-"""An HTTP server that speaks OpenAI's protocol: app.py the endpoints, protocol.py what they read and write, service.py the thread
-that computes, metrics.py what it counts, replicas.py several of them behind one, page.html a page to chat with."""
+"""An HTTP server that speaks OpenAI's protocol.
+
+app.py holds the endpoints, body.py and messages.py what they read, protocol.py what they write; service.py is the thread that
+computes, metrics.py what it counts, replicas.py several servers behind one, page.html a page to chat with.
+"""

@@ -18,8 +18,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
+from modellink.infer.batch import TooLong
 from modellink.infer.server import protocol
-from modellink.infer.server.service import Busy, Event, Service, Submission
+from modellink.infer.server.body import Asked, in_api_words, read_asked, read_body
+from modellink.infer.server.fields import field
+from modellink.infer.server.service import Busy, Event, Failed, Service, Submission
 from modellink.kernels.errors import ModelLinkError
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
@@ -44,14 +47,13 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        path = request.url.path
-        if api_key is not None and path.startswith("/v1/"):
+        if api_key is not None and request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
                 return _failure(401, "the API key is missing or wrong", "authentication_error")
         response: Response = await go_on(request)
-        known = path if response.status_code != 404 else "other"
-        service.metrics.request(known, response.status_code)
+        route = request.scope.get("route")  # not the path: who asks chooses that, and each would stay in memory
+        service.metrics.request(route.path if route is not None else "other", response.status_code)
         return response
 
     @app.exception_handler(404)
@@ -123,20 +125,23 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
     def notify(event: Event) -> None:
         loop.call_soon_threadsafe(queue.put_nowait, event)
     try:
-        body = protocol.read_body(content)
-        wanted = protocol.field(body, "model", str, name)
+        body = read_body(content)
+        wanted = field(body, "model", str, name)
         if wanted != name:
             return _no_model(wanted, name)
-        read = partial(protocol.read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
+        read = partial(read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
                        most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type)
         asked = await asyncio.to_thread(read)
-        submission = service.submit(asked.requests, notify, every_piece=asked.stream)
+        try:
+            submission = service.submit(asked.requests, notify, every_piece=asked.stream)
+        except TooLong as error:
+            raise in_api_words(error, body, chat=chat) from None
     except Busy as error:
         service.metrics.count("refused")
         return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
+    except Failed as error:
+        return _failure(503, error.what, "server_error")
     except ModelLinkError as error:
-        if service.failure is not None:
-            return _failure(503, str(error), "server_error")
         return _failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
                         str(error.where) if error.where else None)
     if asked.stream:
@@ -147,7 +152,7 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
     finally:
         service.cancel(submission)
     if failure is not None:
-        return _failure(503, failure, "server_error")
+        return _failure(500 if service.usable else 503, failure, "server_error")
     return JSONResponse(protocol.whole(asked, submission.answers, tokenizer))
 
 
@@ -188,7 +193,7 @@ async def gone(request: Request) -> None:
         pass
 
 
-async def _stream(service: Service, asked: protocol.Asked, submission: Submission, queue: asyncio.Queue[Event],
+async def _stream(service: Service, asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
                   ) -> AsyncIterator[str]:
     """Server-sent events: the pieces, how each answer ended, the usage where it was asked for, and [DONE]."""
     tokenizer, shown = service.engine.tokenizer, [0] * len(submission.answers)
@@ -208,7 +213,7 @@ async def _stream(service: Service, asked: protocol.Asked, submission: Submissio
                 started[event.index] = True
             if event.done:
                 ended += 1
-                yield _event(protocol.chunk(asked, event.index, None, first=False, finish=answer.finish_reason))
+                yield _event(protocol.chunk(asked, event.index, None, first=False, finish=protocol.finish_reason(answer)))
         if asked.usage:
             yield _event(protocol.last_chunk(asked, submission.answers))
         yield "data: [DONE]\n\n"

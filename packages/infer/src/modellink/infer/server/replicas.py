@@ -1,9 +1,10 @@
-"""Several servers of the same model behind one: `serve --replicas N`.
+"""Several servers of the same model behind one: `serve --replicas N` on this machine, `serve --replica-url URL` on any.
 
-Each replica is a process (with `--tp` a group of them) that runs the whole server on a port of its own on this machine; the one
-in front hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. One that
-dies is started again. A request of which nothing was answered yet goes to another replica; a stream that was under way ends with
-an error. Not here: replicas on other machines, and a share of accelerators for each (all replicas see the same ones).
+A replica of this machine is a process (with `--tp` a group of them) that runs the whole server on a port of its own, and has its
+share of the accelerators; one that dies is started again. Others are servers that somebody started elsewhere. The one in front
+hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. It asks each how it
+is: one that cannot answer gets nothing. A request of which nothing was answered yet goes to another replica; a stream that was
+under way ends with an error. Not here: keys, which the replicas ask for themselves.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -27,56 +28,79 @@ from starlette.requests import ClientDisconnect
 
 from modellink.core.processes import free_port
 from modellink.infer.server import protocol
+from modellink.kernels.errors import ModelLinkError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
 SOON = 60.0  # seconds
-POLL = 0.2  # seconds between questions whether a replica is ready
+POLL, POLL_READY = 0.2, 2.0  # seconds between questions whether a replica is ready, and whether it still is
+ASK_SECONDS = 10.0  # in which it has to say so
+MOST_LOST = 2  # replicas that may end over one request: it may be what ends them
 STOP_SECONDS = 40.0  # in which a replica may end by itself
+VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 PASSED_ON = ("authorization", "content-type")
 GIVEN_BACK = ("content-type", "retry-after", "content-security-policy", "cache-control", "x-accel-buffering")
 
 
 class Replica:
-    """One process.
+    """A server that somebody else started.
 
     Attributes:
+        url: where it is, without a path.
         under_way: requests that it works on.
         ready: it answers.
     """
 
-    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.index, self._command, self._environment = index, command, environment
-        self.under_way, self.ready, self.port = 0, False, 0
-        self.process: asyncio.subprocess.Process | None = None
+    def __init__(self, index: int, url: str) -> None:
+        self.index, self.url = index, url
+        self.under_way, self.ready = 0, False
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+    async def live(self, client: httpx.AsyncClient) -> None:
+        """Look after it until this is cancelled."""
+        await self._watch(client)
+
+    async def stop(self) -> None:
+        """The one in front ends."""
+
+    async def _watch(self, client: httpx.AsyncClient) -> None:
+        while True:
+            try:
+                ready = (await client.get(f"{self.url}/health", timeout=ASK_SECONDS)).status_code == 200
+            except httpx.HTTPError:
+                ready = False
+            if ready != self.ready:
+                self.ready = ready
+                print(f"replica {self.index} at {self.url} {'is ready' if ready else 'does not answer'}", file=sys.stderr,
+                      flush=True)
+            await asyncio.sleep(POLL_READY if ready else POLL)
+
+
+class OwnReplica(Replica):
+    """One that is a process of ours."""
+
+    def __init__(self, index: int, command: Sequence[str], environment: dict[str, str]) -> None:
+        super().__init__(index, "")
+        self._command, self._environment = command, environment
+        self.process: asyncio.subprocess.Process | None = None
 
     async def live(self, client: httpx.AsyncClient) -> None:
         """Start it, and again whenever it dies, until this is cancelled."""
         wait = FIRST_WAIT
         while True:
-            self.port, since = free_port(), time.monotonic()
-            command = [*self._command, "--host", "127.0.0.1", "--port", str(self.port)]
+            port, since = free_port(), time.monotonic()
+            self.url = f"http://127.0.0.1:{port}"
+            command = [*self._command, "--host", "127.0.0.1", "--port", str(port)]
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=self._environment, start_new_session=True, preexec_fn=_end_with_parent)
-            ready = asyncio.ensure_future(self._wait_ready(client))
+            watch = asyncio.ensure_future(self._watch(client))
             try:
                 status = await self.process.wait()
             finally:
-                ready.cancel()
+                watch.cancel()
                 self.ready = False
             wait = min(2 * wait, LONGEST_WAIT) if time.monotonic() - since < SOON else FIRST_WAIT
             print(f"replica {self.index} ended with status {status}; it is started again in {wait:.0f} s", file=sys.stderr,
                   flush=True)
             await asyncio.sleep(wait)
-
-    async def _wait_ready(self, client: httpx.AsyncClient) -> None:
-        while not self.ready:
-            with suppress(httpx.HTTPError):
-                self.ready = (await client.get(f"{self.url}/health")).status_code == 200
-            await asyncio.sleep(POLL)
 
     async def stop(self) -> None:
         process = self.process
@@ -90,12 +114,31 @@ class Replica:
             await process.wait()
 
 
-def make_replicas(count: int, arguments: Sequence[str]) -> list[Replica]:
-    """Replicas that run `modellink-infer` with these arguments; each has its share of the processor and of the free memory."""
+def make_replicas(count: int, arguments: Sequence[str], shares: Sequence[dict[str, str]] | None = None) -> list[Replica]:
+    """Replicas that run `modellink-infer` with these arguments; each has its share of the processor, and of the free memory or
+    of the accelerators (`shares`, see `device_shares`)."""
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "MODELLINK_REPLICAS": str(count)}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "MODELLINK_REPLICAS": "1" if shares else str(count)}
     command = [sys.executable, "-m", "modellink.infer.cli", *arguments, "--replicas", "1"]
-    return [Replica(index, command, environment) for index in range(count)]
+    return [OwnReplica(index, command, environment | (shares[index] if shares else {})) for index in range(count)]
+
+
+def device_shares(kind: str, there: int, count: int, each: int) -> list[dict[str, str]] | None:
+    """What the environment says to each of `count` replicas of `each` ranks about the accelerators; None on a CPU.
+
+    Args:
+        there: how many this process sees; where the variable is set already they are those that it names.
+
+    Raises:
+        ModelLinkError: there are too few.
+    """
+    if (variable := VISIBLE.get(kind)) is None:
+        return None
+    names = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()] or list(map(str, range(there)))
+    if len(names) < count * each:
+        raise ModelLinkError(f"{count} replicas of {each} ranks need {count * each} devices, there are {len(names)}",
+                             where="--replicas", fix=f"use at most {len(names) // each} replicas")
+    return [{variable: ",".join(names[index * each:(index + 1) * each])} for index in range(count)]
 
 
 def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
@@ -148,9 +191,10 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
 
 
 async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request, content: bytes) -> Response:
-    """The answer of the replica with the least to do; of the next one, if that dies before it says anything."""
+    """The answer of the replica with the least to do; of the next one, if that dies before it says anything, or says 503."""
     tried: set[int] = set()
-    while open_ones := [one for one in replicas if one.ready and one.index not in tried]:
+    lost, refusal = 0, None
+    while lost < MOST_LOST and (open_ones := [one for one in replicas if one.ready and one.index not in tried]):
         replica = min(open_ones, key=lambda one: one.under_way)
         tried.add(replica.index)
         asked = client.build_request(request.method, replica.url + request.url.path, content=content, params=request.query_params,
@@ -169,14 +213,19 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
                 whole = await _unless_gone(request, answer.aread())
             finally:
                 await answer.aclose()
-            return Response(whole or b"", answer.status_code, given)
+            found = Response(whole or b"", answer.status_code, given)
+            if answer.status_code != 503:
+                return found
+            lost, refusal = lost + 1, found
+        except httpx.ConnectError:
+            replica.ready = False  # before anybody noticed that it ended; it is asked again soon
         except httpx.HTTPError:
-            continue
+            lost += 1
         finally:
             if not streaming:
                 replica.under_way -= 1
-    return _failure(503, "no replica is ready" if not tried else "the replicas ended before they answered", "server_error",
-                    headers={"Retry-After": "5"})
+    why = "the replicas ended before they answered" if tried else "no replica is ready"
+    return refusal or _failure(503, why, "server_error", headers={"Retry-After": "5"})
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:

@@ -25,6 +25,10 @@ class Busy(ModelLinkError):
     """There are too many requests."""
 
 
+class Failed(ModelLinkError):
+    """Nothing can be answered any more."""
+
+
 @dataclass
 class Event:
     """What became certain of one answer of a submission."""
@@ -32,7 +36,7 @@ class Event:
     index: int
     piece: str = ""
     done: bool = False
-    failure: str | None = None
+    failure: str | None = None  # why it came to its end without being an answer
 
 
 @dataclass(eq=False)
@@ -60,6 +64,10 @@ class Service:
 
     Args:
         most_waiting: how many answers may be under way or wait at most.
+
+    Attributes:
+        failure: why the model can answer nothing any more.
+        on_failure: called then, from the thread; the process is to end, for what started it can start it anew.
     """
 
     def __init__(self, engine: Engine, *, most_waiting: int) -> None:
@@ -67,6 +75,8 @@ class Service:
         self.batch: Batch = engine.batch()
         self.metrics = Metrics()
         self.failure: str | None = None
+        self.on_failure: Callable[[], None] = lambda: None
+        self._ended = False  # the thread takes nothing any more
         self._inbox: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._numbers = 0
@@ -88,6 +98,11 @@ class Service:
         self._thread.join(timeout=60)
 
     @property
+    def usable(self) -> bool:
+        """Whether it answers what comes now."""
+        return not self._ended
+
+    @property
     def under_way(self) -> int:
         return len(self._jobs)
 
@@ -96,14 +111,16 @@ class Service:
 
         Raises:
             Busy: too many are under way.
-            ModelLinkError: a request that the cache will never hold, or the model has failed.
+            Failed: the model has failed, or the server stops.
+            ModelLinkError: a request that the cache will never hold.
         """
-        if self.failure is not None:
-            raise ModelLinkError(f"the model has failed: {self.failure}", fix="start the server anew")
         for request in requests:
             self.batch.check(request)
         submission = Submission([Answer.to(request, self.engine.tokenizer) for request in requests], notify, every_piece)
         with self._lock:
+            if self._ended:  # what joined now nobody would answer
+                raise Failed(f"the model has failed: {self.failure}" if self.failure else "the server stops",
+                             fix="try again later")
             if len(self._jobs) + len(requests) > self.most_waiting:
                 raise Busy(f"{len(self._jobs)} answers are under way or wait, {self.most_waiting} is the most",
                            fix="try again later")
@@ -128,8 +145,12 @@ class Service:
         except BaseException as error:
             traceback.print_exc()
             self.failure = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self._ended = True
         for number in list(self._jobs):
             self._tell(number, failure=self.failure or "the server stops")
+        if self.failure is not None:
+            self.on_failure()
 
     def _orders(self) -> _Orders:
         """What came in; waits where there is nothing else to do."""
@@ -155,8 +176,12 @@ class Service:
         for number, request in orders.join:
             job = self._jobs.get(number)
             answer = job[0].answers[job[1]] if job else Answer.to(request, self.engine.tokenizer)
-            self._answers[number] = answer
-            self.batch.add(answer)
+            try:
+                self.batch.add(answer)
+            except Exception as fault:  # of this answer, on every rank; the others are to go on
+                self._failed(number, answer, fault)
+            else:
+                self._answers[number] = answer
         for number in orders.leave:
             if number in self._answers:
                 self.batch.remove(self._answers.pop(number))
@@ -167,10 +192,19 @@ class Service:
         told = {id(answer): piece for answer, piece in self.batch.step()}
         for number, answer in list(self._answers.items()):
             if id(answer) in told:
-                self._tell(number, told[id(answer)], done=answer.finish_reason is not None)
+                if answer.fault is not None:
+                    self._failed(number, answer, answer.fault)
+                else:
+                    self._tell(number, told[id(answer)], done=answer.finish_reason is not None)
                 if answer.finish_reason is not None:
                     del self._answers[number]
         return True
+
+    def _failed(self, number: int, answer: Answer, fault: Exception) -> None:
+        """Tell the one client whose answer met a fault of ours, and the log."""
+        traceback.print_exception(fault)
+        answer.fail(fault)
+        self._tell(number, failure=f"the answer failed: {type(fault).__name__}: {fault}"[:500])
 
     def _tell(self, number: int, piece: str = "", *, done: bool = False, failure: str | None = None) -> None:
         if number not in self._jobs:  # on a rank that follows

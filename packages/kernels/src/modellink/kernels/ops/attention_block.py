@@ -85,7 +85,8 @@ def _per_head(x: Tensor, heads: int) -> Tensor:
 
 def _per_group(x: Tensor, groups: int) -> Tensor:
     """The sum over the heads of each group: [batch, heads, seq, dim] -> [seq, batch, groups, dim]."""
-    return x.unflatten(1, (groups, -1)).sum(2).permute(2, 0, 1, 3)
+    summed: Tensor = x.unflatten(1, (groups, -1)).sum(2)
+    return summed.permute(2, 0, 1, 3)
 
 
 def cpu(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
