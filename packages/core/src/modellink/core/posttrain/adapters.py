@@ -100,7 +100,7 @@ def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
     """The adapters in an iteration's folder, whole, by canonical name."""
     refuse_unknown_names(folder)  # PyTorch will unpickle the metadata bare
     reader = torch_dist.FileSystemReader(folder)
-    entries = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items()
+    entries: dict[str, Any] = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items()
                if name.startswith("decoder.") and name.endswith((A, B))}
     state: dict[str, Any] = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
     torch_dist.load(state, storage_reader=reader, no_dist=True)

@@ -56,11 +56,12 @@ class Factor(nn.Module):
 
 
 class Adapted(nn.Module):
-    """What the adapted forms of all linears share; `lora_A`, `lora_B` and these are set by `adapt`."""
+    """What the adapted forms of all linears share; these are set by `adapt`."""
 
     scale: float
     rate: float
     gated: bool
+    sequence_parallel: bool
     lora_A: Factor
     lora_B: Factor
 
@@ -73,10 +74,17 @@ class Adapted(nn.Module):
         with get_cuda_rng_tracker().fork():
             return F.dropout(x, self.rate)
 
+
+class AdaptedParallel(Adapted):
+    """A linear that is cut over tensor-parallel ranks; `tp_group` and `explicit_expert_comm` are its own."""
+
+    tp_group: Any
+    explicit_expert_comm: bool
+
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: Any = None) -> dict[str, Any]:
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
-        both = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
+        both: dict[str, Any] = {"lora_A.weight": self.lora_A.weight, "lora_B.weight": self.lora_B.weight}
         cut = {name: parameter.partition_dim for name, parameter in both.items()
                if getattr(parameter, "tensor_model_parallel", False)}
         state |= make_sharded_tensors_for_checkpoint(both, prefix, cut, sharded_offsets, tp_group=self.tp_group,
@@ -89,7 +97,7 @@ class Adapted(nn.Module):
         return state
 
 
-class AdaptedColumn(Adapted):
+class AdaptedColumn(AdaptedParallel):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
         low = self.lora_A(self.dropped(input_, alike=self.explicit_expert_comm or not self.sequence_parallel))
@@ -99,7 +107,7 @@ class AdaptedColumn(Adapted):
         return output + self.scale * self.lora_B(low), bias
 
 
-class AdaptedRow(Adapted):
+class AdaptedRow(AdaptedParallel):
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_)
         low = self.lora_A(self.dropped(input_, alike=False))
@@ -109,11 +117,8 @@ class AdaptedRow(Adapted):
         return output + self.scale * self.lora_B(low), bias
 
 
-class AdaptedReplicated(nn.Module):
+class AdaptedReplicated(Adapted):
     """A linear that is whole on every rank; its state is, too."""
-
-    dropped = Adapted.dropped
-    sequence_parallel = False
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.lora_A(self.dropped(x, alike=not self.sequence_parallel))
@@ -122,7 +127,7 @@ class AdaptedReplicated(nn.Module):
 
 
 @cache
-def _adapted(kind: type[nn.Module]) -> type[nn.Module]:
+def _adapted(kind: Any) -> type[nn.Module]:
     """The adapted form of a class of linears."""
     for base, form in ((ColumnParallelLinear, AdaptedColumn), (RowParallelLinear, AdaptedRow),
                        (ReplicatedLinear, AdaptedReplicated)):
@@ -152,7 +157,8 @@ def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraCon
             set_tensor_model_parallel_attributes(factor.weight, True, weight.dim, 1)
         factor.weight.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
         setattr(module, f"lora_{letter}", factor)
-    module.__class__ = _adapted(type(module))
+    kind: Any = type(module)
+    module.__class__ = _adapted(kind)
 
 
 def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int,

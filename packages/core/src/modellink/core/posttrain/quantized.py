@@ -60,7 +60,8 @@ def hold(weight: Tensor, form: Form) -> Held:
     f = library()
     made = f.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True) if form == "nf4" else (
         f.quantize_blockwise(weight, blocksize=INT8_BLOCK))
-    return Held(*made, form, weight.shape)
+    packed, state = made
+    return Held(packed, state, form, weight.shape)
 
 
 class Quantized(nn.Module):
@@ -87,7 +88,7 @@ class Quantized(nn.Module):
 
 
 @cache
-def _quantized(kind: type[nn.Module]) -> type[nn.Module]:
+def _quantized(kind: Any) -> type[nn.Module]:
     return type(f"Quantized{kind.__name__}", (Quantized, kind), {})
 
 
@@ -95,9 +96,11 @@ def _quantized(kind: type[nn.Module]) -> type[nn.Module]:
 def quantize(models: Sequence[nn.Module], form: Form) -> None:
     """Hold the frozen linears of the layers of these model chunks in `form`, in place."""
     for model in models:
-        for module in bare(model).decoder.modules():  # type: ignore[operator, union-attr]
+        chunk: Any = bare(model)
+        for module in chunk.decoder.modules():
             if isinstance(module, (ColumnParallelLinear, RowParallelLinear)) and not module.weight.requires_grad:
                 linear: Any = module
                 linear.held = hold(linear.weight.data, form)
                 del linear.weight
-                linear.__class__ = _quantized(type(linear))
+                kind: Any = type(linear)
+                linear.__class__ = _quantized(kind)
