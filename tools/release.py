@@ -69,7 +69,7 @@ def check_files(package: str, sdist: Path, wheel: Path) -> list[str]:
     expected = {name for name in sources if not STRAY.search(name)}
     problems += [f"wheel: {name} is in src and was left out" for name in sorted(expected - names)]
     for name in members:
-        known = name in SOURCE_FILES or name.startswith(("src/", "tests/", "examples/", "attacks/"))
+        known = name in SOURCE_FILES or name.startswith(("src/", "tests/", "docs/", "examples/", "attacks/"))
         if not known or (name != ".gitignore" and STRAY.search(name)):
             problems.append(f"source archive: stray file {name}")
     return problems
