@@ -80,9 +80,9 @@ class Run:
 
     @property
     def order(self) -> dict[str, Any]:
-        """By name, what the order of the data comes from; as JSON gives it back."""
-        return {"data_path": list(self.data.data_path), "split": self.data.split, "seq_length": self.data.seq_length,
-                "seed": self.optimizer.seed}
+        """By name, what the order of the data comes from, wherever the data lies; as JSON gives it back."""
+        return {"data_path": [Path(item).name for item in self.data.data_path], "split": self.data.split,
+                "seq_length": self.data.seq_length, "seed": self.optimizer.seed}
 
     @property
     def sequence_multiple(self) -> int:
