@@ -18,7 +18,8 @@ from modellink.kernels.ops.cases import alone
 from modellink.kernels.ops.check import TOLERANCE, difference
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
-rms_norm, swiglu, rotary = (importlib.import_module(f"modellink.kernels.ops.{name}") for name in ("rms_norm", "swiglu", "rotary"))
+rms_norm, swiglu, rotary, linear = (
+    importlib.import_module(f"modellink.kernels.ops.{name}") for name in ("rms_norm", "swiglu", "rotary", "linear"))
 CASES = {dtype: {case.name: case for case in alone(torch.device("cpu"), dtype)} for dtype in TOLERANCE}
 
 
@@ -144,17 +145,20 @@ def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
     assert torch.equal(whole, given)
 
 
+@pytest.mark.parametrize("by", ["ops.linear", pytest.param("one_dnn", marks=pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_linear_of_onednn_is_the_plain_one(dtype):
+def test_a_linear_is_the_plain_one(dtype, by):
+    product = ops.linear if by == "ops.linear" else linear.one_dnn
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*sizes, generator=generator).to(dtype) for sizes in ((4, 3, 20), (7, 20)))
     for turned in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[0], lambda x: x[:0]):  # an expert may have no rows
         found, expected = (with_gradients(lambda x, w, form=form, turned=turned: form(turned(x), w), [x, weight])
-                           for form in (ops.linear, torch.nn.functional.linear))
+                           for form in (product, torch.nn.functional.linear))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
     found, expected = (with_gradients(lambda x, form=form: form(x, weight), [x])[1]
-                       for form in (ops.linear, torch.nn.functional.linear))
+                       for form in (product, torch.nn.functional.linear))
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])  # of a frozen matrix
 
 

@@ -1,12 +1,15 @@
 """A linear layer's product.
 
-torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's. oneDNN, which torch brings too, was faster on an AMD
-EPYC for the products of the forward pass and for the gradient of the input, not for that of the weight.
+torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's: on a Xeon it is the faster one. oneDNN, which torch
+brings too, was faster on an AMD EPYC for the products of the forward pass and for the gradient of the input, not for that of the
+weight. The maker of the processor decides, and not a stopwatch, so that two runs on one machine have the same bits.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +30,18 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def cpu(x: Tensor, weight: Tensor) -> Tensor:
-    if x.dtype != torch.float32 or not torch.backends.mkldnn.is_available():  # torch itself takes oneDNN for bf16
-        return plain(x, weight)
+    return one_dnn(x, weight) if x.dtype == torch.float32 and _amd() else plain(x, weight)  # torch takes oneDNN for bf16 itself
+
+
+def one_dnn(x: Tensor, weight: Tensor) -> Tensor:
     rows: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
     return rows.view(*x.shape[:-1], weight.size(0))  # there may be no rows
+
+
+@functools.cache
+def _amd() -> bool:
+    about = Path("/proc/cpuinfo")
+    return torch.backends.mkldnn.is_available() and about.exists() and "AuthenticAMD" in about.read_text("utf-8", "replace")
 
 
 class _OneDnn(torch.autograd.Function):
