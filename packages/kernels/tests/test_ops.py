@@ -145,20 +145,21 @@ def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
     assert torch.equal(whole, given)
 
 
-@pytest.mark.parametrize("by", ["ops.linear", pytest.param("one_dnn", marks=pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_linear_is_the_plain_one(dtype, by):
-    product = ops.linear if by == "ops.linear" else linear.one_dnn
+@pytest.mark.parametrize("way", [None, "WIDENED", pytest.param("ONE_DNN", marks=pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))])
+def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
+    monkeypatch.setattr(linear, "_ways", lambda: {dtype: getattr(linear, way)} if way else {})
+    monkeypatch.setattr(linear, "WORTH_WIDENING", 3)
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*sizes, generator=generator).to(dtype) for sizes in ((4, 3, 20), (7, 20)))
     for turned in (lambda x: x, lambda x: x.transpose(0, 1), lambda x: x[0], lambda x: x[:0]):  # an expert may have no rows
         found, expected = (with_gradients(lambda x, w, form=form, turned=turned: form(turned(x), w), [x, weight])
-                           for form in (product, torch.nn.functional.linear))
+                           for form in (ops.linear, torch.nn.functional.linear))
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])
     found, expected = (with_gradients(lambda x, form=form: form(x, weight), [x])[1]
-                       for form in (product, torch.nn.functional.linear))
+                       for form in (ops.linear, torch.nn.functional.linear))
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])  # of a frozen matrix
 
 

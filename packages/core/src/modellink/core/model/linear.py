@@ -13,16 +13,17 @@ from modellink.kernels import ops
 
 
 class Product:
-    """The step of megatron-core's linears that multiplies: in training on a CPU, where nothing is sent meanwhile, the op for it.
+    """The step of megatron-core's linears that multiplies: on a CPU, where nothing is sent meanwhile, the op for it.
 
-    Not in inference: oneDNN makes a product anew for every number of rows and keeps it, and there each batch has another.
+    Not fp32 in inference: oneDNN makes a product anew for every number of rows and keeps it, and there each batch has another.
     """
 
     training: bool
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None = None, sequence_parallel: bool = False,
                       allreduce_dgrad: bool = False, **kwargs: Any) -> Tensor:
-        if not (self.training and input.is_cpu) or sequence_parallel or allreduce_dgrad:
+        taken = input.is_cpu and (self.training or input.dtype != torch.float32)
+        if not taken or sequence_parallel or (allreduce_dgrad and torch.is_grad_enabled()):
             output: Tensor = super()._forward_impl(  # type: ignore[misc]
                 input, weight, bias=bias, sequence_parallel=sequence_parallel, allreduce_dgrad=allreduce_dgrad, **kwargs)
             return output

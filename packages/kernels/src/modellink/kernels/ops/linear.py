@@ -1,14 +1,18 @@
-"""A linear layer's product.
+"""A linear layer's product, on a CPU by the library that is fast on this processor.
 
-torch multiplies fp32 matrices on a CPU by MKL, which is made for Intel's: on a Xeon it is the faster one. oneDNN, which torch
-brings too, was faster on an AMD EPYC for the products of the forward pass and for the gradient of the input, not for that of the
-weight. The maker of the processor decides, and not a stopwatch, so that two runs on one machine have the same bits.
+torch multiplies fp32 matrices by MKL, which is made for Intel's: on a Xeon it is the faster one. oneDNN, which torch brings too,
+was faster on an AMD EPYC for the products of the forward pass and for the gradient of the input, not for that of the weight.
+torch multiplies bf16 matrices by oneDNN, which a processor without bf16 arithmetic slows down to a fraction of its fp32 rate:
+widened operands have the same exact products, summed in fp32 too, several times as fast.
+
+What the processor is decides, and not a stopwatch, so that two runs on one machine have the same bits.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,9 @@ import torch
 from torch import Tensor
 
 from modellink.kernels.ops.door import form_of
+
+WORTH_WIDENING = 32
+"""Rows from which on the products cost more than making a matrix wide."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -29,37 +36,60 @@ def plain(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
+@dataclass(frozen=True)
+class Way:
+    """How to multiply x [rows, in] and a matrix [out, in], and gradients [rows, out] and x to the gradient of the matrix."""
+
+    product: Callable[[Tensor, Tensor], Tensor]
+    outer: Callable[[Tensor, Tensor], Tensor]
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        rows: Tensor = _Linear.apply(self, x.flatten(0, -2), weight)
+        return rows.view(*x.shape[:-1], weight.size(0))  # there may be no rows
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, way: Way, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.way = way
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[1] else None)
+        return way.product(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = None if weight is None else ctx.way.product(gradient, weight.t())
+        return None, of_x, None if x is None else ctx.way.outer(gradient, x)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return result
+
+
+ONE_DNN = Way(_by_onednn, lambda gradient, x: gradient.t() @ x)
+WIDENED = Way(lambda x, weight: (x.float() @ weight.float().t()).to(x.dtype),
+              lambda gradient, x: (gradient.float().t() @ x.float()).to(x.dtype))
+
+
 def cpu(x: Tensor, weight: Tensor) -> Tensor:
-    return one_dnn(x, weight) if x.dtype == torch.float32 and _amd() else plain(x, weight)  # torch takes oneDNN for bf16 itself
-
-
-def one_dnn(x: Tensor, weight: Tensor) -> Tensor:
-    rows: Tensor = _OneDnn.apply(x.flatten(0, -2), weight)
-    return rows.view(*x.shape[:-1], weight.size(0))  # there may be no rows
+    way = _ways().get(x.dtype)
+    if way is None or (way is WIDENED and x.numel() < WORTH_WIDENING * x.size(-1)):
+        return plain(x, weight)
+    return way(x, weight)
 
 
 @functools.cache
-def _amd() -> bool:
+def _ways() -> dict[torch.dtype, Way]:
+    """What this processor multiplies in another way than torch would; nothing where it is not known."""
     about = Path("/proc/cpuinfo")
-    return torch.backends.mkldnn.is_available() and about.exists() and "AuthenticAMD" in about.read_text("utf-8", "replace")
-
-
-class _OneDnn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return _product(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        of_x = None if weight is None else _product(gradient, weight.t())
-        return of_x, None if x is None else gradient.t() @ x
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-    return result
+    words = set(about.read_text("utf-8", "replace").split()) if about.exists() and torch.backends.mkldnn.is_available() else set()
+    ways: dict[torch.dtype, Way] = {}
+    if "AuthenticAMD" in words:
+        ways[torch.float32] = ONE_DNN
+    if "avx2" in words and not words & {"avx512_bf16", "amx_bf16"}:
+        ways[torch.bfloat16] = WIDENED
+    return ways
 
 
 FORMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cpu": cpu}
