@@ -163,6 +163,15 @@ def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=2 * TOLERANCE[dtype])  # of a frozen matrix
 
 
+@pytest.mark.parametrize(("cpuinfo", "taken"), [
+    ("GenuineIntel avx2 avx512f", {torch.bfloat16: "WIDENED"}), ("GenuineIntel avx2 avx512f avx512_bf16", {}),
+    ("AuthenticAMD avx2 avx512_bf16", {torch.float32: "ONE_DNN"}),
+    ("AuthenticAMD avx2", {torch.float32: "ONE_DNN", torch.bfloat16: "WIDENED"}), ("ARM asimd bf16", {}), ("", {})])
+def test_the_processor_decides_how_it_multiplies(monkeypatch, cpuinfo, taken):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert linear.ways_of(set(cpuinfo.split())) == {dtype: getattr(linear, way) for dtype, way in taken.items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])

@@ -81,13 +81,16 @@ def cpu(x: Tensor, weight: Tensor) -> Tensor:
 
 @functools.cache
 def _ways() -> dict[torch.dtype, Way]:
-    """What this processor multiplies in another way than torch would; nothing where it is not known."""
     about = Path("/proc/cpuinfo")
-    words = set(about.read_text("utf-8", "replace").split()) if about.exists() and torch.backends.mkldnn.is_available() else set()
+    return ways_of(set(about.read_text("utf-8", "replace").split()) if about.exists() else set())
+
+
+def ways_of(cpuinfo: set[str]) -> dict[torch.dtype, Way]:
+    """What a processor with these words in its description multiplies in another way than torch would."""
     ways: dict[torch.dtype, Way] = {}
-    if "AuthenticAMD" in words:
+    if "AuthenticAMD" in cpuinfo and torch.backends.mkldnn.is_available():
         ways[torch.float32] = ONE_DNN
-    if "avx2" in words and not words & {"avx512_bf16", "amx_bf16"}:
+    if "avx2" in cpuinfo and not cpuinfo & {"avx512_bf16", "amx_bf16"}:
         ways[torch.bfloat16] = WIDENED
     return ways
 
