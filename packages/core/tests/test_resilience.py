@@ -111,7 +111,7 @@ def test_who_survives_on_another_machine_saves(pools, options, tmp_path):
 @pytest.mark.stress
 @pytest.mark.parametrize("more", [["--nproc-per-node", "2"], ["--nproc-per-node", "4", "--use-distributed-optimizer"]],
                          ids=" ".join)
-def test_random_faults_change_no_loss(pools, options, tmp_path, more):
+def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, more):
     """Two hundred over both layouts, of all kinds, at random steps and moments."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
@@ -121,6 +121,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, more):
     faults = ";".join(
         f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
         f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
+    monkeypatch.setattr("modellink.core.testing.SECONDS", 1800)  # hundreds of steps are one call
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     watched(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20")
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
