@@ -22,7 +22,7 @@ from torch import Tensor
 from modellink.kernels.ops.door import form_of
 
 WORTH_WIDENING = 32
-"""Rows from which on the products cost more than making a matrix wide."""
+"""Rows for which a matrix is made wide; fewer do not pay for reading it twice. A guess, not tuned."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
