@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -178,9 +179,15 @@ def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(options, tmp_path
 
 def test_under_torchrun_every_process_is_a_rank(options):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *BARE[2:]]
-    done = subprocess.run([*torchrun, *options, "--tp", "2"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(LINE.findall(done.stdout)) == 3
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps what was written at once together
+    process = subprocess.Popen([*torchrun, *options, "--tp", "2"], stdout=theirs, stderr=subprocess.DEVNULL)
+    theirs.close()
+    with ours:
+        writes = [write.decode() for write in iter(lambda: ours.recv(2**16), b"")]
+    assert process.wait() == 0
+    assert len(LINE.findall("".join(writes))) == 3
+    lines = [write for write in writes if "] iteration " in write or "[Rank " in write]
+    assert len(lines) == 5 and all(write.endswith("\n") for write in lines)
 
 
 def test_a_token_beyond_the_vocabulary_is_one_message_and_leaves_nothing(options, tmp_path):

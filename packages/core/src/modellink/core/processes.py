@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import io
 import os
 import signal
 import socket
@@ -112,6 +113,12 @@ def _end_with_the_launcher() -> None:
         threading.Thread(target=wait, args=(int(lifeline),), daemon=True).start()
 
 
+def _print_whole_lines() -> None:
+    """Write a line and its end at once: the ranks share an output, and torchrun's `python -u` writes the end by itself."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True, write_through=False)
+
+
 def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
     """Wait until all have ended well (None) or one has failed (its number); a moment's grace lets all speak."""
     while True:
@@ -146,6 +153,7 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
         raise ModelLinkError(f"{world_size()} processes were started, {layout} needs {layout.world_size}",
                              where="--nproc-per-node", fix=f"use a multiple of {layout.tp * layout.pp * layout.cp}")
     _end_with_the_launcher()
+    _print_whole_lines()
     device.activate()
     engine.start(device)
     from megatron.core import parallel_state, tensor_parallel
