@@ -244,6 +244,7 @@ def start(device: Device) -> None:
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
     warnings.filterwarnings("ignore", message=r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated",
                             category=FutureWarning)  # megatron-core calls them
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
     with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
         from megatron.core.models.gpt import GPTModel  # noqa: F401
         _fix()

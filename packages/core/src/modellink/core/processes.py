@@ -68,7 +68,7 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)), "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     lifeline, ours = os.pipe()  # the ranks notice by its end that this process is gone, however it went
     environment[LIFELINE] = str(lifeline)
     with contextlib.ExitStack() as stack:
@@ -154,6 +154,7 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
                              where="--nproc-per-node", fix=f"use a multiple of {layout.tp * layout.pp * layout.cp}")
     _end_with_the_launcher()
     _print_whole_lines()
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels begin in the order they were given, which overlap needs
     device.activate()
     engine.start(device)
     from megatron.core import parallel_state, tensor_parallel

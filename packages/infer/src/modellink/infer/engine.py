@@ -51,7 +51,7 @@ def load(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
         cache_tokens: how many tokens the cache holds; None is `batch_size` of the longest sequences, if memory allows.
         native: on a CPU, compute passes of few tokens by a compiled function where it takes the model and there is a compiler;
             None does it if it is measured to be faster.
-        int8: let it hold the weights in int8, with a scale for each row; its error is printed with `show`.
+        int8: with that function, hold the weights in int8, with a scale for each row; the error is printed with `show`.
         graphs: compute passes of single tokens from captured graphs; None does it on CUDA and NPUs, where it can be done.
         show: show progress on stderr.
 

@@ -46,7 +46,7 @@ class Network:
 
     Args:
         native: let the compiled step compute passes of few tokens where it takes the model; None measures whether it pays.
-        int8: let it compute all passes over a cache, with int8 weights.
+        int8: keep the weights in int8.
         graphs: compute passes of single tokens from captured graphs; None does it where there is an accelerator.
 
     Attributes:
@@ -115,8 +115,6 @@ class Network:
                 state.cache, ids.size(1)):
             assert state.positions is not None and state.wanted is not None
             return self.step.logits(ids[0], state.cache, state.positions[0], state.wanted[0])[None]
-        if self.step is not None and self.step.int8:
-            raise ModelLinkError("int8 weights compute passes over a cache alone: the others are gone")
         if self.graphs is not None and state is not None and isinstance(state.cache, PagedCache) and state.cache.singles:
             assert state.positions is not None and state.wanted is not None
             found = self.graphs.logits(ids[0], state.positions[0], state.cache)

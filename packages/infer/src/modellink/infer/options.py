@@ -38,7 +38,7 @@ class ModelOptions:
     native: bool | None = option(None, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
                                  "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler; where "
                                  "nothing is said, if it is faster, which is measured when the model is loaded.")
-    int8: bool = option(False, "Let it hold the weights in int8, with a scale for each row; the error is printed.")
+    int8: bool = option(False, "With that function, hold the weights in int8, with a scale for each row; the error is printed.")
     graphs: bool | None = option(None, "Compute passes of single tokens from captured graphs; where nothing is said on CUDA and "
                                  "NPUs, for models on one rank without experts.")
     tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "

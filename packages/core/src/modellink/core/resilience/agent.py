@@ -141,7 +141,6 @@ def launch(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int
     endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{processes.free_port()}"
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     with tempfile.TemporaryDirectory() as logs:
         handler = get_rendezvous_handler(RendezvousParameters(
             backend="c10d", endpoint=endpoint, run_id=run.resilience.rdzv_id, min_nodes=low, max_nodes=high,

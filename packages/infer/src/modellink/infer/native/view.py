@@ -1,13 +1,12 @@
 """The compiled step over a model's own parameters: which models it takes, and a pass of few tokens through it.
 
 A model is taken when it is RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU rank, in fp32 or
-bf16; what a family adds beyond that (experts, latent attention, caps, ALiBi, post norms) is not. Weights may be int8 with a scale
-for each row, made when the model is loaded. Between weights everything is fp32, whatever their precision.
+bf16; what a family adds beyond that (experts, latent attention, caps, ALiBi, post norms) is not. Weights may be int8 (int8.py).
+Between weights everything is fp32, whatever their precision.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import math
 from dataclasses import fields
@@ -21,6 +20,7 @@ from modellink.core.model.load import bare
 from modellink.core.model.rotary import RotaryTable
 from modellink.infer.cache import PagedCache
 from modellink.infer.native import compiled
+from modellink.infer.native.int8 import Int8, give_back, lend
 from modellink.kernels.parallel import ParallelLayout
 
 FEW_TOKENS = 16  # of a pass over pieces of prompts; beyond, torch's matrix products are faster
@@ -47,11 +47,11 @@ class Step:
 
     Args:
         int8: keep the matrices in int8, with a scale for each row. The model's own are freed (but the embedding, whose rows are
-            looked up): it computes nothing without the step any more.
+            looked up), and made from these whenever the model computes.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, dtype: torch.dtype, *, int8: bool = False) -> None:
-        self._spec, self._dtype, self.int8 = spec, dtype, int8
+        self._spec, self._dtype, self._int8 = spec, dtype, int8
         self._held: list[Tensor] = []
         self._lost = self._whole = 0.0
         self._model = cast(Any, bare(model))
@@ -66,9 +66,9 @@ class Step:
             len(layers), spec.hidden_size, spec.num_attention_heads, spec.groups, spec.head_dim, spec.ffn, spec.rotary_dim,
             int(spec.rotary_interleaved), ACTIVATIONS[spec.activation_func], kind, KINDS[dtype], spec.vocab_size, 0,
             spec.norm_epsilon, (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
-            self._gain(self._model.decoder.final_layernorm), self._matrix(head[:spec.vocab_size], None if spec.tied else head))
+            self._gain(self._model.decoder.final_layernorm), self._matrix(self._model.output_layer, head, spec.vocab_size))
         if int8:
-            _give_back()
+            give_back()
 
     def _layer(self, layer: Any) -> compiled.Layer:
         attention, mlp = layer.self_attention, layer.mlp
@@ -76,7 +76,7 @@ class Step:
         return compiled.Layer(
             self._gain(layer.input_layernorm), self._gain(layer.pre_mlp_layernorm),
             None if bias is None else self._hold(bias.float()),
-            *(self._matrix(linear.weight, linear.weight) for linear in (
+            *(self._matrix(linear, linear.weight, len(linear.weight)) for linear in (
                 attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)))
 
     def _gain(self, norm: Any) -> int:
@@ -86,16 +86,17 @@ class Step:
         self._held.append(tensor.detach().contiguous())
         return self._held[-1].data_ptr()
 
-    def _matrix(self, weight: Tensor, owner: nn.Parameter | None) -> compiled.Matrix:
-        """A matrix as the step reads it; `owner` is the parameter that int8 values take the place of."""
-        if not self.int8:
-            return compiled.Matrix(self._hold(weight), None)
-        values, scale = quantise(weight)
-        self._lost += (values.float() * scale[:, None] - weight.float()).square().sum().item()
-        self._whole += weight.float().square().sum().item()
-        if owner is not None:
-            owner.data = owner.data.new_empty(0)
-        return compiled.Matrix(self._hold(values), self._hold(scale))
+    def _matrix(self, linear: nn.Module, weight: nn.Parameter, rows: int) -> compiled.Matrix:
+        """The first rows of a linear's matrix as the step reads it."""
+        if not self._int8:
+            return compiled.Matrix(self._hold(weight[:rows]), None)
+        narrow = Int8.of(weight[:rows])
+        self._lost += (narrow.matrix(torch.float32) - weight[:rows].float()).square().sum().item()
+        self._whole += weight[:rows].float().square().sum().item()
+        if weight is not self._model.embedding.word_embeddings.weight:
+            weight.data = weight.data.new_empty(0)
+        lend(linear, weight, narrow)
+        return compiled.Matrix(self._hold(narrow.values), self._hold(narrow.scale))
 
     @property
     def error(self) -> float:
@@ -103,8 +104,8 @@ class Step:
         return math.sqrt(self._lost / self._whole) if self._whole else 0.0
 
     def takes(self, cache: PagedCache, tokens: int) -> bool:
-        """Whether it computes the pass that `cache.state` was told about; with int8 weights it computes all."""
-        return self.int8 or tokens <= FEW_TOKENS or (tokens <= FEW_ROWS and cache.singles)
+        """Whether it computes the pass that `cache.state` was told about."""
+        return tokens <= FEW_TOKENS or (tokens <= FEW_ROWS and cache.singles)
 
     def logits(self, ids: Tensor, cache: PagedCache, positions: Tensor, wanted: Tensor) -> Tensor:
         """Token ids [tokens] of the pass that `cache.state` was told about -> logits [wanted, vocabulary]."""
@@ -132,15 +133,3 @@ class Step:
             self._cache = cache
             for number, (keys, values) in enumerate(cache.memory()):
                 self._layers[number].keys, self._layers[number].values = keys.data_ptr(), values.data_ptr()
-
-
-def _give_back() -> None:
-    """Let the system have the memory of what was freed, which the C library would keep (Linux)."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 values of a matrix and a scale for each row, such that values x scale is the nearest there is."""
-    scale = weight.detach().float().abs().amax(1).clamp(min=1e-12) / 127
-    return (weight.detach().float() / scale[:, None]).round().to(torch.int8), scale
