@@ -44,9 +44,12 @@ def start(options: list[str], save: Path, faults: str, *more: str) -> subprocess
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def end(machine: subprocess.Popen[str]) -> str:
+def end(machine: subprocess.Popen[str], seconds: int = 600) -> str:
     """What it says; it ends well."""
-    said = machine.communicate(timeout=600)[0]
+    try:
+        said = machine.communicate(timeout=seconds)[0]
+    finally:
+        machine.kill()  # the ranks end with it
     assert machine.returncode == 0, said[-3000:]
     return said
 
@@ -109,21 +112,21 @@ def test_who_survives_on_another_machine_saves(pools, options, tmp_path):
 
 
 @pytest.mark.stress
-@pytest.mark.parametrize("more", [["--nproc-per-node", "2"], ["--nproc-per-node", "4", "--use-distributed-optimizer"]],
-                         ids=" ".join)
-def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, more):
+@pytest.mark.parametrize(("count", "more"), [
+    (140, ["--nproc-per-node", "2"]), (60, ["--nproc-per-node", "4", "--use-distributed-optimizer"])])
+def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, count, more):
     """Two hundred over both layouts, of all kinds, at random steps and moments."""
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
-    chance, count, straight = random.Random(seed), 100, tmp_path / "straight"
+    chance, straight = random.Random(seed), tmp_path / "straight"
     options = [*options, "--train-iters", str(4 * count), "--max-restarts", str(2 * count)]
-    kinds = ["exception", "kill", "nan", "corrupt", "memory", "disk", "slow", *["hang"] * (count // 50)]
+    kinds = ["exception", "kill", "hang", "nan", "corrupt", "memory", "disk", "slow"]
     faults = ";".join(
         f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
         f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
     monkeypatch.setattr("modellink.core.testing.SECONDS", 1800)  # hundreds of steps are one call
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
-    watched(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20")
+    end(start(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20"), 7200)
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)
 
 
