@@ -112,6 +112,16 @@ def test_experts_and_other_architectures(run, alone_of, made, case, ranks, optio
     assert alone[-1][2] < alone[0][2]
 
 
+@pytest.mark.parametrize(("modules", "options"), [
+    (("linear_fc1", "linear_fc2"), {"swap_attention": True, "recompute_num_layers": 4}),
+    (("linear_fc2",), {"recompute_activation_function": True})])
+def test_a_recomputed_part_whose_input_is_frozen(run, alone_of, made, modules, options):
+    alone = alone_of("llama", modules)
+    steps = run(1, load=str(made("llama")), train_iters=3, lora_target_modules=modules, **options)
+    assert [step[3] for step in steps] == pytest.approx([step[3] for step in alone], rel=1e-4)
+    assert alone[0][3] > 0
+
+
 @pytest.mark.parametrize(("ranks", "options"), [(1, {}), (2, TP2), (2, {"use_distributed_optimizer": True, "bf16": True})])
 def test_stopping_and_going_on_changes_no_bit(run, tmp_path, ranks, options):
     options = options | {"lora_dropout": 0.2, "shuffle": True}

@@ -178,8 +178,7 @@ def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelL
             if module + A in table:
                 parts = {"A": table[module + A], "B": table[module + B]}
                 adapt(whole.get_submodule(own.removesuffix(".weight")), parts, lora, gated=parts["B"][0].split == "gated")
-        if whole.pre_process and whole.config.recompute_granularity == "full":
-            # a layer that is recomputed learns something only if its input asks for a gradient
+        if whole.pre_process:  # what is recomputed learns something only if its input asks for a gradient
             whole.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
 
 
