@@ -212,6 +212,30 @@ def write_pair(prefix: Path, documents: list[list[int]]) -> None:
         + struct.pack(f"<{len(lengths) + 1}q", *range(len(lengths) + 1)))
 
 
+MISTAKEN = """
+from modellink.core import processes
+from modellink.kernels.device import find
+from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.parallel import ParallelLayout
+
+def main():
+    processes.join(find("cpu"), ParallelLayout(dp=2), seed=1)
+    with processes.cause_first():
+        if processes.rank() == 1:
+            raise ModelLinkError("a mistake")
+        processes.dist.barrier()
+
+run_command(main)
+"""
+
+
+def test_a_mistake_that_another_rank_finds_is_one_message(tmp_path):
+    (tmp_path / "mistaken.py").write_text(MISTAKEN)
+    spawn = "import sys; from modellink.core.processes import spawn; sys.exit(spawn(2, 'mistaken', []))"
+    done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "rank 1 failed:\nerror: a mistake" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_failing_rank_ends_the_run(options, tmp_path):
     done = command(*options, "--tp", "2", "--save", "/proc/nowhere")
     assert done.returncode == 1

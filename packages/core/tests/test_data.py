@@ -101,3 +101,15 @@ def test_a_share_without_a_document_is_none(pools, corpus, tmp_path):
         assert len(rows) == 2
     with pytest.raises(AssertionError, match="the training share has none of the 30 documents"):
         pools(1)(first_tokens, prefixes=(str(few),), dp=1, consumed=0, passes=1, split="1,999,0")
+
+
+def test_evaluation_does_not_change_the_order_of_training(pools, corpus):
+    with_and_without = [pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=40, split="178,21,1",
+                                 evaluated=evaluated) for evaluated in (0, 2)]
+    assert with_and_without[0] == with_and_without[1]
+
+
+def test_a_folder_that_cannot_hold_the_order_is_named(pools, corpus, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(AssertionError, match="(?s)the order of the data cannot be written: Not a directory.*--data-cache-path"):
+        pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=1, cache=str(tmp_path / "file/cache"))

@@ -14,7 +14,7 @@ from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
-training = beside(__file__, "test_training")
+training, MODELS = beside(__file__, "test_training"), beside(__file__, "models")
 
 
 def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[float]]]]:
@@ -111,6 +111,33 @@ def test_what_changes_the_order_of_the_data_is_said(pools, texts, saved):
     assert "note: seed was 7 and is 8" in said and said.count("in another order") == 1
     (said,) = pools(1)(told, options=texts | {"load": str(saved), "train_iters": 2})
     assert "note: all 2 iterations are done" in said and "in another order" not in said
+
+
+def test_what_goes_on_by_itself_takes_all_of_its_run(texts, saved):
+    checkpoint = settle(texts | {"save": str(saved), "auto_resume": True, "load_optim": False, "load_rng": False}).checkpoint
+    assert checkpoint.load == saved and checkpoint.load_optim and checkpoint.load_rng
+
+
+def test_a_run_keeps_its_batch_and_counts_what_it_has_taken(pools, texts, saved):
+    """Two iterations of 4 samples are done."""
+    given = texts | {"load": str(saved), "global_batch_size": None}
+    assert settle(given).data.global_batch_size == 4
+    assert settle(given | {"global_batch_size": 2}).data.global_batch_size == 2
+    (said,) = pools(1)(told, options=given | {"global_batch_size": 2, "lr_warmup_iters": 0})
+    assert "note: the global batch size was 4 and is 2" in said
+    counted = given | {"train_iters": None, "save": str(saved.with_name("counted"))}
+    pools(1)(told, options=counted | {"load": texts["load"], "train_samples": 8, "global_batch_size": 4})
+    goes_on = {"load": counted["save"], "train_samples": 18, "global_batch_size": 2}
+    assert settle(counted | goes_on).optimizer.train_iters == 7
+
+
+def test_a_checkpoint_can_learn_longer_sequences(texts, tmp_path):
+    longer = {"seq_length": 100, "max_position_embeddings": 128}
+    assert settle(texts | longer).spec.max_position_embeddings == 128
+    assert settle(texts | {"max_position_embeddings": 32}).spec.max_position_embeddings == 64
+    MODELS.make("gpt2", tmp_path)
+    with pytest.raises(ModelLinkError, match="--max-position-embeddings is 128 in test and 64 in the checkpoint"):
+        settle(texts | {"load": str(tmp_path / "weights")} | longer)
 
 
 def timeout(minutes: int) -> float:

@@ -133,8 +133,27 @@ def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tm
     run(2, **options, exit_interval=2)
     for said in pools(2)(without_room, options=options | {"load": str(tmp_path), "async_save": behind}):
         assert "the checkpoint could not be written: rank 0: OSError: [Errno 27] File too large" in said
-    assert iterations(tmp_path) == ["iter_0000002", "iter_0000004.tmp"]
+    assert iterations(tmp_path) == ["iter_0000002"]
     assert run(2, load=str(tmp_path))[-1][0] == 5
+
+
+def told(options: dict[str, Any]) -> str:
+    """On a rank: what is said by a run that fails."""
+    with pytest.raises(ModelLinkError) as caught:
+        training.train(options=options)
+    return caught.value.what
+
+
+def test_what_keeps_rank_0_from_saving_is_said_on_all(pools, tiny, corpus, tmp_path):
+    (tmp_path / "hf").touch()
+    for said in pools(2)(told, options={"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path)}):
+        assert "the checkpoint could not be written: rank 0: FileExistsError" in said
+
+
+def test_what_a_kill_left_goes_with_the_next_save(run, tmp_path):
+    (tmp_path / "iter_0000001.tmp").mkdir()
+    run(save=str(tmp_path), exit_interval=2)
+    assert iterations(tmp_path) == ["iter_0000002"]
 
 
 def drop(folder: str, iteration: int, keep: int) -> None:

@@ -98,7 +98,8 @@ def _train(run: Run) -> None:
                    instances=run.optimizer_instances)
     from modellink.core.posttrain.sft import sft  # imports megatron, which only now is on its device
     from modellink.core.train.pretrain import pretrain
-    (sft if run.data.is_instruction_dataset else pretrain)(run)
+    with processes.cause_first():
+        (sft if run.data.is_instruction_dataset else pretrain)(run)
 
 
 def print_arguments(run: Run) -> None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import IO, Any
@@ -33,6 +33,8 @@ from modellink.kernels.parallel import ParallelLayout
 LIFELINE = "MODELLINK_LIFELINE"
 START = "MODELLINK_START"
 """Which start of a run with high availability this is; set by its agent."""
+GRACE = 5.0  # seconds that ranks have to speak when one has failed
+COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
 
 
 def under_launcher() -> bool:
@@ -103,13 +105,33 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
         return status if status > 0 else 1
 
 
+def lost_peer(error: Exception) -> bool:
+    """Whether an error is that of a collective, whose cause is on another rank."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
+
+
+@contextlib.contextmanager
+def cause_first() -> Iterator[None]:
+    """In a rank that lost a peer: let that one say why; `spawn` ends the others where it was a user's mistake."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lost_peer(error) and _has_launcher:
+            time.sleep(GRACE - 2)
+        raise
+
+
 def _end_with_the_launcher() -> None:
     """In a rank that `spawn` started: leave at once when the process that did is gone, so that no rank goes on alone."""
     def wait(lifeline: int) -> None:
         os.read(lifeline, 1)
         os._exit(1)
 
+    global _has_launcher
     if lifeline := os.environ.pop(LIFELINE, None):
+        _has_launcher = True
         threading.Thread(target=wait, args=(int(lifeline),), daemon=True).start()
 
 
@@ -125,8 +147,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         states = [process.poll() for process in ranks]
         bad = [number for number, state in enumerate(states) if state not in (None, 0)]
         if bad:
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + GRACE
             while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
+                if USER_MISTAKE in (codes := [process.poll() for process in ranks]):
+                    return codes.index(USER_MISTAKE)
                 time.sleep(0.05)
             return 0 if ranks[0].poll() not in (None, 0) else bad[0]
         if all(state == 0 for state in states):
@@ -137,6 +161,7 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
 _groups_of: tuple[ParallelLayout, int] | None = None
 """The layout the process groups stand for, and the instances of the distributed optimizer."""
 _second_ring: Any = None
+_has_launcher = False
 
 
 def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45, instances: int = 1) -> None:

@@ -121,11 +121,16 @@ def prepare(layers: list[Layer], world_size: int | None, local_rank: int = 0) ->
     spec = architecture(start.source, model_layers)
     layout = parallel.layout(spec.num_layers, world_size or parallel.processes() * resilience.nodes[1])
     spec.check_layout(layout)
+    done, consumed = (start.progress.iteration, start.progress.consumed_samples) if start.progress else (0, 0)
+    if start.progress and data.global_batch_size is None:  # that of the run, also on fewer ranks
+        data = replace(data, global_batch_size=start.progress.global_batch_size)
     if optimizer.train_samples is not None:
-        configs[OptimizerConfig] = replace(optimizer, train_iters=data.iterations_of(optimizer.train_samples, layout.dp))
+        configs[OptimizerConfig] = replace(optimizer, train_iters=data.iterations_of(
+            optimizer.train_samples, layout.dp, done=done, consumed=consumed))
     if not data.is_instruction_dataset and (data.separates_documents or data.eod_mask_loss):
-        companions = start.source.companions if start.source else None
-        configs[DataConfig] = replace(data, eod_token_id=_end_of_document(data, companions, spec.vocab_size))
+        companions = start.source.companions if start.source else checkpoint.tokenizer_name_or_path
+        data = replace(data, eod_token_id=_end_of_document(data, companions, spec.vocab_size))
+    configs[DataConfig] = data
     halves = resilience.enable_high_availability and parallel.use_distributed_optimizer
     values = (spec, *(configs[kind] for kind in CONFIGS), layout, find(parallel.device, local_rank), start.source, start.resumed,
               2 if halves else 1)
@@ -140,7 +145,8 @@ def _end_of_document(data: DataConfig, companions: Path | None, vocab_size: int)
     if known is None and companions is not None and (companions / "config.json").is_file():
         known = json.loads((companions / "config.json").read_text("utf-8")).get("eos_token_id")
     if not isinstance(known, int) or known >= vocab_size:
-        raise ModelLinkError("documents are to be told apart, and the token that ends one is "
-                             + ("not known" if known is None else f"{known}: not one of the {vocab_size} ids"),
+        found = ("not known" if known is None else f"{known}: not one of the {vocab_size} ids" if isinstance(known, int) else
+                 f"one of {known} by the model's config.json")
+        raise ModelLinkError(f"documents are to be told apart, and the token that ends one is {found}",
                              where="--eod-token-id", fix="give the id of the tokenizer's end of text")
     return known

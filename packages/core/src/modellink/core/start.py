@@ -33,7 +33,7 @@ def where_from(checkpoint: CheckpointConfig, lora: LoraConfig) -> tuple[Checkpoi
     """The same, pointed at what --save holds where --auto-resume says so, and at nothing where --load is --save and empty."""
     save, load = checkpoint.save, checkpoint.load
     if checkpoint.auto_resume and save is not None and complete_iterations(save):
-        checkpoint = replace(checkpoint, finetune=False, ckpt_step=None)
+        checkpoint = replace(checkpoint, finetune=False, ckpt_step=None, load_optim=True, load_rng=True)  # those are of --load
         return (checkpoint, replace(lora, lora_load=save)) if lora.on else (replace(checkpoint, load=save), lora)
     if load is not None and load == save and (not load.exists() or not any(load.iterdir())):
         return replace(checkpoint, load=None), lora
@@ -129,18 +129,22 @@ def check_continued(progress: Progress | None, folder: Path | None, *, load_opti
 
 
 def architecture(source: Checkpoint | None, layers: list[Layer]) -> ModelSpec:
-    """That of the checkpoint, which options may repeat but not contradict; else that of the options."""
+    """That of the checkpoint, which options may repeat but not contradict, but for longer sequences; else that of the options."""
     if source is None:
         return resolve([ModelSpec], *layers)[ModelSpec]
-    known = source.spec.explicit()
+    known, longest = source.spec.explicit(), source.spec.max_position_embeddings
+    learned = source.spec.position_embedding_type == "learned_absolute"
     for layer in layers:
         for field in fields_of(ModelSpec):
-            if layer.values.get(field.name) is None or field.name == "max_position_embeddings":
+            if layer.values.get(field.name) is None:
                 continue
             value, theirs = field.convert(layer.values[field.name], layer.source), known[field.name]
+            if field.name == "max_position_embeddings" and not (learned and value > theirs):  # not part of what a model is
+                longest = max(longest, value)
+                continue
             if value != theirs and not (isinstance(value, float) and isclose(value, theirs or 0.0, rel_tol=1e-6)):
                 raise ModelLinkError(f"{field.flag} is {value} in {layer.source} and {theirs} in the checkpoint",
                                      where=f"{layer.source}, {source.folder}",
                                      fix="leave it out: the checkpoint says what it is" if layer.source == "command line" else
                                      "the checkpoint is of another model")
-    return source.spec
+    return replace(source.spec, max_position_embeddings=longest)

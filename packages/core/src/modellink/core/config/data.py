@@ -81,23 +81,23 @@ class DataConfig:
         start, step, samples = self.rampup_batch_size
         return min(whole, start + step * (consumed * (whole - start) // (samples * step)))
 
-    def samples_of(self, iterations: int, dp: int) -> int:
-        """The samples of a run of so many iterations."""
-        consumed, whole = 0, self.samples_per_iteration(dp)
+    def samples_of(self, iterations: int, dp: int, consumed: int = 0) -> int:
+        """The samples of a run after so many more iterations."""
+        whole = self.samples_per_iteration(dp)
         while iterations and (size := self.batch_size_at(consumed, dp)) < whole:
             consumed, iterations = consumed + size, iterations - 1
         return consumed + iterations * whole
 
-    def iterations_of(self, samples: int, dp: int) -> int:
-        """The whole iterations that so many samples give.
+    def iterations_of(self, samples: int, dp: int, *, done: int = 0, consumed: int = 0) -> int:
+        """The whole iterations that so many samples give, `done` of which have taken the first `consumed`.
 
         Raises:
             ModelLinkError: there is none.
         """
-        consumed, iterations, whole = 0, 0, self.samples_per_iteration(dp)
+        iterations, whole = done, self.samples_per_iteration(dp)
         while (size := self.batch_size_at(consumed, dp)) < whole and consumed + size <= samples:
             consumed, iterations = consumed + size, iterations + 1
-        if not (total := iterations + (samples - consumed) // whole):
+        if not (total := iterations + max(0, samples - consumed) // whole):
             raise ModelLinkError(f"{samples} samples are less than one global batch of {size}",
                                  where="--train-samples, --global-batch-size")
         return total

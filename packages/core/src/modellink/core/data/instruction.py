@@ -13,7 +13,7 @@ Not here: templates and labels (data-prep made them), packing, the order of a bl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -194,11 +194,12 @@ def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig
 
 
 def iteration(share: Samples[Sample], data: DataConfig, instruction: InstructionConfig, *, consumed: int, dp_rank: int, dp: int,
-              multiple: int, vocab_size: int, device: torch.device, group: dist.ProcessGroup | None = None) -> Iterator[Batch]:
+              multiple: int, vocab_size: int, device: torch.device,
+              group: Callable[[], dist.ProcessGroup] | None = None) -> Iterator[Batch]:
     """This rank's micro batches of the iteration that begins with sample `consumed`.
 
     Args:
-        group: the data-parallel ranks, which count their learned tokens together.
+        group: the data-parallel ranks of now, which count their learned tokens together.
 
     Raises:
         ModelLinkError: a token id the model does not have.
@@ -215,8 +216,8 @@ def iteration(share: Samples[Sample], data: DataConfig, instruction: Instruction
                                  where=f"--data-path, sample {start}", fix="make the data with the tokenizer of this model")
         batches.append(batch.to(device))
     learned = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
-    if group is not None and group.size() > 1:
-        dist.all_reduce(learned, group=group)
+    if group is not None and dp > 1:
+        dist.all_reduce(learned, group=group())
     # the mean over all passes of sum / divisor is then the mean over tokens
     divisor = learned.clamp(min=1) / (passes * dp)
     return iter([replace(batch, divisor=divisor) for batch in batches])

@@ -95,15 +95,14 @@ def extended(ordered: tuple[int, ...], total: int) -> tuple[int, ...]:
 
 def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: int, seed: int, vocab_size: int) -> list[Any]:
     """The training set, in parts of so many samples, and the validation and test sets (None for an empty share)."""
-    if evaluated:
-        config = replace(config, split=usable_split(config))
+    config = replace(config, split=usable_split(config, evaluated=bool(evaluated)))
     train, valid, test = _build(config, (trained[0], evaluated, evaluated), seed, vocab_size)
     more = [_build(config, (count, 0, 0), seed + number, vocab_size)[0] for number, count in enumerate(trained[1:], 1)]
     return [None if train is None else Parts([train, *more], trained), valid, test]
 
 
-def usable_split(config: DataConfig) -> str:
-    """The split, with 0 for a share of evaluation in which some set would have no document; it says so.
+def usable_split(config: DataConfig, *, evaluated: bool = True) -> str:
+    """The split, with 0 for a share of evaluation in which some set would have no document; it says so if that is `evaluated`.
 
     Raises:
         ModelLinkError: the training share has none.
@@ -119,7 +118,7 @@ def usable_split(config: DataConfig) -> str:
                 raise ModelLinkError(f"the training share has none of the {documents} documents", where=f"{prefix}, --split",
                                      fix="give more data, or another split")
             shares[number] = 0.0
-            if rank() == 0:
+            if evaluated and rank() == 0:
                 print(f"note: the {name} share has none of the {documents} documents of {prefix}; there is no evaluation on it",
                       flush=True)
     return ",".join(f"{share:g}" for share in shares)
@@ -132,6 +131,11 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
     """
     first = config.blend()[0][0]
     cache = (config.data_cache_path or Path(first).parent / "cache") / _fingerprint(config)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelLinkError(f"the order of the data cannot be written: {error.strerror}", where=cache,
+                             fix="give a folder that can be written with --data-cache-path") from None
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,

@@ -32,7 +32,7 @@ def _sft(run: Run) -> list[Step]:
         return None if share is None else partial(
             iteration, share, data, run.instruction, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
             multiple=run.sequence_multiple, vocab_size=run.spec.vocab_size, device=run.device.torch,
-            group=parallel_state.get_data_parallel_group())
+            group=parallel_state.get_data_parallel_group)
 
     evaluated = replace(run.data, rampup_batch_size=None)  # whole batches, however small those of training still are
     train, valid, test = map(feed, sets, (run.data, evaluated, evaluated))

@@ -29,7 +29,6 @@ from modellink.core.train.guard import NotFinite
 from modellink.kernels.errors import ModelLinkError
 
 NOTICED = 30.0  # seconds within which a failure elsewhere is known
-COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
 
 
 class Guard(Protocol):
@@ -101,8 +100,7 @@ class HighAvailability:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, Exception):  # between two steps: there is nothing to go back to in this process
-            self._survive(error)
-            _leave()
+            self._survive(error, inside=False)
         self._watch.stop()
 
     def attempt(self, step: Callable[[], None]) -> None:
@@ -114,6 +112,9 @@ class HighAvailability:
                 self._faults.strike(number, "start", self._training.models)
                 step()
             except Undone:
+                if again:
+                    raise
+                again = True
                 self._say(f"step {number} is done again: what it must leave alone had changed on a rank")
                 self._back()
             except NotFinite:
@@ -165,12 +166,16 @@ class HighAvailability:
         if dist.get_rank() == 0:
             print(f"note: {what}", flush=True)
 
-    def _survive(self, error: Exception) -> None:
-        """Returns where the training stands whole again in this process; else the process ends here."""
+    def _survive(self, error: Exception, *, inside: bool = True) -> None:
+        """Returns where the training stands whole again in this process; else the process ends here.
+
+        Args:
+            inside: a step that could be done again.
+        """
         rank = dist.get_rank()
         if isinstance(error, RepairableFault):
             report(self._store, Failure(f"rank {rank}: {error}", repairable=True))
-        elif not (self._watch.failed.is_set() or _of_a_collective(error)):
+        elif not (self._watch.failed.is_set() or processes.lost_peer(error)):
             report(self._store, Failure(f"rank {rank}: {type(error).__name__}: {error}", dead=[rank]))
             raise error
         if not self._watch.failed.wait(NOTICED):
@@ -179,7 +184,8 @@ class HighAvailability:
         traceback.clear_frames(error.__traceback__)  # they hold activations
         run, training = self._run, self._training
         dp = gasp.fewest(run.layout, run.optimizer_instances, distributed=run.parallel.use_distributed_optimizer)
-        state = gasp.State(training.iteration, self._commit.phase(training.iteration), gasp.place(), self._copy is not None)
+        state = gasp.State(training.iteration, self._commit.phase(training.iteration), gasp.place(),
+                           inside and self._copy is not None)
         patience = min(run.resilience.hang_timeout, gasp.PATIENCE)
         plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":
@@ -219,12 +225,6 @@ class HighAvailability:
 
 def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
     return HighAvailability(run, training, save, advance) if run.resilience.enable_high_availability else NoGuard()
-
-
-def _of_a_collective(error: Exception) -> bool:
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
 
 
 def _leave(why: str | None = None) -> None:

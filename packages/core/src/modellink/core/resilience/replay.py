@@ -40,7 +40,7 @@ class LocalCopy:
                    for param in group["params"] for value in (param, *part.optimizer.state.get(param, {}).values())]
         for model in self._training.models:
             if not model.ddp_config.overlap_param_gather:  # else they change while a step goes on
-                tensors += bare(model).parameters()
+                tensors += [parameter for parameter in bare(model).parameters() if parameter.requires_grad]
         if not tensors:
             return []
         digests: list[int] = torch.stack([_sum_of_bits(tensor.detach()) for tensor in tensors]).tolist()

@@ -5,8 +5,8 @@
     SAVE/latest_checkpointed_iteration.txt           moved last
 
 Ranks write to `iter_N.tmp/` together, also while training goes on (writer.py); when all have, rank 0 fsyncs, marks, renames,
-moves the tracker and drops old saves. A reader takes the last complete iteration, whatever the tracker says. Weights have their
-canonical names, so the converter reads them too.
+moves the tracker and drops old saves. A save that fails leaves nothing. A reader takes the last complete iteration, whatever the
+tracker says. Weights have their canonical names, so the converter reads them too.
 
 Not here: loading bare weights (model/load.py).
 """
@@ -32,7 +32,7 @@ from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
-from modellink.core.train.writer import Writer
+from modellink.core.train.writer import Writer, together
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
 from modellink.kernels.parallel import ParallelLayout
@@ -50,6 +50,7 @@ class Training:
     by_samples: bool = False
     instruction: bool = False
     order: dict[str, Any] = field(default_factory=dict)
+    global_batch_size: int | None = None
     iteration: int = 0
     consumed_samples: int = 0
     ordered: tuple[int, ...] = ()
@@ -72,19 +73,21 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     first = dist.get_rank() == 0
     writer = behind or Writer()
     writer.wait()
-    if first:
-        print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch_dist format", flush=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write_companions(folder, manifest, companions, tokenizer_alone=tokenizer_alone)
-    dist.barrier()
-    progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
-                        training.by_samples, training.ordered, training.instruction, training.order)
 
-    def finish() -> None:
-        if beside is not None:
-            beside(temporary)
-        dist.barrier()
+    def begin() -> None:
+        if first:
+            print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch_dist format", flush=True)
+            for unfinished in folder.glob("iter_*.tmp"):
+                shutil.rmtree(unfinished)
+            temporary.mkdir(parents=True)
+            write_companions(folder, manifest, companions, tokenizer_alone=tokenizer_alone)
+
+    together(begin, temporary)
+    progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
+                        training.by_samples, training.ordered, training.instruction, training.order,
+                        training.global_batch_size)
+
+    def complete() -> None:
         if first:
             write_progress(temporary, progress)
             finish_folder(temporary, path)
@@ -94,7 +97,12 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
             if keep is not None:
                 drop_older(folder, iteration, keep)
             print(f"  successfully saved checkpoint at iteration {iteration:7d} to {folder}", flush=True)
+
+    def finish() -> None:
+        if beside is not None:
+            beside(temporary)
         dist.barrier()
+        together(complete, temporary)
 
     with whole_parameters(training.models):
         state = _weights(training)
@@ -152,6 +160,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
     training.ordered = progress.ordered
     if dist.get_rank() == 0:
+        if progress.global_batch_size not in (None, training.global_batch_size):
+            print(f"note: the global batch size was {progress.global_batch_size} and is {training.global_batch_size}", flush=True)
         for name in sorted(progress.order.keys() & training.order.keys()):
             if progress.order[name] != training.order[name]:
                 print(f"note: {name} was {progress.order[name]} and is {training.order[name]}: the place in the data is the same "

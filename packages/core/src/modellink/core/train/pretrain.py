@@ -29,7 +29,8 @@ def pretrain(run: Run) -> list[Step]:
 def _pretrain(run: Run) -> list[Step]:
     training = set_up(run)
     config, logging = run.data, run.logging
-    trained = config.samples_of(run.optimizer.train_iters, run.layout.dp)
+    left = max(0, run.optimizer.train_iters - training.iteration)
+    trained = config.samples_of(left, run.layout.dp, training.consumed_samples)
     evaluated = logging.eval_iters * config.samples_per_iteration(run.layout.dp)
     training.ordered = extended(training.ordered, trained)
     sets = build_datasets(config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size, trained=training.ordered,

@@ -25,6 +25,8 @@ class Progress:
     """Whether it is fine-tuned on instruction data."""
     order: dict[str, Any] = field(default_factory=dict)
     """By name, the settings that the order of the data comes from."""
+    global_batch_size: int | None = None
+    """Past the ramp-up; None: not known."""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:

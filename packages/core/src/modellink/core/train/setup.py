@@ -55,7 +55,7 @@ def set_up(run: Run) -> Training:
         share(optimizer)
     training = Training(models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
                         run.parallel.use_distributed_optimizer, run.optimizer.by_samples, run.data.is_instruction_dataset,
-                        run.order)
+                        run.order, run.data.samples_per_iteration(run.layout.dp))
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,
                           load_rng=run.checkpoint.load_rng)

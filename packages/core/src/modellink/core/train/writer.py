@@ -8,6 +8,7 @@ run, and a kill leaves `iter_N.tmp`, which no reader takes for a checkpoint.
 from __future__ import annotations
 
 import queue
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Writer:
         writing, failed = states.tolist()
         if failed:
             self._pending = None
+            wait(pending.writes)
             _raise(errors, pending.where)
         if writing:
             return
@@ -116,9 +118,24 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> Any:
     return outcome
 
 
+def together(work: Callable[[], None], where: Path) -> None:
+    """Every rank does its part of a save, which calls no other rank; what the system refuses one of them is raised on all."""
+    errors: list[BaseException] = []
+    try:
+        work()
+    except OSError as error:
+        errors.append(error)
+    failed = torch.tensor(bool(errors), dtype=torch.int32, device=current_device())
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX)
+    if failed.item():
+        _raise(errors, where)
+
+
 def _raise(errors: Sequence[BaseException], where: Path) -> None:
     told: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(told, [f"rank {dist.get_rank()}: {type(error).__name__}: {error}" for error in map(_origin, errors)])
+    if dist.get_rank() == 0:
+        shutil.rmtree(where, ignore_errors=True)  # it may hold the room that is missing
     raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in told for line in lines),
                          where=where, fix="make room or choose another --save, and continue from the last complete checkpoint")
 
