@@ -107,6 +107,10 @@ def test_beams_over_windows_with_a_prompt_longer_than_they_have_room_for(tmp_pat
     assert small.cache.pools[0].pages * 32 < len(row)
     options = {"num_beams": 2, "max_new_tokens": 6, "ignore_eos": True}
     assert small.generate([row], **options) == roomy.generate([row], **options)
+    tiny = load(tmp_path / "weights", device="cpu")
+    tiny.__dict__["cache"] = tiny.network.cache(rows=2, piece=256, tokens=256)
+    with pytest.raises(ModelLinkError, match="2 beams of 306 tokens need"):
+        tiny.generate([row], **options)
 
 
 def test_too_many_beams_for_the_cache(llama, engine):

@@ -42,8 +42,21 @@ def test_turns_that_do_not_fit_are_forgotten_oldest_first(engine):
         conversation.note(f"q{number} " + "long " * 30, "a")
     assert list(_stream(engine, conversation, "now", {"max_new_tokens": 5})) is not None
     assert [message["content"][:2] for message in conversation.messages] == ["q2", "a"]
+    before = conversation.messages
     with pytest.raises(ModelLinkError, match="longest sequence"):
         _stream(engine, conversation, "long " * 300, {})
+    assert conversation.messages == before
+
+
+def test_an_old_turn_goes_before_an_answer_is_cut_short(engine):
+    """The model has 256 positions, 128 of which an answer may have."""
+    conversation = Conversation(history_turns=3)
+    for number in range(3):
+        conversation.note(f"q{number} " + "long " * 12, "a")
+    stream = _stream(engine, conversation, "now", {"ignore_eos": True})
+    assert 0 < len(conversation.messages) < 6
+    list(stream)
+    assert len(stream.generation.token_ids) == 128
 
 
 def test_clear_forgets():

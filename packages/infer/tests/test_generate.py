@@ -212,6 +212,20 @@ def test_a_cancelled_stream_ends(engine):
     assert len(stream.generation.token_ids) < 100 and first + "".join(rest) == stream.generation.text
 
 
+def test_a_stream_is_cancelled_while_its_prompt_is_computed(engine, monkeypatch):
+    passes, logits = [], engine.network.logits
+
+    def cancelling(*args):
+        passes.append(args)
+        stream.cancel()
+        return logits(*args)
+    monkeypatch.setattr(engine.network, "logits", cancelling)
+    monkeypatch.setattr(engine.cache, "piece", 32)
+    stream = engine.stream(list(range(3, 203)), max_new_tokens=40)
+    assert "".join(stream) == "" and len(passes) == 1
+    assert stream.generation.finish_reason == "cancelled" and not stream.generation.token_ids
+
+
 def test_an_unfinished_stream_has_no_generation(engine):
     stream = engine.stream("The", max_new_tokens=50)
     next(stream)

@@ -151,6 +151,17 @@ def test_quantised_rows_are_within_half_a_step():
     assert narrow.values.abs().max() == 127
 
 
+def test_a_user_without_a_home_has_no_step(monkeypatch):
+    from modellink.infer.native import compiled
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    compiled.step.cache_clear()
+    try:
+        assert compiled.step() is None
+    finally:
+        compiled.step.cache_clear()
+
+
 @pytest.mark.parametrize("environment", [{"MODELLINK_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
 def test_without_it_the_model_runs(llama, monkeypatch, environment, tmp_path):
     from modellink.infer.native import compiled

@@ -18,14 +18,14 @@ from modellink.data_prep import Tokenizer
 from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
 from modellink.infer.constraint import Constraint
 from modellink.infer.network import PASS_LOGITS, Network
-from modellink.infer.request import Answer, Request
+from modellink.infer.request import Answer, NoRoom, Request
 from modellink.infer.sampling import Chooser
 from modellink.kernels.errors import ModelLinkError
 
 NONE = -1  # in the place of a token that could not be chosen
 
 
-class TooLong(ModelLinkError):
+class TooLong(NoRoom):
     """The cache will never hold a sequence."""
 
 
@@ -139,14 +139,15 @@ class Batch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Answer, str]]:
-        """One pass; the answers that got a token, each with the new piece of its text (which may be empty)."""
+        """One pass; the answers that got a token or came to an end, each with the new piece of its text (which may be empty)."""
+        cancelled = self._drop_cancelled()
         self._join()
         shares = self._shares()
         if not shares:
-            if self.waiting and not self.running:
+            if self.waiting and not self.running and not cancelled:
                 raise ModelLinkError("answers of other batches hold the pages this one needs", where="--cache-tokens",
                                      fix="take the other streams to their end first, or make the cache larger")
-            return []
+            return cancelled
         chosen = [share for share in shares if share.chooses]
         ended = [share.member for share in shares if share.complete and not share.chooses]
         asked = [(share.member.answer, share.asked) for share in shares]
@@ -156,7 +157,7 @@ class Batch:
             _note_prompts(asked, logits[:len(prompts)])
         for member in ended:
             self._leave(member)
-        told = [(member.answer, member.answer.end("length")) for member in ended]
+        told = cancelled + [(member.answer, member.answer.end("length")) for member in ended]
         return told + (self._push([share.member for share in chosen], logits[len(prompts):]) if chosen else [])
 
     def _logits(self, pieces: Sequence[Piece], places: Sequence[int]) -> Tensor:
@@ -169,6 +170,15 @@ class Batch:
 
     def _moving(self, row: Row) -> bool:
         return moves(self.network.spec, len(row.tokens))
+
+    def _drop_cancelled(self) -> list[tuple[Answer, str]]:
+        """End the answers that the first rank does not want any more, also those whose prompt is still computed."""
+        members = [*self.running, *self.waiting]
+        wishes = self.network.agree([int(member.answer.cancelled) for member in members]) if members else []
+        dropped = [member.answer for member, wish in zip(members, wishes, strict=True) if wish]
+        for answer in dropped:
+            self.remove(answer)
+        return [(answer, answer.end("cancelled")) for answer in dropped]
 
     def _join(self) -> None:
         """Let those that wait join, in their order, as long as there is room for their prompts."""
@@ -243,9 +253,7 @@ class Batch:
 
     def _push(self, members: Sequence[Member], logits: Tensor) -> list[tuple[Answer, str]]:
         """Choose a token for each of them."""
-        wishes = [int(member.answer.cancelled) for member in self.running]
-        agreed = self.network.agree([*choose(logits, members), *wishes])
-        chosen, stopped = agreed[:len(members)], dict(zip(self.running, agreed[len(members):], strict=True))
+        chosen = self.network.agree(choose(logits, members))
         details = _logprobs(logits, chosen, [member.answer for member in members])
         pieces = []
         for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
@@ -254,8 +262,6 @@ class Batch:
                 piece = _say(member, token, logprob, top)
             except Exception as fault:  # of this answer; the others are to go on
                 piece = answer.fail(fault)
-            if stopped[member] and answer.finish_reason is None:
-                piece += answer.end("cancelled")
             pieces.append((answer, piece))
             member.row.tokens.append(token)
             if answer.finish_reason is not None:

@@ -74,7 +74,7 @@ def _check(cache: PagedCache, request: Request, beams: int) -> None:
     length = len(request.prompt) + request.max_new_tokens
     for pool in cache.pools:
         kept = length if pool.window is None else min(length, pool.window + 2 * SIZE)
-        if (pages := -(-kept // SIZE) * beams) > pool.available:
+        if (pages := max(-(-kept // SIZE) * beams, cache.pages_of(pool, len(request.prompt)))) > pool.available:
             raise ModelLinkError(f"{beams} beams of {length} tokens need {pages * SIZE} tokens of cache, there are "
                                  f"{pool.available * SIZE}", where="--cache-tokens, --batch-size",
                                  fix="use fewer beams or shorter answers")

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modellink.infer.engine import Engine, Stream
+from modellink.infer.prompts import DEFAULT_NEW_TOKENS
+from modellink.infer.request import NoRoom
 from modellink.kernels.errors import ModelLinkError
 
 QUIT, CLEAR = ("/quit", "/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
@@ -40,10 +42,9 @@ class Conversation:
         said = [*head, *self.messages, {"role": "user", "content": text}]
         return said if self.template else "".join(message["content"] for message in said)
 
-    def forget_oldest(self) -> bool:
-        """Drop the oldest turn; whether there was one."""
-        there, self.messages = bool(self.messages), self.messages[2:]
-        return there
+    def forget_oldest(self) -> None:
+        """Drop the oldest turn."""
+        self.messages = self.messages[2:]
 
     def note(self, text: str, answer: str) -> None:
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
@@ -77,13 +78,18 @@ def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **opti
 
 
 def _stream(engine: Engine, conversation: Conversation, text: str, options: dict[str, Any]) -> Stream:
-    """The answer, after as much of the conversation as the model has room for."""
-    while True:
+    """The answer, after as much of the conversation as leaves room for a whole one; a question that gets none changes nothing."""
+    kept, length = conversation.messages, options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+    while conversation.messages:
         try:
-            return engine.stream(conversation.ask(text), **options)
-        except ModelLinkError:
-            if not conversation.forget_oldest():
-                raise
+            return engine.stream(conversation.ask(text), **options | {"max_new_tokens": length})
+        except NoRoom:
+            conversation.forget_oldest()
+    try:
+        return engine.stream(conversation.ask(text), **options)
+    except ModelLinkError:
+        conversation.messages = kept
+        raise
 
 
 def _say(first_rank: bool, words: str) -> None:

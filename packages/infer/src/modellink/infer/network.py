@@ -70,6 +70,9 @@ class Network:
         self.graphs: Graphs | None = None
         if (native is not False or int8) and takes(self.spec, layout, self.device, dtype):
             self.step = Step(self._model, self.spec, dtype, int8=int8)
+        if native and self.step is None and show:
+            print("note: core's model computes all passes: the compiled step does not take this model here, or there is no C "
+                  "compiler", file=sys.stderr)
         if native is None and not int8 and self.step is not None:
             faster, words = pays(self)
             self.step = self.step if faster else None

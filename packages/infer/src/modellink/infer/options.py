@@ -53,6 +53,9 @@ class ModelOptions:
     def check(self) -> None:
         if self.prompt_type and self.hf_chat_template is not None:
             raise ModelLinkError("they contradict each other", where="--prompt-type, --hf-chat-template", fix="give one of them")
+        if self.int8 and self.native is False:
+            raise ModelLinkError("int8 weights are read by the compiled function", where="--int8, --no-native",
+                                 fix="give one of them")
 
     @property
     def layout(self) -> ParallelLayout:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.data_prep import Tokenizer
 from modellink.infer.constraint import grammar_of
-from modellink.infer.request import Beams, Request
+from modellink.infer.request import Beams, NoRoom, Request
 from modellink.infer.sampling import Sampling
 from modellink.infer.template import Chat, encode_prompt
 from modellink.kernels.errors import ModelLinkError
@@ -270,8 +270,8 @@ def _room(prompt: int, options: Options, spec: ModelSpec) -> int:
     room = longest(spec) - prompt
     least = 0 if options.get("prompt_logprobs") else 1
     if room < least:
-        raise ModelLinkError(f"the prompt has {prompt} tokens; the model's longest sequence is {spec.max_position_embeddings}",
-                             fix="shorten the prompt")
+        raise NoRoom(f"the prompt has {prompt} tokens; the model's longest sequence is {spec.max_position_embeddings}",
+                     fix="shorten the prompt")
     if not wanted and limit is not None:  # the original's 0 says that the other one counts
         wanted = limit - prompt
         if wanted < 1:
@@ -281,6 +281,6 @@ def _room(prompt: int, options: Options, spec: ModelSpec) -> int:
     if wanted < least:
         raise ModelLinkError(f"max-new-tokens is {wanted}, it must be at least {least}", where="--max-new-tokens")
     if wanted > room:
-        raise ModelLinkError(f"the prompt has {prompt} tokens, with {wanted} new ones it outgrows the model's longest "
-                             f"sequence of {spec.max_position_embeddings}", where="--max-new-tokens", fix=f"use at most {room}")
+        raise NoRoom(f"the prompt has {prompt} tokens, with {wanted} new ones it outgrows the model's longest sequence of "
+                     f"{spec.max_position_embeddings}", where="--max-new-tokens", fix=f"use at most {room}")
     return wanted

@@ -9,8 +9,13 @@ from typing import Literal
 from modellink.data_prep import Tokenizer
 from modellink.infer.sampling import Sampling
 from modellink.infer.text import GrowingText
+from modellink.kernels.errors import ModelLinkError
 
 FinishReason = Literal["stop", "length", "cancelled", "stuck", "failed"]
+
+
+class NoRoom(ModelLinkError):
+    """A prompt with its answer is longer than the model's sequences, or than the cache."""
 
 
 @dataclass(frozen=True)

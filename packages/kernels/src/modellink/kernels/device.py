@@ -14,6 +14,7 @@ import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
@@ -108,7 +109,8 @@ class Device:
         """Bytes that can still be allocated."""
         if self.module:
             return int(self.module.mem_get_info(self.index)[0])
-        return _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        return free if (left := _left_by_limit()) is None else min(free, left)
 
 
 def _keep_memory() -> None:
@@ -125,6 +127,18 @@ def _available() -> int | None:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         return None
+
+
+def _left_by_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the limit of a container (control groups, version 2) leaves, its file pages being free; None: no limit."""
+    try:
+        name = next(line for line in own.read_text().splitlines() if line.startswith("0::"))[3:]
+        folder = root / name.lstrip("/")
+        limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))  # no number: "max"
+        kept = next(int(line.split()[1]) for line in (folder / "memory.stat").open() if line.startswith("inactive_file "))
+    except (OSError, StopIteration, ValueError):
+        return None
+    return max(0, limit - used + kept)
 
 
 def _resident() -> int | None:

@@ -50,7 +50,7 @@ def step() -> ctypes.CDLL | None:
     try:
         path = _build(compiler)
         found = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: a user without a home
         return None
     found.step.argtypes = [ctypes.POINTER(Model), I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, PTR, I64]
     found.step.restype = None
