@@ -119,7 +119,7 @@ def test_text_lines_lose_their_ends_only(tmp_path):
 def test_bad_rows_have_a_place(tmp_path, name, content, place, why):
     (tmp_path / name).write_bytes(content)
     source = open_source(tmp_path / name)
-    bad = [(source.name_place(at), row.why) for at, row in source.rows(source.cut(1000)[0], []) if isinstance(row, BadRow)]
+    bad = [(*source.name_places([at]), row.why) for at, row in source.rows(source.cut(1000)[0], []) if isinstance(row, BadRow)]
     assert len(bad) == 1 and bad[0][0] == f"{tmp_path / name}, {place}" and why in bad[0][1]
 
 

@@ -25,7 +25,7 @@ from modellink.data_prep.tokenise import Around, Job
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-LAYOUT = 3  # of the parts; a change of what is in them makes older ones unusable
+LAYOUT = 4  # of the parts; a change of what is in them makes older ones unusable
 MIB = 1 << 20
 SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpus, on which gigatoken must agree
 

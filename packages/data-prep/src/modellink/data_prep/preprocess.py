@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 from modellink.data_prep.indexed import existing
-from modellink.data_prep.inputs import Piece
+from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.merge import merge
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
@@ -27,6 +30,8 @@ from modellink.kernels.files import Journal, kill_point
 from modellink.kernels.progress import Work
 
 __all__ = ["PreprocessOptions", "Summary", "preprocess"]
+
+NAMED = 20  # bad rows in the summary
 
 
 def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
@@ -144,9 +149,19 @@ def _summarise(plan: Plan, found: Pieces, done: Pieces, packed: Packed | None, s
     return Summary(
         outputs={name: str(prefix) for name, prefix in plan.outputs.items()}, documents=documents, tokens=tokens,
         rows=sum(item.rows for item in items), skipped_rows=sum(item.skipped for item in items),
-        bad_rows=[text for item in items for text in item.bad][:20], cut_samples=sum(item.cut for item in items),
+        bad_rows=_name_rows([row for item in items for row in item.bad][:NAMED]), cut_samples=sum(item.cut for item in items),
         dropped_samples=sum(item.dropped for item in items), learned_tokens=sum(item.learned for item in items),
         packs=packed.packs if packed else 0, fill=round(packed.fill, 4) if packed else 0.0,
         text_bytes=sum(item.text_bytes for item in items), dtype=plan.job.dtype, backend=plan.backend, backend_why=plan.why,
         seconds=round(seconds, 3), tokens_per_second=round(new / max(seconds, 1e-9), 1), pieces=len(plan.pieces),
         pieces_found_done=len(found))
+
+
+def _name_rows(bad: list[tuple[str, int, str]]) -> list[str]:
+    """Bad rows in words. A line's number is known only from all lines before it: each file is read once, and here alone."""
+    names: list[str] = []
+    for path, rows in groupby(bad, itemgetter(0)):
+        places, faults = zip(*((place, why) for _, place, why in rows), strict=True)
+        where = open_source(Path(path)).name_places(places)
+        names += [f"{place}: {why}" for place, why in zip(where, faults, strict=True)]
+    return names

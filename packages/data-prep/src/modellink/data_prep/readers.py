@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -100,13 +100,15 @@ class Lines:
         except unreadable() as error:
             raise _broken(self.path, error) from None
 
-    def name_place(self, place: int) -> str:
-        count, rest = 1, place
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        names, line, at = [], 1, 0
         with open_bytes(self.path) as file:
-            while rest and (chunk := file.read(min(CHUNK, rest))):
-                count += chunk.count(b"\n")
-                rest -= len(chunk)
-        return f"{self.path}, line {count}"
+            for place in places:
+                while at < place and (chunk := file.read(min(CHUNK, place - at))):
+                    line += chunk.count(b"\n")
+                    at += len(chunk)
+                names.append(f"{self.path}, line {line}")
+        return names
 
 
 def _broken(path: Path, error: Exception) -> ModelLinkError:
@@ -167,8 +169,8 @@ class _Whole:
     def weigh(self, span: Span) -> int:
         return self.path.stat().st_size
 
-    def name_place(self, place: int) -> str:
-        return f"{self.path}, row {place}"
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        return [f"{self.path}, row {place}" for place in places]
 
 
 class JsonArray(_Whole):
@@ -189,7 +191,7 @@ class JsonArray(_Whole):
         except unreadable() as error:
             raise _broken(self.path, error) from None
         except _NotJson as error:
-            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1),
+            raise ModelLinkError(f"not a JSON array of objects: {error}", where=f"{self.path}, row {number + 1}",
                                  fix="mend or write the file anew") from None
 
 
