@@ -11,10 +11,10 @@ import fcntl
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modellink.data_prep.indexed import checksum
 from modellink.data_prep.tokenise import Done
@@ -34,25 +34,40 @@ def suffix(share: Share | None) -> str:
 def alone(parts: Path, share: Share | None, *, show: bool) -> Iterator[None]:
     """One run at a time on the parts, or on a share of them; a lock is its process's and vanishes with it.
 
-    All shares hold `lock` together, the run that joins them holds it alone.
+    All shares hold `lock` together, the run that joins them holds it alone. The folder goes when nothing was left in it.
 
     Raises:
         ModelLinkError: another run is at work.
     """
     parts.mkdir(exist_ok=True)
     wanted = [("lock", fcntl.LOCK_EX)] if share is None else [("lock", fcntl.LOCK_SH), (f"lock{suffix(share)}", fcntl.LOCK_EX)]
-    with ExitStack() as stack:
-        for name, kind in wanted:
-            file = stack.enter_context((parts / name).open("w"))
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ModelLinkError("another run is writing this output", where=parts / name, fix="wait for it to end") from None
-            except OSError as error:  # Lustre mounted without flock, some network disks
-                if show and name == "lock":
-                    print(f"note: {parts} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
-                          file=sys.stderr)
-        yield
+    try:
+        with ExitStack() as stack:
+            for name, kind in wanted:
+                # Read and write: NFS makes fcntl locks of these, and a shared one wants a file that is open for reading.
+                file = stack.enter_context((parts / name).open("a+"))
+                _lock(file, kind, parts / name, show=show and name == "lock")
+            yield
+    finally:
+        with suppress(OSError):  # there is something left
+            parts.rmdir()  # only now: on NFS a file that is removed stays in its folder until it is closed
+
+
+def _lock(file: IO[str], kind: int, path: Path, *, show: bool) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ModelLinkError("another run is writing this output", where=path, fix="wait for it to end") from None
+    except OSError as error:  # Lustre mounted without flock, some network disks
+        if show:
+            print(f"note: {path.parent} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
+                  file=sys.stderr)
+
+
+def clear(parts: Path) -> None:
+    """Remove all that is in the folder: parts before the journals that tell of them, locks last."""
+    for path in sorted(parts.iterdir()):
+        path.unlink()
 
 
 def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *, overwrite: bool, show: bool) -> Journal:

@@ -7,7 +7,6 @@ Needs the disk space of the result twice; memory does not grow with the input, b
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -22,7 +21,7 @@ from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.merge import merge
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
-from modellink.data_prep.parts import alone, entries_of_shares, finished, open_journal
+from modellink.data_prep.parts import alone, clear, entries_of_shares, finished, open_journal
 from modellink.data_prep.plan import Plan, make_plan, output_exists
 from modellink.data_prep.tokenise import Done, Workers, part_prefix, tokenise
 from modellink.kernels.errors import ModelLinkError
@@ -56,18 +55,21 @@ def _preprocess(options: PreprocessOptions, workers: Workers, *, show: bool) -> 
     parts, folder = plan.job.parts, options.output_prefix.parent
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(parts, share, show=show):
-        try:
-            found, done, packed = _run(plan, options, workers, show=show)
-        except ModelLinkError:
-            if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
-                shutil.rmtree(parts)
-                if is_new:
-                    with suppress(OSError):  # it may hold other things by now
-                        folder.rmdir()
-            raise
-        if share is None:
-            shutil.rmtree(parts)
+    try:
+        with alone(parts, share, show=show):
+            try:
+                found, done, packed = _run(plan, options, workers, show=show)
+            except ModelLinkError:
+                if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
+                    clear(parts)
+                raise
+            if share is None:
+                clear(parts)
+    except ModelLinkError:
+        if is_new:
+            with suppress(OSError):  # finished parts are in it, or other things by now
+                folder.rmdir()
+        raise
     return _summarise(plan, found, done, packed, time.monotonic() - start)
 
 
