@@ -138,14 +138,33 @@ def test_a_dataset_may_be_a_folder_or_a_pattern(make, byte_tokenizer, tmp_path, 
         assert [said(byte_tokenizer, data, index) for index in range(len(answers))] == [[f"{one}<|im_end|>"] for one in answers]
 
 
-@pytest.mark.parametrize("place", ["chosen", "rejected"])
-def test_an_empty_answer_of_a_pair_is_refused(make, tmp_path, place):
-    """Before, a template whose answers have no end of their own learned the answer of an earlier turn instead."""
-    (tmp_path / "mine.json").write_text('{"user": ["Q:{content} A:"], "efficient_eos": true}')
-    row = RANKED | {"conversations": [*CHAT, CHAT[0]], place: {"from": "gpt", "value": " "}}
-    _, summary = make([row, RANKED], "SharegptStylePairwiseHandler", template=tmp_path / "mine.json", prompt_type=None,
-                      on_bad_row="skip")
-    assert summary.rows == 1 and f"{place} is an empty answer" in summary.bad_rows[0]
+TOOL = [{"from": "function_call", "value": '{"name": "f", "arguments": {}}'}, {"from": "observation", "value": ""}]
+EMPTY = {
+    "no answer": ("AlpacaStyleInstructionHandler", ALPACA | {"output": ""}, ALPACA),
+    "white space": ("AlpacaStyleInstructionHandler", ALPACA | {"output": " \n"}, ALPACA),
+    "no question": ("AlpacaStyleInstructionHandler", ALPACA | {"instruction": "", "input": ""}, ALPACA | {"instruction": ""}),
+    "an earlier turn": ("SharegptStyleInstructionHandler",
+                        {"conversations": [CHAT[0], CHAT[1] | {"value": ""}, *CHAT]}, {"conversations": CHAT}),
+    "what a tool gave": ("SharegptStyleInstructionHandler", {"conversations": [CHAT[0], CHAT[1] | {"value": ""}]},
+                         {"conversations": [CHAT[0], *TOOL, CHAT[1]]}),
+    "a whole conversation in a text": ("BelleMultiTurnInstructionHandler", {"instruction": "Human: a\nAssistant:", "output": ""},
+                                       {"instruction": "Human: a\nAssistant:", "output": "b"}),
+    "turns by name": ("MOSSMultiTurnHandler", {"chat": {"turn_1": {"Human": "a", "MOSS": "<|MOSS|>: <eom>"}}},
+                      {"chat": {"turn_1": {"Human": "a", "MOSS": "b"}}}),
+    # a template whose answers have no end of their own would learn the answer of an earlier turn instead
+    "chosen": ("SharegptStylePairwiseHandler", RANKED | {"chosen": CHAT[1] | {"value": " "}}, RANKED),
+    "rejected": ("SharegptStylePairwiseHandler", RANKED | {"rejected": CHAT[1] | {"value": ""}}, RANKED)}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_samples_with_an_empty_question_or_answer_are_left_out_and_counted(make, name):
+    handler, empty, good = EMPTY[name]
+    data, summary = make([empty, good, empty], handler)
+    assert (summary.rows, summary.empty_samples, summary.skipped_rows) == (3, 2, 0)
+    assert all(len(field) == 1 for field in data.values())
+    with pytest.raises(ModelLinkError, match="no tokens came out") as caught:
+        make([empty], handler, name="none")
+    assert caught.value.fix == "samples with an empty question or answer: 1"
 
 
 OLDER = {

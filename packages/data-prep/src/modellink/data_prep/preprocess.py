@@ -125,8 +125,10 @@ def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -
     kill_point("before-merge")
     for name in plan.outputs:
         if not sum(item.documents[name] for item in done.values()):
-            dropped = sum(item.dropped for item in done.values())
-            why = f"all {dropped:,} samples are longer than --seq-length" if dropped else "the input is empty"
+            dropped, empty = (sum(getattr(item, what) for item in done.values()) for what in ("dropped", "empty"))
+            reasons = [f"samples longer than --seq-length: {dropped:,}"] if dropped else []
+            reasons += [f"samples with an empty question or answer: {empty:,}"] if empty else []
+            why = "; ".join(reasons) or "the input is empty"
             raise ModelLinkError(f"no tokens came out for {name!r}", where=", ".join(options.input[:5]), fix=why)
     parts = {name: [part_prefix(plan.job.parts, index, name) for index in sorted(done)] for name in plan.outputs}
     if options.packs:
@@ -152,7 +154,8 @@ def _summarise(plan: Plan, found: Pieces, done: Pieces, packed: Packed | None, s
         outputs={name: str(prefix) for name, prefix in plan.outputs.items()}, documents=documents, tokens=tokens,
         rows=sum(item.rows for item in items), skipped_rows=sum(item.skipped for item in items),
         bad_rows=_name_rows([row for item in items for row in item.bad][:NAMED]), cut_samples=sum(item.cut for item in items),
-        dropped_samples=sum(item.dropped for item in items), learned_tokens=sum(item.learned for item in items),
+        dropped_samples=sum(item.dropped for item in items), empty_samples=sum(item.empty for item in items),
+        learned_tokens=sum(item.learned for item in items),
         packs=packed.packs if packed else 0, fill=round(packed.fill, 4) if packed else 0.0,
         text_bytes=sum(item.text_bytes for item in items), dtype=plan.job.dtype, backend=plan.backend, backend_why=plan.why,
         seconds=round(seconds, 3), tokens_per_second=round(new / max(seconds, 1e-9), 1), pieces=len(plan.pieces),

@@ -70,8 +70,9 @@ class Job:
 class Done:
     """What came of a piece; it is noted in the journal.
 
-    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
-    label; `checksums` are of the files of the part; `bad` has file, place and fault of the first bad rows.
+    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `empty` those with
+    an empty question or answer; `learned` tokens with a label; `checksums` are of the files of the part; `bad` has file, place
+    and fault of the first bad rows.
     """
 
     piece: int
@@ -79,6 +80,7 @@ class Done:
     skipped: int = 0
     cut: int = 0
     dropped: int = 0
+    empty: int = 0
     learned: int = 0
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
@@ -105,6 +107,7 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
             encoded = handler.encode([sample for _, sample in batch])
             done.cut += encoded.cut
             done.dropped += encoded.dropped
+            done.empty += encoded.empty
             done.learned += encoded.learned
             for output, (ids, lengths) in encoded.fields.items():
                 if job.vocab_size is not None and len(ids) and ids.max() >= job.vocab_size:

@@ -25,7 +25,7 @@ PAIRWISE = ("packed_chosen_input_ids", "packed_chosen_labels", "packed_rejected_
 
 
 class Record(NamedTuple):
-    """A sample: ids by output, none when it was dropped. `learned` counts the tokens with a label."""
+    """A sample: ids by output, none when it was left out. `learned` counts the tokens with a label."""
 
     fields: dict[str, list[int]]
     note: str = ""
@@ -59,8 +59,8 @@ class InstructionHandler:
 
     def encode(self, samples: Sequence[Record]) -> Batch:
         return Batch({name: flatten([sample.fields.get(name, []) for sample in samples]) for name in self.outputs},
-                     sum(sample.note == "cut" for sample in samples), sum(sample.note == "dropped" for sample in samples),
-                     sum(sample.learned for sample in samples))
+                     **{note: sum(sample.note == note for sample in samples) for note in ("cut", "dropped", "empty")},
+                     learned=sum(sample.learned for sample in samples))
 
 
 class _Rows:
@@ -74,6 +74,8 @@ class _Rows:
     def parse(self, row: Mapping[str, Any]) -> Record:
         try:
             sample = self._parse(row, self._names)
+            if sample.has_gap:  # as the original does: an empty answer would teach to say nothing
+                return Record({}, "empty")
             return self._ranked(sample) if self._names.ranking else self._learned(sample)
         except ModelLinkError as error:  # of the template or a tool: this row does not fit it
             raise ValueError(error.what) from None
@@ -97,10 +99,8 @@ class _Rows:
 
     def _ranked(self, sample: Sample) -> Record:
         prompts, answers = [], []
-        for meaning, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
+        for answer in (sample.chosen, sample.rejected):
             assert answer is not None
-            if not answer[1].strip():
-                raise ValueError(f"{meaning} is an empty answer")
             spoken = replace(sample.conversation, turns=[*sample.conversation.turns, answer])
             source, target = _last_answer(self._form.encode(spoken))
             prompts.append(source)

@@ -40,12 +40,13 @@ class Reading:
 class Batch:
     """Ids of several samples by output, a sample without ids being none; `cut`, `dropped` count long samples.
 
-    `learned` counts the tokens with a label.
+    `empty` counts samples left out because a question or an answer is empty, `learned` the tokens with a label.
     """
 
     fields: dict[str, Flat]
     cut: int = 0
     dropped: int = 0
+    empty: int = 0
     learned: int = 0
 
 
