@@ -144,6 +144,15 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     assert name in str(caught.value.where)
 
 
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv.zst", "a.jsonl.gz", "a.json.zst"])
+def test_files_whose_beginning_is_broken_are_named(tmp_path, name):
+    content = (b"text,n\n" if "csv" in name else b'{"text": "a"}\n') * 100
+    packed = gzip.compress(content) if name.endswith("gz") else pyarrow.compress(content, "zstd", asbytes=True)
+    (tmp_path / name).write_bytes(packed[:12])
+    with pytest.raises(ModelLinkError, match="cannot be read"):
+        open_source(tmp_path / name).columns()
+
+
 def test_a_json_array_is_not_read_whole(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "x" * 1000}] * 500))

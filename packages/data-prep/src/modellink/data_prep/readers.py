@@ -240,28 +240,32 @@ class Csv(_Whole):
     """Comma-separated values with a header line; quoted fields may hold line ends."""
 
     def columns(self) -> list[str] | None:
-        with open_text(self.path, "surrogateescape", "") as file:
-            return next(csv.reader(file), None)
+        return next(self._records(), None)
 
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
+        records = self._records()
+        names = next(records, [])
+        for number, values in enumerate(records, 1):
+            if not values:
+                continue
+            if len(values) != len(names):
+                yield number, BadRow(f"{len(values)} fields, the header has {len(names)}")
+            else:
+                yield number, dict(zip(names, values, strict=True))
+
+    def _records(self) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
-        # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
-        with open_text(self.path, "surrogateescape", "") as file:
-            lines = csv.reader(file, strict=True)
-            try:
-                names = next(lines, [])
-                for number, values in enumerate(lines, 1):
-                    if not values:
-                        continue
-                    if len(values) != len(names):
-                        yield number, BadRow(f"{len(values)} fields, the header has {len(names)}")
-                    else:
-                        yield number, dict(zip(names, values, strict=True))
-            except csv.Error as error:
-                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
-                                     fix="mend or write the file anew") from None
-            except unreadable() as error:
-                raise _broken(self.path, error) from None
+        try:
+            # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
+            with open_text(self.path, "surrogateescape", "") as file:
+                lines = csv.reader(file, strict=True)
+                try:
+                    yield from lines
+                except csv.Error as error:
+                    raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
+                                         fix="mend or write the file anew") from None
+        except unreadable() as error:
+            raise _broken(self.path, error) from None
 
 
 PACKED = (".gz", ".zst")  # may follow the ending of a text file
