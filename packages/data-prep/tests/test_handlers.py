@@ -21,12 +21,12 @@ RANKED = {"conversations": CHAT[:1], "chosen": {"from": "gpt", "value": "good"},
 @pytest.fixture
 def make(tmp_path, write_lines, byte_folder):
     """Preprocess rows; returns the fields by name and the summary."""
-    def make(rows, handler, name="set", **options):
+    def make(rows, handler, name="set", show=False, **options):
         path = rows if isinstance(rows, str) else str(write_lines(tmp_path / f"{name}.jsonl", rows))
         given = {"prompt_type": "qwen"} | options
         summary = preprocess(PreprocessOptions(
             input=(path,), output_prefix=tmp_path / "out" / name, tokenizer_name_or_path=byte_folder, handler_name=handler,
-            **given), show=False)
+            **given), show=show)
         return {output.removeprefix("packed_"): IndexedDataset(prefix) for output, prefix in summary.outputs.items()}, summary
     return make
 
@@ -68,6 +68,23 @@ def test_columns_under_other_names(make, byte_tokenizer):
     data, _ = make(rows, "AlpacaStyleInstructionHandler",
                    map_keys='{"prompt": "q", "query": "", "response": "a", "system": ""}')
     assert "not read" not in text(byte_tokenizer, data) and said(byte_tokenizer, data) == ["2<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_an_optional_column_may_come_late_where_rows_differ(make, byte_tokenizer, tmp_path, capsys, kind):
+    rows = [*[ALPACA] * 120, ALPACA | {"sys": "S", "earlier": [["a", "b"]]}]
+    (tmp_path / f"late.{kind}").write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    data, _ = make(str(tmp_path / f"late.{kind}"), "AlpacaStyleInstructionHandler", show=True,
+                   map_keys='{"system": "sys", "history": "earlier"}')
+    assert text(byte_tokenizer, data, 120).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na")
+    assert "has no column 'sys' in its first rows" in capsys.readouterr().err
+
+
+def test_an_optional_column_that_is_named_must_be_in_a_header(make, tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\nq,a\n")
+    assert make(str(tmp_path / "a.csv"), "AlpacaStyleInstructionHandler")[1].rows == 1
+    with pytest.raises(ModelLinkError, match="no column 'sys'"):
+        make(str(tmp_path / "a.csv"), "AlpacaStyleInstructionHandler", name="b", map_keys='{"system": "sys"}')
 
 
 def test_sharegpt_rows_with_tools(make, byte_tokenizer):

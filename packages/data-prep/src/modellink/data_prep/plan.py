@@ -65,7 +65,7 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     handler = make_handler(tokenizer, reading)
     sources = [inputs.open_source(path) for path in paths]
     for source in sources:
-        _check_columns(source, handler.rows_of(source.path).columns, options.handler_name)
+        _check_columns(source, handler.rows_of(source.path), options.handler_name, show=show)
     if options.packs and handler.ranking:
         raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
     pieces = inputs.cut(sources, int(options.piece_size * MIB))
@@ -125,13 +125,18 @@ def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokeniz
                                       for name, value in asdict(reading).items()}}
 
 
-def _check_columns(source: Source, wanted: list[str], handler: str) -> None:
+def _check_columns(source: Source, rows: Rows, handler: str, *, show: bool) -> None:
     names = source.columns()
+    if names is None:
+        return
     option = "--map-keys" if trains_on_chats(handler) else "--json-keys"
-    for column in wanted if names is not None else []:
-        if column not in (names or []):
-            raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names or []) or
-                                 f"{option} says what columns are called; here they are: {', '.join(names or [])}")
+    for column in [column for column in (*rows.columns, *rows.named) if column not in names]:
+        if column in rows.columns or source.has_header:
+            raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names) or
+                                 f"{option} says what columns are called; here they are: {', '.join(names)}")
+        if show:
+            print(f"note: {source.path} has no column {column!r} in its first rows, which {handler} can do without",
+                  file=sys.stderr)
 
 
 def _before_check(choice: Choice) -> Choice:

@@ -65,6 +65,8 @@ def is_packed(path: Path) -> bool:
 class Lines:
     """A file of lines; places and spans count bytes (uncompressed ones)."""
 
+    has_header = False
+
     def __init__(self, path: Path, parse: Callable[[bytes], Row | None]) -> None:
         self.path, self._parse = path, parse
         self._packed = is_packed(path)
@@ -176,6 +178,8 @@ class _Whole:
 class JsonArray(_Whole):
     """A JSON array of objects, read object by object. What cannot be parsed is read on to the end before it is called broken."""
 
+    has_header = False
+
     def columns(self) -> list[str] | None:
         return _columns(self.rows((0, 1), []))
 
@@ -238,6 +242,8 @@ def _after_space(text: str, at: int) -> int:
 
 class Csv(_Whole):
     """Comma-separated values with a header line; quoted fields may hold line ends."""
+
+    has_header = True
 
     def columns(self) -> list[str] | None:
         return next(self._records(), None)

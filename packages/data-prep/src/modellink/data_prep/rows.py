@@ -24,10 +24,11 @@ class Source(Protocol):
 
     `cut` gives its spans of about `size` bytes, `weigh` the bytes of a span, `rows` the rows of a span each with its place
     (a byte or a row number), `name_places` ascending places in words, by one pass over the file at most, `columns` the names
-    in its first rows, or None when unknown.
+    in its first rows, or None when unknown. With `has_header` these are all there are.
     """
 
     path: Path
+    has_header: bool
 
     def cut(self, size: int) -> list[Span]: ...
     def weigh(self, span: Span) -> int: ...

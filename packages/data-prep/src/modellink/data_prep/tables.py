@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class Parquet:
     """A parquet file; spans count row groups, places are row numbers from 1."""
 
+    has_header = True
+
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet
 
@@ -82,6 +84,8 @@ class Arrow:
 
     What Hugging Face's `datasets` keeps is a stream.
     """
+
+    has_header = True
 
     def __init__(self, path: Path) -> None:
         import pyarrow

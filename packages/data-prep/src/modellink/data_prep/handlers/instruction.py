@@ -69,6 +69,7 @@ class _Rows:
     def __init__(self, form: ChatFormat, names: FieldMap, reading: Reading) -> None:
         self._form, self._names, self._reading, self._parse = form, names, reading, STYLES[names.style]
         self.columns, self.optional = names.column_names(needed=True), names.column_names(needed=False)
+        self.named = names.named_columns()
         self._eod = [form.eos_token_id] if reading.append_eod else []
 
     def parse(self, row: Mapping[str, Any]) -> Record:
