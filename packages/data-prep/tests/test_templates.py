@@ -253,11 +253,27 @@ def test_a_template_of_ones_own(tmp_path, all_tokens):
 @pytest.mark.parametrize(("content", "message"), [
     ("[]", "an object of slots"), ("{", "not a JSON"), ('{"usr": []}', "unknown key 'usr'"),
     ('{"user": "x"}', "user is not a list"), ('{"user": [{"special": "pad"}]}', "user is not a list"),
-    ('{"replace_eos": true}', "needs a stop word")])
+    ('{"replace_eos": true}', "needs a stop word"), ('{"user": [{"token": 3}]}', "user is not a list"),
+    ('{"default_system": null}', "default_system is not a text"), ('{"stop_words": "</s>"}', "stop_words is not a list of texts"),
+    ('{"stop_words": [2]}', "stop_words is not a list of texts"), ('{"replace_eos": 0}', "replace_eos is not true or false"),
+    ('{"efficient_eos": "no"}', "efficient_eos is not true or false"),
+    ('{"system_in_user": 1}', "system_in_user is not true or false"),
+    ('{"system_in_user": true, "system": [{"token": "a"}]}', "system is not one text"),
+    ('{"system_in_user": true, "system": ["a", "{content}"]}', "system is not one text"),
+    ('{"system_in_user": true, "system": []}', "system is not one text")])
 def test_wrong_templates_are_named(tmp_path, content, message):
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(ModelLinkError, match=message):
         load_template(str(tmp_path / "mine.json"))
+
+
+def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, byte_tokenizer):
+    (tmp_path / "mine.txt").write_text('{"user": ["Q: {content}"]}')
+    assert chat_format(byte_tokenizer, template=tmp_path / "mine.txt").name == "mine"
+    for name in ("absent.txt", "qwn"):
+        with pytest.raises(ModelLinkError, match="there is no template") as caught:
+            chat_format(byte_tokenizer, template=name)
+        assert caught.value.where == "--template"
 
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):

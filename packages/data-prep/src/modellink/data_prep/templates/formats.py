@@ -41,7 +41,7 @@ def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: 
 
     Args:
         prompt_type: a name in `templates.json`.
-        template: a file of the same form as one entry of it.
+        template: the same, or a file of the form of one entry of it.
         hf_chat_template: the tokenizer's own.
 
     Raises:
@@ -55,4 +55,4 @@ def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: 
                              "FILE.json or --hf-chat-template")
     if hf_chat_template:
         return ModelFormat(tokenizer)
-    return PromptFormat(tokenizer, load_template(str(prompt_type or template)))
+    return PromptFormat(tokenizer, load_template(str(prompt_type or template), given[0]))
