@@ -241,6 +241,37 @@ def test_generation_marks_are_what_is_learned(tmp_path, byte_folder):
     assert encoded.ids == encode_chat(tokenizer, CONVERSATIONS["turns"][0])
 
 
+PLAIN = ("{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}")
+MARKED = ("{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
+          "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize(("default", "tool_use"), [(MARKED, PLAIN), (PLAIN, MARKED)], ids=["default", "tool use"])
+def test_marks_are_looked_for_in_the_template_that_is_used(tmp_path, byte_folder, default, tool_use):
+    for path in byte_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(default)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    form = chat_format(Tokenizer.from_folder(tmp_path), hf_chat_template=True)
+    assert default in form.wording and tool_use in form.wording
+    for tools in (None, [{"name": "f"}]):
+        encoded = form.encode(from_messages([QUESTION, {"role": "assistant", "content": "Yes"}], tools))
+        said = [form.tokenizer.decode(turn.target, skip_special_tokens=False) for turn in encoded.turns if turn.target]
+        assert said == ["Yes" if (tool_use if tools else default) == MARKED else "Yes<|im_end|>"]
+
+
+def test_a_conversation_in_which_nothing_is_learned_is_refused(tmp_path, byte_folder):
+    for path in byte_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% if tools %}{{ messages | tojson }}{% else %}" + MARKED + "{% endif %}")
+    form = chat_format(Tokenizer.from_folder(tmp_path), hf_chat_template=True)
+    with pytest.raises(ModelLinkError, match="marks no answer"):
+        form.encode(from_messages([QUESTION, ANSWER], [{"name": "f"}]))
+    form.encode(from_messages([QUESTION], [{"name": "f"}]))
+
+
 def test_a_template_of_ones_own(tmp_path, all_tokens):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"user": ["[HUMAN]: {content}\n[AI]: "], "separator": ["\n"], "stop_words": ["[HUMAN]"]}))
