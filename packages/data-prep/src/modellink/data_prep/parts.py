@@ -8,6 +8,7 @@ its checksum is in the journal, and is compared before a later run uses it.
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -94,6 +95,24 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
         for path in parts.glob(".*.tmp"):
             path.unlink()
     return journal
+
+
+def date_before(parts: Path, made_from: dict[str, Any]) -> str | None:
+    """The date in texts of the run, or of a share, that this one goes on with: all but the date is the same."""
+    for path in sorted(parts.glob("journal*.jsonl")):
+        before = _first_entry(path).get("made_from", {})
+        if before | {"date": None} == made_from:
+            return str(before["date"])
+    return None
+
+
+def _first_entry(path: Path) -> dict[str, Any]:
+    """Only looked at: another run may be writing."""
+    with path.open("rb") as file:
+        line = file.readline()
+    with suppress(ValueError):
+        return dict(json.loads(line))
+    return {}
 
 
 def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:

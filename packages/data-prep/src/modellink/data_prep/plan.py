@@ -6,7 +6,8 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,6 +21,7 @@ from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, make_handler, trains_on_chats
 from modellink.data_prep.indexed import existing, token_dtype
 from modellink.data_prep.options import PreprocessOptions
+from modellink.data_prep.parts import date_before
 from modellink.data_prep.rows import BadRow, Source, Span
 from modellink.data_prep.tokenise import Around, Job
 from modellink.data_prep.tokenizer import Tokenizer
@@ -78,11 +80,15 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     small = handler.small_ids and options.output_dtype == "auto"
     dtype = token_dtype(tokenizer.vocab_size if small else None).name
     parts = Path(f"{options.output_prefix}.parts")
+    made_from = _made_from(options, paths, tokenizer, handler, reading, dtype)
+    if reading.hf_chat_template and "strftime_now" in handler.wording:  # one day for all pieces, however long the work takes
+        reading = replace(reading, date=date_before(parts, made_from) or date.today().isoformat())
+        handler, made_from["date"] = make_handler(tokenizer, reading), reading.date
     job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
               options.vocab_size, parts, _around(engine, tokenizer) if not options.verify_tokenizer else None)
     plan = Plan(job, handler, pieces,
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
-                _made_from(options, paths, tokenizer, handler, reading, dtype), tokenizer.backend, why)
+                made_from, tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
         for path in existing(list(plan.outputs.values())):
             raise output_exists(path)
@@ -109,7 +115,7 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
     if options.seq_length is not None and not chats and show:
         print("note: --seq-length is ignored: documents of plain text are kept whole, training cuts its windows", file=sys.stderr)
     return Reading(options.handler_name, tuple(dict.fromkeys(options.json_keys)), options.append_eod, maps, options.prompt_type,
-                   str(options.template) if options.template else None, options.hf_chat_template, options.train_on_prompt,
+                   str(options.template) if options.template else None, options.hf_chat_template, None, options.train_on_prompt,
                    options.seq_length if chats else None, options.long_samples)
 
 

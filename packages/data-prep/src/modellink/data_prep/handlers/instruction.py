@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ class InstructionHandler:
     def __init__(self, tokenizer: Tokenizer, reading: Reading, default_prompt_type: str | None = None) -> None:
         named = reading.prompt_type or reading.template or reading.hf_chat_template
         self._form = chat_format(tokenizer, reading.prompt_type or (None if named else default_prompt_type), reading.template,
-                                 reading.hf_chat_template)
+                                 reading.hf_chat_template, date.fromisoformat(reading.date) if reading.date else None)
         self._reading, self.wording = reading, self._form.wording
         maps = {path: FieldMap.from_json(text) for path, text in reading.maps}
         self.ranking = any(names.ranking for names in maps.values())

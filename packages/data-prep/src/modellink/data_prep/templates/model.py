@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import date
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,7 @@ class ModelFormat:
 
     Args:
         template: which of the tokenizer's templates.
+        today: see `render_chat`.
         variables: further names the template knows, e.g. `enable_thinking=False`.
 
     Raises:
@@ -34,14 +36,14 @@ class ModelFormat:
 
     name = "hf-chat-template"
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, **variables: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, today: date | None = None, **variables: Any) -> None:
         # A tokenizer may have another template for conversations with tools.
         self._sources = {tools: tokenizer.chat_template(template, tools=tools) for tools in (False, True)}
         self.wording = "\n".join(dict.fromkeys(self._sources.values()))
         if tokenizer.eos_token_id is None:
             raise ModelLinkError("the tokenizer has no end token", where=tokenizer.folder,
                                  fix="set eos_token in its tokenizer_config.json")
-        self.tokenizer, self._template, self._variables = tokenizer, template, variables
+        self.tokenizer, self._template, self._today, self._variables = tokenizer, template, today, variables
         self.eos_token_id, self.stop_token_ids = tokenizer.eos_token_id, tokenizer.eos_token_ids
 
     def encode(self, conversation: Conversation) -> Encoded:
@@ -81,7 +83,7 @@ class ModelFormat:
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, variables: dict[str, Any]) -> str:
         return render_chat(self.tokenizer, messages, tools=tools, template=self._template, add_generation_prompt=prompt,
-                           mark=self._is_marked(tools), **variables)
+                           mark=self._is_marked(tools), today=self._today, **variables)
 
     @staticmethod
     def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:
