@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modellink.data_prep.indexed import checksum
-from modellink.data_prep.tokenise import Done
+from modellink.data_prep.tokenise import Done, Job
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
 from modellink.kernels.progress import Work
@@ -120,18 +120,19 @@ def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, 
     return [entry for _, entries in _shares(parts) if entries[0].get("made_from") == made_from for entry in entries]
 
 
-def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool, show: bool) -> dict[int, Done]:
-    """Pieces whose files are there as they were noted; all, once they are merged.
+def noted(entries: list[dict[str, Any]], job: Job) -> dict[int, Done]:
+    """Pieces that are told of and that the job can use: none with bad rows when those must fail, and none unverified."""
+    pieces = [Done(**entry) for entry in entries if "piece" in entry]
+    return {done.piece: done for done in pieces if (job.skip_bad_rows or not done.skipped) and (done.verified or not job.verify)}
 
-    A piece with bad rows does not count when those must fail.
-    """
-    noted = {entry["piece"]: Done(**entry) for entry in entries if "piece" in entry}
-    usable = [done for done in noted.values() if skips_bad_rows or not done.skipped]
-    if not usable or any(entry.get("state") == "merged" for entry in entries):
-        return {done.piece: done for done in usable}
+
+def finished(parts: Path, noted: dict[int, Done], *, show: bool) -> dict[int, Done]:
+    """Of the noted pieces those whose files are there as they were noted."""
+    if not noted:
+        return {}
     found: dict[int, Done] = {}
-    with Work("checking finished pieces", len(usable), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
-        for done, whole in zip(usable, pool.map(partial(_is_whole, parts), usable), strict=True):
+    with Work("checking finished pieces", len(noted), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
+        for done, whole in zip(noted.values(), pool.map(partial(_is_whole, parts), noted.values()), strict=True):
             found |= {done.piece: done} if whole else {}
             work.advance()
     return found

@@ -84,8 +84,9 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     if reading.hf_chat_template and "strftime_now" in handler.wording:  # one day for all pieces, however long the work takes
         reading = replace(reading, date=date_before(parts, made_from) or date.today().isoformat())
         handler, made_from["date"] = make_handler(tokenizer, reading), reading.date
-    job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
-              options.vocab_size, parts, _around(engine, tokenizer) if not options.verify_tokenizer else None)
+    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # else it is tokenizers that tokenises
+    job = Job(tokenizer.folder.resolve(), backend, verify, reading, dtype, options.on_bad_row == "skip",
+              options.vocab_size, parts, _around(engine, tokenizer) if not verify else None)
     plan = Plan(job, handler, pieces,
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
                 made_from, tokenizer.backend, why)

@@ -21,7 +21,7 @@ from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.merge import merge
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
-from modellink.data_prep.parts import alone, clear, entries_of_shares, finished, open_journal
+from modellink.data_prep.parts import alone, clear, entries_of_shares, finished, noted, open_journal
 from modellink.data_prep.plan import Plan, make_plan, output_exists
 from modellink.data_prep.tokenise import Done, Workers, part_prefix, tokenise
 from modellink.kernels.errors import ModelLinkError
@@ -82,11 +82,11 @@ def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool
     with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
         states = {entry["state"]: entry for entry in entries if "state" in entry}
-        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows, show=show)
-        outputs = existing(list(plan.outputs.values()))
-        if "merged" in states and len(outputs) == 2 * len(plan.outputs):  # killed while it tidied up
-            packed = states["merged"].get("packed")
-            return found, found, Packed(**packed) if packed else None
+        usable, outputs = noted(entries, plan.job), existing(list(plan.outputs.values()))
+        if "merged" in states and len(outputs) == 2 * len(plan.outputs) and len(usable) == len(plan.pieces):
+            packed = states["merged"].get("packed")  # killed while it tidied up
+            return usable, usable, Packed(**packed) if packed else None
+        found = finished(parts, usable, show=show)
         if outputs and not options.overwrite and "merging" not in states:
             raise output_exists(outputs[0])
         todo = [piece for piece in plan.pieces if piece.index not in found

@@ -70,12 +70,13 @@ class Job:
 class Done:
     """What came of a piece; it is noted in the journal.
 
-    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `empty` those with
-    an empty question or answer; `learned` tokens with a label; `checksums` are of the files of the part; `bad` has file, place
-    and fault of the first bad rows.
+    `verified`: its ids were compared with another library's. `tokens` and `documents` count by output; `cut` and `dropped` the
+    samples longer than allowed; `empty` those with an empty question or answer; `learned` tokens with a label; `checksums` are
+    of the files of the part; `bad` has file, place and fault of the first bad rows.
     """
 
     piece: int
+    verified: bool = False
     rows: int = 0
     skipped: int = 0
     cut: int = 0
@@ -99,7 +100,7 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
     Raises:
         ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
     """
-    handler, done = handler or _handler(job), Done(piece.index)
+    handler, done = handler or _handler(job), Done(piece.index, job.verify)
     with ExitStack() as stack:
         writers = {output: stack.enter_context(IndexedWriter(
             part_prefix(job.parts, piece.index, output), np.dtype(job.dtype), durable=False)) for output in handler.outputs}
