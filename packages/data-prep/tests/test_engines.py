@@ -90,6 +90,14 @@ def test_every_document_is_compared_when_asked(run, monkeypatch):
 
 
 @needs("gigatoken")
+def test_pieces_made_without_comparing_are_not_used_when_it_is_asked(run):
+    for first, then, used in ((False, True, False), (True, True, True), (True, False, True)):
+        name = f"{first} {then}"
+        run(name, piece="0/2", piece_size=0.1, verify_tokenizer=first)
+        assert bool(run(name, piece_size=0.1, verify_tokenizer=then).pieces_found_done) == used
+
+
+@needs("gigatoken")
 def test_what_gigatoken_remembers_is_thrown_away(byte_folder, monkeypatch):
     monkeypatch.setattr("modellink.data_prep.engines.gigatoken.GROWN", -1 << 40)
     engine = Tokenizer.from_folder(byte_folder, "gigatoken").engine

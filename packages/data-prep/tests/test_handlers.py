@@ -21,12 +21,12 @@ RANKED = {"conversations": CHAT[:1], "chosen": {"from": "gpt", "value": "good"},
 @pytest.fixture
 def make(tmp_path, write_lines, byte_folder):
     """Preprocess rows; returns the fields by name and the summary."""
-    def make(rows, handler, name="set", **options):
+    def make(rows, handler, name="set", show=False, **options):
         path = rows if isinstance(rows, str) else str(write_lines(tmp_path / f"{name}.jsonl", rows))
         given = {"prompt_type": "qwen"} | options
         summary = preprocess(PreprocessOptions(
             input=(path,), output_prefix=tmp_path / "out" / name, tokenizer_name_or_path=byte_folder, handler_name=handler,
-            **given), show=False)
+            **given), show=show)
         return {output.removeprefix("packed_"): IndexedDataset(prefix) for output, prefix in summary.outputs.items()}, summary
     return make
 
@@ -68,6 +68,23 @@ def test_columns_under_other_names(make, byte_tokenizer):
     data, _ = make(rows, "AlpacaStyleInstructionHandler",
                    map_keys='{"prompt": "q", "query": "", "response": "a", "system": ""}')
     assert "not read" not in text(byte_tokenizer, data) and said(byte_tokenizer, data) == ["2<|im_end|>"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_an_optional_column_may_come_late_where_rows_differ(make, byte_tokenizer, tmp_path, capsys, kind):
+    rows = [*[ALPACA] * 120, ALPACA | {"sys": "S", "earlier": [["a", "b"]]}]
+    (tmp_path / f"late.{kind}").write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    data, _ = make(str(tmp_path / f"late.{kind}"), "AlpacaStyleInstructionHandler", show=True,
+                   map_keys='{"system": "sys", "history": "earlier"}')
+    assert text(byte_tokenizer, data, 120).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na")
+    assert "has no column 'sys' in its first rows" in capsys.readouterr().err
+
+
+def test_an_optional_column_that_is_named_must_be_in_a_header(make, tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\nq,a\n")
+    assert make(str(tmp_path / "a.csv"), "AlpacaStyleInstructionHandler")[1].rows == 1
+    with pytest.raises(ModelLinkError, match="no column 'sys'"):
+        make(str(tmp_path / "a.csv"), "AlpacaStyleInstructionHandler", name="b", map_keys='{"system": "sys"}')
 
 
 def test_sharegpt_rows_with_tools(make, byte_tokenizer):
@@ -138,14 +155,33 @@ def test_a_dataset_may_be_a_folder_or_a_pattern(make, byte_tokenizer, tmp_path, 
         assert [said(byte_tokenizer, data, index) for index in range(len(answers))] == [[f"{one}<|im_end|>"] for one in answers]
 
 
-@pytest.mark.parametrize("place", ["chosen", "rejected"])
-def test_an_empty_answer_of_a_pair_is_refused(make, tmp_path, place):
-    """Before, a template whose answers have no end of their own learned the answer of an earlier turn instead."""
-    (tmp_path / "mine.json").write_text('{"user": ["Q:{content} A:"], "efficient_eos": true}')
-    row = RANKED | {"conversations": [*CHAT, CHAT[0]], place: {"from": "gpt", "value": " "}}
-    _, summary = make([row, RANKED], "SharegptStylePairwiseHandler", template=tmp_path / "mine.json", prompt_type=None,
-                      on_bad_row="skip")
-    assert summary.rows == 1 and f"{place} is an empty answer" in summary.bad_rows[0]
+TOOL = [{"from": "function_call", "value": '{"name": "f", "arguments": {}}'}, {"from": "observation", "value": ""}]
+EMPTY = {
+    "no answer": ("AlpacaStyleInstructionHandler", ALPACA | {"output": ""}, ALPACA),
+    "white space": ("AlpacaStyleInstructionHandler", ALPACA | {"output": " \n"}, ALPACA),
+    "no question": ("AlpacaStyleInstructionHandler", ALPACA | {"instruction": "", "input": ""}, ALPACA | {"instruction": ""}),
+    "an earlier turn": ("SharegptStyleInstructionHandler",
+                        {"conversations": [CHAT[0], CHAT[1] | {"value": ""}, *CHAT]}, {"conversations": CHAT}),
+    "what a tool gave": ("SharegptStyleInstructionHandler", {"conversations": [CHAT[0], CHAT[1] | {"value": ""}]},
+                         {"conversations": [CHAT[0], *TOOL, CHAT[1]]}),
+    "a whole conversation in a text": ("BelleMultiTurnInstructionHandler", {"instruction": "Human: a\nAssistant:", "output": ""},
+                                       {"instruction": "Human: a\nAssistant:", "output": "b"}),
+    "turns by name": ("MOSSMultiTurnHandler", {"chat": {"turn_1": {"Human": "a", "MOSS": "<|MOSS|>: <eom>"}}},
+                      {"chat": {"turn_1": {"Human": "a", "MOSS": "b"}}}),
+    # a template whose answers have no end of their own would learn the answer of an earlier turn instead
+    "chosen": ("SharegptStylePairwiseHandler", RANKED | {"chosen": CHAT[1] | {"value": " "}}, RANKED),
+    "rejected": ("SharegptStylePairwiseHandler", RANKED | {"rejected": CHAT[1] | {"value": ""}}, RANKED)}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_samples_with_an_empty_question_or_answer_are_left_out_and_counted(make, name):
+    handler, empty, good = EMPTY[name]
+    data, summary = make([empty, good, empty], handler)
+    assert (summary.rows, summary.empty_samples, summary.skipped_rows) == (3, 2, 0)
+    assert all(len(field) == 1 for field in data.values())
+    with pytest.raises(ModelLinkError, match="no tokens came out") as caught:
+        make([empty], handler, name="none")
+    assert caught.value.fix == "samples with an empty question or answer: 1"
 
 
 OLDER = {

@@ -44,6 +44,16 @@ def test_a_killed_packing_continues(command, arguments, expected, tmp_path, snap
     assert snapshot(tmp_path / "out") == expected
 
 
+def test_parts_without_the_outputs_made_of_them_are_not_trusted(command, arguments, expected, tmp_path, snapshot):
+    """Killed while it tidied up, and then an output was removed."""
+    assert command(*arguments, MODELLINK_KILL_AT="merged").returncode == -signal.SIGKILL
+    min((tmp_path / "out" / "set.parts").glob("*.bin")).unlink()
+    min((tmp_path / "out").glob("*.idx")).unlink()
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert snapshot(tmp_path / "out") == expected
+
+
 @pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.stress)])
 def test_shares_killed_at_random_moments(command, arguments, expected, tmp_path, snapshot, times):
     seed = random.randrange(10**6)

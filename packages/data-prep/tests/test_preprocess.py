@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess
+from modellink.data_prep.readers import Lines
 from modellink.kernels.errors import ModelLinkError
 
 SMALL = 0.05  # MiB: about ten pieces of the corpus
@@ -104,6 +105,19 @@ def test_bad_rows_may_be_left_out_and_are_counted(run, tmp_path, write_lines):
     assert (summary.rows, summary.skipped_rows) == (2, 3)
     assert summary.bad_rows == [f"{path}, line 2: 'text' is empty (null), not a text", f"{path}, line 3: it has no 'text'",
                                 f"{path}, line 4: 'text' is a int, not a text"]
+
+
+def test_lines_of_bad_rows_are_counted_once_a_file(run, tmp_path, write_lines, monkeypatch):
+    """Not once a row: over many pieces that took time quadratic in the input."""
+    paths = [write_lines(tmp_path / f"{name}.jsonl", [{"text": 1}, *[{"text": "x" * 1000}] * 9] * 8) for name in "ab"]
+    named = []
+    original = Lines.name_places
+    monkeypatch.setattr(Lines, "name_places",
+                        lambda self, places: named.append((self.path, len(places))) or original(self, places))
+    summary = run(input=tuple(map(str, paths)), on_bad_row="skip", piece_size=0.002)
+    assert summary.pieces > 8 and named == [(paths[0], 8), (paths[1], 8)]
+    assert [row.split(": ")[0] for row in summary.bad_rows] == [
+        f"{path}, line {line}" for path in paths for line in range(1, 80, 10)]
 
 
 @pytest.mark.parametrize("workers", [1, 2])

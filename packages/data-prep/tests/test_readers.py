@@ -119,7 +119,7 @@ def test_text_lines_lose_their_ends_only(tmp_path):
 def test_bad_rows_have_a_place(tmp_path, name, content, place, why):
     (tmp_path / name).write_bytes(content)
     source = open_source(tmp_path / name)
-    bad = [(source.name_place(at), row.why) for at, row in source.rows(source.cut(1000)[0], []) if isinstance(row, BadRow)]
+    bad = [(*source.name_places([at]), row.why) for at, row in source.rows(source.cut(1000)[0], []) if isinstance(row, BadRow)]
     assert len(bad) == 1 and bad[0][0] == f"{tmp_path / name}, {place}" and why in bad[0][1]
 
 
@@ -142,6 +142,15 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     with pytest.raises(ModelLinkError, match=message) as caught:
         rows_of(tmp_path / name)
     assert name in str(caught.value.where)
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.csv.zst", "a.jsonl.gz", "a.json.zst"])
+def test_files_whose_beginning_is_broken_are_named(tmp_path, name):
+    content = (b"text,n\n" if "csv" in name else b'{"text": "a"}\n') * 100
+    packed = gzip.compress(content) if name.endswith("gz") else pyarrow.compress(content, "zstd", asbytes=True)
+    (tmp_path / name).write_bytes(packed[:12])
+    with pytest.raises(ModelLinkError, match="cannot be read"):
+        open_source(tmp_path / name).columns()
 
 
 def test_a_json_array_is_not_read_whole(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import fcntl
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -96,6 +97,24 @@ def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", flock)
     with alone(tmp_path / "parts", (0, 2), show=True):
         assert capsys.readouterr().err.count("has no locks (Function not implemented)") == 1
+
+
+def test_on_nfs_shares_lock_and_the_folder_goes(corpus, byte_folder, expected, snapshot, tmp_path, monkeypatch, capsys):
+    """There flock is fcntl's lock, and a file that is removed while it is open keeps its folder from being removed."""
+    def rmdir(path, **options):
+        opened = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+        if any(name.startswith(str(path)) for name in opened):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        original(path, **options)
+
+    original = os.rmdir
+    monkeypatch.setattr(fcntl, "flock", fcntl.lockf)
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    for piece in ("0/2", "1/2", None):
+        preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True, piece_size=0.1,
+                                     output_prefix=tmp_path / "out" / "set", piece=piece))
+    assert "has no locks" not in capsys.readouterr().err
+    assert snapshot(tmp_path / "out") == expected and not (tmp_path / "out" / "set.parts").exists()
 
 
 @pytest.mark.parametrize("piece", ["3/3", "a/2", "1", "-1/2", "1/0"])

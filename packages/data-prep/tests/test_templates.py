@@ -241,6 +241,37 @@ def test_generation_marks_are_what_is_learned(tmp_path, byte_folder):
     assert encoded.ids == encode_chat(tokenizer, CONVERSATIONS["turns"][0])
 
 
+PLAIN = ("{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+         "{% if add_generation_prompt %}assistant:{% endif %}")
+MARKED = ("{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
+          "{% else %}Q:{{ m.content }}{% endif %}{% endfor %}")
+
+
+@pytest.mark.parametrize(("default", "tool_use"), [(MARKED, PLAIN), (PLAIN, MARKED)], ids=["default", "tool use"])
+def test_marks_are_looked_for_in_the_template_that_is_used(tmp_path, byte_folder, default, tool_use):
+    for path in byte_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(default)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(tool_use)
+    form = chat_format(Tokenizer.from_folder(tmp_path), hf_chat_template=True)
+    assert default in form.wording and tool_use in form.wording
+    for tools in (None, [{"name": "f"}]):
+        encoded = form.encode(from_messages([QUESTION, {"role": "assistant", "content": "Yes"}], tools))
+        said = [form.tokenizer.decode(turn.target, skip_special_tokens=False) for turn in encoded.turns if turn.target]
+        assert said == ["Yes" if (tool_use if tools else default) == MARKED else "Yes<|im_end|>"]
+
+
+def test_a_conversation_in_which_nothing_is_learned_is_refused(tmp_path, byte_folder):
+    for path in byte_folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% if tools %}{{ messages | tojson }}{% else %}" + MARKED + "{% endif %}")
+    form = chat_format(Tokenizer.from_folder(tmp_path), hf_chat_template=True)
+    with pytest.raises(ModelLinkError, match="marks no answer"):
+        form.encode(from_messages([QUESTION, ANSWER], [{"name": "f"}]))
+    form.encode(from_messages([QUESTION], [{"name": "f"}]))
+
+
 def test_a_template_of_ones_own(tmp_path, all_tokens):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps({"user": ["[HUMAN]: {content}\n[AI]: "], "separator": ["\n"], "stop_words": ["[HUMAN]"]}))
@@ -253,11 +284,27 @@ def test_a_template_of_ones_own(tmp_path, all_tokens):
 @pytest.mark.parametrize(("content", "message"), [
     ("[]", "an object of slots"), ("{", "not a JSON"), ('{"usr": []}', "unknown key 'usr'"),
     ('{"user": "x"}', "user is not a list"), ('{"user": [{"special": "pad"}]}', "user is not a list"),
-    ('{"replace_eos": true}', "needs a stop word")])
+    ('{"replace_eos": true}', "needs a stop word"), ('{"user": [{"token": 3}]}', "user is not a list"),
+    ('{"default_system": null}', "default_system is not a text"), ('{"stop_words": "</s>"}', "stop_words is not a list of texts"),
+    ('{"stop_words": [2]}', "stop_words is not a list of texts"), ('{"replace_eos": 0}', "replace_eos is not true or false"),
+    ('{"efficient_eos": "no"}', "efficient_eos is not true or false"),
+    ('{"system_in_user": 1}', "system_in_user is not true or false"),
+    ('{"system_in_user": true, "system": [{"token": "a"}]}', "system is not one text"),
+    ('{"system_in_user": true, "system": ["a", "{content}"]}', "system is not one text"),
+    ('{"system_in_user": true, "system": []}', "system is not one text")])
 def test_wrong_templates_are_named(tmp_path, content, message):
     (tmp_path / "mine.json").write_text(content)
     with pytest.raises(ModelLinkError, match=message):
         load_template(str(tmp_path / "mine.json"))
+
+
+def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, byte_tokenizer):
+    (tmp_path / "mine.txt").write_text('{"user": ["Q: {content}"]}')
+    assert chat_format(byte_tokenizer, template=tmp_path / "mine.txt").name == "mine"
+    for name in ("absent.txt", "qwn"):
+        with pytest.raises(ModelLinkError, match="there is no template") as caught:
+            chat_format(byte_tokenizer, template=name)
+        assert caught.value.where == "--template"
 
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):

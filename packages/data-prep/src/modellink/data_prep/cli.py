@@ -49,6 +49,8 @@ def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tupl
     if options.seq_length and summary.learned_tokens:
         yield "samples cut", summary.cut_samples
         yield "samples too long, dropped", summary.dropped_samples
+    if summary.empty_samples:
+        yield "samples with an empty question or answer, left out", summary.empty_samples
     if summary.packs:
         yield "packs", f"{summary.packs:,} of {options.seq_length:,} tokens, {summary.fill:.1%} filled"
     yield "text", f"{summary.text_bytes:,} bytes"

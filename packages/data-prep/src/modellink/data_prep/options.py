@@ -81,6 +81,7 @@ class Summary:
         documents, tokens: counts by output, as they are in the files (of packs with their padding).
         rows, skipped_rows: rows used and rows left out; `bad_rows` names the first of these.
         cut_samples, dropped_samples: samples longer than --seq-length, by what became of them.
+        empty_samples: left out because a question or an answer is empty.
         learned_tokens: tokens with a label, of instruction sets.
         packs, fill: number of packs, and the part of them that is not padding.
         text_bytes: UTF-8 bytes of the texts used.
@@ -98,6 +99,7 @@ class Summary:
     bad_rows: list[str] = field(default_factory=list)
     cut_samples: int = 0
     dropped_samples: int = 0
+    empty_samples: int = 0
     learned_tokens: int = 0
     packs: int = 0
     fill: float = 0.0

@@ -8,16 +8,17 @@ its checksum is in the journal, and is compared before a later run uses it.
 from __future__ import annotations
 
 import fcntl
+import json
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from modellink.data_prep.indexed import checksum
-from modellink.data_prep.tokenise import Done
+from modellink.data_prep.tokenise import Done, Job
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
 from modellink.kernels.progress import Work
@@ -34,25 +35,40 @@ def suffix(share: Share | None) -> str:
 def alone(parts: Path, share: Share | None, *, show: bool) -> Iterator[None]:
     """One run at a time on the parts, or on a share of them; a lock is its process's and vanishes with it.
 
-    All shares hold `lock` together, the run that joins them holds it alone.
+    All shares hold `lock` together, the run that joins them holds it alone. The folder goes when nothing was left in it.
 
     Raises:
         ModelLinkError: another run is at work.
     """
     parts.mkdir(exist_ok=True)
     wanted = [("lock", fcntl.LOCK_EX)] if share is None else [("lock", fcntl.LOCK_SH), (f"lock{suffix(share)}", fcntl.LOCK_EX)]
-    with ExitStack() as stack:
-        for name, kind in wanted:
-            file = stack.enter_context((parts / name).open("w"))
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ModelLinkError("another run is writing this output", where=parts / name, fix="wait for it to end") from None
-            except OSError as error:  # Lustre mounted without flock, some network disks
-                if show and name == "lock":
-                    print(f"note: {parts} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
-                          file=sys.stderr)
-        yield
+    try:
+        with ExitStack() as stack:
+            for name, kind in wanted:
+                # Read and write: NFS makes fcntl locks of these, and a shared one wants a file that is open for reading.
+                file = stack.enter_context((parts / name).open("a+"))
+                _lock(file, kind, parts / name, show=show and name == "lock")
+            yield
+    finally:
+        with suppress(OSError):  # there is something left
+            parts.rmdir()  # only now: on NFS a file that is removed stays in its folder until it is closed
+
+
+def _lock(file: IO[str], kind: int, path: Path, *, show: bool) -> None:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ModelLinkError("another run is writing this output", where=path, fix="wait for it to end") from None
+    except OSError as error:  # Lustre mounted without flock, some network disks
+        if show:
+            print(f"note: {path.parent} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
+                  file=sys.stderr)
+
+
+def clear(parts: Path) -> None:
+    """Remove all that is in the folder: parts before the journals that tell of them, locks last."""
+    for path in sorted(parts.iterdir()):
+        path.unlink()
 
 
 def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *, overwrite: bool, show: bool) -> Journal:
@@ -81,23 +97,42 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
     return journal
 
 
+def date_before(parts: Path, made_from: dict[str, Any]) -> str | None:
+    """The date in texts of the run, or of a share, that this one goes on with: all but the date is the same."""
+    for path in sorted(parts.glob("journal*.jsonl")):
+        before = _first_entry(path).get("made_from", {})
+        if before | {"date": None} == made_from:
+            return str(before["date"])
+    return None
+
+
+def _first_entry(path: Path) -> dict[str, Any]:
+    """Only looked at: another run may be writing."""
+    with path.open("rb") as file:
+        line = file.readline()
+    with suppress(ValueError):
+        return dict(json.loads(line))
+    return {}
+
+
 def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:
     """What the shares of this very work have noted."""
     return [entry for _, entries in _shares(parts) if entries[0].get("made_from") == made_from for entry in entries]
 
 
-def finished(parts: Path, entries: list[dict[str, Any]], *, skips_bad_rows: bool, show: bool) -> dict[int, Done]:
-    """Pieces whose files are there as they were noted; all, once they are merged.
+def noted(entries: list[dict[str, Any]], job: Job) -> dict[int, Done]:
+    """Pieces that are told of and that the job can use: none with bad rows when those must fail, and none unverified."""
+    pieces = [Done(**entry) for entry in entries if "piece" in entry]
+    return {done.piece: done for done in pieces if (job.skip_bad_rows or not done.skipped) and (done.verified or not job.verify)}
 
-    A piece with bad rows does not count when those must fail.
-    """
-    noted = {entry["piece"]: Done(**entry) for entry in entries if "piece" in entry}
-    usable = [done for done in noted.values() if skips_bad_rows or not done.skipped]
-    if not usable or any(entry.get("state") == "merged" for entry in entries):
-        return {done.piece: done for done in usable}
+
+def finished(parts: Path, noted: dict[int, Done], *, show: bool) -> dict[int, Done]:
+    """Of the noted pieces those whose files are there as they were noted."""
+    if not noted:
+        return {}
     found: dict[int, Done] = {}
-    with Work("checking finished pieces", len(usable), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
-        for done, whole in zip(usable, pool.map(partial(_is_whole, parts), usable), strict=True):
+    with Work("checking finished pieces", len(noted), unit="pieces", show=show) as work, ThreadPoolExecutor(READERS) as pool:
+        for done, whole in zip(noted.values(), pool.map(partial(_is_whole, parts), noted.values()), strict=True):
             found |= {done.piece: done} if whole else {}
             work.advance()
     return found

@@ -6,7 +6,8 @@ import hashlib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -20,12 +21,13 @@ from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, make_handler, trains_on_chats
 from modellink.data_prep.indexed import existing, token_dtype
 from modellink.data_prep.options import PreprocessOptions
+from modellink.data_prep.parts import date_before
 from modellink.data_prep.rows import BadRow, Source, Span
 from modellink.data_prep.tokenise import Around, Job
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-LAYOUT = 3  # of the parts; a change of what is in them makes older ones unusable
+LAYOUT = 4  # of the parts; a change of what is in them makes older ones unusable
 MIB = 1 << 20
 SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpus, on which gigatoken must agree
 
@@ -65,7 +67,7 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     handler = make_handler(tokenizer, reading)
     sources = [inputs.open_source(path) for path in paths]
     for source in sources:
-        _check_columns(source, handler.rows_of(source.path).columns, options.handler_name)
+        _check_columns(source, handler.rows_of(source.path), options.handler_name, show=show)
     if options.packs and handler.ranking:
         raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
     pieces = inputs.cut(sources, int(options.piece_size * MIB))
@@ -78,11 +80,16 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     small = handler.small_ids and options.output_dtype == "auto"
     dtype = token_dtype(tokenizer.vocab_size if small else None).name
     parts = Path(f"{options.output_prefix}.parts")
-    job = Job(tokenizer.folder.resolve(), backend, options.verify_tokenizer, reading, dtype, options.on_bad_row == "skip",
-              options.vocab_size, parts, _around(engine, tokenizer) if not options.verify_tokenizer else None)
+    made_from = _made_from(options, paths, tokenizer, handler, reading, dtype)
+    if reading.hf_chat_template and "strftime_now" in handler.wording:  # one day for all pieces, however long the work takes
+        reading = replace(reading, date=date_before(parts, made_from) or date.today().isoformat())
+        handler, made_from["date"] = make_handler(tokenizer, reading), reading.date
+    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # else it is tokenizers that tokenises
+    job = Job(tokenizer.folder.resolve(), backend, verify, reading, dtype, options.on_bad_row == "skip",
+              options.vocab_size, parts, _around(engine, tokenizer) if not verify else None)
     plan = Plan(job, handler, pieces,
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
-                _made_from(options, paths, tokenizer, handler, reading, dtype), tokenizer.backend, why)
+                made_from, tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
         for path in existing(list(plan.outputs.values())):
             raise output_exists(path)
@@ -109,7 +116,7 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
     if options.seq_length is not None and not chats and show:
         print("note: --seq-length is ignored: documents of plain text are kept whole, training cuts its windows", file=sys.stderr)
     return Reading(options.handler_name, tuple(dict.fromkeys(options.json_keys)), options.append_eod, maps, options.prompt_type,
-                   str(options.template) if options.template else None, options.hf_chat_template, options.train_on_prompt,
+                   str(options.template) if options.template else None, options.hf_chat_template, None, options.train_on_prompt,
                    options.seq_length if chats else None, options.long_samples)
 
 
@@ -125,13 +132,18 @@ def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokeniz
                                       for name, value in asdict(reading).items()}}
 
 
-def _check_columns(source: Source, wanted: list[str], handler: str) -> None:
+def _check_columns(source: Source, rows: Rows, handler: str, *, show: bool) -> None:
     names = source.columns()
+    if names is None:
+        return
     option = "--map-keys" if trains_on_chats(handler) else "--json-keys"
-    for column in wanted if names is not None else []:
-        if column not in (names or []):
-            raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names or []) or
-                                 f"{option} says what columns are called; here they are: {', '.join(names or [])}")
+    for column in [column for column in (*rows.columns, *rows.named) if column not in names]:
+        if column in rows.columns or source.has_header:
+            raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names) or
+                                 f"{option} says what columns are called; here they are: {', '.join(names)}")
+        if show:
+            print(f"note: {source.path} has no column {column!r} in its first rows, which {handler} can do without",
+                  file=sys.stderr)
 
 
 def _before_check(choice: Choice) -> Choice:

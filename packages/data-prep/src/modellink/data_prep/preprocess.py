@@ -7,19 +7,21 @@ Needs the disk space of the result twice; memory does not grow with the input, b
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
 
 from modellink.data_prep.indexed import existing
-from modellink.data_prep.inputs import Piece
+from modellink.data_prep.inputs import Piece, open_source
 from modellink.data_prep.merge import merge
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
-from modellink.data_prep.parts import alone, entries_of_shares, finished, open_journal
+from modellink.data_prep.parts import alone, clear, entries_of_shares, finished, noted, open_journal
 from modellink.data_prep.plan import Plan, make_plan, output_exists
 from modellink.data_prep.tokenise import Done, Workers, part_prefix, tokenise
 from modellink.kernels.errors import ModelLinkError
@@ -27,6 +29,8 @@ from modellink.kernels.files import Journal, kill_point
 from modellink.kernels.progress import Work
 
 __all__ = ["PreprocessOptions", "Summary", "preprocess"]
+
+NAMED = 20  # bad rows in the summary
 
 
 def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
@@ -51,18 +55,21 @@ def _preprocess(options: PreprocessOptions, workers: Workers, *, show: bool) -> 
     parts, folder = plan.job.parts, options.output_prefix.parent
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(parts, share, show=show):
-        try:
-            found, done, packed = _run(plan, options, workers, show=show)
-        except ModelLinkError:
-            if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
-                shutil.rmtree(parts)
-                if is_new:
-                    with suppress(OSError):  # it may hold other things by now
-                        folder.rmdir()
-            raise
-        if share is None:
-            shutil.rmtree(parts)
+    try:
+        with alone(parts, share, show=show):
+            try:
+                found, done, packed = _run(plan, options, workers, show=show)
+            except ModelLinkError:
+                if share is None and not any(path.stat().st_size for path in parts.glob("*.bin")):
+                    clear(parts)
+                raise
+            if share is None:
+                clear(parts)
+    except ModelLinkError:
+        if is_new:
+            with suppress(OSError):  # finished parts are in it, or other things by now
+                folder.rmdir()
+        raise
     return _summarise(plan, found, done, packed, time.monotonic() - start)
 
 
@@ -75,11 +82,11 @@ def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool
     with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
         states = {entry["state"]: entry for entry in entries if "state" in entry}
-        found = finished(parts, entries, skips_bad_rows=plan.job.skip_bad_rows, show=show)
-        outputs = existing(list(plan.outputs.values()))
-        if "merged" in states and len(outputs) == 2 * len(plan.outputs):  # killed while it tidied up
-            packed = states["merged"].get("packed")
-            return found, found, Packed(**packed) if packed else None
+        usable, outputs = noted(entries, plan.job), existing(list(plan.outputs.values()))
+        if "merged" in states and len(outputs) == 2 * len(plan.outputs) and len(usable) == len(plan.pieces):
+            packed = states["merged"].get("packed")  # killed while it tidied up
+            return usable, usable, Packed(**packed) if packed else None
+        found = finished(parts, usable, show=show)
         if outputs and not options.overwrite and "merging" not in states:
             raise output_exists(outputs[0])
         todo = [piece for piece in plan.pieces if piece.index not in found
@@ -118,8 +125,10 @@ def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -
     kill_point("before-merge")
     for name in plan.outputs:
         if not sum(item.documents[name] for item in done.values()):
-            dropped = sum(item.dropped for item in done.values())
-            why = f"all {dropped:,} samples are longer than --seq-length" if dropped else "the input is empty"
+            dropped, empty = (sum(getattr(item, what) for item in done.values()) for what in ("dropped", "empty"))
+            reasons = [f"samples longer than --seq-length: {dropped:,}"] if dropped else []
+            reasons += [f"samples with an empty question or answer: {empty:,}"] if empty else []
+            why = "; ".join(reasons) or "the input is empty"
             raise ModelLinkError(f"no tokens came out for {name!r}", where=", ".join(options.input[:5]), fix=why)
     parts = {name: [part_prefix(plan.job.parts, index, name) for index in sorted(done)] for name in plan.outputs}
     if options.packs:
@@ -144,9 +153,20 @@ def _summarise(plan: Plan, found: Pieces, done: Pieces, packed: Packed | None, s
     return Summary(
         outputs={name: str(prefix) for name, prefix in plan.outputs.items()}, documents=documents, tokens=tokens,
         rows=sum(item.rows for item in items), skipped_rows=sum(item.skipped for item in items),
-        bad_rows=[text for item in items for text in item.bad][:20], cut_samples=sum(item.cut for item in items),
-        dropped_samples=sum(item.dropped for item in items), learned_tokens=sum(item.learned for item in items),
+        bad_rows=_name_rows([row for item in items for row in item.bad][:NAMED]), cut_samples=sum(item.cut for item in items),
+        dropped_samples=sum(item.dropped for item in items), empty_samples=sum(item.empty for item in items),
+        learned_tokens=sum(item.learned for item in items),
         packs=packed.packs if packed else 0, fill=round(packed.fill, 4) if packed else 0.0,
         text_bytes=sum(item.text_bytes for item in items), dtype=plan.job.dtype, backend=plan.backend, backend_why=plan.why,
         seconds=round(seconds, 3), tokens_per_second=round(new / max(seconds, 1e-9), 1), pieces=len(plan.pieces),
         pieces_found_done=len(found))
+
+
+def _name_rows(bad: list[tuple[str, int, str]]) -> list[str]:
+    """Bad rows in words. A line's number is known only from all lines before it: each file is read once, and here alone."""
+    names: list[str] = []
+    for path, rows in groupby(bad, itemgetter(0)):
+        places, faults = zip(*((place, why) for _, place, why in rows), strict=True)
+        where = open_source(Path(path)).name_places(places)
+        names += [f"{place}: {why}" for place, why in zip(where, faults, strict=True)]
+    return names

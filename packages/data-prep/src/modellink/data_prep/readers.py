@@ -16,7 +16,7 @@ import io
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
@@ -65,6 +65,8 @@ def is_packed(path: Path) -> bool:
 class Lines:
     """A file of lines; places and spans count bytes (uncompressed ones)."""
 
+    has_header = False
+
     def __init__(self, path: Path, parse: Callable[[bytes], Row | None]) -> None:
         self.path, self._parse = path, parse
         self._packed = is_packed(path)
@@ -100,13 +102,15 @@ class Lines:
         except unreadable() as error:
             raise _broken(self.path, error) from None
 
-    def name_place(self, place: int) -> str:
-        count, rest = 1, place
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        names, line, at = [], 1, 0
         with open_bytes(self.path) as file:
-            while rest and (chunk := file.read(min(CHUNK, rest))):
-                count += chunk.count(b"\n")
-                rest -= len(chunk)
-        return f"{self.path}, line {count}"
+            for place in places:
+                while at < place and (chunk := file.read(min(CHUNK, place - at))):
+                    line += chunk.count(b"\n")
+                    at += len(chunk)
+                names.append(f"{self.path}, line {line}")
+        return names
 
 
 def _broken(path: Path, error: Exception) -> ModelLinkError:
@@ -167,12 +171,14 @@ class _Whole:
     def weigh(self, span: Span) -> int:
         return self.path.stat().st_size
 
-    def name_place(self, place: int) -> str:
-        return f"{self.path}, row {place}"
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        return [f"{self.path}, row {place}" for place in places]
 
 
 class JsonArray(_Whole):
     """A JSON array of objects, read object by object. What cannot be parsed is read on to the end before it is called broken."""
+
+    has_header = False
 
     def columns(self) -> list[str] | None:
         return _columns(self.rows((0, 1), []))
@@ -189,7 +195,7 @@ class JsonArray(_Whole):
         except unreadable() as error:
             raise _broken(self.path, error) from None
         except _NotJson as error:
-            raise ModelLinkError(f"not a JSON array of objects: {error}", where=self.name_place(number + 1),
+            raise ModelLinkError(f"not a JSON array of objects: {error}", where=f"{self.path}, row {number + 1}",
                                  fix="mend or write the file anew") from None
 
 
@@ -237,29 +243,35 @@ def _after_space(text: str, at: int) -> int:
 class Csv(_Whole):
     """Comma-separated values with a header line; quoted fields may hold line ends."""
 
+    has_header = True
+
     def columns(self) -> list[str] | None:
-        with open_text(self.path, "surrogateescape", "") as file:
-            return next(csv.reader(file), None)
+        return next(self._records(), None)
 
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]:
+        records = self._records()
+        names = next(records, [])
+        for number, values in enumerate(records, 1):
+            if not values:
+                continue
+            if len(values) != len(names):
+                yield number, BadRow(f"{len(values)} fields, the header has {len(names)}")
+            else:
+                yield number, dict(zip(names, values, strict=True))
+
+    def _records(self) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
-        # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
-        with open_text(self.path, "surrogateescape", "") as file:
-            lines = csv.reader(file, strict=True)
-            try:
-                names = next(lines, [])
-                for number, values in enumerate(lines, 1):
-                    if not values:
-                        continue
-                    if len(values) != len(names):
-                        yield number, BadRow(f"{len(values)} fields, the header has {len(names)}")
-                    else:
-                        yield number, dict(zip(names, values, strict=True))
-            except csv.Error as error:
-                raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
-                                     fix="mend or write the file anew") from None
-            except unreadable() as error:
-                raise _broken(self.path, error) from None
+        try:
+            # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
+            with open_text(self.path, "surrogateescape", "") as file:
+                lines = csv.reader(file, strict=True)
+                try:
+                    yield from lines
+                except csv.Error as error:
+                    raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
+                                         fix="mend or write the file anew") from None
+        except unreadable() as error:
+            raise _broken(self.path, error) from None
 
 
 PACKED = (".gz", ".zst")  # may follow the ending of a text file

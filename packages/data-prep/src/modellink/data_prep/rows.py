@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,13 +23,15 @@ class Source(Protocol):
     """One input file.
 
     `cut` gives its spans of about `size` bytes, `weigh` the bytes of a span, `rows` the rows of a span each with its place
-    (a byte or a row number), `name_place` a place in words, `columns` the names in its first rows, or None when unknown.
+    (a byte or a row number), `name_places` ascending places in words, by one pass over the file at most, `columns` the names
+    in its first rows, or None when unknown. With `has_header` these are all there are.
     """
 
     path: Path
+    has_header: bool
 
     def cut(self, size: int) -> list[Span]: ...
     def weigh(self, span: Span) -> int: ...
     def columns(self) -> list[str] | None: ...
     def rows(self, span: Span, columns: list[str]) -> Iterator[tuple[int, Row]]: ...
-    def name_place(self, place: int) -> str: ...
+    def name_places(self, places: Sequence[int]) -> list[str]: ...

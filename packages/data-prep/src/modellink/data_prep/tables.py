@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 class Parquet:
     """A parquet file; spans count row groups, places are row numbers from 1."""
+
+    has_header = True
 
     def __init__(self, path: Path) -> None:
         import pyarrow.parquet
@@ -61,11 +63,11 @@ class Parquet:
                         yield place, row
                         place += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read on: {error}", where=self.name_place(place),
+            raise ModelLinkError(f"the file cannot be read on: {error}", where=f"{self.path}, row {place}",
                                  fix="copy or download it anew") from None
 
-    def name_place(self, place: int) -> str:
-        return f"{self.path}, row {place}"
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        return [f"{self.path}, row {place}" for place in places]
 
 
 def _batch_rows(batch: pyarrow.RecordBatch) -> list[Row]:
@@ -82,6 +84,8 @@ class Arrow:
 
     What Hugging Face's `datasets` keeps is a stream.
     """
+
+    has_header = True
 
     def __init__(self, path: Path) -> None:
         import pyarrow
@@ -134,8 +138,8 @@ class Arrow:
                             yield place, row
                             place += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read on: {error}", where=self.name_place(place),
+            raise ModelLinkError(f"the file cannot be read on: {error}", where=f"{self.path}, row {place}",
                                  fix="copy or download it anew") from None
 
-    def name_place(self, place: int) -> str:
-        return f"{self.path}, row {place}"
+    def name_places(self, places: Sequence[int]) -> list[str]:
+        return [f"{self.path}, row {place}" for place in places]

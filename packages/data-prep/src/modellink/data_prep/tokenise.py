@@ -33,7 +33,7 @@ from modellink.kernels.errors import OUR_FAULT, ModelLinkError
 from modellink.kernels.files import kill_point
 
 BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text: what is tokenised in one call
-NAMED = 5  # bad rows of a piece that are named
+NAMED = 5  # bad rows of a piece that are noted
 
 
 class WorkerDied(ModelLinkError):
@@ -70,21 +70,24 @@ class Job:
 class Done:
     """What came of a piece; it is noted in the journal.
 
-    `tokens` and `documents` count by output; `cut` and `dropped` the samples longer than allowed; `learned` tokens with a
-    label; `checksums` are of the files of the part; `bad` names the first bad rows.
+    `verified`: its ids were compared with another library's. `tokens` and `documents` count by output; `cut` and `dropped` the
+    samples longer than allowed; `empty` those with an empty question or answer; `learned` tokens with a label; `checksums` are
+    of the files of the part; `bad` has file, place and fault of the first bad rows.
     """
 
     piece: int
+    verified: bool = False
     rows: int = 0
     skipped: int = 0
     cut: int = 0
     dropped: int = 0
+    empty: int = 0
     learned: int = 0
     text_bytes: int = 0
     documents: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     checksums: dict[str, int] = field(default_factory=dict)
-    bad: list[str] = field(default_factory=list)
+    bad: list[tuple[str, int, str]] = field(default_factory=list)
 
 
 def part_prefix(parts: Path, piece: int, output: str) -> Path:
@@ -97,7 +100,7 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
     Raises:
         ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
     """
-    handler, done = handler or _handler(job), Done(piece.index)
+    handler, done = handler or _handler(job), Done(piece.index, job.verify)
     with ExitStack() as stack:
         writers = {output: stack.enter_context(IndexedWriter(
             part_prefix(job.parts, piece.index, output), np.dtype(job.dtype), durable=False)) for output in handler.outputs}
@@ -105,6 +108,7 @@ def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Do
             encoded = handler.encode([sample for _, sample in batch])
             done.cut += encoded.cut
             done.dropped += encoded.dropped
+            done.empty += encoded.empty
             done.learned += encoded.learned
             for output, (ids, lengths) in encoded.fields.items():
                 if job.vocab_size is not None and len(ids) and ids.max() >= job.vocab_size:
@@ -135,7 +139,7 @@ Place = tuple[Path, int]
 
 
 def _place(place: Place) -> str:
-    return open_source(place[0]).name_place(place[1])
+    return open_source(place[0]).name_places([place[1]])[0]
 
 
 def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[list[tuple[Place, Any]]]:
@@ -155,7 +159,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
                                          fix="mend it, or leave out such rows with --on-bad-row skip") from None
                 done.skipped += 1
                 if len(done.bad) < NAMED:
-                    done.bad.append(f"{_place((path, at))}: {error}")
+                    done.bad.append((str(path), at, str(error)))
                 continue
             batch.append(((path, at), sample))
             size = sum(_text_bytes(row.get(column)) for column in columns)

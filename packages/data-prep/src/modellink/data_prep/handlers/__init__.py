@@ -19,10 +19,11 @@ PLAIN = ("columns", "text")  # styles without conversations
 
 
 class Rows(Protocol):
-    """How the rows of one file are read. `columns` every row must have, `optional` it may."""
+    """How the rows of one file are read. `columns` every row must have, `optional` it may; `named` of these were asked for."""
 
     columns: list[str]
     optional: list[str]
+    named: list[str]
 
     def parse(self, row: Mapping[str, Any]) -> Any:
         """The sample in a row; ValueError says why there is none."""

@@ -7,6 +7,7 @@ chosen, rejected. A name mapped to "" is not read. `tags` says how messages are 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -33,6 +34,7 @@ class FieldMap:
     Attributes:
         columns: meaning to column, or several that are joined by line ends; "" is none.
         needed: meanings whose columns every file must have.
+        named: meanings whose columns the user named.
         tags: see TAGS.
         ranking: rows hold a chosen and a rejected answer.
         extra: what the handler adds.
@@ -44,12 +46,20 @@ class FieldMap:
     tags: dict[str, str]
     ranking: bool = False
     extra: dict[str, str] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
 
     def column_names(self, *, needed: bool) -> list[str]:
         """Columns that must be there, or those that may be."""
+        return self._columns_of([meaning for meaning in self.columns if (meaning in self.needed) == needed])
+
+    def named_columns(self) -> list[str]:
+        """Columns that may be there and that the user named: to be missed in a file that says what columns it has."""
+        return self._columns_of([meaning for meaning in self.named if meaning not in self.needed])
+
+    def _columns_of(self, meanings: Sequence[str]) -> list[str]:
         found: list[str] = []
-        for meaning, column in self.columns.items():
-            if (meaning in self.needed) == needed and column:
+        for column in (self.columns.get(meaning) for meaning in meanings):
+            if column:
                 found += [column] if isinstance(column, str) else column
         return list(dict.fromkeys(found))
 
@@ -59,7 +69,7 @@ class FieldMap:
     @classmethod
     def from_json(cls, text: str) -> FieldMap:
         values = json.loads(text)
-        return cls(**values | {"needed": tuple(values["needed"])})
+        return cls(**values | {name: tuple(values[name]) for name in ("needed", "named")})
 
 
 def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False, own: dict[str, Any] | None = None,
@@ -75,8 +85,7 @@ def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False
     _check(given, list(known) + (["tags"] if style == "sharegpt" else []), where)
     _check(tags, list(TAGS), f"{where}, tags")
     columns: dict[str, str | list[str]] = {**known, **(own or {}), **{name: value or "" for name, value in given.items()}}
-    needed = {name for name in NEEDED[style] if not (ranking and name == "response")} | {
-        name for name, value in given.items() if value}
+    needed = {name for name in NEEDED[style] if not (ranking and name == "response")}
     if ranking:
         needed |= {"chosen", "rejected"}
     else:
@@ -86,7 +95,8 @@ def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False
             raise ModelLinkError(f"{name} is mapped to no column", where=where, fix="only what a row can do without may be \"\"")
     if ranking:
         columns.pop("response", None)
-    return FieldMap(style, columns, tuple(sorted(needed & set(columns))), {**TAGS, **tags}, ranking, extra or {})
+    return FieldMap(style, columns, tuple(sorted(needed & set(columns))), {**TAGS, **tags}, ranking, extra or {},
+                    tuple(name for name, value in given.items() if value))
 
 
 def _check(given: object, known: list[str], where: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ PAIRWISE = ("packed_chosen_input_ids", "packed_chosen_labels", "packed_rejected_
 
 
 class Record(NamedTuple):
-    """A sample: ids by output, none when it was dropped. `learned` counts the tokens with a label."""
+    """A sample: ids by output, none when it was left out. `learned` counts the tokens with a label."""
 
     fields: dict[str, list[int]]
     note: str = ""
@@ -44,7 +45,7 @@ class InstructionHandler:
     def __init__(self, tokenizer: Tokenizer, reading: Reading, default_prompt_type: str | None = None) -> None:
         named = reading.prompt_type or reading.template or reading.hf_chat_template
         self._form = chat_format(tokenizer, reading.prompt_type or (None if named else default_prompt_type), reading.template,
-                                 reading.hf_chat_template)
+                                 reading.hf_chat_template, date.fromisoformat(reading.date) if reading.date else None)
         self._reading, self.wording = reading, self._form.wording
         maps = {path: FieldMap.from_json(text) for path, text in reading.maps}
         self.ranking = any(names.ranking for names in maps.values())
@@ -59,8 +60,8 @@ class InstructionHandler:
 
     def encode(self, samples: Sequence[Record]) -> Batch:
         return Batch({name: flatten([sample.fields.get(name, []) for sample in samples]) for name in self.outputs},
-                     sum(sample.note == "cut" for sample in samples), sum(sample.note == "dropped" for sample in samples),
-                     sum(sample.learned for sample in samples))
+                     **{note: sum(sample.note == note for sample in samples) for note in ("cut", "dropped", "empty")},
+                     learned=sum(sample.learned for sample in samples))
 
 
 class _Rows:
@@ -69,11 +70,14 @@ class _Rows:
     def __init__(self, form: ChatFormat, names: FieldMap, reading: Reading) -> None:
         self._form, self._names, self._reading, self._parse = form, names, reading, STYLES[names.style]
         self.columns, self.optional = names.column_names(needed=True), names.column_names(needed=False)
+        self.named = names.named_columns()
         self._eod = [form.eos_token_id] if reading.append_eod else []
 
     def parse(self, row: Mapping[str, Any]) -> Record:
         try:
             sample = self._parse(row, self._names)
+            if sample.has_gap:  # as the original does: an empty answer would teach to say nothing
+                return Record({}, "empty")
             return self._ranked(sample) if self._names.ranking else self._learned(sample)
         except ModelLinkError as error:  # of the template or a tool: this row does not fit it
             raise ValueError(error.what) from None
@@ -97,10 +101,8 @@ class _Rows:
 
     def _ranked(self, sample: Sample) -> Record:
         prompts, answers = [], []
-        for meaning, answer in (("chosen", sample.chosen), ("rejected", sample.rejected)):
+        for answer in (sample.chosen, sample.rejected):
             assert answer is not None
-            if not answer[1].strip():
-                raise ValueError(f"{meaning} is an empty answer")
             spoken = replace(sample.conversation, turns=[*sample.conversation.turns, answer])
             source, target = _last_answer(self._form.encode(spoken))
             prompts.append(source)

@@ -29,6 +29,7 @@ class GeneralPretrainHandler:
     def __init__(self, tokenizer: PlainTokenizer, reading: Reading) -> None:
         self.tokenizer, self.columns, self.outputs = tokenizer, list(reading.keys), list(reading.keys)
         self.optional: list[str] = []
+        self.named: list[str] = []
         if reading.append_eod and tokenizer.eod_token_id is None:
             raise ModelLinkError("the tokenizer has no end-of-document token", where=tokenizer.folder,
                                  fix="leave out --append-eod, or set eos_token in its tokenizer_config.json")

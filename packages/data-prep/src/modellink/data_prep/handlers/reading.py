@@ -20,6 +20,7 @@ class Reading:
         append_eod: end each document or sample with the end token.
         maps: (file, FieldMap as JSON); the file "" stands for all others.
         prompt_type, template, hf_chat_template: see `chat_format`.
+        date: that a chat template tells of, YYYY-MM-DD, for templates that tell of one.
         train_on_prompt: learn everything, not only what the assistant says.
         seq_length: most tokens of a sample; `long_samples` says what becomes of longer ones.
     """
@@ -31,6 +32,7 @@ class Reading:
     prompt_type: str | None = None
     template: str | None = None
     hf_chat_template: bool = False
+    date: str | None = None
     train_on_prompt: bool = False
     seq_length: int | None = None
     long_samples: Literal["cut", "drop"] = "cut"
@@ -40,12 +42,13 @@ class Reading:
 class Batch:
     """Ids of several samples by output, a sample without ids being none; `cut`, `dropped` count long samples.
 
-    `learned` counts the tokens with a label.
+    `empty` counts samples left out because a question or an answer is empty, `learned` the tokens with a label.
     """
 
     fields: dict[str, Flat]
     cut: int = 0
     dropped: int = 0
+    empty: int = 0
     learned: int = 0
 
 

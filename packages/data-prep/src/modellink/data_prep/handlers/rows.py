@@ -19,6 +19,12 @@ class Sample:
     chosen: tuple[str, str] | None = None
     rejected: tuple[str, str] | None = None
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether a question or an answer is empty. What a tool gave may be."""
+        said = (*self.conversation.turns, *filter(None, (self.chosen, self.rejected)))
+        return any(role in ("user", "assistant") and not text.strip() for role, text in said)
+
 
 def alpaca(row: Mapping[str, Any], names: FieldMap) -> Sample:
     """instruction, input, output; history is a list of earlier (question, answer)."""

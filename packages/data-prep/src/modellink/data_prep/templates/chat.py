@@ -6,6 +6,7 @@ A template is code from the internet and runs in a sandbox; sandbox.py says what
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 from modellink.data_prep.templates.literal import Literals
@@ -19,7 +20,7 @@ REASONING = ("reasoning_content", "thinking", "reasoning")
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False,
                 tools: Sequence[Mapping[str, Any]] | None = None, template: str | None = None, mark: bool = False,
-                **variables: Any) -> str:
+                today: date | None = None, **variables: Any) -> str:
     """The text of a conversation, as people read it; `encode_chat` has its ids.
 
     Args:
@@ -27,7 +28,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
         add_generation_prompt: end with the header that makes the assistant speak.
         tools: JSON schemas of functions the model may call.
         template: name of one of the tokenizer's templates.
-        mark: see `render_template`.
+        mark, today: see `render_template`.
         variables: further names the template knows, e.g. `enable_thinking=False`; they win over the special tokens.
 
     Raises:
@@ -38,7 +39,7 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
     source = tokenizer.chat_template(template, tools=tools is not None)
     if not messages:
         raise ModelLinkError("the conversation is empty", fix="give at least one message")
-    return render_template(source, where=f"chat template of {tokenizer.folder}", mark=mark, messages=[
+    return render_template(source, where=f"chat template of {tokenizer.folder}", mark=mark, today=today, messages=[
         _message(message, position) for position, message in enumerate(messages, 1)], tools=tools, documents=None,
         add_generation_prompt=add_generation_prompt, **{**tokenizer.special_tokens, **variables})
 
@@ -52,7 +53,8 @@ def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: An
 
 def hide_variables(literals: Literals, options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of `render_chat` with what people may have written hidden; `bos_token` and its like are meant as tokens."""
-    return {name: value if name in ("template", *SPECIAL_NAMES) else literals.hide(value) for name, value in options.items()}
+    kept = ("template", "today", *SPECIAL_NAMES)
+    return {name: value if name in kept else literals.hide(value) for name, value in options.items()}
 
 
 def _message(message: object, position: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Protocol
 
@@ -36,13 +37,14 @@ class ChatFormat(Protocol):
 
 
 def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: Path | str | None = None,
-                hf_chat_template: bool = False) -> ChatFormat:
+                hf_chat_template: bool = False, today: date | None = None) -> ChatFormat:
     """The format that exactly one of the three ways names.
 
     Args:
         prompt_type: a name in `templates.json`.
-        template: a file of the same form as one entry of it.
+        template: the same, or a file of the form of one entry of it.
         hf_chat_template: the tokenizer's own.
+        today: the day it tells of where it tells of one; the day it is used when left out.
 
     Raises:
         ModelLinkError: none or several are named, there is no such template, or the tokenizer lacks its tokens.
@@ -54,5 +56,5 @@ def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: 
                              where="--prompt-type", fix=f"give --prompt-type (one of {', '.join(template_names())}), --template "
                              "FILE.json or --hf-chat-template")
     if hf_chat_template:
-        return ModelFormat(tokenizer)
-    return PromptFormat(tokenizer, load_template(str(prompt_type or template)))
+        return ModelFormat(tokenizer, today=today)
+    return PromptFormat(tokenizer, load_template(str(prompt_type or template), given[0]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from datetime import date
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +27,7 @@ class ModelFormat:
 
     Args:
         template: which of the tokenizer's templates.
+        today: see `render_chat`.
         variables: further names the template knows, e.g. `enable_thinking=False`.
 
     Raises:
@@ -34,13 +36,14 @@ class ModelFormat:
 
     name = "hf-chat-template"
 
-    def __init__(self, tokenizer: Tokenizer, template: str | None = None, **variables: Any) -> None:
-        self.wording = tokenizer.chat_template(template)
-        self._marked = bool(GENERATION.search(self.wording))
+    def __init__(self, tokenizer: Tokenizer, template: str | None = None, today: date | None = None, **variables: Any) -> None:
+        # A tokenizer may have another template for conversations with tools.
+        self._sources = {tools: tokenizer.chat_template(template, tools=tools) for tools in (False, True)}
+        self.wording = "\n".join(dict.fromkeys(self._sources.values()))
         if tokenizer.eos_token_id is None:
             raise ModelLinkError("the tokenizer has no end token", where=tokenizer.folder,
                                  fix="set eos_token in its tokenizer_config.json")
-        self.tokenizer, self._template, self._variables = tokenizer, template, variables
+        self.tokenizer, self._template, self._today, self._variables = tokenizer, template, today, variables
         self.eos_token_id, self.stop_token_ids = tokenizer.eos_token_id, tokenizer.eos_token_ids
 
     def encode(self, conversation: Conversation) -> Encoded:
@@ -53,11 +56,12 @@ class ModelFormat:
         messages = literals.hide(conversation.messages())
         tools = literals.hide([{"type": "function", "function": tool} for tool in conversation.tools]) or None
         variables = hide_variables(literals, self._variables)
+        marked = self._is_marked(tools)
         text = self._render(messages, tools, conversation.ends_with_question, variables)
         spans: list[tuple[int, int]] = []
         if conversation.ends_with_question:
-            text = self._unmarked(text)[0] if self._marked else text
-        elif self._marked:
+            text = self._unmarked(text)[0] if marked else text
+        elif marked:
             text, spans = self._unmarked(text)
         else:
             spans = self._answers(messages, tools, text, variables)
@@ -69,11 +73,17 @@ class ModelFormat:
             else:
                 source = turns.pop().source if turns and not turns[-1].target else []
                 turns.append(Turn(source, ids))
+        if not conversation.ends_with_question and not any(turn.target for turn in turns):
+            raise ModelLinkError("the chat template marks no answer in this conversation", where=self.tokenizer.folder,
+                                 fix="put {% generation %} around what the assistant says there too, or use --prompt-type")
         return Encoded(turns)
+
+    def _is_marked(self, tools: Any) -> bool:
+        return bool(GENERATION.search(self._sources[tools is not None]))
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, prompt: bool, variables: dict[str, Any]) -> str:
         return render_chat(self.tokenizer, messages, tools=tools, template=self._template, add_generation_prompt=prompt,
-                           mark=self._marked, **variables)
+                           mark=self._is_marked(tools), today=self._today, **variables)
 
     @staticmethod
     def _unmarked(text: str) -> tuple[str, list[tuple[int, int]]]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import traceback
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import date, datetime
 from functools import lru_cache
 from typing import Any, NoReturn
 
@@ -30,15 +30,19 @@ from modellink.kernels.errors import ModelLinkError
 LONGEST = 64 << 20  # characters
 
 
-def render_template(source: str, *, where: str = "chat template", mark: bool = False, **variables: Any) -> str:
+def render_template(source: str, *, where: str = "chat template", mark: bool = False, today: date | None = None,
+                    **variables: Any) -> str:
     """Render a chat template's Jinja text in the sandbox; every failure of it is a ModelLinkError that names the line.
 
     Args:
         mark: write BEGIN and END around what stands in `{% generation %}`.
+        today: the day, from midnight on, that `strftime_now` tells of; without it the time of the clock.
     """
     try:
         pieces, length = [], 0
-        for piece in _compile(source, mark).generate(**{name: _plain(value, name) for name, value in variables.items()}):
+        now = datetime.now() if today is None else datetime(today.year, today.month, today.day)
+        given = {name: _plain(value, name) for name, value in variables.items()}
+        for piece in _compile(source, mark).generate({"strftime_now": lambda form: now.strftime(form)} | given):
             pieces.append(piece)
             length += len(piece)
             if length > LONGEST:
@@ -98,7 +102,6 @@ def _compile(source: str, mark: bool = False) -> jinja2.Template:
                                             extensions=["jinja2.ext.loopcontrols", _Marked if mark else _Generation])
     sandbox.filters["tojson"] = _to_json
     sandbox.globals["raise_exception"] = _refuse
-    sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return sandbox.from_string(source)
 
 

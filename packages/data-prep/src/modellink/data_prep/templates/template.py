@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from importlib import resources
@@ -26,8 +27,10 @@ from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.files import read_json
 
 Part = str | dict[str, str]
+Kind = tuple[str, Callable[[object], bool]]  # of a value: in words, and whether one is of it
 SLOTS = ("prefix", "system", "user", "assistant", "observation", "function", "separator")
 EOS: Part = {"special": "eos"}
+PLAIN: Part = "{content}"
 PLACE = re.compile(r"\{(content|idx|name|arguments)\}")
 
 
@@ -50,18 +53,21 @@ class Template:
     system_in_user: bool
 
 
-def load_template(name: str) -> Template:
+def load_template(name: str, option: str = "--prompt-type") -> Template:
     """A template of `templates.json`, or of a file.
+
+    Args:
+        option: that gives the name; `--template` takes a file with any ending.
 
     Raises:
         ModelLinkError: there is none of that name, or the file is not one.
     """
+    path = Path(name)
     if name in _known():
         return _template(name, _known()[name], "templates.json")
-    if name.endswith(".json"):
-        path = Path(name)
+    if name.endswith(".json") or (option == "--template" and path.is_file()):
         return _template(path.stem, read_json(path), str(path))
-    raise ModelLinkError(f"there is no template {name!r}", where="--prompt-type",
+    raise ModelLinkError(f"there is no template {name!r}", where=option,
                          fix=near(name, template_names()) or f"there are: {', '.join(template_names())}")
 
 
@@ -170,14 +176,19 @@ def _template(name: str, values: object, where: str) -> Template:
     if unknown := sorted(set(values) - known):
         raise ModelLinkError(f"unknown key {unknown[0]!r}", where=where, fix=near(unknown[0], sorted(known)) or
                              f"a template has {', '.join(sorted(known))}")
-    for slot in SLOTS:
-        if not isinstance(values.get(slot, []), list) or not all(_is_part(part) for part in values.get(slot, [])):
-            raise ModelLinkError(f"{slot} is not a list of texts, {{\"token\": ...}} and {{\"special\": ...}}", where=where)
+    for key, value in values.items():
+        kind, fits = KINDS.get(key, _PARTS)
+        if not fits(value):
+            raise ModelLinkError(f"{key} is not {kind}", where=where, fix=f"correct {key}, or leave it out")
     if values.get("replace_eos") and not values.get("stop_words"):
         raise ModelLinkError("replace_eos needs a stop word", where=where)
+    system = values.get("system", [PLAIN])
+    if values.get("system_in_user") and not (len(system) == 1 and _is_texts(system)):
+        raise ModelLinkError("system is not one text, which system_in_user needs", where=where,
+                             fix="it is put before the words of the first question: write tokens around it into user")
     eos = [] if values.get("efficient_eos") else [EOS]
-    user = values.get("user", ["{content}"])
-    slots: dict[str, Any] = {"prefix": [], "system": ["{content}"], "user": user, "assistant": ["{content}", *eos],
+    user = values.get("user", [PLAIN])
+    slots: dict[str, Any] = {"prefix": [], "system": [PLAIN], "user": user, "assistant": [PLAIN, *eos],
                              "observation": user, "function": ["Action: {name}\nAction Input: {arguments}", *eos],
                              "separator": [], "default_system": "", "stop_words": [], "efficient_eos": False,
                              "replace_eos": False, "system_in_user": False}
@@ -186,5 +197,17 @@ def _template(name: str, values: object, where: str) -> Template:
 
 def _is_part(part: object) -> bool:
     if isinstance(part, dict):
-        return list(part) == ["token"] or (list(part) == ["special"] and part["special"] in ("bos", "eos"))
+        return part in ({"special": "bos"}, EOS) or (list(part) == ["token"] and isinstance(part["token"], str))
     return isinstance(part, str)
+
+
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_PARTS: Kind = ("a list of texts, {\"token\": ...} and {\"special\": ...}",
+                lambda value: isinstance(value, list) and all(map(_is_part, value)))
+_SWITCH: Kind = ("true or false", lambda value: isinstance(value, bool))
+KINDS: dict[str, Kind] = {"default_system": ("a text", lambda value: isinstance(value, str)),
+                          "stop_words": ("a list of texts", _is_texts),
+                          **dict.fromkeys(("efficient_eos", "replace_eos", "system_in_user"), _SWITCH)}  # the rest are slots
