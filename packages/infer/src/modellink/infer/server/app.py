@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 from modellink.infer.batch import TooLong
 from modellink.infer.server import protocol
 from modellink.infer.server.body import Asked, in_api_words, read_asked, read_body
+from modellink.infer.server.exchange import error_object, failure, gone, read_content
 from modellink.infer.server.fields import field
 from modellink.infer.server.service import Busy, Event, Failed, Service, Submission
 from modellink.kernels.errors import ModelLinkError
@@ -50,7 +51,7 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
         if api_key is not None and request.url.path.startswith("/v1/"):
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return _failure(401, "the API key is missing or wrong", "authentication_error")
+                return failure(401, "the API key is missing or wrong", "authentication_error")
         response: Response = await go_on(request)
         route = request.scope.get("route")  # not the path: who asks chooses that, and each would stay in memory
         service.metrics.request(route.path if route is not None else "other", response.status_code)
@@ -58,15 +59,15 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.exception_handler(404)
     async def missing(request: Request, _: Exception) -> Response:
-        return _failure(404, f"there is nothing at {request.method} {request.url.path}", "not_found_error")
+        return failure(404, f"there is nothing at {request.method} {request.url.path}", "not_found_error")
 
     @app.exception_handler(405)
     async def method(request: Request, _: Exception) -> Response:
-        return _failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
+        return failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
 
     @app.exception_handler(500)
     async def fault(_: Request, error: Exception) -> Response:
-        return _failure(500, f"a fault of the server: {type(error).__name__}", "server_error")  # the trace goes to its log
+        return failure(500, f"a fault of the server: {type(error).__name__}", "server_error")  # the trace goes to its log
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: Exception) -> Response:
@@ -117,7 +118,7 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
     """From a body to its response."""
     content = await read_content(request, largest_body)
     if content is None:
-        return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+        return failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
     queue: asyncio.Queue[Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     tokenizer = service.engine.tokenizer
@@ -138,34 +139,22 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
             raise in_api_words(error, body, chat=chat) from None
     except Busy as error:
         service.metrics.count("refused")
-        return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
+        return failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
     except Failed as error:
-        return _failure(503, error.what, "server_error")
+        return failure(503, error.what, "server_error")
     except ModelLinkError as error:
-        return _failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
+        return failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
                         str(error.where) if error.where else None)
     if asked.stream:
         return StreamingResponse(_stream(service, asked, submission, queue), media_type="text/event-stream",
                                  headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
     try:
-        failure = await _all(request, submission, queue)
+        fault = await _all(request, submission, queue)
     finally:
         service.cancel(submission)
-    if failure is not None:
-        return _failure(500 if service.usable else 503, failure, "server_error")
+    if fault is not None:
+        return failure(500 if service.usable else 503, fault, "server_error")
     return JSONResponse(protocol.whole(asked, submission.answers, tokenizer))
-
-
-async def read_content(request: Request, largest: int) -> bytes | None:
-    """The body; None where it is too large, without reading on."""
-    if int(request.headers.get("content-length") or 0) > largest:
-        return None
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > largest:
-            return None
-    return bytes(content)
 
 
 async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Event]) -> str | None:
@@ -187,12 +176,6 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
     return None
 
 
-async def gone(request: Request) -> None:
-    """Wait until the client goes."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
 async def _stream(service: Service, asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
                   ) -> AsyncIterator[str]:
     """Server-sent events: the pieces, how each answer ended, the usage where it was asked for, and [DONE]."""
@@ -204,7 +187,7 @@ async def _stream(service: Service, asked: Asked, submission: Submission, queue:
             event = await queue.get()
             answer = submission.answers[event.index]
             if event.failure is not None:
-                yield _event(protocol.error(event.failure, "server_error"))
+                yield _event(error_object(event.failure, "server_error"))
                 return
             if event.piece or event.done or answer.request.logprobs or not started[event.index]:
                 probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
@@ -225,10 +208,5 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _failure(status: int, message: str, kind: str, param: str | None = None, *,
-             headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(protocol.error(message, kind, param), status, headers=headers)
-
-
 def _no_model(wanted: str, name: str) -> Response:
-    return _failure(404, f"there is no model {wanted[:200]!r}, there is {name!r}", "not_found_error", "model")
+    return failure(404, f"there is no model {wanted[:200]!r}, there is {name!r}", "not_found_error", "model")

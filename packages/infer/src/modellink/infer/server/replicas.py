@@ -26,8 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from modellink.core.processes import free_port
-from modellink.infer.server import protocol
+from modellink.infer.server.exchange import error_object, failure, gone, read_content
 from modellink.kernels.errors import ModelLinkError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
@@ -84,6 +83,7 @@ class OwnReplica(Replica):
 
     async def live(self, client: httpx.AsyncClient) -> None:
         """Start it, and again whenever it dies, until this is cancelled."""
+        from modellink.core.processes import free_port  # imports torch, which a front of other machines' servers does without
         wait = FIRST_WAIT
         while True:
             port, since = free_port(), time.monotonic()
@@ -181,10 +181,9 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def rest(request: Request) -> Response:
-        from modellink.infer.server.app import read_content
         content = await read_content(request, largest_body)
         if content is None:
-            return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+            return failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
         return await _hand_over(client, replicas, request, content)
 
     return app
@@ -225,12 +224,11 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
             if not streaming:
                 replica.under_way -= 1
     why = "the replicas ended before they answered" if tried else "no replica is ready"
-    return refusal or _failure(503, why, "server_error", headers={"Retry-After": "5"})
+    return refusal or failure(503, why, "server_error", headers={"Retry-After": "5"})
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
     """What `work` gives; None, and it is cancelled, where the client goes before that."""
-    from modellink.infer.server.app import gone
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -245,7 +243,7 @@ async def _pass_on(replica: Replica, answer: httpx.Response) -> AsyncIterator[by
         async for piece in answer.aiter_raw():
             yield piece
     except httpx.HTTPError:
-        yield f"data: {json.dumps(protocol.error('the replica ended', 'server_error'))}\n\n".encode()
+        yield f"data: {json.dumps(error_object('the replica ended', 'server_error'))}\n\n".encode()
     finally:
         replica.under_way -= 1
         await answer.aclose()
@@ -267,10 +265,6 @@ def join_metrics(texts: dict[int, str]) -> str:
             joined = ",".join(filter(None, [f'replica="{index}"', labels]))
             samples.setdefault(name, []).append(f"{key}{{{joined}}} {value}")
     return "".join("\n".join([*lines, *samples.get(name, [])]) + "\n" for name, lines in heads.items())
-
-
-def _failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(protocol.error(message, kind), status, headers=headers)
 
 
 def _end_with_parent() -> None:

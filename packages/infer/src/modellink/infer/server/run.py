@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modellink.core import processes
-from modellink.infer.engine import Engine
 from modellink.kernels.errors import InternalError, ModelLinkError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from uvicorn import Server
 
+    from modellink.infer.engine import Engine
     from modellink.infer.server.replicas import Replica
 
 CONNECTIONS = 1024  # beyond this many, or four for each answer that may wait, a new one gets status 503; many only idle
@@ -79,6 +78,7 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
     Raises:
         InternalError: the model failed; who was answered was told.
     """
+    from modellink.core import processes
     from modellink.infer.server.service import Service
     service = Service(engine, most_waiting=most_waiting)
     if processes.rank() > 0:
