@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,35 @@ print(sorted({"torch", "megatron", "transformers", "modellink.infer.batch"} & se
 def test_it_needs_nothing_of_the_model():
     found = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
+
+
+def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = ()) -> Any:
+    """What the front says where a replica says what `answer` makes of a request."""
+    from starlette.requests import Request
+
+    from modellink.infer.server.replicas import Replica, _hand_over
+    replica = Replica(0, "http://replica:1")
+    replica.ready = True
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+
+    async def run() -> Any:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
+            scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": raw_path, "query_string": query,
+                     "headers": list(headers), "server": ("x/foo", 80)}
+            return await _hand_over(client, [replica], Request(scope, receive), b"")
+    return asyncio.run(run())
+
+
+def test_a_replica_gets_the_path_and_the_key_as_the_client_wrote_them():
+    asked: list[Any] = []
+
+    def answer(request: Any) -> Any:
+        asked.append(request)
+        return httpx.Response(200)
+    key = "Bearer Schlüssel".encode()
+    path, query = b"/v1/models/a%2541%3Fb%2Fc", b"a=1&a=2&b=%26"
+    assert hand_over(answer, raw_path=path, query=query, headers=[(b"host", b"x/foo"), (b"authorization", key)]).status_code == 200
+    assert asked[0].url.raw_path == path + b"?" + query and asked[0].url.host == "replica"
+    assert (b"Authorization", key) in [(name.title(), value) for name, value in asked[0].headers.raw]

@@ -399,6 +399,24 @@ def test_a_key_is_asked_for(engine):
         assert client.get("/health").status_code == 200
 
 
+def test_no_host_gets_around_the_key(engine):
+    """A URL is made of the client's Host, or of the server's name; neither says what is routed."""
+    from modellink.infer.server.app import make_app
+    from modellink.infer.server.service import Service
+    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models", "query_string": b"",
+             "headers": [(b"host", b"x/foo")], "server": ("x/foo", 80)}
+    asyncio.run(app(scope, receive, send))
+    assert said[0]["status"] == 401
+
+
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_command_serves_and_ends_gracefully(llama, engine, tp):
     from modellink.core.processes import free_port

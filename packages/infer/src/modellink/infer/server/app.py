@@ -48,7 +48,7 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        if api_key is not None and request.url.path.startswith("/v1/"):
+        if api_key is not None and request.scope["path"].startswith("/v1/"):  # what routes; the URL has the client's Host in it
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
                 return failure(401, "the API key is missing or wrong", "authentication_error")
@@ -59,11 +59,11 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.exception_handler(404)
     async def missing(request: Request, _: Exception) -> Response:
-        return failure(404, f"there is nothing at {request.method} {request.url.path}", "not_found_error")
+        return failure(404, f"there is nothing at {request.method} {request.scope['path']}", "not_found_error")
 
     @app.exception_handler(405)
     async def method(request: Request, _: Exception) -> Response:
-        return failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
+        return failure(405, f"{request.scope['path']} does not take {request.method}", "invalid_request_error")
 
     @app.exception_handler(500)
     async def fault(_: Request, error: Exception) -> Response:

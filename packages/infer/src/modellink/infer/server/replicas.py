@@ -36,7 +36,7 @@ ASK_SECONDS = 10.0  # in which it has to say so
 MOST_LOST = 2  # replicas that may end over one request: it may be what ends them
 STOP_SECONDS = 40.0  # in which a replica may end by itself
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-PASSED_ON = ("authorization", "content-type")
+PASSED_ON = (b"authorization", b"content-type")
 GIVEN_BACK = ("content-type", "retry-after", "content-security-policy", "cache-control", "x-accel-buffering")
 
 
@@ -191,13 +191,14 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
 
 async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request, content: bytes) -> Response:
     """The answer of the replica with the least to do; of the next one, if that dies before it says anything, or says 503."""
-    tried: set[int] = set()
+    scope, tried = request.scope, set[int]()
+    target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")  # as the client wrote it
     lost, refusal = 0, None
     while lost < MOST_LOST and (open_ones := [one for one in replicas if one.ready and one.index not in tried]):
         replica = min(open_ones, key=lambda one: one.under_way)
         tried.add(replica.index)
-        asked = client.build_request(request.method, replica.url + request.url.path, content=content, params=request.query_params,
-                                     headers={name: request.headers[name] for name in PASSED_ON if name in request.headers})
+        asked = client.build_request(request.method, httpx.URL(replica.url).copy_with(raw_path=target), content=content,
+                                     headers=[(name, value) for name, value in scope["headers"] if name in PASSED_ON])
         replica.under_way += 1
         streaming = False
         try:
