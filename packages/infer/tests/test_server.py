@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -209,7 +210,8 @@ def test_a_bad_body_gets_a_proper_error(server, body, status, message):
     ({"max_tokens": 1000}, "max_tokens", "use at most"), ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     ({"top_p": 2}, "top_p", "top_p is 2"), ({"top_p": 0}, "top_p", "top_p is 0"), ({"top_k": -7}, "top_k", "top_k is -7"),
     ({"min_p": 3}, "min_p", "min_p is 3"), ({"frequency_penalty": 1000}, "frequency_penalty", "frequency_penalty is 1000"),
-    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"), ({"logprobs": 21}, "logprobs", "20 is the most"),
+    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"),
+    ({"n": 25}, "n", "24 is the most"), ({"prompt": ["a"] * 5, "n": 5}, "n", "24 is the most"), ({"logprobs": 21}, "logprobs", "20 is the most"),
     ({"stop": ""}, "stop", "stop string is empty"), ({"stop_token_ids": ["a"]}, "stop_token_ids", "no token id"),
     ({"prompt": [400]}, "prompt", "token id 400"), ({"prompt": [5] * 300}, "prompt", "longest sequence"),
     ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "no answer can be made"),
@@ -348,7 +350,8 @@ def test_too_many_requests_get_429_and_harm_no_other(server, engine):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_goes_leaves_the_batch(server, streaming):
-    before = server.service.metrics._counts["cancelled"]
+    metrics = server.service.metrics
+    before, told = metrics._counts["cancelled"], dict(metrics._requests)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": streaming, "ignore_eos": True}).encode()
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
@@ -357,7 +360,10 @@ def test_a_client_that_goes_leaves_the_batch(server, streaming):
     deadline = time.monotonic() + 20
     while server.service.under_way and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert server.service.metrics._counts["cancelled"] == before + 1
+    assert metrics._counts["cancelled"] == before + 1
+    while not (new := metrics._requests - Counter(told)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert new == {("/v1/completions", 200 if streaming else 499): 1}
 
 
 def test_a_client_that_stops_reading_holds_back_nobody(server, engine):

@@ -71,7 +71,7 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)  # in the middle of its body; nobody reads this
+        return Response(status_code=499)  # nobody reads this, but it is counted
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -131,7 +131,8 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         if wanted != name:
             return _no_model(wanted, name)
         read = partial(read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
-                       most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type)
+                       most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type,
+                       most_answers=service.most_waiting)
         asked = await asyncio.to_thread(read)
         try:
             submission = service.submit(asked.requests, notify, every_piece=asked.stream)
@@ -158,7 +159,11 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
 
 
 async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Event]) -> str | None:
-    """Wait for all answers, or for the client to go; what failed, if something did."""
+    """Wait for all answers; what failed, if something did.
+
+    Raises:
+        ClientDisconnect: the client went.
+    """
     left = len(submission.answers)
     leaving = asyncio.ensure_future(gone(request))
     try:
@@ -167,7 +172,7 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
             await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not event.done():
                 event.cancel()
-                return "the client is gone"
+                raise ClientDisconnect
             if event.result().failure is not None:
                 return event.result().failure
             left -= event.result().done
