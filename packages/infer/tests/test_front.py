@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,28 @@ async def ask():
 
 asyncio.run(ask())
 print(sorted({"torch", "megatron", "transformers", "modellink.infer.batch"} & set(sys.modules)))
+"""
+# A replica that ends with status 2, `ready` says whether after it answered; one that is started a second time ends its front.
+REPLICA = """
+import http.server, os, signal, sys
+starts, ready, port = sys.argv[1], sys.argv[2] == "1", int(sys.argv[-1])
+with open(starts, "a") as file:
+    file.write("x")
+if os.path.getsize(starts) == 2:
+    os.kill(int(os.environ["PARENT"]), signal.SIGTERM)
+    signal.pause()
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+if ready:
+    with http.server.HTTPServer(("127.0.0.1", port), Handler) as server:
+        server.handle_request()
+        server.handle_request()
+print("error: the cache has no room", file=sys.stderr)
+sys.exit(2)
 """
 
 
@@ -61,6 +87,37 @@ def test_a_replica_gets_the_path_and_the_key_as_the_client_wrote_them():
         return httpx.Response(200)
     key = "Bearer Schlüssel".encode()
     path, query = b"/v1/models/a%2541%3Fb%2Fc", b"a=1&a=2&b=%26"
-    assert hand_over(answer, raw_path=path, query=query, headers=[(b"host", b"x/foo"), (b"authorization", key)]).status_code == 200
+    headers = [(b"host", b"x/foo"), (b"authorization", key)]
+    assert hand_over(answer, raw_path=path, query=query, headers=headers).status_code == 200
     assert asked[0].url.raw_path == path + b"?" + query and asked[0].url.host == "replica"
     assert (b"Authorization", key) in [(name.title(), value) for name, value in asked[0].headers.raw]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """What a server makes of signals is put back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("ready", [False, True])
+def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monkeypatch, capfd, signals, ready):
+    """One that did answer is started again whatever its status; here the second one ends the front."""
+    from modellink.core.processes import free_port
+    from modellink.infer.server import replicas, run
+    from modellink.kernels.errors import ModelLinkError
+    (tmp_path / "replica.py").write_text(REPLICA)
+    monkeypatch.setattr(replicas, "FIRST_WAIT", 0.1)
+    command = [sys.executable, str(tmp_path / "replica.py"), str(tmp_path / "starts"), str(int(ready))]
+    one = replicas.OwnReplica(0, command, {"PARENT": str(os.getpid())})
+    sockets = run.bind("127.0.0.1", free_port())
+    if ready:
+        run.serve_replicas([one], sockets)
+    else:
+        with pytest.raises(ModelLinkError, match="replica 0 cannot start") as found:
+            run.serve_replicas([one], sockets)
+        assert found.value.exit_status == 2
+    assert Path(tmp_path / "starts").read_text() == ("xx" if ready else "x")
+    assert "the cache has no room" in capfd.readouterr().err

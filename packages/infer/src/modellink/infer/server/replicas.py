@@ -1,8 +1,8 @@
 """Several servers of the same model behind one: `serve --replicas N` on this machine, `serve --replica-url URL` on any.
 
 A replica of this machine is a process (with `--tp` a group of them) that runs the whole server on a port of its own, and has its
-share of the accelerators; one that dies is started again. Others are servers that somebody started elsewhere. The one in front
-hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. It asks each how it
+share of the accelerators; one that dies is started again, unless what it was started with is wrong. Others are servers that
+somebody started elsewhere. The one in front hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. It asks each how it
 is: one that cannot answer gets nothing. A request of which nothing was answered yet goes to another replica; a stream that was
 under way ends with an error. Not here: keys, which the replicas ask for themselves.
 """
@@ -27,7 +27,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from modellink.infer.server.exchange import error_object, failure, gone, read_content
-from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.errors import USER_MISTAKE, ModelLinkError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
 SOON = 60.0  # seconds
@@ -47,14 +47,17 @@ class Replica:
         url: where it is, without a path.
         under_way: requests that it works on.
         ready: it answers.
+        was_ready: it answered at some time.
+        refused: it ended with a mistake of the user, which another start would only repeat.
     """
 
     def __init__(self, index: int, url: str) -> None:
         self.index, self.url = index, url
-        self.under_way, self.ready = 0, False
+        self.under_way = 0
+        self.ready = self.was_ready = self.refused = False
 
     async def live(self, client: httpx.AsyncClient) -> None:
-        """Look after it until this is cancelled."""
+        """Look after it until this is cancelled; returns where it can never answer."""
         await self._watch(client)
 
     async def stop(self) -> None:
@@ -68,6 +71,7 @@ class Replica:
                 ready = False
             if ready != self.ready:
                 self.ready = ready
+                self.was_ready |= ready
                 print(f"replica {self.index} at {self.url} {'is ready' if ready else 'does not answer'}", file=sys.stderr,
                       flush=True)
             await asyncio.sleep(POLL_READY if ready else POLL)
@@ -82,7 +86,7 @@ class OwnReplica(Replica):
         self.process: asyncio.subprocess.Process | None = None
 
     async def live(self, client: httpx.AsyncClient) -> None:
-        """Start it, and again whenever it dies, until this is cancelled."""
+        """Start it, and again whenever it dies, until this is cancelled or it is refused."""
         from modellink.core.processes import free_port  # imports torch, which a front of other machines' servers does without
         wait = FIRST_WAIT
         while True:
@@ -97,6 +101,9 @@ class OwnReplica(Replica):
             finally:
                 watch.cancel()
                 self.ready = False
+            self.refused = status == USER_MISTAKE and not self.was_ready
+            if self.refused:
+                return
             wait = min(2 * wait, LONGEST_WAIT) if time.monotonic() - since < SOON else FIRST_WAIT
             print(f"replica {self.index} ended with status {status}; it is started again in {wait:.0f} s", file=sys.stderr,
                   flush=True)
@@ -141,14 +148,18 @@ def device_shares(kind: str, there: int, count: int, each: int) -> list[dict[str
     return [{variable: ",".join(names[index * each:(index + 1) * each])} for index in range(count)]
 
 
-def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
-    """The application in front of replicas that it starts and stops."""
+def make_front(replicas: Sequence[Replica], *, largest_body: int, on_refused: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application in front of replicas that it starts and stops; `on_refused` is called when one can never answer."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
 
+    async def look_after(replica: Replica) -> None:
+        await replica.live(client)
+        on_refused()
+
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        lives = [asyncio.ensure_future(replica.live(client)) for replica in replicas]
+        lives = [asyncio.ensure_future(look_after(replica)) for replica in replicas]
         yield
         for task in lives:
             task.cancel()

@@ -97,10 +97,19 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
 
 def serve_replicas(replicas: Sequence[Replica], sockets: Sequence[socket.socket], *, most_waiting: int = 256,
                    largest_body: int = 2 << 20) -> None:
-    """Serve with several servers that have the model each, until SIGTERM or Ctrl-C; see replicas.py."""
+    """Serve with several servers that have the model each, until SIGTERM or Ctrl-C; see replicas.py.
+
+    Raises:
+        ModelLinkError: a replica cannot start with what it was given.
+    """
     from modellink.infer.server.replicas import make_front
-    _run(_server(make_front(replicas, largest_body=largest_body), most_waiting * len(replicas)), sockets,
-         f" with {len(replicas)} replicas")
+
+    def leave() -> None:
+        server.should_exit = True
+    server = _server(make_front(replicas, largest_body=largest_body, on_refused=leave), most_waiting * len(replicas))
+    _run(server, sockets, f" with {len(replicas)} replicas")
+    if refused := [replica.index for replica in replicas if replica.refused]:
+        raise ModelLinkError(f"replica {refused[0]} cannot start", fix="mend what it said above")
 
 
 def _server(app: FastAPI, most_waiting: int) -> Server:
