@@ -60,12 +60,13 @@ def test_it_needs_nothing_of_the_model():
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
-def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = ()) -> Any:
+def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = (),
+              replica: Any = None) -> Any:
     """What the front says where a replica says what `answer` makes of a request."""
     from starlette.requests import Request
 
     from modellink.infer.server.replicas import Replica, _hand_over
-    replica = Replica(0, "http://replica:1")
+    replica = Replica(0, "http://replica:1") if replica is None else replica
     replica.ready = True
 
     async def receive() -> Any:
@@ -121,3 +122,21 @@ def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monk
         assert found.value.exit_status == 2
     assert Path(tmp_path / "starts").read_text() == ("xx" if ready else "x")
     assert "the cache has no room" in capfd.readouterr().err
+
+
+def test_a_stream_that_nobody_began_to_read_is_not_under_way():
+    """The client went as the replica began to answer; the front sends what it says to the ones that have the least under way."""
+    from modellink.infer.server.replicas import Replica
+    replica = Replica(0, "http://replica:1")
+    response = hand_over(lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, content=b"data: 1"),
+                         replica=replica)
+
+    async def send(_: Any) -> None:
+        raise OSError
+
+    async def receive() -> Any:
+        return await asyncio.Event().wait()
+    assert replica.under_way == 1
+    with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
+        asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
+    assert replica.under_way == 0

@@ -367,6 +367,30 @@ def test_a_client_that_goes_leaves_the_batch(server, streaming):
     assert new == {("/v1/completions", 200 if streaming else 499): 1}
 
 
+def test_a_client_that_goes_before_the_first_piece_leaves_the_batch(server):
+    from starlette.requests import Request
+
+    from modellink.infer.server.app import _answer
+    body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": True, "ignore_eos": True}).encode()
+    before = server.service.metrics._counts["cancelled"]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: Any) -> None:
+        raise OSError
+
+    async def ask() -> None:
+        scope = {"type": "http", "headers": [], "asgi": {"spec_version": "2.4"}}
+        response = await _answer(server.service, Request(scope, receive), "tiny", 1000, chat=False)
+        with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
+            await response(scope, receive, send)
+        while server.service.under_way:
+            await asyncio.sleep(0.01)
+    asyncio.run(ask())
+    assert server.service.metrics._counts["cancelled"] == before + 1
+
+
 def test_a_client_that_stops_reading_holds_back_nobody(server, engine):
     (expected,) = engine.generate("The quick", max_new_tokens=10)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:

@@ -15,13 +15,14 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
+from modellink.data_prep import Tokenizer
 from modellink.infer.batch import TooLong
 from modellink.infer.server import protocol
 from modellink.infer.server.body import Asked, in_api_words, read_asked, read_body
-from modellink.infer.server.exchange import error_object, failure, gone, read_content
+from modellink.infer.server.exchange import Stream, error_object, failure, gone, read_content
 from modellink.infer.server.fields import field
 from modellink.infer.server.service import Busy, Event, Failed, Service, Submission
 from modellink.kernels.errors import ModelLinkError
@@ -147,8 +148,10 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         return failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
                         str(error.where) if error.where else None)
     if asked.stream:
-        return StreamingResponse(_stream(service, asked, submission, queue), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        async def left() -> None:
+            service.cancel(submission)
+        return Stream(_stream(asked, submission, queue, tokenizer), left, headers={
+            "Cache-Control": "no-store", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
     try:
         fault = await _all(request, submission, queue)
     finally:
@@ -181,32 +184,28 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
     return None
 
 
-async def _stream(service: Service, asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
-                  ) -> AsyncIterator[str]:
+async def _stream(asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
+                  tokenizer: Tokenizer | None) -> AsyncIterator[str]:
     """Server-sent events: the pieces, how each answer ended, the usage where it was asked for, and [DONE]."""
-    tokenizer, shown = service.engine.tokenizer, [0] * len(submission.answers)
-    started = [False] * len(submission.answers)
-    try:
-        ended = 0  # by their events: an answer is finished a moment before its last piece is here
-        while ended < len(submission.answers):
-            event = await queue.get()
-            answer = submission.answers[event.index]
-            if event.failure is not None:
-                yield _event(error_object(event.failure, "server_error"))
-                return
-            if event.piece or event.done or answer.request.logprobs or not started[event.index]:
-                probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
-                yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
-                                            probabilities=probabilities, echo=answer.request.before))
-                started[event.index] = True
-            if event.done:
-                ended += 1
-                yield _event(protocol.chunk(asked, event.index, None, first=False, finish=protocol.finish_reason(answer)))
-        if asked.usage:
-            yield _event(protocol.last_chunk(asked, submission.answers))
-        yield "data: [DONE]\n\n"
-    finally:
-        service.cancel(submission)
+    shown, started = [0] * len(submission.answers), [False] * len(submission.answers)
+    ended = 0  # by their events: an answer is finished a moment before its last piece is here
+    while ended < len(submission.answers):
+        event = await queue.get()
+        answer = submission.answers[event.index]
+        if event.failure is not None:
+            yield _event(error_object(event.failure, "server_error"))
+            return
+        if event.piece or event.done or answer.request.logprobs or not started[event.index]:
+            probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
+            yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
+                                        probabilities=probabilities, echo=answer.request.before))
+            started[event.index] = True
+        if event.done:
+            ended += 1
+            yield _event(protocol.chunk(asked, event.index, None, first=False, finish=protocol.finish_reason(answer)))
+    if asked.usage:
+        yield _event(protocol.last_chunk(asked, submission.answers))
+    yield "data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> str:

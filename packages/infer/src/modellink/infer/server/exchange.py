@@ -5,10 +5,12 @@ Nothing here needs the model, so that the one in front, which has none, is small
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 
 async def read_content(request: Request, largest: int) -> bytes | None:
@@ -21,6 +23,21 @@ async def read_content(request: Request, largest: int) -> bytes | None:
         if len(content) > largest:
             return None
     return bytes(content)
+
+
+class Stream(StreamingResponse):
+    """Pieces as they come, then `closed`; a `finally` of theirs would not run where the client goes before the first one."""
+
+    def __init__(self, pieces: AsyncIterator[str | bytes], closed: Callable[[], Awaitable[None]], status: int = 200,
+                 headers: Mapping[str, str] | None = None, media_type: str | None = None) -> None:
+        super().__init__(pieces, status, headers, media_type)
+        self._closed = closed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._closed()
 
 
 async def gone(request: Request) -> None:

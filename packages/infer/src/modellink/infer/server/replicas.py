@@ -2,9 +2,9 @@
 
 A replica of this machine is a process (with `--tp` a group of them) that runs the whole server on a port of its own, and has its
 share of the accelerators; one that dies is started again, unless what it was started with is wrong. Others are servers that
-somebody started elsewhere. The one in front hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. It asks each how it
-is: one that cannot answer gets nothing. A request of which nothing was answered yet goes to another replica; a stream that was
-under way ends with an error. Not here: keys, which the replicas ask for themselves.
+somebody started elsewhere. The one in front hands a request to the replica that has the fewest under way and passes on what it
+says, pieces as they come. It asks each how it is: one that cannot answer gets nothing. A request of which nothing was answered
+yet goes to another replica; a stream that was under way ends with an error. Not here: keys, which the replicas ask for themselves.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
-from modellink.infer.server.exchange import error_object, failure, gone, read_content
+from modellink.infer.server.exchange import Stream, error_object, failure, gone, read_content
 from modellink.kernels.errors import USER_MISTAKE, ModelLinkError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
@@ -219,7 +219,11 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
             given = {name: answer.headers[name] for name in GIVEN_BACK if name in answer.headers}
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
                 streaming = True
-                return StreamingResponse(_pass_on(replica, answer), answer.status_code, given)
+
+                async def left(replica: Replica = replica, answer: httpx.Response = answer) -> None:
+                    replica.under_way -= 1
+                    await answer.aclose()
+                return Stream(_pass_on(answer), left, answer.status_code, given)
             try:
                 whole = await _unless_gone(request, answer.aread())
             finally:
@@ -250,15 +254,12 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-async def _pass_on(replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _pass_on(answer: httpx.Response) -> AsyncIterator[bytes]:
     try:
         async for piece in answer.aiter_raw():
             yield piece
     except httpx.HTTPError:
         yield f"data: {json.dumps(error_object('the replica ended', 'server_error'))}\n\n".encode()
-    finally:
-        replica.under_way -= 1
-        await answer.aclose()
 
 
 def join_metrics(texts: dict[int, str]) -> str:
