@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import http.server
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,3 +143,39 @@ def test_a_stream_that_nobody_began_to_read_is_not_under_way():
     with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
         asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
     assert replica.under_way == 0
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The URL of a server that is ready, with metrics as others write them."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"# a comment\n# HELP up Whether.\n# TYPE up gauge\n\nup 1\n# EOF\n")
+
+        def log_message(self, *_: Any) -> None:
+            pass
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_no_proxy_stands_before_replicas_of_this_machine_and_their_metrics_are_joined(elsewhere, monkeypatch):
+    from starlette.testclient import TestClient
+
+    from modellink.infer.server.replicas import Replica, make_front
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    with TestClient(make_front([Replica(0, elsewhere)], largest_body=1000)) as client:
+        deadline = time.monotonic() + 10
+        while (state := client.get("/health").json()["ready"]) != 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert state == 1
+        text = client.get("/metrics").text
+    assert '# TYPE up gauge\nup{replica="0"} 1\n' in text and "EOF" not in text and "comment" not in text

@@ -151,7 +151,8 @@ def device_shares(kind: str, there: int, count: int, each: int) -> list[dict[str
 def make_front(replicas: Sequence[Replica], *, largest_body: int, on_refused: Callable[[], None] = lambda: None) -> FastAPI:
     """The application in front of replicas that it starts and stops; `on_refused` is called when one can never answer."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
+    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits,
+                               mounts={"all://127.0.0.1": None})  # whatever proxy the environment names
 
     async def look_after(replica: Replica) -> None:
         await replica.live(client)
@@ -180,12 +181,14 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int, on_refused: Ca
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        texts: dict[int, str] = {}
-        for replica in replicas:
+        async def ask(replica: Replica) -> str:
             try:
-                texts[replica.index] = (await client.get(f"{replica.url}/metrics")).text if replica.ready else ""
+                answer = await client.get(f"{replica.url}/metrics", timeout=ASK_SECONDS)
             except httpx.HTTPError:
-                continue
+                return ""
+            return answer.text if answer.status_code == 200 else ""
+        asked = [replica for replica in replicas if replica.ready]
+        texts = dict(zip([one.index for one in asked], await asyncio.gather(*map(ask, asked)), strict=True))
         ready = "\n".join(f'modellink_replica_ready{{replica="{one.index}"}} {one.ready:d}' for one in replicas)
         head = "# HELP modellink_replica_ready Whether a replica answers.\n# TYPE modellink_replica_ready gauge\n"
         return PlainTextResponse(f"{head}{ready}\n{join_metrics(texts)}", media_type="text/plain; version=0.0.4")
@@ -269,12 +272,14 @@ def join_metrics(texts: dict[int, str]) -> str:
     for index, text in texts.items():
         name = ""
         for line in text.splitlines():
-            if line.startswith("#"):
+            if line.startswith(("# HELP ", "# TYPE ")):
                 name = line.split(" ")[2]
                 if line not in heads.setdefault(name, []):
                     heads[name].append(line)
                 continue
-            key, labels, value = re.fullmatch(r"([^{ ]+)(?:\{(.*)\})? (.*)", line).groups()  # type: ignore[union-attr]
+            if (found := re.fullmatch(r"([^#{ ][^{ ]*)(?:\{(.*)\})? (.*)", line)) is None:
+                continue  # comments and empty lines of other servers
+            key, labels, value = found.groups()
             joined = ",".join(filter(None, [f'replica="{index}"', labels]))
             samples.setdefault(name, []).append(f"{key}{{{joined}}} {value}")
     return "".join("\n".join([*lines, *samples.get(name, [])]) + "\n" for name, lines in heads.items())
