@@ -417,16 +417,17 @@ def test_the_page_is_whole_in_itself(server):
     assert "src=" not in response.text and "@import" not in response.text
 
 
-def test_a_key_is_asked_for(engine):
+@pytest.mark.parametrize("key", ["sesame", "Schlüssel"])
+def test_a_key_is_asked_for(engine, key):
     from starlette.testclient import TestClient
 
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key=key, largest_body=1000)
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).json()["error"]["type"] == "authentication_error"
-        assert client.get("/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == 200
         assert client.get("/health").status_code == 200
 
 

@@ -51,7 +51,7 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
     async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
         if api_key is not None and request.scope["path"].startswith("/v1/"):  # what routes; the URL has the client's Host in it
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), api_key.encode()):
+            if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
                 return failure(401, "the API key is missing or wrong", "authentication_error")
         response: Response = await go_on(request)
         route = request.scope.get("route")  # not the path: who asks chooses that, and each would stay in memory

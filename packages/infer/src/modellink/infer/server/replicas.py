@@ -3,8 +3,9 @@
 A replica of this machine is a process (with `--tp` a group of them) that runs the whole server on a port of its own, and has its
 share of the accelerators; one that dies is started again, unless what it was started with is wrong. Others are servers that
 somebody started elsewhere. The one in front hands a request to the replica that has the fewest under way and passes on what it
-says, pieces as they come. It asks each how it is: one that cannot answer gets nothing. A request of which nothing was answered
-yet goes to another replica; a stream that was under way ends with an error. Not here: keys, which the replicas ask for themselves.
+says, pieces as they come. It asks each how it is: one that cannot answer gets nothing. A request of which nothing was
+answered yet goes to another replica; a stream that was under way ends with an error. Not here: keys, which the replicas ask for
+themselves.
 """
 
 from __future__ import annotations
