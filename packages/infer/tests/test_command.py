@@ -83,6 +83,15 @@ def test_a_file_of_many_prompts(command, llama, engine, tmp_path):
     assert texts == [engine.generate(prompt, max_new_tokens=12)[0].text for prompt in ("The", "A", chat)]
 
 
+def test_only_line_ends_separate_prompts(tmp_path):
+    """JSON leaves other separators in its texts as they are."""
+    from modellink.infer.cli import _from_file
+    texts = ["a\u2028b\u2029c\x85d", "e\x7ff"]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "many.jsonl").write_bytes("".join(json.dumps(text, ensure_ascii=False) + end for text in texts).encode())
+        assert _from_file(tmp_path / "many.jsonl") == texts
+
+
 def test_drawing_by_the_commands_defaults(command, llama, engine):
     found = command("generate", "--load", llama, "--prompt", "The", "--do-sample", "--seed", 4, *ANSWER)
     expected = engine.generate("The", max_new_tokens=12, do_sample=True, temperature=0.7, top_k=50, top_p=0.95, seed=4)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -209,7 +210,9 @@ def test_a_bad_body_gets_a_proper_error(server, body, status, message):
     ({"max_tokens": 1000}, "max_tokens", "use at most"), ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
     ({"top_p": 2}, "top_p", "top_p is 2"), ({"top_p": 0}, "top_p", "top_p is 0"), ({"top_k": -7}, "top_k", "top_k is -7"),
     ({"min_p": 3}, "min_p", "min_p is 3"), ({"frequency_penalty": 1000}, "frequency_penalty", "frequency_penalty is 1000"),
-    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"), ({"logprobs": 21}, "logprobs", "20 is the most"),
+    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"),
+    ({"n": 25}, "n", "24 is the most"), ({"prompt": ["a"] * 5, "n": 5}, "n", "24 is the most"),
+    ({"logprobs": 21}, "logprobs", "20 is the most"),
     ({"stop": ""}, "stop", "stop string is empty"), ({"stop_token_ids": ["a"]}, "stop_token_ids", "no token id"),
     ({"prompt": [400]}, "prompt", "token id 400"), ({"prompt": [5] * 300}, "prompt", "longest sequence"),
     ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "no answer can be made"),
@@ -348,7 +351,8 @@ def test_too_many_requests_get_429_and_harm_no_other(server, engine):
 
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_client_that_goes_leaves_the_batch(server, streaming):
-    before = server.service.metrics._counts["cancelled"]
+    metrics = server.service.metrics
+    before, told = metrics._counts["cancelled"], dict(metrics._requests)
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": streaming, "ignore_eos": True}).encode()
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
@@ -357,6 +361,33 @@ def test_a_client_that_goes_leaves_the_batch(server, streaming):
     deadline = time.monotonic() + 20
     while server.service.under_way and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert metrics._counts["cancelled"] == before + 1
+    while not (new := metrics._requests - Counter(told)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert new == {("/v1/completions", 200 if streaming else 499): 1}
+
+
+def test_a_client_that_goes_before_the_first_piece_leaves_the_batch(server):
+    from starlette.requests import Request
+
+    from modellink.infer.server.app import _answer
+    body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": True, "ignore_eos": True}).encode()
+    before = server.service.metrics._counts["cancelled"]
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(_: Any) -> None:
+        raise OSError
+
+    async def ask() -> None:
+        scope = {"type": "http", "headers": [], "asgi": {"spec_version": "2.4"}}
+        response = await _answer(server.service, Request(scope, receive), "tiny", 1000, chat=False)
+        with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
+            await response(scope, receive, send)
+        while server.service.under_way:
+            await asyncio.sleep(0.01)
+    asyncio.run(ask())
     assert server.service.metrics._counts["cancelled"] == before + 1
 
 
@@ -386,17 +417,36 @@ def test_the_page_is_whole_in_itself(server):
     assert "src=" not in response.text and "@import" not in response.text
 
 
-def test_a_key_is_asked_for(engine):
+@pytest.mark.parametrize("key", ["sesame", "Schlüssel"])
+def test_a_key_is_asked_for(engine, key):
     from starlette.testclient import TestClient
 
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key=key, largest_body=1000)
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).json()["error"]["type"] == "authentication_error"
-        assert client.get("/v1/models", headers={"Authorization": "Bearer sesame"}).status_code == 200
+        assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_no_host_gets_around_the_key(engine):
+    """A URL is made of the client's Host, or of the server's name; neither says what is routed."""
+    from modellink.infer.server.app import make_app
+    from modellink.infer.server.service import Service
+    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    said: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Any) -> None:
+        said.append(message)
+    scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": b"/v1/models", "query_string": b"",
+             "headers": [(b"host", b"x/foo")], "server": ("x/foo", 80)}
+    asyncio.run(app(scope, receive, send))
+    assert said[0]["status"] == 401
 
 
 @pytest.mark.parametrize("tp", [1, 2])

@@ -171,7 +171,7 @@ def _from_file(path: Path) -> list[Any]:
     if path.suffix != ".jsonl":
         return [text.removesuffix("\n")]
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 and others may stand in a text of JSON
         if line.strip():
             prompts.append(_from_line(line, f"{path}, line {number}"))
     return prompts

@@ -15,12 +15,14 @@ from importlib.resources import files
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
+from modellink.data_prep import Tokenizer
 from modellink.infer.batch import TooLong
 from modellink.infer.server import protocol
 from modellink.infer.server.body import Asked, in_api_words, read_asked, read_body
+from modellink.infer.server.exchange import Stream, error_object, failure, gone, read_content
 from modellink.infer.server.fields import field
 from modellink.infer.server.service import Busy, Event, Failed, Service, Submission
 from modellink.kernels.errors import ModelLinkError
@@ -47,10 +49,10 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.middleware("http")
     async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        if api_key is not None and request.url.path.startswith("/v1/"):
+        if api_key is not None and request.scope["path"].startswith("/v1/"):  # what routes; the URL has the client's Host in it
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), api_key.encode()):
-                return _failure(401, "the API key is missing or wrong", "authentication_error")
+            if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
+                return failure(401, "the API key is missing or wrong", "authentication_error")
         response: Response = await go_on(request)
         route = request.scope.get("route")  # not the path: who asks chooses that, and each would stay in memory
         service.metrics.request(route.path if route is not None else "other", response.status_code)
@@ -58,19 +60,19 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
 
     @app.exception_handler(404)
     async def missing(request: Request, _: Exception) -> Response:
-        return _failure(404, f"there is nothing at {request.method} {request.url.path}", "not_found_error")
+        return failure(404, f"there is nothing at {request.method} {request.scope['path']}", "not_found_error")
 
     @app.exception_handler(405)
     async def method(request: Request, _: Exception) -> Response:
-        return _failure(405, f"{request.url.path} does not take {request.method}", "invalid_request_error")
+        return failure(405, f"{request.scope['path']} does not take {request.method}", "invalid_request_error")
 
     @app.exception_handler(500)
     async def fault(_: Request, error: Exception) -> Response:
-        return _failure(500, f"a fault of the server: {type(error).__name__}", "server_error")  # the trace goes to its log
+        return failure(500, f"a fault of the server: {type(error).__name__}", "server_error")  # the trace goes to its log
 
     @app.exception_handler(ClientDisconnect)
     async def left(_: Request, __: Exception) -> Response:
-        return Response(status_code=499)  # in the middle of its body; nobody reads this
+        return Response(status_code=499)  # nobody reads this, but it is counted
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -117,7 +119,7 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
     """From a body to its response."""
     content = await read_content(request, largest_body)
     if content is None:
-        return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+        return failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
     queue: asyncio.Queue[Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     tokenizer = service.engine.tokenizer
@@ -130,7 +132,8 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
         if wanted != name:
             return _no_model(wanted, name)
         read = partial(read_asked, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
-                       most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type)
+                       most=service.batch.cache.tokens, prompt_type=service.engine.plan.prompt_type,
+                       most_answers=service.most_waiting)
         asked = await asyncio.to_thread(read)
         try:
             submission = service.submit(asked.requests, notify, every_piece=asked.stream)
@@ -138,38 +141,32 @@ async def _answer(service: Service, request: Request, name: str, largest_body: i
             raise in_api_words(error, body, chat=chat) from None
     except Busy as error:
         service.metrics.count("refused")
-        return _failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
+        return failure(429, error.what, "rate_limit_error", headers={"Retry-After": "1"})
     except Failed as error:
-        return _failure(503, error.what, "server_error")
+        return failure(503, error.what, "server_error")
     except ModelLinkError as error:
-        return _failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
+        return failure(400, error.what + (f"; {error.fix}" if error.fix else ""), "invalid_request_error",
                         str(error.where) if error.where else None)
     if asked.stream:
-        return StreamingResponse(_stream(service, asked, submission, queue), media_type="text/event-stream",
-                                 headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        async def left() -> None:
+            service.cancel(submission)
+        return Stream(_stream(asked, submission, queue, tokenizer), left, headers={
+            "Cache-Control": "no-store", "X-Accel-Buffering": "no"}, media_type="text/event-stream")
     try:
-        failure = await _all(request, submission, queue)
+        fault = await _all(request, submission, queue)
     finally:
         service.cancel(submission)
-    if failure is not None:
-        return _failure(500 if service.usable else 503, failure, "server_error")
+    if fault is not None:
+        return failure(500 if service.usable else 503, fault, "server_error")
     return JSONResponse(protocol.whole(asked, submission.answers, tokenizer))
 
 
-async def read_content(request: Request, largest: int) -> bytes | None:
-    """The body; None where it is too large, without reading on."""
-    if int(request.headers.get("content-length") or 0) > largest:
-        return None
-    content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > largest:
-            return None
-    return bytes(content)
-
-
 async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Event]) -> str | None:
-    """Wait for all answers, or for the client to go; what failed, if something did."""
+    """Wait for all answers; what failed, if something did.
+
+    Raises:
+        ClientDisconnect: the client went.
+    """
     left = len(submission.answers)
     leaving = asyncio.ensure_future(gone(request))
     try:
@@ -178,7 +175,7 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
             await asyncio.wait({event, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not event.done():
                 event.cancel()
-                return "the client is gone"
+                raise ClientDisconnect
             if event.result().failure is not None:
                 return event.result().failure
             left -= event.result().done
@@ -187,48 +184,33 @@ async def _all(request: Request, submission: Submission, queue: asyncio.Queue[Ev
     return None
 
 
-async def gone(request: Request) -> None:
-    """Wait until the client goes."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _stream(service: Service, asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
-                  ) -> AsyncIterator[str]:
+async def _stream(asked: Asked, submission: Submission, queue: asyncio.Queue[Event],
+                  tokenizer: Tokenizer | None) -> AsyncIterator[str]:
     """Server-sent events: the pieces, how each answer ended, the usage where it was asked for, and [DONE]."""
-    tokenizer, shown = service.engine.tokenizer, [0] * len(submission.answers)
-    started = [False] * len(submission.answers)
-    try:
-        ended = 0  # by their events: an answer is finished a moment before its last piece is here
-        while ended < len(submission.answers):
-            event = await queue.get()
-            answer = submission.answers[event.index]
-            if event.failure is not None:
-                yield _event(protocol.error(event.failure, "server_error"))
-                return
-            if event.piece or event.done or answer.request.logprobs or not started[event.index]:
-                probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
-                yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
-                                            probabilities=probabilities, echo=answer.request.before))
-                started[event.index] = True
-            if event.done:
-                ended += 1
-                yield _event(protocol.chunk(asked, event.index, None, first=False, finish=protocol.finish_reason(answer)))
-        if asked.usage:
-            yield _event(protocol.last_chunk(asked, submission.answers))
-        yield "data: [DONE]\n\n"
-    finally:
-        service.cancel(submission)
+    shown, started = [0] * len(submission.answers), [False] * len(submission.answers)
+    ended = 0  # by their events: an answer is finished a moment before its last piece is here
+    while ended < len(submission.answers):
+        event = await queue.get()
+        answer = submission.answers[event.index]
+        if event.failure is not None:
+            yield _event(error_object(event.failure, "server_error"))
+            return
+        if event.piece or event.done or answer.request.logprobs or not started[event.index]:
+            probabilities, shown[event.index] = protocol.logprobs(answer, tokenizer, shown[event.index], chat=asked.chat)
+            yield _event(protocol.chunk(asked, event.index, event.piece, first=not started[event.index],
+                                        probabilities=probabilities, echo=answer.request.before))
+            started[event.index] = True
+        if event.done:
+            ended += 1
+            yield _event(protocol.chunk(asked, event.index, None, first=False, finish=protocol.finish_reason(answer)))
+    if asked.usage:
+        yield _event(protocol.last_chunk(asked, submission.answers))
+    yield "data: [DONE]\n\n"
 
 
 def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _failure(status: int, message: str, kind: str, param: str | None = None, *,
-             headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(protocol.error(message, kind, param), status, headers=headers)
-
-
 def _no_model(wanted: str, name: str) -> Response:
-    return _failure(404, f"there is no model {wanted[:200]!r}, there is {name!r}", "not_found_error", "model")
+    return failure(404, f"there is no model {wanted[:200]!r}, there is {name!r}", "not_found_error", "model")

@@ -75,8 +75,9 @@ def _no_number(name: str) -> float:
 
 
 def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str,
-               most: int, prompt_type: str | None = None) -> Asked:
+               most: int, prompt_type: str | None = None, most_answers: int = MOST_ANSWERS) -> Asked:
     """What a body asks for, checked; there is room for sequences of `most` tokens, `prompt_type` is the template of chats.
+    `most_answers` may be under way at all: who asks for more would wait for ever.
 
     Raises:
         ModelLinkError: something in it is wrong; `where` is the field.
@@ -90,8 +91,9 @@ def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
         options["max_length"] = int(min(longest(spec), most))
     count = field(body, "n", int, 1)
     prompts: list[Any] = [read_chat(body, tokenizer)] if chat else _prompts(body)
-    if not 1 <= count * len(prompts) <= MOST_ANSWERS:
-        raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {MOST_ANSWERS} is the most", where="n")
+    most_answers = min(most_answers, MOST_ANSWERS)
+    if not 1 <= count * len(prompts) <= most_answers:
+        raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {most_answers} is the most", where="n")
     options |= {"num_return_sequences": count, "prompt_type": prompt_type}
     try:
         requests = make_requests(prompts, spec, tokenizer, **options)

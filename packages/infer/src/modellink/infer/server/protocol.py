@@ -130,7 +130,3 @@ def last_chunk(asked: Asked, answers: Sequence[Answer]) -> dict[str, Any]:
 def _envelope(asked: Asked, kind: str) -> dict[str, Any]:
     return {"id": asked.id, "object": f"chat.completion{kind}" if asked.chat else "text_completion", "created": asked.created,
             "model": asked.model}
-
-
-def error(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}

@@ -1,10 +1,11 @@
 """Several servers of the same model behind one: `serve --replicas N` on this machine, `serve --replica-url URL` on any.
 
 A replica of this machine is a process (with `--tp` a group of them) that runs the whole server on a port of its own, and has its
-share of the accelerators; one that dies is started again. Others are servers that somebody started elsewhere. The one in front
-hands a request to the replica that has the fewest under way and passes on what it says, pieces as they come. It asks each how it
-is: one that cannot answer gets nothing. A request of which nothing was answered yet goes to another replica; a stream that was
-under way ends with an error. Not here: keys, which the replicas ask for themselves.
+share of the accelerators; one that dies is started again, unless what it was started with is wrong. Others are servers that
+somebody started elsewhere. The one in front hands a request to the replica that has the fewest under way and passes on what it
+says, pieces as they come. It asks each how it is: one that cannot answer gets nothing. A request of which nothing was
+answered yet goes to another replica; a stream that was under way ends with an error. Not here: keys, which the replicas ask for
+themselves.
 """
 
 from __future__ import annotations
@@ -23,12 +24,11 @@ from typing import Any
 
 import httpx
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
-from modellink.core.processes import free_port
-from modellink.infer.server import protocol
-from modellink.kernels.errors import ModelLinkError
+from modellink.infer.server.exchange import Stream, error_object, failure, gone, read_content
+from modellink.kernels.errors import USER_MISTAKE, ModelLinkError
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is started again; twice as long each time it dies soon
 SOON = 60.0  # seconds
@@ -37,7 +37,7 @@ ASK_SECONDS = 10.0  # in which it has to say so
 MOST_LOST = 2  # replicas that may end over one request: it may be what ends them
 STOP_SECONDS = 40.0  # in which a replica may end by itself
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
-PASSED_ON = ("authorization", "content-type")
+PASSED_ON = (b"authorization", b"content-type")
 GIVEN_BACK = ("content-type", "retry-after", "content-security-policy", "cache-control", "x-accel-buffering")
 
 
@@ -48,14 +48,17 @@ class Replica:
         url: where it is, without a path.
         under_way: requests that it works on.
         ready: it answers.
+        was_ready: it answered at some time.
+        refused: it ended with a mistake of the user, which another start would only repeat.
     """
 
     def __init__(self, index: int, url: str) -> None:
         self.index, self.url = index, url
-        self.under_way, self.ready = 0, False
+        self.under_way = 0
+        self.ready = self.was_ready = self.refused = False
 
     async def live(self, client: httpx.AsyncClient) -> None:
-        """Look after it until this is cancelled."""
+        """Look after it until this is cancelled; returns where it can never answer."""
         await self._watch(client)
 
     async def stop(self) -> None:
@@ -69,6 +72,7 @@ class Replica:
                 ready = False
             if ready != self.ready:
                 self.ready = ready
+                self.was_ready |= ready
                 print(f"replica {self.index} at {self.url} {'is ready' if ready else 'does not answer'}", file=sys.stderr,
                       flush=True)
             await asyncio.sleep(POLL_READY if ready else POLL)
@@ -83,7 +87,8 @@ class OwnReplica(Replica):
         self.process: asyncio.subprocess.Process | None = None
 
     async def live(self, client: httpx.AsyncClient) -> None:
-        """Start it, and again whenever it dies, until this is cancelled."""
+        """Start it, and again whenever it dies, until this is cancelled or it is refused."""
+        from modellink.core.processes import free_port  # imports torch, which a front of other machines' servers does without
         wait = FIRST_WAIT
         while True:
             port, since = free_port(), time.monotonic()
@@ -97,6 +102,9 @@ class OwnReplica(Replica):
             finally:
                 watch.cancel()
                 self.ready = False
+            self.refused = status == USER_MISTAKE and not self.was_ready
+            if self.refused:
+                return
             wait = min(2 * wait, LONGEST_WAIT) if time.monotonic() - since < SOON else FIRST_WAIT
             print(f"replica {self.index} ended with status {status}; it is started again in {wait:.0f} s", file=sys.stderr,
                   flush=True)
@@ -141,14 +149,19 @@ def device_shares(kind: str, there: int, count: int, each: int) -> list[dict[str
     return [{variable: ",".join(names[index * each:(index + 1) * each])} for index in range(count)]
 
 
-def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
-    """The application in front of replicas that it starts and stops."""
+def make_front(replicas: Sequence[Replica], *, largest_body: int, on_refused: Callable[[], None] = lambda: None) -> FastAPI:
+    """The application in front of replicas that it starts and stops; `on_refused` is called when one can never answer."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits)
+    client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=10), limits=limits,
+                               mounts={"all://127.0.0.1": None})  # whatever proxy the environment names
+
+    async def look_after(replica: Replica) -> None:
+        await replica.live(client)
+        on_refused()
 
     @asynccontextmanager
     async def life(_: FastAPI) -> AsyncIterator[None]:
-        lives = [asyncio.ensure_future(replica.live(client)) for replica in replicas]
+        lives = [asyncio.ensure_future(look_after(replica)) for replica in replicas]
         yield
         for task in lives:
             task.cancel()
@@ -169,22 +182,23 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        texts: dict[int, str] = {}
-        for replica in replicas:
+        async def ask(replica: Replica) -> str:
             try:
-                texts[replica.index] = (await client.get(f"{replica.url}/metrics")).text if replica.ready else ""
+                answer = await client.get(f"{replica.url}/metrics", timeout=ASK_SECONDS)
             except httpx.HTTPError:
-                continue
+                return ""
+            return answer.text if answer.status_code == 200 else ""
+        asked = [replica for replica in replicas if replica.ready]
+        texts = dict(zip([one.index for one in asked], await asyncio.gather(*map(ask, asked)), strict=True))
         ready = "\n".join(f'modellink_replica_ready{{replica="{one.index}"}} {one.ready:d}' for one in replicas)
         head = "# HELP modellink_replica_ready Whether a replica answers.\n# TYPE modellink_replica_ready gauge\n"
         return PlainTextResponse(f"{head}{ready}\n{join_metrics(texts)}", media_type="text/plain; version=0.0.4")
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def rest(request: Request) -> Response:
-        from modellink.infer.server.app import read_content
         content = await read_content(request, largest_body)
         if content is None:
-            return _failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
+            return failure(413, f"the body is larger than {largest_body} bytes", "invalid_request_error")
         return await _hand_over(client, replicas, request, content)
 
     return app
@@ -192,13 +206,14 @@ def make_front(replicas: Sequence[Replica], *, largest_body: int) -> FastAPI:
 
 async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request, content: bytes) -> Response:
     """The answer of the replica with the least to do; of the next one, if that dies before it says anything, or says 503."""
-    tried: set[int] = set()
+    scope, tried = request.scope, set[int]()
+    target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")  # as the client wrote it
     lost, refusal = 0, None
     while lost < MOST_LOST and (open_ones := [one for one in replicas if one.ready and one.index not in tried]):
         replica = min(open_ones, key=lambda one: one.under_way)
         tried.add(replica.index)
-        asked = client.build_request(request.method, replica.url + request.url.path, content=content, params=request.query_params,
-                                     headers={name: request.headers[name] for name in PASSED_ON if name in request.headers})
+        asked = client.build_request(request.method, httpx.URL(replica.url).copy_with(raw_path=target), content=content,
+                                     headers=[(name, value) for name, value in scope["headers"] if name in PASSED_ON])
         replica.under_way += 1
         streaming = False
         try:
@@ -208,7 +223,11 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
             given = {name: answer.headers[name] for name in GIVEN_BACK if name in answer.headers}
             if answer.headers.get("content-type", "").startswith("text/event-stream"):
                 streaming = True
-                return StreamingResponse(_pass_on(replica, answer), answer.status_code, given)
+
+                async def left(replica: Replica = replica, answer: httpx.Response = answer) -> None:
+                    replica.under_way -= 1
+                    await answer.aclose()
+                return Stream(_pass_on(answer), left, answer.status_code, given)
             try:
                 whole = await _unless_gone(request, answer.aread())
             finally:
@@ -225,12 +244,11 @@ async def _hand_over(client: httpx.AsyncClient, replicas: Sequence[Replica], req
             if not streaming:
                 replica.under_way -= 1
     why = "the replicas ended before they answered" if tried else "no replica is ready"
-    return refusal or _failure(503, why, "server_error", headers={"Retry-After": "5"})
+    return refusal or failure(503, why, "server_error", headers={"Retry-After": "5"})
 
 
 async def _unless_gone(request: Request, work: Any) -> Any:
     """What `work` gives; None, and it is cancelled, where the client goes before that."""
-    from modellink.infer.server.app import gone
     task, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
     try:
         await asyncio.wait({task, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -240,15 +258,12 @@ async def _unless_gone(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-async def _pass_on(replica: Replica, answer: httpx.Response) -> AsyncIterator[bytes]:
+async def _pass_on(answer: httpx.Response) -> AsyncIterator[bytes]:
     try:
         async for piece in answer.aiter_raw():
             yield piece
     except httpx.HTTPError:
-        yield f"data: {json.dumps(protocol.error('the replica ended', 'server_error'))}\n\n".encode()
-    finally:
-        replica.under_way -= 1
-        await answer.aclose()
+        yield f"data: {json.dumps(error_object('the replica ended', 'server_error'))}\n\n".encode()
 
 
 def join_metrics(texts: dict[int, str]) -> str:
@@ -258,19 +273,17 @@ def join_metrics(texts: dict[int, str]) -> str:
     for index, text in texts.items():
         name = ""
         for line in text.splitlines():
-            if line.startswith("#"):
+            if line.startswith(("# HELP ", "# TYPE ")):
                 name = line.split(" ")[2]
                 if line not in heads.setdefault(name, []):
                     heads[name].append(line)
                 continue
-            key, labels, value = re.fullmatch(r"([^{ ]+)(?:\{(.*)\})? (.*)", line).groups()  # type: ignore[union-attr]
+            if (found := re.fullmatch(r"([^#{ ][^{ ]*)(?:\{(.*)\})? (.*)", line)) is None:
+                continue  # comments and empty lines of other servers
+            key, labels, value = found.groups()
             joined = ",".join(filter(None, [f'replica="{index}"', labels]))
             samples.setdefault(name, []).append(f"{key}{{{joined}}} {value}")
     return "".join("\n".join([*lines, *samples.get(name, [])]) + "\n" for name, lines in heads.items())
-
-
-def _failure(status: int, message: str, kind: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse(protocol.error(message, kind), status, headers=headers)
 
 
 def _end_with_parent() -> None:

@@ -11,14 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from modellink.core import processes
-from modellink.infer.engine import Engine
 from modellink.kernels.errors import InternalError, ModelLinkError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from uvicorn import Server
 
+    from modellink.infer.engine import Engine
     from modellink.infer.server.replicas import Replica
 
 CONNECTIONS = 1024  # beyond this many, or four for each answer that may wait, a new one gets status 503; many only idle
@@ -79,6 +78,7 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
     Raises:
         InternalError: the model failed; who was answered was told.
     """
+    from modellink.core import processes
     from modellink.infer.server.service import Service
     service = Service(engine, most_waiting=most_waiting)
     if processes.rank() > 0:
@@ -97,10 +97,19 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
 
 def serve_replicas(replicas: Sequence[Replica], sockets: Sequence[socket.socket], *, most_waiting: int = 256,
                    largest_body: int = 2 << 20) -> None:
-    """Serve with several servers that have the model each, until SIGTERM or Ctrl-C; see replicas.py."""
+    """Serve with several servers that have the model each, until SIGTERM or Ctrl-C; see replicas.py.
+
+    Raises:
+        ModelLinkError: a replica cannot start with what it was given.
+    """
     from modellink.infer.server.replicas import make_front
-    _run(_server(make_front(replicas, largest_body=largest_body), most_waiting * len(replicas)), sockets,
-         f" with {len(replicas)} replicas")
+
+    def leave() -> None:
+        server.should_exit = True
+    server = _server(make_front(replicas, largest_body=largest_body, on_refused=leave), most_waiting * len(replicas))
+    _run(server, sockets, f" with {len(replicas)} replicas")
+    if refused := [replica.index for replica in replicas if replica.refused]:
+        raise ModelLinkError(f"replica {refused[0]} cannot start", fix="mend what it said above")
 
 
 def _server(app: FastAPI, most_waiting: int) -> Server:
