@@ -74,7 +74,7 @@ def random_faults(count: int, ranks: int, seed: int) -> str:
     chance = random.Random(seed)
     return ";".join(
         f"kind={chance.choice(list(KINDS))},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(ranks)},"
-        f"when={chance.choice(['start', 'update', 'random'])}" for number in range(count))
+        f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
