@@ -33,7 +33,7 @@ from modellink.kernels.parallel import ParallelLayout
 LIFELINE = "MODELLINK_LIFELINE"
 START = "MODELLINK_START"
 """Which start of a run with high availability this is; set by its agent."""
-GRACE = 5.0  # seconds that ranks have to speak when one has failed
+GRACE, GRACE_OF_A_MISTAKE = 5.0, 2.0  # seconds that ranks have to speak when one has failed; by a mistake of the user
 COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
 
 
@@ -119,7 +119,7 @@ def cause_first() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if lost_peer(error) and _has_launcher:
-            time.sleep(GRACE - 2)
+            time.sleep(GRACE_OF_A_MISTAKE + 1)
         raise
 
 
@@ -147,10 +147,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
         states = [process.poll() for process in ranks]
         bad = [number for number, state in enumerate(states) if state not in (None, 0)]
         if bad:
-            deadline = time.monotonic() + GRACE
-            while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
-                if USER_MISTAKE in (codes := [process.poll() for process in ranks]):
-                    return codes.index(USER_MISTAKE)
+            since = time.monotonic()
+            while None in (codes := [process.poll() for process in ranks]):
+                if time.monotonic() - since > (GRACE_OF_A_MISTAKE if USER_MISTAKE in codes else GRACE):
+                    break
                 time.sleep(0.05)
             return 0 if ranks[0].poll() not in (None, 0) else bad[0]
         if all(state == 0 for state in states):

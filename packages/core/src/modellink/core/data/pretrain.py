@@ -101,7 +101,7 @@ def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: i
     return [None if train is None else Parts([train, *more], trained), valid, test]
 
 
-def usable_split(config: DataConfig, *, evaluated: bool = True) -> str:
+def usable_split(config: DataConfig, *, evaluated: bool) -> str:
     """The split, with 0 for a share of evaluation in which some set would have no document; it says so if that is `evaluated`.
 
     Raises:
