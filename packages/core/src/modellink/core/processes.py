@@ -33,7 +33,7 @@ from modellink.kernels.parallel import ParallelLayout
 LIFELINE = "MODELLINK_LIFELINE"
 START = "MODELLINK_START"
 """Which start of a run with high availability this is; set by its agent."""
-GRACE, GRACE_OF_A_MISTAKE = 5.0, 2.0  # seconds that ranks have to speak when one has failed; by a mistake of the user
+GRACE, GRACE_OF_A_MISTAKE = 10.0, 1.5  # seconds that ranks have to speak when one has failed; by a mistake of the user
 COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
 
 
@@ -119,7 +119,7 @@ def cause_first() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if lost_peer(error) and _has_launcher:
-            time.sleep(GRACE_OF_A_MISTAKE + 1)
+            time.sleep(GRACE_OF_A_MISTAKE + 5)  # the peer may still be on its way out
         raise
 
 
