@@ -45,7 +45,8 @@ folder = pathlib.Path(top.__file__).parent
 assert "site-packages" in folder.parts, folder
 torch = importlib.util.find_spec("torch") is not None
 extras = () if torch else ("modellink.kernels.ops", "modellink.kernels.device")
-extras += () if importlib.util.find_spec("fastapi") else ("modellink.infer.server.app", "modellink.infer.server.replicas")
+web = tuple(f"modellink.infer.server.{name}" for name in ("app", "exchange", "replicas"))
+extras += () if importlib.util.find_spec("fastapi") else web
 names = []
 for path in sorted(folder.rglob("*.py")):
     parts = path.relative_to(folder).with_suffix("").parts
