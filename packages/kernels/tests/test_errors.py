@@ -13,7 +13,7 @@ from modellink.kernels.errors import InternalError, ModelLinkError, near
 
 
 def run(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = f"from modellink.kernels.errors import *\ndef body():\n    {body}\nrun_command(body)"
+    code = f"import errno\nfrom modellink.kernels.errors import *\ndef body():\n    {body}\nrun_command(body)"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment)
 
 
@@ -32,6 +32,16 @@ def test_a_fault_of_ours_ends_with_1_and_a_trace(raised):
     done = run(f"raise {raised}")
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "lost" in done.stderr
+
+
+@pytest.mark.parametrize(("body", "said"), [
+    ("with open('/dev/full', 'w') as file: file.write('x')",
+     "error: No space left on device\n  fix:   make room, or choose another disk\n"),
+    ("raise PermissionError(errno.EACCES, 'Permission denied', 'a.bin')",
+     "error: Permission denied\n  where: a.bin\n  fix:   choose another place, or ask for the right to it\n")])
+def test_what_the_system_refuses_is_no_fault_of_ours(body, said):
+    done = run(body)
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_an_interrupt_ends_with_130():

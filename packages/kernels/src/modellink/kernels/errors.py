@@ -6,16 +6,22 @@ ours ends with status 1 and a trace. Not here: retrying, logging, and warnings.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import NoReturn
 
 import click
 
 USER_MISTAKE, OUR_FAULT, INTERRUPTED = 2, 1, 130
+REFUSALS = {errno.ENOSPC: "make room, or choose another disk", errno.EDQUOT: "make room: the quota is used up",
+            errno.EROFS: "choose a folder that can be written", errno.EACCES: "choose another place, or ask for the right to it",
+            errno.EPERM: "choose another place, or ask for the right to it", errno.EMFILE: "raise the limit (ulimit -n)"}
+"""What the system may refuse any command at any moment, and what to do about it."""
 
 
 class ModelLinkError(Exception):
@@ -61,14 +67,26 @@ def near(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else ""
 
 
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the system refused is no fault of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        raise ModelLinkError(str(error.strerror), where=error.filename, fix=REFUSALS[error.errno]) from error
+
+
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run the body of a console command and leave the process with its exit status.
 
     Output goes to stderr. `MODELLINK_TRACE=1` shows the trace of a user's mistake too.
     """
     try:
-        command()
-        sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
+        with _refusals():
+            command()
+            sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except ModelLinkError as error:
         if error.exit_status != USER_MISTAKE or os.environ.get("MODELLINK_TRACE"):
             traceback.print_exc()
