@@ -197,6 +197,14 @@ def saved(folder: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.global_shape) for name, tensor in dist_checkpointing.load_tensors_metadata(folder).items()}
 
 
+def merge(model: Any) -> None:
+    """Add to the weights of a rank what its adapters are to add to its products."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.weight += module.scale * module.lora_B.weight @ module.lora_A.weight
+            module.lora_B.weight.zero_()
+
+
 def merged_and_not(folder: str, tp: int, modules: tuple[str, ...]) -> float:
     """On a rank: the largest difference of logits before and after merging, by the largest that adapters make."""
     import torch
@@ -206,7 +214,7 @@ def merged_and_not(folder: str, tp: int, modules: tuple[str, ...]) -> float:
     from modellink.core.config import LoraConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
-    from modellink.core.posttrain.lora import add_adapters, merge
+    from modellink.core.posttrain.lora import add_adapters
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
 

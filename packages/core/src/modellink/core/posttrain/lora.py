@@ -74,6 +74,11 @@ class Adapted(nn.Module):
         with get_cuda_rng_tracker().fork():
             return F.dropout(x, self.rate)
 
+    def added(self, output: Tensor, low: Tensor) -> Tensor:
+        """output [..., out] + s B low [..., r], in one product: passes over the output cost more than r products a number."""
+        rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.t(), alpha=self.scale)
+        return rows.view_as(output)
+
 
 class AdaptedParallel(Adapted):
     """A linear that is cut over tensor-parallel ranks; `tp_group` and `explicit_expert_comm` are its own."""
@@ -104,7 +109,7 @@ class AdaptedColumn(AdaptedParallel):
         if not self.explicit_expert_comm:  # there tokens are gathered, and gradients summed, outside
             low = gather_from_sequence_parallel_region(low, group=self.tp_group) if self.sequence_parallel else (
                 copy_to_tensor_model_parallel_region(low, group=self.tp_group))
-        return output + self.scale * self.lora_B(low), bias
+        return self.added(output, low), bias
 
 
 class AdaptedRow(AdaptedParallel):
@@ -114,7 +119,7 @@ class AdaptedRow(AdaptedParallel):
         if not self.explicit_expert_comm:
             low = reduce_scatter_to_sequence_parallel_region(low, group=self.tp_group) if self.sequence_parallel else (
                 reduce_from_tensor_model_parallel_region(low, group=self.tp_group))
-        return output + self.scale * self.lora_B(low), bias
+        return self.added(output, low), bias
 
 
 class AdaptedReplicated(Adapted):
@@ -122,8 +127,7 @@ class AdaptedReplicated(Adapted):
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.lora_A(self.dropped(x, alike=not self.sequence_parallel))
-        output: Tensor = super().forward(x) + self.scale * self.lora_B(low)
-        return output
+        return self.added(super().forward(x), low)
 
 
 @cache
@@ -180,13 +184,3 @@ def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelL
                 adapt(whole.get_submodule(own.removesuffix(".weight")), parts, lora, gated=parts["B"][0].split == "gated")
         if whole.pre_process:  # what is recomputed learns something only if its input asks for a gradient
             whole.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))
-
-
-@torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Add what the adapters of a model chunk add to its weights; each rank does it for its parts."""
-    for module in bare(model).modules():
-        if isinstance(module, (Adapted, AdaptedReplicated)):
-            linear: Any = module
-            linear.weight += (linear.scale * linear.lora_B.weight.float() @ linear.lora_A.weight.float()).to(linear.weight.dtype)
-            linear.lora_B.weight.zero_()
