@@ -36,6 +36,23 @@ def where(options: dict[str, Any]) -> set[str]:
     return {tensor.device.type for tensor in tensors}
 
 
+def random_states() -> tuple[list[str], list[bool]]:
+    """Names of the random states of a rank; for each, whether it is what it was after other seeds and a return."""
+    import torch
+
+    from modellink.core.train.random_state import random_state, set_random_state
+
+    device = torch.device("npu", torch.npu.current_device())  # type: ignore[attr-defined]
+    torch.npu.manual_seed(3)  # type: ignore[attr-defined]
+    before = random_state(device)
+    torch.manual_seed(4)  # of the device's generator too
+    other = random_state(device)
+    set_random_state(before, device)
+    again = random_state(device)
+    changed = [name for name in before if not torch.equal(before[name], other[name])]
+    return changed, [torch.equal(before[name], again[name]) for name in before]
+
+
 def generate(folder: str, device: str, tp: int) -> dict[str, Any]:
     """Answers to prompts of several lengths, one after the other and together; drawn; and likelihoods."""
     from modellink.infer import load

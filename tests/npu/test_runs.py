@@ -98,6 +98,14 @@ def test_a_checkpoint_goes_on_where_it_was_made_and_elsewhere(pools, tiny, corpu
     same(*({"steps": run(pools, "test_training", size, device, plain)["steps"]} for device in ("cpu", "npu")), 1e-5)
 
 
+def test_the_state_of_the_devices_own_generator_is_kept(pools, tiny, corpus):
+    options = PRETRAIN.OPTIONS | {"load": str(tiny), "data_path": (str(corpus),), "device": "npu"}
+    pools(1)(TASKS.where, options=options)  # which joins, and so makes megatron-core's generators
+    changed, kept = pools(1)(TASKS.random_states)[0]
+    assert changed == ["cpu", "npu"]
+    assert all(kept)
+
+
 def test_everything_a_run_holds_is_on_the_device(pools, tiny, corpus):
     options = PRETRAIN.OPTIONS | {"load": str(tiny), "data_path": (str(corpus),), "device": "npu"}
     assert pools(1)(TASKS.where, options=options) == [{"npu"}]

@@ -20,12 +20,13 @@ from modellink.core import processes
 from modellink.core.resilience import gasp
 from modellink.core.resilience.commit import Commit, Undone
 from modellink.core.resilience.faults import Faults, RepairableFault, read_faults
-from modellink.core.resilience.rebuild import random_state, rebuild, set_random_state, take
+from modellink.core.resilience.rebuild import rebuild, take
 from modellink.core.resilience.replay import LocalCopy
 from modellink.core.resilience.watch import GASPED, SAVING, Failure, Watch, connect, report, wait_for
 from modellink.core.run import Run
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.guard import NotFinite
+from modellink.core.train.random_state import random_state, set_random_state
 from modellink.kernels.errors import ModelLinkError
 
 NOTICED = 30.0  # seconds within which a failure elsewhere is known
@@ -89,7 +90,7 @@ class HighAvailability:
         copied = self._run.resilience.enable_optimizer_state_local_copy
         self._copy = LocalCopy(self._training) if copied else None
         self._commit = Commit(self._training.optimizer, self._run.device.torch, self._well)
-        self._random = random_state()
+        self._random = random_state(self._training.device)
 
     def _well(self) -> bool:
         self._faults.strike(self._training.iteration + 1, "update", self._training.models)
@@ -106,7 +107,7 @@ class HighAvailability:
     def attempt(self, step: Callable[[], None]) -> None:
         number, again = self._training.iteration + 1, False
         while self._training.iteration < number:
-            self._random = random_state()
+            self._random = random_state(self._training.device)
             self._commit.begin(number)
             try:
                 self._faults.strike(number, "start", self._training.models)
@@ -125,7 +126,7 @@ class HighAvailability:
                 self._back()
             except Exception as error:
                 self._survive(error)
-        self._random = random_state()
+        self._random = random_state(self._training.device)
         if self._copy is not None:
             self._copy.take()
         self._watch.beat()
@@ -138,7 +139,7 @@ class HighAvailability:
         """To the start of the step; nothing has changed, or the copy knows what was."""
         if self._copy is not None:
             self._copy.put_back()
-        set_random_state(self._random)
+        set_random_state(self._random, self._training.device)
 
     @contextlib.contextmanager
     def saving(self, *, last: bool) -> Iterator[None]:
@@ -208,7 +209,7 @@ class HighAvailability:
             _leave()
         self._run = again
         self._watch_over()
-        set_random_state(self._random)
+        set_random_state(self._random, self._training.device)
         self._say(f"{plan.why}; the training goes on from iteration {plan.iteration}")
 
     def _settle(self, iteration: int, *, repaired: bool) -> None:
@@ -219,7 +220,7 @@ class HighAvailability:
         if self._training.iteration < iteration:
             self._commit.complete()
             self._advance()
-            random = random_state()
+            random = random_state(self._training.device)
         self._random = random
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from modellink.core import processes
@@ -41,16 +40,6 @@ class Snapshot:
     iteration: int
     consumed_samples: int
     ordered: tuple[int, ...]
-
-
-def random_state() -> dict[str, Tensor]:
-    """The random generators of this rank."""
-    return {"": torch.get_rng_state(), **{name: state.clone() for name, state in get_cuda_rng_tracker().get_states().items()}}
-
-
-def set_random_state(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state[""])
-    get_cuda_rng_tracker().set_states({name: value.clone() for name, value in state.items() if name})
 
 
 def optimized(training: Training) -> list[Optimized]:

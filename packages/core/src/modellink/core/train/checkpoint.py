@@ -23,7 +23,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
@@ -32,6 +31,7 @@ from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
+from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.writer import Writer, together
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
@@ -54,6 +54,11 @@ class Training:
     iteration: int = 0
     consumed_samples: int = 0
     ordered: tuple[int, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        parameter: torch.nn.Parameter = next(self.models[0].parameters())
+        return parameter.device
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
@@ -108,7 +113,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         state = _weights(training)
         optimizer = _optimizer(training, state, loading=False)
         state["optimizer"] = optimizer.tensors
-        state |= _random_state(training.layout)
+        state |= _random_state(training)
         state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
         request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
         writer.start(request, finish, temporary, copy=behind is not None)
@@ -138,7 +143,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     optimizer = _optimizer(training, wanted, loading=True) if load_optim else None
     if optimizer is not None:
         wanted["optimizer"] = optimizer.tensors
-    wanted |= _random_state(training.layout) if same and load_rng else {}
+    wanted |= _random_state(training) if same and load_rng else {}
     try:
         state = dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
@@ -154,7 +159,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
         training.optimizer.reload_model_params()
     training.schedule.load_state_dict(state["schedule"])
     if same and load_rng:
-        _set_random_state(state)
+        _set_random_state(training, state)
     elif load_rng and dist.get_rank() == 0:
         print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
@@ -201,17 +206,16 @@ def _optimizer(training: Training, weights: dict[str, Any], *, loading: bool) ->
     return OptimizerState(training.optimizer, models, loading=loading, metadata=_metadata())
 
 
-def _random_state(layout: ParallelLayout) -> dict[str, Any]:
+def _random_state(training: Training) -> dict[str, Any]:
     """The random generators of this rank, as byte tensors of their own place in a [pp, tp, dp, ...] tensor."""
+    layout = training.layout
     place = [(0, parallel_state.get_pipeline_model_parallel_rank(), layout.pp),
              (1, parallel_state.get_tensor_model_parallel_rank(), layout.tp),
              (2, parallel_state.get_data_parallel_rank(with_context_parallel=True), layout.dp * layout.cp)]
-    states = {"cpu": torch.get_rng_state(), **get_cuda_rng_tracker().get_states()}
     return {f"random.{name}": ShardedTensor.from_rank_offsets(f"random.{name}", state.cpu(), *place, prepend_axis_num=3)
-            for name, state in states.items()}
+            for name, state in random_state(training.device).items()}
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def _set_random_state(training: Training, state: dict[str, Any]) -> None:
     found = {name.removeprefix("random."): value for name, value in state.items() if name.startswith("random.")}
-    torch.set_rng_state(found.pop("cpu"))
-    get_cuda_rng_tracker().set_states(found)
+    set_random_state(found, training.device)
