@@ -221,7 +221,7 @@ class Batch:
         return sorted(found, key=lambda member: member.left > 1)
 
     def _shares(self) -> list[Share]:
-        """What the next pass computes, single tokens first."""
+        """What the next pass computes: single tokens, of the longest rows first, which the cache likes; then prompts."""
         budget, room = self.budget, self._most_asked
         pieces: list[tuple[Member, Piece]] = []
         for member in self._ready():
@@ -232,7 +232,7 @@ class Batch:
             budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
             pieces.append((member, Piece(member.row, member.row.computed, count)))
         found: list[Share] = []
-        for member, piece in sorted(pieces, key=lambda pair: pair[1].count > 1):
+        for member, piece in sorted(pieces, key=lambda pair: (1, 0) if pair[1].count > 1 else (0, -pair[1].start)):
             if member in self.running:  # another one did not need its pages
                 found.append(Share(member, piece, found[-1].last + 1 if found else 0))
         return found

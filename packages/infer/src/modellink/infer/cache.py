@@ -1,13 +1,13 @@
 """The keys and values of the tokens a model has seen, in pages of memory that is taken once.
 
-A pass is one line of tokens: single new tokens of some rows, then pieces of the prompts of others. Single tokens are attended
-together, over keys gathered from their pages; a piece attends alone, and where it starts a row needs nothing but itself. Latent
-attention keeps its compressed form: one key for all heads, whose first part is the value.
+A pass is one line of tokens: single new tokens of some rows, then pieces of the prompts of others. Single tokens of rows of about
+one length are attended together, over keys gathered from their pages; a piece attends alone, and where it starts a row needs
+nothing but itself. Latent attention keeps its compressed form: one key for all heads, whose first part is the value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from modellink.core.model.state import SequenceState
 from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant
+
+WASTED = 512  # keys gathered for nothing that cost less than another attention
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class PagedCache:
         """What the model is told for a pass over these pieces; their pages are there (`tables.grow`).
 
         Args:
-            pieces: those of one token first.
+            pieces: those of one token first, best the longest rows first.
             wanted: which tokens of the pass logits are computed for; None: the last of each piece.
         """
         positions = torch.cat([torch.arange(piece.start, piece.start + piece.count) for piece in pieces])
@@ -169,11 +171,8 @@ class PagedCache:
         pages = torch.cat([table[torch.arange(piece.start, piece.start + piece.count) // SIZE]
                            for piece, table in zip(pieces, tables, strict=True)])
         slots = pages * SIZE + positions % SIZE
-        single = sum(piece.count == 1 for piece in pieces)
-        parts = []
-        if single:
-            parts.append(self._part(pool, slice(0, single), pieces[:single], tables[:single]))
-        place = single
+        parts = [self._part(pool, run, pieces[run], tables[run]) for run in _runs(pool, pieces)]
+        place = single = sum(piece.count == 1 for piece in pieces)
         for piece, table in zip(pieces[single:], tables[single:], strict=True):
             tokens = slice(place, place := place + piece.count)
             parts.append(Part(tokens, 1, None, None) if piece.start == 0 else self._part(pool, tokens, [piece], [table]))
@@ -294,6 +293,23 @@ class PagedCache:
             if self.pools[number] is pool:
                 for side in (self._keys, self._values):
                     side[layer][new] = side[layer][old]
+
+
+def _runs(pool: Pool, pieces: Sequence[Piece]) -> Iterator[slice]:
+    """Pieces of one token that attend together: every row of a run is gathered as if it had the length of the longest of them."""
+    begin, longest = 0, 0
+    for place, piece in enumerate(pieces):
+        if piece.count > 1:
+            break
+        length = piece.start + 1 - pool.first_seen(piece.start)
+        if place > begin and 2 * length + WASTED < longest:
+            yield slice(begin, place)
+            begin, longest = place, 0
+        longest = max(longest, length)
+    else:
+        place = len(pieces)
+    if begin < place:
+        yield slice(begin, place)
 
 
 def _taken(held: Tensor, slots: Tensor | slice) -> Tensor:
