@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,8 @@ import pytest
 PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊"]
 
 
-def results(folder: str, tp: int) -> dict[str, Any]:
+def results(engine) -> dict[str, Any]:
     """What a rank gets."""
-    from modellink.infer import load
-    from modellink.kernels.parallel import ParallelLayout
-    engine = load(folder, layout=ParallelLayout(tp=tp), device="cpu")
     stream = engine.stream("The quick", max_new_tokens=100, ignore_eos=True)
     first = next(stream)
     if os.environ.get("RANK", "0") == "0":
@@ -36,9 +34,22 @@ def results(folder: str, tp: int) -> dict[str, Any]:
             "cancelled": [first + "".join(stream), stream.generation.finish_reason]}
 
 
+def shares_while_nobody_speaks(engine) -> int:
+    """How often a rank hears from the first one in a chat whose user says nothing for a while, then leaves."""
+    from modellink.infer import chat
+    heard, share = [], engine.network.share
+    engine.network.share = lambda value: heard.append(share(value)) or heard[-1]
+    chat.IDLE_SECONDS = 0.05
+    reading, writing = os.pipe()
+    with open(reading) as sys.stdin, open(writing, "w") as user:
+        threading.Timer(1, lambda: print("/quit", file=user, flush=True)).start()
+        chat.talk(engine, chat.Conversation(), first_rank=os.environ.get("RANK", "0") == "0")
+    return len(heard)
+
+
 @pytest.fixture(scope="module")
-def one(engine, llama) -> dict[str, Any]:
-    return json.loads(json.dumps(results(str(llama), 1)))
+def one(engine) -> dict[str, Any]:
+    return json.loads(json.dumps(results(engine)))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +79,11 @@ def test_likelihoods_are_those_of_one_rank(one, two):
 def test_ranks_agree_where_nothing_decides_beforehand(two):
     assert two[0]["unseeded"] == two[1]["unseeded"]
     assert two[0]["shared"] == two[1]["shared"] == "from rank 0"
+
+
+def test_a_user_may_take_long(two):
+    assert two[0]["heard"] == two[1]["heard"]
+    assert two[0]["heard"] > 3
 
 
 def test_the_first_rank_stops_an_answer_for_all(two):
@@ -126,5 +142,13 @@ def test_two_machines_serve(llama, engine):
             agent.kill()
 
 
+def be_a_rank(folder: str, out: str) -> None:
+    from modellink.infer import load
+    from modellink.kernels.parallel import ParallelLayout
+    engine = load(folder, layout=ParallelLayout(tp=int(os.environ["WORLD_SIZE"])), device="cpu")
+    found = results(engine) | {"heard": shares_while_nobody_speaks(engine)}
+    Path(out).write_text(json.dumps(found))
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(json.dumps(results(sys.argv[1], int(os.environ["WORLD_SIZE"]))))
+    be_a_rank(*sys.argv[1:])

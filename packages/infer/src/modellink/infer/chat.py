@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from modellink.kernels.errors import ModelLinkError
 
 QUIT, CLEAR = ("/quit", "/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
 YOU, MODEL = "You >> ", "ModelLink:"
+IDLE_SECONDS = 30.0
 
 
 @dataclass
@@ -58,7 +60,7 @@ def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **opti
     if first_rank and sys.stdin.isatty():
         with suppress(ImportError):  # a Python that was built without it
             import readline  # noqa: F401  input() edits lines with it
-    while (line := engine.network.share(_read() if first_rank else None)) is not None:
+    while (line := engine.network.share(_read(engine) if first_rank else None)) is not None:
         text = line.strip()
         if text in QUIT:
             _say(first_rank, f"{text}: the conversation ends")
@@ -98,16 +100,37 @@ def _say(first_rank: bool, words: str) -> None:
         print(words, file=sys.stderr, flush=True)
 
 
-def _read() -> str | None:
+def _read(engine: Engine) -> str | None:
     """A line from the user; the empty one after Ctrl-C, None at the end of the input."""
     try:
-        return input(YOU)
+        with _others_wait(engine):
+            return input(YOU)
     except EOFError:
         print()
         return None
     except KeyboardInterrupt:
         print("\n(/quit leaves)")
         return ""
+
+
+@contextmanager
+def _others_wait(engine: Engine) -> Iterator[None]:
+    """While the block runs, tell the other ranks every so often that nothing was said: no collective waits for hours."""
+    over = threading.Event()
+
+    def tell() -> None:
+        while not over.wait(IDLE_SECONDS):
+            engine.network.share("")
+    if engine.network.layout.world_size == 1:
+        yield
+        return
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
 
 
 def _show(stream: Stream, first_rank: bool) -> None:
