@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib.resources import files
@@ -16,7 +16,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from modellink.data_prep import Tokenizer
 from modellink.infer.batch import TooLong
@@ -47,16 +49,7 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
     app = FastAPI(title="ModelLink", lifespan=life, docs_url=None, redoc_url=None, openapi_url=None)
     model = {"id": name, "object": "model", "created": 0, "owned_by": "modellink"}
 
-    @app.middleware("http")
-    async def guard(request: Request, go_on: Callable[[Request], Any]) -> Response:
-        if api_key is not None and request.scope["path"].startswith("/v1/"):  # what routes; the URL has the client's Host in it
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
-                return failure(401, "the API key is missing or wrong", "authentication_error")
-        response: Response = await go_on(request)
-        route = request.scope.get("route")  # not the path: who asks chooses that, and each would stay in memory
-        service.metrics.request(route.path if route is not None else "other", response.status_code)
-        return response
+    app.add_middleware(Guard, service=service, api_key=api_key)
 
     @app.exception_handler(404)
     async def missing(request: Request, _: Exception) -> Response:
@@ -106,6 +99,32 @@ def make_app(service: Service, *, name: str, api_key: str | None, largest_body: 
         return await _answer(service, request, name, largest_body, chat=True)
 
     return app
+
+
+class Guard:
+    """Asks for the API key and counts the answers.
+
+    Plain ASGI: the framework's own kind of middleware hands every streamed piece on through a task of its own.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service, api_key: str | None) -> None:
+        self.app, self.service, self.api_key = app, service, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        if self.api_key is not None and scope["path"].startswith("/v1/"):  # what routes; the URL has the client's Host in it
+            given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
+                refused = failure(401, "the API key is missing or wrong", "authentication_error")
+                return await refused(scope, receive, send)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = scope.get("route")  # not the path: who asks chooses that, and each would stay in memory
+                self.service.metrics.request(route.path if route is not None else "other", message["status"])
+            await send(message)
+        await self.app(scope, receive, counted)
 
 
 def _gauges(service: Service) -> dict[str, tuple[str, float]]:
