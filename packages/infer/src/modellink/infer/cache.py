@@ -19,7 +19,7 @@ from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant
 
-WASTED = 512  # keys gathered for nothing that cost less than another attention
+WASTED = 512  # keys gathered for nothing that may cost less than another attention; a guess, not tuned
 
 
 @dataclass(frozen=True)
