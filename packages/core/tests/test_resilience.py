@@ -90,6 +90,18 @@ def test_fine_tuning_goes_on_too_and_a_fault_between_two_steps_loses_none(pools,
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
+def test_a_fault_behind_a_fault(pools, options, tmp_path):
+    """A weight of the survivor changed before its peer failed; a rank is killed while the others wait for it to repair a step."""
+    straight, save = tmp_path / "straight", tmp_path / "save"
+    options += ["--nproc-per-node", "2", "--save-interval", "5"]
+    pools(2)(trained, arguments=[*options, "--save", str(straight)])
+    said = watched(options, save, "kind=corrupt,step=3,rank=1,when=end;kind=exception,step=4,rank=0;"
+                   "kind=memory,step=7,rank=1;kind=kill,step=7,rank=0,when=repair", "--enable-optimizer-state-local-copy")
+    assert "the ranks that are left save iteration 3" in said and "rank 0 is gone while the others wait for it" in said
+    assert losses(save) == losses(straight)
+    assert said.count("continuing from") == 2
+
+
 @pytest.mark.parametrize("more", [
     ["--nproc-per-node", "2"],
     pytest.param(["--nproc-per-node", "4", "--use-distributed-optimizer"], marks=pytest.mark.stress),

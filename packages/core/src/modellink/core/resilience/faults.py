@@ -20,7 +20,7 @@ import torch
 from modellink.kernels.errors import ModelLinkError
 
 KINDS = ("exception", "kill", "hang", "nan", "corrupt", "memory", "disk", "slow")
-PLACES = ("start", "update", "end", "random")
+PLACES = ("start", "update", "end", "repair", "random")
 SLOW, LATEST = 2.0, 1.0  # seconds a slow rank rests; after which a fault at a random place has struck
 
 
@@ -30,8 +30,8 @@ class RepairableFault(RuntimeError):
 
 @dataclass(frozen=True)
 class Fault:
-    """`when`: as the step starts, before it changes weights, behind it, or at a random moment; `probability` with `seed` decides
-    once."""
+    """`when`: as the step starts, before it changes weights, behind it, as it is made anew after another fault, or at a random
+    moment; `probability` with `seed` decides once."""
 
     kind: str
     step: int

@@ -6,9 +6,7 @@ Off, they do nothing of their own.
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -22,7 +20,7 @@ from modellink.core.resilience.commit import Commit, Undone
 from modellink.core.resilience.faults import Faults, RepairableFault, read_faults
 from modellink.core.resilience.rebuild import rebuild, take
 from modellink.core.resilience.replay import LocalCopy
-from modellink.core.resilience.watch import GASPED, SAVING, Failure, Watch, connect, report, wait_for
+from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end_with, leave, report, wait_for
 from modellink.core.run import Run
 from modellink.core.train.checkpoint import Training
 from modellink.core.train.guard import NotFinite
@@ -191,32 +189,35 @@ class HighAvailability:
         plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":
             self._store.set("over", "yes")
-            _leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
+            leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
         if rank not in plan.ranks:
             wait_for(self._store, "over", SAVING)
-            _leave()
+            leave()
         self._settle(plan.iteration, repaired=isinstance(error, RepairableFault))
+        self._faults.strike(plan.iteration + 1, "repair", training.models)
         snapshot = take(training)
         self._generation += 1
         first = plan.ranks[0] == rank
         store = self._store
-        again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
+        with end_with(store, plan.ranks):
+            again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
         if plan.action == "save":
             if first:
                 print(f"note: {plan.why}; the ranks that are left save iteration {plan.iteration}", flush=True)
             self._save(again)
             store.set("over", "yes")
-            _leave()
+            leave()
         self._run = again
         self._watch_over()
         set_random_state(self._random, self._training.device)
         self._say(f"{plan.why}; the training goes on from iteration {plan.iteration}")
 
     def _settle(self, iteration: int, *, repaired: bool) -> None:
-        """Bring this rank's training to the end of `iteration`."""
-        random = self._random
-        if repaired and self._copy is not None:
-            self._copy.put_back(gather=False)
+        """Bring this rank's training to the end of `iteration`, from the state before the step unless it changes already."""
+        random, copy = self._random, self._copy
+        unchanged = self._commit.phase(self._training.iteration) != "applying"
+        if copy is not None and (repaired or (unchanged and copy.damaged())):  # what failed elsewhere may hide what failed here
+            copy.put_back(gather=False)
         if self._training.iteration < iteration:
             self._commit.complete()
             self._advance()
@@ -226,12 +227,3 @@ class HighAvailability:
 
 def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
     return HighAvailability(run, training, save, advance) if run.resilience.enable_high_availability else NoGuard()
-
-
-def _leave(why: str | None = None) -> None:
-    """End this process at once: its groups are broken, and taking them apart would wait for others."""
-    if why:
-        print(f"note: {why}", flush=True)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(GASPED)

@@ -10,11 +10,14 @@ import contextlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -128,3 +131,32 @@ class Watch:
                 with socket.socket(fileno=os.dup(int(entry.name))) as copy:
                     if copy.family in (socket.AF_INET, socket.AF_INET6) and copy.getpeername()[1] != port:
                         copy.shutdown(socket.SHUT_RDWR)
+
+
+def leave(why: str | None = None) -> NoReturn:
+    """End this process at once: its groups are broken, and taking them apart would wait for others."""
+    if why:
+        print(f"note: {why}", flush=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(GASPED)
+
+
+@contextlib.contextmanager
+def end_with(store: dist.Store, ranks: Collection[int]) -> Iterator[None]:
+    """While the block runs, this process ends when one of `ranks` is gone: they wait for each other in a group that is not made
+    yet, and nothing else would tell them."""
+    met = threading.Event()
+
+    def look() -> None:
+        while not met.wait(PERIOD):
+            if (failure := read(store)) is not None and (gone := sorted(set(ranks) & set(failure.dead))):
+                store.set("over", "yes")
+                leave(f"rank {gone[0]} is gone while the others wait for it: the last checkpoint is what is left")
+    looking = threading.Thread(target=look, name="end-with", daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        met.set()
+        looking.join()
