@@ -27,7 +27,7 @@ def logits(folder: str, layout: ParallelLayout, alone: bool) -> torch.Tensor:
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
     from modellink.core.parallel.context import local_part, local_positions

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from modellink.core.cli import _run
-from modellink.core.processes import free_port
+from modellink.core.launch import free_port
 from modellink.core.resilience.faults import read_faults
-from modellink.core.resilience.gasp import State, decide
+from modellink.core.resilience.survivors import State, decide
 from modellink.core.resilience.watch import Failure
 from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError

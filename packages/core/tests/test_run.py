@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from modellink.core.prepare.prepare import prepare
 from modellink.core.presets import load_preset
-from modellink.core.run import CONFIGS, prepare
+from modellink.core.run import CONFIGS
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -21,9 +22,9 @@ def options(tiny, corpus):
 
 
 def test_a_good_run_is_settled(options):
-    run = prepare([Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)], None)
+    run = prepare("pretrain", [Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)], None)
     assert (run.optimizer.lr, run.layout.tp, run.layout.world_size, run.spec.num_query_groups) == (1e-3, 2, 2, 2)
-    assert prepare([Layer("x", options)], 4).layout.dp == 4
+    assert prepare("pretrain", [Layer("x", options)], 4).layout.dp == 4
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
@@ -129,23 +130,23 @@ def test_a_good_run_is_settled(options):
 def test_a_wrong_run_is_refused(options, monkeypatch, changes, message, fix):
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
     with pytest.raises(ModelLinkError) as caught:
-        prepare([Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
+        prepare("pretrain", [Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
     assert message in str(caught.value) and fix in str(caught.value)
     assert "--" in str(caught.value) or set(changes) <= {"trian_iters"}
 
 
 def test_model_options_may_repeat_what_the_checkpoint_says(options):
-    prepare([Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
+    prepare("pretrain", [Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
 
 
 def test_a_preset_fills_everything_and_options_win(options):
     preset = load_preset("qwen2.5-7b-32k")
     del options["load"], options["seq_length"]
-    run = prepare([preset.layer(), Layer("command line", options)], 8)
+    run = prepare("pretrain", [preset.layer(), Layer("command line", options)], 8)
     assert run.spec == preset.spec and run.optimizer.bf16
     assert (run.layout.tp, run.layout.pp, run.layout.dp) == (4, 2, 1)
     assert (run.data.seq_length, run.data.global_batch_size, run.parallel.sequence_parallel) == (32768, 16, True)
-    smaller = prepare([preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
+    smaller = prepare("pretrain", [preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
     assert (smaller.spec.num_layers, smaller.data.seq_length) == (2, 24)
 
 
@@ -153,12 +154,12 @@ def test_a_script_that_recomputes_more_layers_than_a_stage_has(options):
     """Of the original's Mixtral 8x22B: 30 layers where a stage has 14 and a model chunk 2. It recomputes all there are."""
     del options["load"]
     script = {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True}
-    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | {"seq_length": 128})], 64)
+    run = prepare("pretrain", [load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | {"seq_length": 128})], 64)
     assert "30 is more than the 2 layers of a model chunk" in (run.memory.note(run.layout, run.spec.num_layers) or "")
     by_stage = {"enable_recompute_layers_per_pp_rank": True}
-    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | by_stage | {"seq_length": 128})], 64)
+    run = prepare("pretrain", [load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | by_stage | {"seq_length": 128})], 64)
     assert "the 14 layers of a pipeline stage" in (run.memory.note(run.layout, run.spec.num_layers) or "")
-    fits = prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | script | {
+    fits = prepare("pretrain", [load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | script | {
         "recompute_num_layers": 8, "seq_length": 128})], 64)
     assert fits.memory.note(fits.layout, fits.spec.num_layers) is None
 
@@ -167,31 +168,31 @@ def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
     preset = load_preset("mixtral-8x7b-32k")
     del options["load"]
     with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
-        prepare([preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+        prepare("pretrain", [preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
 
 
 def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_path):
     del options["load"]
     changes = {"save": str(tmp_path), "seq_length": 128, "save_format": "megatron-legacy"}
     with pytest.raises(ModelLinkError, match="Megatron-Legacy has no name for") as caught:
-        prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
+        prepare("pretrain", [load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
     assert caught.value.where == "--save-format megatron-legacy"
 
 
 def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):
     del options["load"]
-    run = prepare([load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | {"save": str(tmp_path), "seq_length": 128})], 64)
+    run = prepare("pretrain", [load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | {"save": str(tmp_path), "seq_length": 128})], 64)
     assert run.manifest.family == "none"
 
 
 def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path):
     model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 131, "max_position_embeddings": 64}
     del options["load"]
-    assert prepare([Layer("test", options | model)], None).spec.ffn == 96
+    assert prepare("pretrain", [Layer("test", options | model)], None).spec.ffn == 96
     with pytest.raises(ModelLinkError, match="family of the model is not known"):
-        prepare([Layer("test", options | model | {"save": str(tmp_path)})], None)
+        prepare("pretrain", [Layer("test", options | model | {"save": str(tmp_path)})], None)
     with pytest.raises(ModelLinkError, match="--vocab-size must be given"):
-        prepare([Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
+        prepare("pretrain", [Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
 
 
 def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path):
@@ -201,9 +202,9 @@ def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path
     del config["num_hidden_layers"]
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLinkError, match="num_hidden_layers"):
-        prepare([Layer("test", options | {"load": str(broken)})], None)
+        prepare("pretrain", [Layer("test", options | {"load": str(broken)})], None)
 
 
 def test_every_concern_has_its_table_in_the_readme():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert [kind.__name__ for kind in CONFIGS if f":{kind.__name__} -->" not in readme] == []
+    assert [kind.__name__ for kind in CONFIGS.values() if f":{kind.__name__} -->" not in readme] == []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from modellink.core.run import prepare
+from modellink.core.prepare.prepare import prepare
 from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
@@ -20,7 +20,7 @@ training, MODELS = beside(__file__, "test_training"), beside(__file__, "models")
 def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[float]]]]:
     """On a rank: of each layout the first numbers of every matrix of its layers, with their global names."""
     from modellink.ckpt_convert.spec import ModelSpec
-    from modellink.core import processes
+    from modellink.core import launch, processes
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
@@ -32,7 +32,7 @@ def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[fl
         spec = ModelSpec(num_layers=8, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=32,
                          num_experts=3, moe_router_topk=2)
         models = build_models(spec, BuildSettings(layout=layout))
-        matrices = [(f"{processes.rank()} {chunk} {name}", parameter) for chunk, model in enumerate(models)
+        matrices = [(f"{launch.rank()} {chunk} {name}", parameter) for chunk, model in enumerate(models)
                     for name, parameter in model.named_parameters() if parameter.dim() > 1]
         found.append([(name, matrix.flatten()[:4].tolist()) for name, matrix in matrices])
     return found
@@ -66,7 +66,7 @@ def saved(pools, texts, tmp_path) -> Path:
 
 
 def settle(options: dict[str, Any]) -> Any:
-    return prepare([Layer("test", {name: value for name, value in options.items() if value is not None})], 1)
+    return prepare("pretrain", [Layer("test", {name: value for name, value in options.items() if value is not None})], 1)
 
 
 def test_a_folder_that_holds_another_run_is_not_written_into(texts, saved):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from modellink.core.processes import free_port
+from modellink.core.launch import free_port
 
 SECONDS = 120  # for one task
 THREADS = 300  # of one rank; megatron's distributed optimizer keeps what it was made for, with process groups and their threads
