@@ -79,7 +79,7 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
         assert (save / "iter_0000003.tmp").exists()
     values = {"load": str(save), "data_path": (options[options.index("--data-path") + 1],), "seq_length": 24, "lr": 1e-3,
               "train_iters": 3, "device": "cpu"}
-    assert prepare("pretrain", [Layer("test", values)], None).resumed == save / "iter_0000001"
+    assert prepare("pretrain", [Layer("test", values)]).resumed == save / "iter_0000001"
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -152,6 +152,7 @@ def grouped(folder: str, biased: bool) -> tuple[int, int, float]:
     from modellink.core.config import MoEConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
+    from modellink.kernels.ops.grouped_matmul import together
     from modellink.kernels.parallel import ParallelLayout
 
     processes.join(find("cpu"), ParallelLayout(), seed=1)

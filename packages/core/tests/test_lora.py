@@ -185,7 +185,7 @@ def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     assert weights["decoder.layers.0.mlp.linear_fc1.lora_B.weight"] == (224, 4)
     assert len([name for name in names if "exp_avg" in name]) == 2 * len(weights)
     with pytest.raises(ModelLinkError, match="holds adapters alone"):
-        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})], None)
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})])
     with pytest.raises(ModelLinkError, match="--lora-r is 8 and 4 in the adapters"):
         prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),), "lora_r": 8,
                                                      "lora_load": str(tmp_path / "a")})], None)
@@ -253,5 +253,5 @@ def test_merged_logits_are_those_of_the_adapters(pools, made, case, tp, modules)
 ])
 def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     with pytest.raises(ModelLinkError) as caught:
-        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),)} | changes)], None)
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),)} | changes)])
     assert message in str(caught.value) and fix in str(caught.value)

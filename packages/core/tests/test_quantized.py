@@ -95,4 +95,5 @@ def test_training_goes_on_after_a_stop(run, tmp_path):
 
 def test_weights_that_learn_are_not_held(tiny, chats):
     with pytest.raises(ModelLinkError, match="--lora-quantize nf4"):
-        prepare("pretrain", [Layer("test", SFT.OPTIONS | {"load": str(tiny), "data_path": (str(chats),), "lora_quantize": "nf4"})], None)
+        changes = {"load": str(tiny), "data_path": (str(chats),), "lora_quantize": "nf4"}
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | changes)])

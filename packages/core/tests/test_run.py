@@ -22,7 +22,7 @@ def options(tiny, corpus):
 
 
 def test_a_good_run_is_settled(options):
-    run = prepare("pretrain", [Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)], None)
+    run = prepare("pretrain", [Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)])
     assert (run.optimizer.lr, run.layout.tp, run.layout.world_size, run.spec.num_query_groups) == (1e-3, 2, 2, 2)
     assert prepare("pretrain", [Layer("x", options)], 4).layout.dp == 4
 
@@ -50,7 +50,7 @@ def test_a_good_run_is_settled(options):
     ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 25}, "25 is not a multiple of", "--seq-length"),
     ({"seq_length": 65}, "65 is beyond the model's 64 positions", "--max-position-embeddings"),
     ({"micro_batch_size": 2, "global_batch_size": 3}, "3 is not a multiple of micro batch size 2", "--global-batch-size"),
-    ({"data_path": ("gone",)}, "gone.idx is missing", "prefix without suffix"),
+    ({"data_path": ("gone",)}, "gone.idx is missing", "without .bin or .idx"),
     ({"data_path": ()}, "there is no data", "modellink-preprocess"),
     ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
     ({"split": "a,b"}, "not three shares", "969,30,1"),
@@ -130,13 +130,13 @@ def test_a_good_run_is_settled(options):
 def test_a_wrong_run_is_refused(options, monkeypatch, changes, message, fix):
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
     with pytest.raises(ModelLinkError) as caught:
-        prepare("pretrain", [Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
+        prepare("pretrain", [Layer("test", {name: value for name, value in (options | changes).items() if value is not None})])
     assert message in str(caught.value) and fix in str(caught.value)
     assert "--" in str(caught.value) or set(changes) <= {"trian_iters"}
 
 
 def test_model_options_may_repeat_what_the_checkpoint_says(options):
-    prepare("pretrain", [Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
+    prepare("pretrain", [Layer("test", options | {"hidden_size": 48, "num_layers": "4"})])
 
 
 def test_a_preset_fills_everything_and_options_win(options):
@@ -153,14 +153,16 @@ def test_a_preset_fills_everything_and_options_win(options):
 def test_a_script_that_recomputes_more_layers_than_a_stage_has(options):
     """Of the original's Mixtral 8x22B: 30 layers where a stage has 14 and a model chunk 2. It recomputes all there are."""
     del options["load"]
-    script = {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True}
-    run = prepare("pretrain", [load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | {"seq_length": 128})], 64)
+    options |= {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True,
+                "seq_length": 128}
+    large = load_preset("mixtral-8x22b-32k").layer()
+    run = prepare("pretrain", [large, Layer("x", options)], 64)
     assert "30 is more than the 2 layers of a model chunk" in (run.memory.note(run.layout, run.spec.num_layers) or "")
     by_stage = {"enable_recompute_layers_per_pp_rank": True}
-    run = prepare("pretrain", [load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | by_stage | {"seq_length": 128})], 64)
+    run = prepare("pretrain", [large, Layer("x", options | by_stage)], 64)
     assert "the 14 layers of a pipeline stage" in (run.memory.note(run.layout, run.spec.num_layers) or "")
-    fits = prepare("pretrain", [load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | script | {
-        "recompute_num_layers": 8, "seq_length": 128})], 64)
+    small = load_preset("mixtral-8x7b-32k").layer()
+    fits = prepare("pretrain", [small, Layer("x", options | {"recompute_num_layers": 8})], 64)
     assert fits.memory.note(fits.layout, fits.spec.num_layers) is None
 
 
@@ -168,7 +170,8 @@ def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
     preset = load_preset("mixtral-8x7b-32k")
     del options["load"]
     with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
-        prepare("pretrain", [preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+        changes = {"sequence_parallel": False, "seq_length": 128}
+        prepare("pretrain", [preset.layer(), Layer("command line", options | changes)], 64)
 
 
 def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_path):
@@ -181,18 +184,19 @@ def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_pat
 
 def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):
     del options["load"]
-    run = prepare("pretrain", [load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | {"save": str(tmp_path), "seq_length": 128})], 64)
+    changes = {"save": str(tmp_path), "seq_length": 128}
+    run = prepare("pretrain", [load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | changes)], 64)
     assert run.manifest.family == "none"
 
 
 def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path):
     model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 131, "max_position_embeddings": 64}
     del options["load"]
-    assert prepare("pretrain", [Layer("test", options | model)], None).spec.ffn == 96
+    assert prepare("pretrain", [Layer("test", options | model)]).spec.ffn == 96
     with pytest.raises(ModelLinkError, match="family of the model is not known"):
-        prepare("pretrain", [Layer("test", options | model | {"save": str(tmp_path)})], None)
+        prepare("pretrain", [Layer("test", options | model | {"save": str(tmp_path)})])
     with pytest.raises(ModelLinkError, match="--vocab-size must be given"):
-        prepare("pretrain", [Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
+        prepare("pretrain", [Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})])
 
 
 def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path):
@@ -202,7 +206,7 @@ def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path
     del config["num_hidden_layers"]
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLinkError, match="num_hidden_layers"):
-        prepare("pretrain", [Layer("test", options | {"load": str(broken)})], None)
+        prepare("pretrain", [Layer("test", options | {"load": str(broken)})])
 
 
 def test_every_concern_has_its_table_in_the_readme():

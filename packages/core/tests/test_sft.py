@@ -205,7 +205,7 @@ def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     options = OPTIONS | {"load": str(tiny), "data_path": (str(chats),)} | changes
     options |= {"data_path": tuple(path.format(chats) for path in options["data_path"]), "shuffle": True}
     with pytest.raises(ModelLinkError) as caught:
-        prepare("pretrain", [Layer("test", options)], None)
+        prepare("pretrain", [Layer("test", options)])
     assert message in str(caught.value) and fix in str(caught.value)
 
 

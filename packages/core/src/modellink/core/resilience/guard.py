@@ -23,7 +23,7 @@ from modellink.core.resilience.replay import LocalCopy
 from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end_with, leave, report, wait_for
 from modellink.core.run import Run
 from modellink.core.train.finite import NotFinite
-from modellink.core.train.guard import Guard, NoGuard
+from modellink.core.train.guard import Guard, GuardFactory, NoGuard
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
@@ -193,4 +193,5 @@ class HighAvailability:
 
 
 def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
-    return HighAvailability(run, training, save, advance) if run.resilience.enable_high_availability else NoGuard()
+    kind: GuardFactory = HighAvailability if run.resilience.enable_high_availability else NoGuard
+    return kind(run, training, save, advance)
