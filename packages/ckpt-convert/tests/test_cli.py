@@ -80,7 +80,7 @@ def test_damaged_index(damage: str, refused: Callable[..., str], run: Run, make_
     (["--to", "gguf"], "--to is 'gguf', it must be one of hf, megatron-core"),
     (["--to", "mcore"], "did you mean megatron-core?"),
     (["--to", "huggingface"], "did you mean hf?"),
-    (["--to", "megatron-cor"], "did you mean megatron-core),
+    (["--to", "megatron-cor"], "did you mean megatron-core"),
     (["--to", "hf", "--params-dtype", "bfloat16"], "did you mean bf16?"),
     (["--to", "hf", "--itertion", "3"], "did you mean --iteration?"),
     (["--to", "hf", "--tp"], "--tp needs a value"),
