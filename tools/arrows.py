@@ -1,7 +1,8 @@
 """The import arrows inside each package: `python tools/arrows.py [PACKAGE ...]` prints an arrow per line and marks circles.
 
 The nodes are the folders and top-level modules of a package; `tests/test_import_arrows.py` compares the arrows with a table of
-floors. Imports inside functions count, imports under `if TYPE_CHECKING` do not. Not covered: imports made from strings (entry points).
+floors. Imports inside functions count, imports under `if TYPE_CHECKING` do not. Not covered: imports made from strings (entry
+points).
 """
 
 from __future__ import annotations
