@@ -75,7 +75,7 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
     for point, behind in (("while-writing", True), ("before-rename", False)):
         # whole but not tracked still counts: the marker decides, not the tracker
         killed = command(*options, "--load", str(save), *["--async-save"] * behind, MODELLINK_KILL_AT=point)
-        assert killed.returncode == -9 and f"continuing from {save / 'iter_0000001'} at iteration 1\n" in killed.stdout, point
+        assert killed.returncode == -9 and f"resuming from {save / 'iter_0000001'} at iteration 1\n" in killed.stdout, point
         assert (save / "iter_0000003.tmp").exists()
     values = {"load": str(save), "data_path": (options[options.index("--data-path") + 1],), "seq_length": 24, "lr": 1e-3,
               "train_iters": 3, "device": "cpu"}
@@ -83,7 +83,7 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "No such option"),
+    (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "unknown option"),
     (["--config", "gone.yaml"], "configuration file is missing"), (["--model", "qwen2.5-7b"], "qwen2.5-7b-32k")])
 def test_a_mistake_is_one_message_and_status_2(options, tmp_path, monkeypatch, capsys, change, message):
     """The command's entry point, within this process."""

@@ -99,7 +99,7 @@ def test_a_fault_behind_a_fault(pools, options, tmp_path):
                    "kind=memory,step=7,rank=1;kind=kill,step=7,rank=0,when=repair", "--enable-optimizer-state-local-copy")
     assert "the ranks that are left save iteration 3" in said and "rank 0 is gone while the others wait for it" in said
     assert losses(save) == losses(straight)
-    assert said.count("continuing from") == 2
+    assert said.count("resuming from") == 2
 
 
 @pytest.mark.parametrize("more", [
@@ -112,7 +112,7 @@ def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     said = watched(options, save, "kind=kill,step=3,rank=1,when=end;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
     assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["3", "4", "6"]
-    assert said.count("the run starts again") == 3 and said.count("continuing from") == 3
+    assert said.count("the run starts again") == 3 and said.count("resuming from") == 3
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 

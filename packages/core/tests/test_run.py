@@ -32,7 +32,7 @@ def test_a_good_run_is_settled(options):
     ({"tensor_model_parallel_size": 3}, "tensor parallel size 3 does not divide the 2 query groups", "use 1 or 2"),
     ({"pipeline_model_parallel_size": 3}, "4 layers cannot be dealt evenly to 3 pipeline stages", "use 1, 2 or 4 stages"),
     ({"pipeline_model_parallel_size": 2, "num_layer_list": "1,2"}, "1,2 has 2 stages with 3 layers", "4 layers"),
-    ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of TP 2 x PP 1", "use 2, 4"),
+    ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of 2 (TP 2)", "use 2, 4"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "chunks of 1 to 1 pipeline stages", "two stages"),
     ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 3},
      "3 micro batches are not a multiple of the 2 interleaved stages", "--global-batch-size"),
@@ -61,7 +61,8 @@ def test_a_good_run_is_settled(options):
     ({"save_interval": 2}, "no folder to save in", "--save"),
     ({"device": "npu"}, "no npu device", "modellink-doctor"),
     ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-"),
-    ({"expert_model_parallel_size": 2, "nproc_per_node": 3}, "cannot be dealt to 2 of 3 data-parallel ranks", "divisor of 3"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 3},
+     "expert parallel size 2 does not divide the 3 data-parallel ranks", "divisor of 3"),
     ({"context_parallel_size": 3, "seq_length": 28}, "28 cannot be cut into 6 chunks", "two chunks"),
     ({"context_parallel_size": 4, "seq_length": 24, "tensor_model_parallel_size": 1}, "6 heads on 1 tensor-parallel ranks",
      "megatron_cp_algo"),
@@ -85,8 +86,8 @@ def test_a_good_run_is_settled(options):
     ({"use_mc2": True}, "what tensor-parallel ranks exchange, and there is one", "--tensor-model-parallel-size 2"),
     ({"moe_grouped_gemm": True}, "the model has no experts", "leave it out"),
     ({"moe_permutation_async_comm": True}, "the model has no experts", "--moe-permutation-async-comm"),
-    ({"reuse_fp32_param": True}, "a weight of float32 is not the upper half", "--bf16"),
-    ({"reuse_fp32_param": True, "fp16": True}, "a weight of float16 is not the upper half", "--bf16"),
+    ({"reuse_fp32_param": True}, "a float32 weight is not the upper half", "--bf16"),
+    ({"reuse_fp32_param": True, "fp16": True}, "a float16 weight is not the upper half", "--bf16"),
     ({"swap_modules": "mlp"}, "nothing is moved", "--swap-attention"),
     ({"swap_attention": True, "swap_modules": "self_attention,attn"}, "a layer has no module attn", "pre_mlp_layernorm"),
     ({"swap_attention": True, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -105,10 +106,10 @@ def test_a_good_run_is_settled(options):
     ({"lr_warmup_init": 1.0}, "the warm-up begins at 1.0, above the peak", "--lr-warmup-init"),
     ({"start_weight_decay": 0.1}, "both ends", "--end-weight-decay"),
     ({"weight_decay_incr_style": "linear"}, "is linear has both ends", "--start-weight-decay"),
-    ({"eod_mask_loss": True, "eod_token_id": 500}, "500: not one of the 131 ids", "--eod-token-id"),
+    ({"eod_mask_loss": True, "eod_token_id": 500}, "500, outside the vocabulary of 131", "--eod-token-id"),
     ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
-    ({"ckpt_step": 3}, "iteration 3 was asked for, and the folder has no iterations", "leave it out"),
+    ({"ckpt_step": 3}, "--ckpt-step 3 is set, but the folder has no iterations", "remove --ckpt-step"),
     ({"train_iters": None}, "the run has no length", "--train-iters, --train-samples"),
     ({"train_samples": 8}, "the length of the run is given twice", "--train-iters, --train-samples"),
     ({"train_iters": None, "train_samples": 8, "lr_decay_iters": 2}, "its schedule in another unit", "--lr-decay-samples"),
@@ -195,7 +196,7 @@ def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path
     assert prepare("pretrain", [Layer("test", options | model)]).spec.ffn == 96
     with pytest.raises(ModelLinkError, match="family of the model is not known"):
         prepare("pretrain", [Layer("test", options | model | {"save": str(tmp_path)})])
-    with pytest.raises(ModelLinkError, match="--vocab-size must be given"):
+    with pytest.raises(ModelLinkError, match="--vocab-size is required"):
         prepare("pretrain", [Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})])
 
 

@@ -70,7 +70,7 @@ def settle(options: dict[str, Any]) -> Any:
 
 
 def test_a_folder_that_holds_another_run_is_not_written_into(texts, saved):
-    with pytest.raises(ModelLinkError, match="holds iter_0000002 of another run, and this one begins at iteration 0"):
+    with pytest.raises(ModelLinkError, match="contains iter_0000002 of another run, and this run starts at iteration 0"):
         settle(texts | {"save": str(saved)})
     with pytest.raises(ModelLinkError, match="of another run"):
         settle(texts | {"load": str(saved), "finetune": True, "save": str(saved)})
@@ -101,7 +101,7 @@ def test_a_run_of_another_kind_is_not_continued(texts, saved, tmp_path):
         for suffix in (".idx", ".bin"):
             (tmp_path / f"chats_packed_{field}_document{suffix}").touch()
     tuned = texts | {"load": str(saved), "data_path": (str(tmp_path / "chats"),), "is_instruction_dataset": True}
-    with pytest.raises(ModelLinkError, match="pretraining on documents, and this is fine-tuning on instructions"):
+    with pytest.raises(ModelLinkError, match="of a run of pretrain, this is sft"):
         settle(tuned)
     assert settle(tuned | {"finetune": True}).resumed is None
 

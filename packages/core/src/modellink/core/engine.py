@@ -247,6 +247,7 @@ def start(device: Device) -> None:
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
     with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
         import megatron.core.distributed
+        import megatron.core.models.backends
         import megatron.core.transformer.moe.moe_layer
         import megatron.core.transformer.transformer_block  # noqa: F401
         _fix()

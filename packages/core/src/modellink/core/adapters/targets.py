@@ -7,11 +7,6 @@ from modellink.ckpt_convert.weights import Weight, weights
 from modellink.core.config import LoraConfig
 from modellink.kernels.errors import ModelLinkError
 
-DESCRIPTION = "lora.json"
-"""File in --save that describes the adapters of a run."""
-PEFT = "peft"
-"""Folder in an iteration's folder with the same adapters in PEFT's format."""
-
 
 def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
     """The weights that get an adapter, by canonical name.

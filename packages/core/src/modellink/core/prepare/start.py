@@ -7,13 +7,13 @@ from math import isclose
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert.adapter import SAVED_FILE
 from modellink.ckpt_convert.formats.huggingface import is_huggingface
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import complete_iterations, iteration_folder, last_complete
 from modellink.ckpt_convert.manifest import describes_itself
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.adapters.targets import DESCRIPTION
 from modellink.core.config import CheckpointConfig, LoraConfig, OptimizerConfig, ParallelConfig
 from modellink.core.train.progress import Progress, read_progress
 from modellink.kernels.errors import ModelLinkError
@@ -84,7 +84,7 @@ def _opened(config: CheckpointConfig, lora: LoraConfig) -> Start:
 def _check_load(load: Path) -> None:
     if not load.exists():
         raise ModelLinkError("the checkpoint to load is missing", where=f"--load {load}")
-    if (load / DESCRIPTION).is_file():
+    if (load / SAVED_FILE).is_file():
         raise ModelLinkError("the checkpoint holds only adapters", where=f"--load {load}",
                              fix="give it with --lora-load, and with --load the model they were trained on")
 
