@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from modellink.ckpt_convert import convert
-from modellink.core.testing import Ranks
 from modellink.kernels.parallel import ParallelLayout
 
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,

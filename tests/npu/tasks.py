@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modellink.core.testing import beside
+from ranks import beside
 
 CORE = Path(__file__).resolve().parents[2] / "packages" / "core" / "tests"
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import beside
 
 from modellink.core.determinism import deterministic, set_variables
 from modellink.core.digests import Parting, compare, digests
 from modellink.core.repeatability import CONFIGURATIONS, rows, run_all
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 
 training = beside(__file__, "test_training")

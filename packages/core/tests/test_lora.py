@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import beside
 
 from modellink.core.prepare.prepare import prepare
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}

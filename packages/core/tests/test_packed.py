@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 MODELS, training = beside(__file__, "models"), beside(__file__, "test_training")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 LAYOUTS = {

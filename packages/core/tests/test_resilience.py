@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import beside
 
 from modellink.core.cli import _run
 from modellink.core.launch import free_port
 from modellink.core.resilience.faults import read_faults
 from modellink.core.resilience.survivors import State, decide
 from modellink.core.resilience.watch import Failure
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
@@ -150,7 +150,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, cou
     faults = ";".join(
         f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
         f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
-    monkeypatch.setattr("modellink.core.testing.SECONDS", 1800)  # hundreds of steps are one call
+    monkeypatch.setattr("ranks.SECONDS", 1800)  # hundreds of steps are one call
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     end(start(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20"), 7200)
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)

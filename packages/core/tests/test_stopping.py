@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 
 training = beside(__file__, "test_training")

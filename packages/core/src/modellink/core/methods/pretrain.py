@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modellink.core.config import DataConfig
-from modellink.core.train.method import Feed, Feeds, Method
+from modellink.core.train.method import Feed, Feeds, Method, find_method
 from modellink.kernels.errors import ModelLinkError
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ class Pretrain(Method):
 
     @classmethod
     def for_data(cls, data: DataConfig) -> type[Method]:
-        from modellink.core.methods.sft import Sft
-        return Sft if data.is_instruction_dataset else cls
+        return find_method("sft") if data.is_instruction_dataset else cls
 
     @classmethod
     def complete_data(cls, data: DataConfig, spec: ModelSpec, companions: Path | None) -> DataConfig:

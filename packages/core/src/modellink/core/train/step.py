@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import tee
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,11 @@ from torch import Tensor
 from modellink.core.data.batch import Batch
 from modellink.core.model.state import SequenceState
 from modellink.core.parallel.context import local_part
-from modellink.core.train.method import Method
 from modellink.kernels.errors import InternalError
 from modellink.kernels.ops.attention import Documents
+
+if TYPE_CHECKING:
+    from modellink.core.train.method import Method
 
 ForwardStep = Callable[[Iterator[Any], Any], tuple[Tensor, Callable[[Tensor], Any]]]
 
