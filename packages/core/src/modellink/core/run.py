@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core import __version__
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
@@ -80,7 +80,7 @@ class Run:
         family = self.source.family if self.source else self.checkpoint.model_type_hf
         assert family is not None  # prepare has checked it
         prompt_type = self.instruction.prompt_type or (self.source.prompt_type if self.source else None)
-        return Manifest(family, self.spec, self.optimizer.dtype_name, prompt_type, f"modellink-core {__version__}")
+        return Manifest(family, self.spec, self.optimizer.dtype_name, prompt_type, f"modellink-core {version('modellink-core')}")
 
     @property
     def settings(self) -> dict[str, Any]:
