@@ -30,7 +30,7 @@ def test_a_good_run_is_settled(options):
 @pytest.mark.parametrize(("changes", "message", "fix"), [
     ({"load": "nowhere"}, "the checkpoint to load is missing", "nowhere"),
     ({"tensor_model_parallel_size": 3}, "tensor parallel size 3 does not divide the 2 query groups", "use 1 or 2"),
-    ({"pipeline_model_parallel_size": 3}, "4 layers cannot be dealt evenly to 3 pipeline stages", "use 1, 2 or 4 stages"),
+    ({"pipeline_model_parallel_size": 3}, "4 layers cannot be split evenly into 3 pipeline stages", "use 1, 2 or 4 stages"),
     ({"pipeline_model_parallel_size": 2, "num_layer_list": "1,2"}, "1,2 has 2 stages with 3 layers", "4 layers"),
     ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of 2 (TP 2)", "use 2, 4"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "chunks of 1 to 1 pipeline stages", "two stages"),
@@ -60,7 +60,7 @@ def test_a_good_run_is_settled(options):
     ({"lr_warmup_iters": 2}, "does not end within the decay", "--lr-warmup-iters"),
     ({"save_interval": 2}, "no folder to save in", "--save"),
     ({"device": "npu"}, "no npu device", "modellink-doctor"),
-    ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot have an expert", "--expert-model-"),
     ({"expert_model_parallel_size": 2, "nproc_per_node": 3},
      "expert parallel size 2 does not divide the 3 data-parallel ranks", "divisor of 3"),
     ({"context_parallel_size": 3, "seq_length": 28}, "28 cannot be cut into 6 chunks", "two chunks"),

@@ -53,7 +53,7 @@ def test_the_same_tokens_from_every_source(engine, llama, prompts, tmp_path, mak
 
 @pytest.mark.parametrize(("layout", "message", "fix"), [
     (ParallelLayout(tp=3), "does not divide the 2 query groups", "use 1 or 2"),
-    (ParallelLayout(pp=2), "3 layers cannot be dealt evenly", "use 1 or 3 stages"),
+    (ParallelLayout(pp=2), "3 layers cannot be split evenly", "use 1 or 3 stages"),
     (ParallelLayout(dp=2), "not at DP 2", "leave the others at 1"), (ParallelLayout(ep=2, dp=2), "not at EP 2 x DP 2", "at 1")])
 def test_a_layout_that_cannot_run_is_refused_with_one_that_can(llama, layout, message, fix):
     with pytest.raises(ModelLinkError, match=message) as refusal:
