@@ -51,7 +51,7 @@ def test_a_good_run_is_settled(options):
     ({"seq_length": 65}, "65 is beyond the model's 64 positions", "--max-position-embeddings"),
     ({"micro_batch_size": 2, "global_batch_size": 3}, "3 is not a multiple of micro batch size 2", "--global-batch-size"),
     ({"data_path": ("gone",)}, "gone.idx is missing", "without .bin or .idx"),
-    ({"data_path": ()}, "there is no data", "modellink-preprocess"),
+    ({"data_path": ()}, "--data-path is not set", "modellink-preprocess"),
     ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
     ({"split": "a,b"}, "not three shares", "969,30,1"),
     ({"hidden_size": 64}, "--hidden-size is 64 in test and 48 in the checkpoint", "the checkpoint is of another model"),

@@ -41,7 +41,14 @@ class DataConfig:
         return self.reset_position_ids or self.reset_attention_mask
 
     def blend(self) -> tuple[list[str], list[float] | None]:
-        """The prefixes, and their weights where they were given."""
+        """The prefixes, and their weights if they are given.
+
+        Raises:
+            ModelLinkError: no prefix, or something else than weights and prefixes in turn.
+        """
+        if not self.data_path:
+            raise ModelLinkError("--data-path is not set", where="--data-path",
+                                 fix="make data with modellink-preprocess, and give the prefix that it prints")
         if len(self.data_path) == 1:
             return list(self.data_path), None
         try:
@@ -118,9 +125,6 @@ class DataConfig:
                                  fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:
-        if not self.data_path:
-            raise ModelLinkError("there is no data", where="--data-path",
-                                 fix="make some with modellink-preprocess, and give its output prefix with _text_document")
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:
