@@ -1,19 +1,22 @@
-"""The arrows between the packages: reads every import of every module by `ast` and fails on one the table does not have.
+"""The import arrows between the packages and, inside each package, between its floors; every import is read with `ast`.
 
-The way they point: kernels <- ckpt-convert <- core <- infer <- eval, with data-prep beside. "At import
-time" means outside functions and outside `if TYPE_CHECKING`. Not covered: imports made from strings (entry points).
+Between packages: kernels <- ckpt-convert <- core <- infer <- eval, with data-prep next to them. "At import time" means outside
+functions and outside `if TYPE_CHECKING`. Inside a package late imports count too: a folder or top-level module imports only from
+itself and from lower floors. Not covered: imports made from strings (entry points).
 """
 
 from __future__ import annotations
 
-import ast
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from arrows import circles, folder_arrows, imports, module_arrows, modules, unit  # noqa: E402
 
 # Which siblings a package may import at import time, and which only inside functions.
 ARROWS: dict[str, set[str]] = {
@@ -43,38 +46,35 @@ TORCH_MODULES = ("modellink.kernels.ops", "modellink.kernels.device")
 WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 
 
-@dataclass(frozen=True)
-class Import:
-    name: str
-    line: int
-    at_import: bool
-
-
-def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
-    """Every import of a module, relative ones made absolute; `from a import b` yields `a` and `a.b`."""
-
-    def visit(node: ast.AST, at_import: bool) -> Iterator[Import]:
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield Import(alias.name, node.lineno, at_import)
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                parts = parts[: len(parts) - node.level + is_package]
-                base = ".".join([*parts, *([node.module] if node.module else [])])
-            yield Import(base, node.lineno, at_import)
-            for alias in node.names:
-                yield Import(f"{base}.{alias.name}", node.lineno, at_import)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for child in node.orelse:
-                yield from visit(child, at_import)
-        else:
-            late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            for child in ast.iter_child_nodes(node):
-                yield from visit(child, at_import and not late)
-
-    yield from visit(ast.parse(source), True)
+# The folders and top-level modules of each package from top to bottom. Names on one floor do not import each other; the package's
+# own `__init__` and command line are on the roof. A package that is missing here is reported as skipped.
+FLOORS: dict[str, tuple[str, ...]] = {
+    "kernels": ("doctor", "ops", "device | files | options | original | parallel | progress", "errors"),
+    "data_prep": (
+        "cli",
+        "inspection | preprocess",
+        "cluster | merge | packing | plan",
+        "options | parts",
+        "tokenise",
+        "handlers | detokenize",
+        "inputs | templates",
+        "readers | tokenizer",
+        "engines | histogram | indexed | tables",
+        "rows",
+    ),
+    "eval": (
+        "cli",
+        "runner",
+        "kinds | report",
+        "journal",
+        "job | options",
+        "prompts",
+        "backends | data | recorded",
+        "examples",
+        "rows | sandbox | score | taskfile",
+        "task",
+    ),
+}
 
 
 def within(name: str, modules: tuple[str, ...]) -> bool:
@@ -107,16 +107,64 @@ def problems(package: str, module: str, source: str, is_package: bool = False) -
 
 @pytest.mark.parametrize("package", ARROWS)
 def test_imports_follow_the_table(package: str) -> None:
-    source = ROOT / "packages" / package.replace("_", "-") / "src"
-    found, seen = [], 0
-    for path in sorted((source / "modellink").rglob("*.py")):
-        parts = path.relative_to(source).with_suffix("").parts
-        is_package = parts[-1] == "__init__"
-        module = ".".join(parts[:-1] if is_package else parts)
-        found += problems(package, module, path.read_text("utf-8"), is_package)
-        seen += 1
-    assert seen, f"no module below {source}"
+    files = modules(package)
+    assert files, f"no modules of {package} found"
+    found = [problem for module, path in files.items()
+             for problem in problems(package, module, path.read_text("utf-8"), path.name == "__init__.py")]
     assert not found, "\n" + "\n".join(found)
+
+
+def levels(floors: tuple[str, ...]) -> dict[str, int]:
+    """Return the height of every folder and top-level module; the lowest floor is 1."""
+    found = {name: height for height, floor in enumerate(reversed(floors), 1) for name in floor.split(" | ")}
+    return found | {"__init__": len(floors) + 1}
+
+
+def upward(arrows: dict[str, set[str]], floors: tuple[str, ...]) -> Iterator[str]:
+    """Yield a line for each arrow between modules that does not lead to the own folder or a lower floor."""
+    height = levels(floors)
+    for module, targets in sorted(arrows.items()):
+        for target in sorted(targets):
+            own, other = unit(module), unit(target)
+            if own != other and height[own] <= height[other]:
+                yield f"{module} (floor {height[own]}) imports {target} (floor {height[other]})"
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_imports_go_down_the_floors(package: str) -> None:
+    if package not in FLOORS:
+        pytest.skip(f"{package} has no floors in the table yet")
+    arrows = module_arrows(modules(package))
+    names = {name for floor in FLOORS[package] for name in floor.split(" | ")}
+    assert names == set(folder_arrows(arrows)) - {"__init__"}, "every folder and module has a floor, and every name exists"
+    found = list(upward(arrows, FLOORS[package]))
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize("package", ARROWS)
+def test_there_is_no_import_circle(package: str) -> None:
+    if package not in FLOORS:
+        pytest.skip(f"{package} has no floors in the table yet")
+    arrows = module_arrows(modules(package))
+    assert circles(folder_arrows(arrows)) == []
+    assert circles(arrows) == []
+
+
+def test_an_upward_import_and_a_circle_are_found(tmp_path: Path) -> None:
+    sources = {"__init__": "from modellink.toy.top import run", "top": "from modellink.toy import low",
+               "low": "def f():\n    from modellink.toy.top import run", "kind.a": "from .b import x",
+               "kind.b": "from . import a",
+               "kind.__init__": "if TYPE_CHECKING:\n    from modellink.toy import top"}
+    for name, source in sources.items():
+        path = tmp_path / "packages/toy/src/modellink/toy" / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    arrows = module_arrows(modules("toy", tmp_path))
+    assert circles(arrows) == [["modellink.toy.kind.a", "modellink.toy.kind.b"], ["modellink.toy.low", "modellink.toy.top"]]
+    assert circles(folder_arrows(arrows)) == [["low", "top"]]
+    assert folder_arrows(arrows)["kind"] == set()
+    assert list(upward(arrows, ("top", "kind | low"))) == ["modellink.toy.low (floor 1) imports modellink.toy.top (floor 2)"]
+    assert list(upward(arrows, ("low", "kind | top"))) == ["modellink.toy.top (floor 1) imports modellink.toy.low (floor 2)"]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ import json
 
 import pytest
 
-import modellink.data_prep
-from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess
+from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, plan, preprocess
 from modellink.data_prep.plan import make_plan
 from modellink.data_prep.templates import template
 
@@ -70,7 +69,7 @@ def test_a_template_of_the_package_may_be_named_either_way(made_from):
 
 def test_data_files_and_the_version_of_the_package_count(made_from, monkeypatch):
     before = made_from(prompt_type="qwen")
-    monkeypatch.setattr(modellink.data_prep, "__version__", "9")
+    monkeypatch.setattr(plan, "version", lambda package: "9")
     assert made_from(prompt_type="qwen") != before
     monkeypatch.undo()
     changed = template._known()["qwen"] | {"default_system": "Be brief."}

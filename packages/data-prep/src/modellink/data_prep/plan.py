@@ -8,12 +8,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import modellink.data_prep as package
 from modellink.data_prep import inputs
 from modellink.data_prep.engines import Choice, Engine
 from modellink.data_prep.engines.gigatoken import GigaToken
@@ -122,7 +122,7 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
 
 def _made_from(options: PreprocessOptions, paths: list[Path], tokenizer: Tokenizer, handler: Handler, reading: Reading,
                dtype: str) -> dict[str, Any]:
-    return {"layout": LAYOUT, "version of modellink-data-prep": package.__version__,
+    return {"layout": LAYOUT, "version of modellink-data-prep": version("modellink-data-prep"),
             "input": inputs.fingerprint(paths), "piece size": options.piece_size,
             "tokenizer": tokenizer.fingerprint, "library": tokenizer.backend,
             "special tokens": [tokenizer.bos_token_id, tokenizer.eos_token_id], "token type": dtype,

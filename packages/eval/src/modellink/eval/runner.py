@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ def run(jobs: Sequence[Job], backend: Backend, output: Path | None, *, batch_siz
     if output is not None:
         check_output(jobs, model, output)
         output.mkdir(parents=True, exist_ok=True)
-    from modellink.eval import __version__
-    results: dict[str, Any] = {"modellink-eval": __version__, "model": model, "tasks": {}, "run": {}}
+    results: dict[str, Any] = {"modellink-eval": version("modellink-eval"), "model": model, "tasks": {}, "run": {}}
     if output is not None and (output / RESULTS).is_file():  # other tasks of the same model keep their place
         results |= {part: read_json(output / RESULTS)[part] for part in ("tasks", "run")}
     for job in jobs:

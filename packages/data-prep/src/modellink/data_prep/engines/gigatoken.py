@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from modellink.data_prep.engines import Flat, library, surrounded
+from modellink.data_prep.engines.engine import Flat, library, surrounded
 from modellink.data_prep.engines.huggingface import HuggingFace
 from modellink.kernels.errors import ModelLinkError
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from modellink.data_prep.engines import Flat, Span, flatten
+from modellink.data_prep.engines.engine import Flat, Span, flatten
 from modellink.kernels.errors import ModelLinkError
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modellink.data_prep.engines import Flat, Span, flatten, library
+from modellink.data_prep.engines.engine import Flat, Span, flatten, library
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
