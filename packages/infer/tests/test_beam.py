@@ -46,8 +46,8 @@ def test_beams_are_those_of_transformers(engine, theirs, options, ends):
 def test_beams_and_others_in_one_call(engine):
     mixed = [engine.requests(ROWS[1], max_new_tokens=9)[0], engine.requests(ROWS[2], num_beams=2, num_return_sequences=2,
                                                                          max_new_tokens=9)[0]]
-    answers = engine.answer(mixed)
-    assert len(answers) == 3 and answers[:1] == engine.answer(mixed[:1]) and answers[1:] == engine.answer(mixed[1:])
+    answers = engine.complete(mixed)
+    assert len(answers) == 3 and answers[:1] == engine.complete(mixed[:1]) and answers[1:] == engine.complete(mixed[1:])
 
 
 def test_one_beam_is_greedy(engine):
@@ -89,9 +89,9 @@ def test_a_stop_string_ends_a_beam(engine):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"num_beams": 0}, "num-beams is 0"), ({"num_beams": 2, "num_return_sequences": 3}, "3 answers cannot come from 2"),
+    ({"num_beams": 0}, "0 is out of range"), ({"num_beams": 2, "num_return_sequences": 3}, "2 beams cannot return 3"),
     ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
-    ({"num_beams": 2, "length_penalty": float("nan")}, "length-penalty is nan"), ({"beams": 2}, "no option beams")])
+    ({"num_beams": 2, "length_penalty": float("nan")}, "nan is out of range"), ({"beams": 2}, "no argument beams")])
 def test_what_makes_no_search_is_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate([ROWS[0]], **options)
@@ -103,20 +103,20 @@ def test_beams_over_windows_with_a_prompt_longer_than_they_have_room_for(tmp_pat
     MODELS.make("long window", tmp_path)
     row = [number * 7 % 131 for number in range(300)]
     roomy, small = (load(tmp_path / "weights", device="cpu") for _ in range(2))
-    small.__dict__["cache"] = small.network.cache(rows=2, piece=8, tokens=512)
+    small.__dict__["cache"] = small.network.make_cache(max_sequences=2, max_chunk=8, tokens=512)
     assert small.cache.pools[0].pages * 32 < len(row)
     options = {"num_beams": 2, "max_new_tokens": 6, "ignore_eos": True}
     assert small.generate([row], **options) == roomy.generate([row], **options)
     tiny = load(tmp_path / "weights", device="cpu")
-    tiny.__dict__["cache"] = tiny.network.cache(rows=2, piece=256, tokens=256)
+    tiny.__dict__["cache"] = tiny.network.make_cache(max_sequences=2, max_chunk=256, tokens=256)
     with pytest.raises(ModelLinkError, match="2 beams of 306 tokens need"):
         tiny.generate([row], **options)
 
 
 def test_too_many_beams_for_the_cache(llama, engine):
     small = type(engine).__new__(type(engine))
-    small.__dict__ |= engine.__dict__ | {"cache": engine.network.cache(rows=2, piece=64, tokens=128)}
-    with pytest.raises(ModelLinkError, match="4 beams of 60 tokens need 256 tokens of cache, there are 128"):
+    small.__dict__ |= engine.__dict__ | {"cache": engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=128)}
+    with pytest.raises(ModelLinkError, match="4 beams of 60 tokens need 256 tokens of cache, 128 are available"):
         small.generate([ROWS[3]], num_beams=4, max_new_tokens=10)
     with pytest.raises(ModelLinkError, match="cannot be streamed"):
         engine.stream(ROWS[0], num_beams=2)

@@ -25,25 +25,25 @@ def assistant(text: str) -> dict[str, str]:
 def test_the_last_turns_and_the_system_message_are_seen():
     conversation = Conversation("Be kind.", history_turns=2)
     for number in range(4):
-        conversation.note(f"q{number}", f"a{number}")
-    assert conversation.ask("now") == [{"role": "system", "content": "Be kind."}, user("q2"), assistant("a2"), user("q3"),
+        conversation.add(f"q{number}", f"a{number}")
+    assert conversation.prompt("now") == [{"role": "system", "content": "Be kind."}, user("q2"), assistant("a2"), user("q3"),
                                        assistant("a3"), user("now")]
 
 
 def test_no_turns_no_memory():
     conversation = Conversation(history_turns=0)
-    conversation.note("q", "a")
-    assert conversation.ask("now") == [user("now")]
+    conversation.add("q", "a")
+    assert conversation.prompt("now") == [user("now")]
 
 
 def test_turns_that_do_not_fit_are_forgotten_oldest_first(engine):
     conversation = Conversation("Be kind.", history_turns=3)
     for number in range(3):
-        conversation.note(f"q{number} " + "long " * 30, "a")
+        conversation.add(f"q{number} " + "long " * 30, "a")
     assert list(_stream(engine, conversation, "now", {"max_new_tokens": 5})) is not None
     assert [message["content"][:2] for message in conversation.messages] == ["q2", "a"]
     before = conversation.messages
-    with pytest.raises(ModelLinkError, match="longest sequence"):
+    with pytest.raises(ModelLinkError, match="maximum length"):
         _stream(engine, conversation, "long " * 300, {})
     assert conversation.messages == before
 
@@ -52,7 +52,7 @@ def test_an_old_turn_goes_before_an_answer_is_cut_short(engine):
     """The model has 256 positions, 128 of which an answer may have."""
     conversation = Conversation(history_turns=3)
     for number in range(3):
-        conversation.note(f"q{number} " + "long " * 12, "a")
+        conversation.add(f"q{number} " + "long " * 12, "a")
     stream = _stream(engine, conversation, "now", {"ignore_eos": True})
     assert 0 < len(conversation.messages) < 6
     list(stream)
@@ -61,9 +61,9 @@ def test_an_old_turn_goes_before_an_answer_is_cut_short(engine):
 
 def test_clear_forgets():
     conversation = Conversation("Be kind.")
-    conversation.note("q", "a")
+    conversation.add("q", "a")
     conversation.clear()
-    assert conversation.ask("now") == [{"role": "system", "content": "Be kind."}, user("now")]
+    assert conversation.prompt("now") == [{"role": "system", "content": "Be kind."}, user("now")]
 
 
 @pytest.mark.parametrize("tp", [1, 2])
@@ -87,6 +87,6 @@ def test_control_c_stops_the_answer_and_not_the_program(llama, tp):
 
 
 def test_without_a_template_texts_are_joined():
-    conversation = Conversation("Be kind. ", 1, template=False)
-    conversation.note("One? ", "Two. ")
-    assert conversation.ask("Three?") == "Be kind. One? Two. Three?"
+    conversation = Conversation("Be kind. ", 1, use_template=False)
+    conversation.add("One? ", "Two. ")
+    assert conversation.prompt("Three?") == "Be kind. One? Two. Three?"

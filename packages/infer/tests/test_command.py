@@ -46,16 +46,16 @@ def test_several_prompts_as_json(command, llama, engine, prompts):
 
 def test_answers_are_printed_in_order_as_they_are_ready(command, llama, engine, monkeypatch, tmp_path):
     """The first is out before the last is computed, and what came is kept when a later one fails."""
-    from modellink.infer.batch import Batch
+    from modellink.infer.batch import ContinuousBatch
     (tmp_path / "many.jsonl").write_text("".join(f'"The {number}"\n' for number in range(4)))
-    step, steps = Batch.step, []
+    step, steps = ContinuousBatch.step, []
 
     def fails(batch):
         steps.append(1)
         if len(steps) == 30:
             raise RuntimeError("no more")
         return step(batch)
-    monkeypatch.setattr(Batch, "step", fails)
+    monkeypatch.setattr(ContinuousBatch, "step", fails)
     found = command("generate", "--load", llama, "--prompt-file", tmp_path / "many.jsonl", "--json", "--batch-size", 1, *ANSWER)
     monkeypatch.undo()
     expected = [engine.generate(f"The {number}", max_new_tokens=12)[0].text for number in range(2)]
@@ -66,7 +66,7 @@ def test_log_probabilities_as_json(command, llama, engine):
     found = command("generate", "--load", llama, "--json", "--logprobs", "--prompt", "The quick", *ANSWER)
     (expected,) = engine.generate("The quick", max_new_tokens=12, logprobs=True)
     assert json.loads(found.out)["logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
-    assert "answering: 2 of 2 answers" in command("generate", "--load", llama, "--prompt", "a", "b", *ANSWER).err
+    assert "generating: 2 of 2 completions" in command("generate", "--load", llama, "--prompt", "a", "b", *ANSWER).err
 
 
 def test_a_chat_turn(command, llama, engine):
@@ -85,11 +85,11 @@ def test_a_file_of_many_prompts(command, llama, engine, tmp_path):
 
 def test_only_line_ends_separate_prompts(tmp_path):
     """JSON leaves other separators in its texts as they are."""
-    from modellink.infer.cli import _from_file
+    from modellink.infer.prompt_input import read_prompt_file
     texts = ["a\u2028b\u2029c\x85d", "e\x7ff"]
     for end in ("\n", "\r\n"):
         (tmp_path / "many.jsonl").write_bytes("".join(json.dumps(text, ensure_ascii=False) + end for text in texts).encode())
-        assert _from_file(tmp_path / "many.jsonl") == texts
+        assert read_prompt_file(tmp_path / "many.jsonl") == texts
 
 
 def test_drawing_by_the_commands_defaults(command, llama, engine):
@@ -120,7 +120,7 @@ def test_a_conversation_on_two_ranks(llama, engine):
         expected.append(engine.generate(messages, max_new_tokens=12)[0].text)
         messages.append({"role": "assistant", "content": expected[-1]})
     assert found.stdout.replace("You >> ", "") == "".join(f"ModelLink:\n{text}\n\n" for text in expected)
-    assert "/clear: the conversation is forgotten" in found.stderr and "/quit: the conversation ends" in found.stderr
+    assert "/clear: the conversation is cleared" in found.stderr and "/quit: the conversation ends" in found.stderr
 
 
 WRONG = [
@@ -128,18 +128,18 @@ WRONG = [
     (["--prompt", "a"], "--load must be given"),
     (["--load", "LLAMA"], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", ""], "there is no prompt"),
-    (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not from both"),
+    (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not both"),
     (["--load", "LLAMA", "--prompt-file", "nowhere.txt"], "cannot be read"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "3"], "does not divide the 2 query groups"),
     (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be dealt evenly"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "400"], "use at most 255"),
-    (["--load", "LLAMA", "--prompt", "a " * 400], "longest sequence is 256"),
+    (["--load", "LLAMA", "--prompt", "a " * 400], "maximum length is 256"),
     (["--load", "LLAMA", "--prompt", "a", "--temperature", "nan"], "must be at least 0"),
     (["--load", "LLAMA", "--prompt", "a", "--temperature", "warm"], "must be a number"),
     (["--load", "LLAMA", "--prompt", "a", "--seed", "1"], "add --do-sample"),
-    (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k is for drawing"),
+    (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k has no effect without sampling"),
     (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
     (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
     (["--load", "LLAMA", "--prompt", "a", "--logprobs"], "add --json"),

@@ -45,8 +45,8 @@ def test_others_in_the_batch_are_left_alone(engine, prompts):
     free = engine.requests(prompts, max_new_tokens=30)
     bound = engine.requests(["The", "🦊"], max_new_tokens=60, json_schema=SCHEMA)
     mixed = [request for pair in zip(free, [*bound, *bound, *bound], strict=True) for request in pair]
-    found = engine.answer(mixed)
-    assert found[::2] == engine.answer(free) and found[1:5:2] == engine.answer(bound)
+    found = engine.complete(mixed)
+    assert found[::2] == engine.complete(free) and found[1:5:2] == engine.complete(bound)
 
 
 def test_a_text_that_outgrew_its_room_is_a_beginning(engine):
@@ -60,16 +60,16 @@ def test_an_end_token_counts_only_where_the_grammar_may_end(engine, monkeypatch)
     constraint = Constraint(engine.tokenizer, engine.requests("a", regex="fox+")[0].grammar, frozenset({2, 0}))
     wanted = torch.zeros(engine.spec.vocab_size)
     wanted[2] = 9.0
-    assert constraint.narrow(wanted)[2] == -torch.inf
+    assert constraint.mask(wanted)[2] == -torch.inf
     for token in engine.tokenizer.encode("fox", add_special_tokens=False):
-        constraint.take(token)
-    assert constraint.narrow(wanted)[2] == 9.0 and not constraint.done
+        constraint.accept(token)
+    assert constraint.mask(wanted)[2] == 9.0 and not constraint.done
 
 
 def test_a_grammar_nobody_can_follow_ends_its_answer_alone(engine, monkeypatch):
     from modellink.infer import constraint
-    monkeypatch.setattr(constraint.Constraint, "take", lambda self, token: self._matcher.consume_token(0))  # breaks the matcher
-    bound, free = engine.answer([*engine.requests("The", regex="[a-z]+", max_new_tokens=9, seed=1, temperature=1.0),
+    monkeypatch.setattr(constraint.Constraint, "accept", lambda self, token: self._matcher.consume_token(0))  # breaks the matcher
+    bound, free = engine.complete([*engine.requests("The", regex="[a-z]+", max_new_tokens=9, seed=1, temperature=1.0),
                                  *engine.requests("The", max_new_tokens=9)])
     assert bound.finish_reason == "stuck" and len(bound.token_ids) == 1
     assert free == engine.generate("The", max_new_tokens=9)[0]
@@ -111,7 +111,7 @@ def test_the_server(engine):
     def ask(**body: Any) -> Any:
         return client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "seed": 5,
                                                          "max_tokens": 150, **body})
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key=None, largest_body=10_000)
+    app = make_app(Service(engine, max_waiting=4), name="tiny", api_key=None, max_body=10_000)
     with testclient.TestClient(app) as client:
         named = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
         assert keeps(ask(response_format=named).json()["choices"][0]["message"]["content"])

@@ -33,10 +33,12 @@ CASES = {"one rank": MODELS.cases(), "tp2": MODELS.cases(), "uneven": MODELS.cas
 
 def run(network: Any, rows: list[list[int]], budget: int) -> list[tuple[list[int], torch.Tensor]]:
     """Greedy tokens of each row, and the log-probabilities [NEW, vocabulary] they were chosen from."""
-    from modellink.infer.batch import Batch
-    from modellink.infer.request import Answer, Request
-    batch = Batch(network, network.cache(rows=3, piece=budget, tokens=3 * 64), rows=3, budget=budget)
-    answers = [Answer.to(Request(row, NEW, logprobs=True, top_logprobs=network.spec.vocab_size), None) for row in rows]
+    from modellink.infer.batch import ContinuousBatch
+    from modellink.infer.request import Completion, GenerationRequest
+    cache = network.make_cache(max_sequences=3, max_chunk=budget, tokens=3 * 64)
+    batch = ContinuousBatch(network, cache, max_sequences=3, token_budget=budget)
+    answers = [Completion.start(GenerationRequest(row, NEW, logprobs=True, top_logprobs=network.spec.vocab_size), None)
+               for row in rows]
     for answer in answers:
         batch.add(answer)
     while not batch.idle:
@@ -49,14 +51,14 @@ def run(network: Any, rows: list[list[int]], budget: int) -> list[tuple[list[int
 def on_rank(folders: dict[str, str], layout: ParallelLayout) -> dict[str, Any]:
     """For every model what a batch gives; on one rank also what rows give alone, and what passes over whole sequences give."""
     from modellink.core import processes
-    from modellink.infer.plan import make_plan
+    from modellink.infer.plan import make_load_plan
     found: dict[str, Any] = {}
     for case, folder in folders.items():
-        plan = make_plan(Path(folder) / "weights", layout=layout, device="cpu")
+        plan = make_load_plan(Path(folder) / "weights", layout=layout, device="cpu")
         processes.join(plan.device, layout, seed=0)
-        from modellink.infer import cache as paged
+        from modellink.infer import attention
         from modellink.infer.network import Network
-        paged.WASTED = 2  # single tokens: the shortest row at first apart from the others
+        attention.PADDING_KEYS = 2  # single tokens: the shortest row at first apart from the others
         network = Network(plan.source, layout, plan.device, plan.dtype, show=False)
         found[case] = {"batch": run(network, ROWS, budget=7 if layout.world_size == 1 else 24)}
         if layout.world_size == 1:
@@ -70,8 +72,9 @@ def on_rank(folders: dict[str, str], layout: ParallelLayout) -> dict[str, Any]:
 def whole(network: Any, row: list[int], tokens: list[int]) -> torch.Tensor:
     """Log-probabilities [NEW, vocabulary] by passes without a cache: one, unless a longer sequence changes all angles."""
     if network.spec.rope_scaling_type == "dynamic":
-        return torch.stack([network.logits(torch.tensor([row + tokens[:count]]))[0, -1] for count in range(NEW)]).log_softmax(-1)
-    return network.logits(torch.tensor([row + tokens[:-1]]))[0, len(row) - 1:].log_softmax(-1)
+        logits = [network.run_model(torch.tensor([row + tokens[:count]]))[0, -1] for count in range(NEW)]
+        return torch.stack(logits).log_softmax(-1)
+    return network.run_model(torch.tensor([row + tokens[:-1]]))[0, len(row) - 1:].log_softmax(-1)
 
 
 @pytest.fixture(scope="module")

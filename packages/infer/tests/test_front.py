@@ -25,7 +25,7 @@ from modellink.infer.server import run
 from modellink.infer.server.replicas import Replica, make_front
 
 async def ask():
-    front = make_front([Replica(0, "http://127.0.0.1:1")], largest_body=1000)
+    front = make_front([Replica(0, "http://127.0.0.1:1")], max_body=1000)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
         assert (await client.get("/health")).status_code == 503
         assert (await client.post("/v1/completions", json={})).json()["error"]["message"] == "no replica is ready"
@@ -68,7 +68,7 @@ def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"
     """What the front says where a replica says what `answer` makes of a request."""
     from starlette.requests import Request
 
-    from modellink.infer.server.replicas import Replica, _hand_over
+    from modellink.infer.server.replicas import Replica, _forward
     replica = Replica(0, "http://replica:1") if replica is None else replica
     replica.ready = True
 
@@ -79,7 +79,7 @@ def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
             scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": raw_path, "query_string": query,
                      "headers": list(headers), "server": ("x/foo", 80)}
-            return await _hand_over(client, [replica], Request(scope, receive), b"")
+            return await _forward(client, [replica], Request(scope, receive), b"")
     return asyncio.run(run())
 
 
@@ -115,7 +115,7 @@ def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monk
     (tmp_path / "replica.py").write_text(REPLICA)
     monkeypatch.setattr(replicas, "FIRST_WAIT", 0.1)
     command = [sys.executable, str(tmp_path / "replica.py"), str(tmp_path / "starts"), str(int(ready))]
-    one = replicas.OwnReplica(0, command, {"PARENT": str(os.getpid())})
+    one = replicas.LocalReplica(0, command, {"PARENT": str(os.getpid())})
     sockets = run.bind("127.0.0.1", free_port())
     if ready:
         run.serve_replicas([one], sockets)
@@ -139,10 +139,10 @@ def test_a_stream_that_nobody_began_to_read_is_not_under_way():
 
     async def receive() -> Any:
         return await asyncio.Event().wait()
-    assert replica.under_way == 1
+    assert replica.active == 1
     with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
         asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
-    assert replica.under_way == 0
+    assert replica.active == 0
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_no_proxy_stands_before_replicas_of_this_machine_and_their_metrics_are_j
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with TestClient(make_front([Replica(0, elsewhere)], largest_body=1000)) as client:
+    with TestClient(make_front([Replica(0, elsewhere)], max_body=1000)) as client:
         deadline = time.monotonic() + 10
         while (state := client.get("/health").json()["ready"]) != 1 and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -63,7 +63,7 @@ def test_with_a_cache_as_without(engine):
     ids = [5, 300, 17, 42]
     for token in engine.generate(ids, max_new_tokens=20, ignore_eos=True)[0].token_ids:
         with torch.inference_mode():
-            assert int(engine.network.logits(torch.tensor([ids]))[0, -1].argmax()) == token
+            assert int(engine.network.run_model(torch.tensor([ids]))[0, -1].argmax()) == token
         ids.append(token)
 
 
@@ -94,18 +94,18 @@ def test_logprobs_of_prompts_are_those_of_a_pass_over_the_whole(engine, prompts,
 
 def test_logprobs_of_prompts_in_pieces_and_after_a_row_had_to_wait(engine, full_logits):
     """A cache in which three rows do not fit together: the last one is computed anew, and none of its numbers twice."""
-    from modellink.infer.batch import Batch
-    from modellink.infer.request import Answer, Request
-    cache = engine.network.cache(rows=3, piece=16, tokens=160)
-    batch = Batch(engine.network, cache, rows=3, budget=16)
+    from modellink.infer.batch import ContinuousBatch
+    from modellink.infer.request import Completion, GenerationRequest
+    cache = engine.network.make_cache(max_sequences=3, max_chunk=16, tokens=160)
+    batch = ContinuousBatch(engine.network, cache, max_sequences=3, token_budget=16)
     rows = [[7 + place % 30 + row for place in range(40 + 13 * row)] for row in range(3)]
-    answers = [Answer.to(Request(row, 20, prompt_logprobs=True, top_logprobs=1), None) for row in rows]
+    answers = [Completion.start(GenerationRequest(row, 20, prompt_logprobs=True, top_logprobs=1), None) for row in rows]
     for answer in answers:
         batch.add(answer)
     waited = False
     while not batch.idle:
         batch.step()
-        waited = waited or any(member.answer.prompt_logprobs for member in batch.waiting)
+        waited = waited or any(entry.completion.prompt_logprobs for entry in batch.waiting)
     assert waited and all(pool.used == 0 for pool in cache.pools)
     for answer, row in zip(answers, rows, strict=True):
         whole = full_logits(row)[:-1]
@@ -115,24 +115,24 @@ def test_logprobs_of_prompts_in_pieces_and_after_a_row_had_to_wait(engine, full_
 
 
 def test_a_cache_is_as_large_as_was_asked_for_or_refused(llama, engine, monkeypatch):
-    from modellink.infer.cache import bytes_of
-    cache = engine.network.cache(rows=2, piece=64, tokens=96)
-    sizes = {"tokens": 96, "rows": 2, "piece": 64, "tp": 1, "dtype": torch.float32}
-    needed = bytes_of(engine.spec, range(3), **sizes)
+    from modellink.infer.cache import cache_bytes
+    cache = engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=96)
+    sizes = {"tokens": 96, "max_sequences": 2, "max_chunk": 64, "tp": 1, "dtype": torch.float32}
+    needed = cache_bytes(engine.spec, range(3), **sizes)
     assert needed == 96 * 3 * 2 * 2 * 20 * 4 and 0 < cache.bytes - needed < 5000  # a slot of each layer is nobody's
-    with pytest.raises(ModelLinkError, match=r"a cache of 10,000,000,000,000 tokens takes 9,600,000.0 GB, [\d.,]+ GB of memory"):
+    with pytest.raises(ModelLinkError, match=r"a cache of 10,000,000,000,000 tokens needs 9,600,000.0 GB, and [\d.,]+ GB"):
         load(llama, device="cpu", cache_tokens=10**13).generate("The", max_new_tokens=2)
-    monkeypatch.setattr(type(engine.network._on), "available", lambda self: needed - 1)
+    monkeypatch.setattr(type(engine.network._memory), "available", lambda self: needed - 1)
     with pytest.raises(ModelLinkError, match="use at most 64"):
-        engine.network.cache(rows=2, piece=64, tokens=96)
-    assert engine.network.cache(rows=2, piece=64, most=96).tokens == 32  # half of what is there, in whole pages
+        engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=96)
+    assert engine.network.make_cache(max_sequences=2, max_chunk=64, most=96).tokens == 32  # half of what is there, in whole pages
 
 
 def test_what_is_forgotten_is_computed_again(llama, monkeypatch):
     engine = load(llama, device="cpu")
     counted = []
     whole = engine.network.logits
-    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    monkeypatch.setattr(engine.network, "logits", lambda work: (counted.append(work.token_ids.numel()), whole(work))[1])
     text = [7] * 100
     found = [(engine.generate([text], max_new_tokens=1), engine.score([text])) for _ in range(2)]
     again = sum(counted[2:])
@@ -142,10 +142,10 @@ def test_what_is_forgotten_is_computed_again(llama, monkeypatch):
 
 
 def test_streams_that_hold_all_pages_are_named(engine, monkeypatch):
-    monkeypatch.setitem(engine.__dict__, "cache", engine.network.cache(rows=2, piece=64, tokens=96))
+    monkeypatch.setitem(engine.__dict__, "cache", engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=96))
     first = engine.stream([5] * 60, max_new_tokens=30, ignore_eos=True)
     next(first)
-    with pytest.raises(ModelLinkError, match="other batches hold the pages"):
+    with pytest.raises(ModelLinkError, match="other batches occupy the cache"):
         next(engine.stream([6] * 60, max_new_tokens=30, ignore_eos=True))
     assert len(list(first)) > 3 and len(first.generation.token_ids) == 30
 
@@ -220,7 +220,7 @@ def test_a_stream_is_cancelled_while_its_prompt_is_computed(engine, monkeypatch)
         stream.cancel()
         return logits(*args)
     monkeypatch.setattr(engine.network, "logits", cancelling)
-    monkeypatch.setattr(engine.cache, "piece", 32)
+    monkeypatch.setattr(engine.cache, "max_chunk", 32)
     stream = engine.stream(list(range(3, 203)), max_new_tokens=40)
     assert "".join(stream) == "" and len(passes) == 1
     assert stream.generation.finish_reason == "cancelled" and not stream.generation.token_ids
@@ -229,7 +229,7 @@ def test_a_stream_is_cancelled_while_its_prompt_is_computed(engine, monkeypatch)
 def test_an_unfinished_stream_has_no_generation(engine):
     stream = engine.stream("The", max_new_tokens=50)
     next(stream)
-    with pytest.raises(ModelLinkError, match="not come to its end"):
+    with pytest.raises(ModelLinkError, match="not finished"):
         _ = stream.generation
 
 
@@ -240,9 +240,9 @@ def test_room_is_used_to_the_last_token(engine):
 
 
 @pytest.mark.parametrize(("prompt", "options", "message"), [
-    ([5] * 200, {"max_new_tokens": 57}, "outgrows"), ([5] * 256, {}, "longest sequence is 256"), ("", {}, "no tokens"),
+    ([5] * 200, {"max_new_tokens": 57}, "exceed the model"), ([5] * 256, {}, "maximum length is 256"), ("", {}, "no tokens"),
     ([], {}, "no tokens"), ([379], {}, "token id 379"), ([-1], {}, "token id -1"), ("a", {"max_new_tokens": 0}, "at least 1"),
-    ("a", {"stop": ""}, "stop string is empty"), ("a", {"temperature": float("nan")}, "temperature is nan")])
+    ("a", {"stop": ""}, "stop string is empty"), ("a", {"temperature": float("nan")}, "nan is out of range")])
 def test_what_cannot_be_answered_is_refused(engine, prompt, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate([prompt], **options)
@@ -306,12 +306,12 @@ def test_names_of_the_originals_generate(engine, capsys, monkeypatch):
     assert engine.generate(input_ids="The quick", max_new_tokens=6, **told) == expected
     assert engine.generate("The quick", max_new_tokens=6, **told) == expected
     notes = capsys.readouterr().err
-    assert [notes.count(f"note: {name} means nothing here") for name in told] == [1] * 4  # once, not for each call
+    assert [notes.count(f"note: {name} has no effect") for name in told] == [1] * 4  # once, not for each call
     stream = engine.generate("The quick", stream=True, max_new_tokens=6)
     assert "".join(stream) == expected[0].text and [stream.generation] == expected
     with pytest.raises(ModelLinkError, match="there is no prompt"):
         engine.generate()
-    with pytest.raises(ModelLinkError, match="prompts and input_ids"):
+    with pytest.raises(ModelLinkError, match="both prompts and input_ids"):
         engine.generate("a", input_ids=[5])
 
 

@@ -38,10 +38,10 @@ def test_tokens_are_those_without(captured, engine, prompts):
 def test_one_graph_for_each_size(captured, monkeypatch):
     counted = []
     monkeypatch.setattr(Device, "capture", lambda _, work: counted.append(work) or work)
-    captured.network.graphs._made.clear()
+    captured.network.fast_paths[0]._captured.clear()
     captured.generate(ROWS, max_new_tokens=60, ignore_eos=True)  # the longest passes 128 keys
     captured.generate(ROWS[:3], max_new_tokens=8, ignore_eos=True)
-    sizes = set(captured.network.graphs._made)
+    sizes = set(captured.network.fast_paths[0]._captured)
     assert sizes == {(8, 128), (8, 256), (4, 128)} and len(counted) == 3
 
 
@@ -61,7 +61,7 @@ def test_windows_caps_slopes_and_learned_positions(tmp_path, case):
     expected = load(tmp_path / "weights", device="cpu").generate(rows, **options)
     with_graphs = load(tmp_path / "weights", device="cpu", graphs=True)
     same(with_graphs.generate(rows, **options), expected)
-    assert with_graphs.network.graphs._made
+    assert with_graphs.network.fast_paths[0]._captured
 
 
 def test_what_cannot_be_captured_runs_as_it_is(llama, engine, monkeypatch, capsys):
@@ -70,17 +70,17 @@ def test_what_cannot_be_captured_runs_as_it_is(llama, engine, monkeypatch, capsy
     monkeypatch.setattr(Device, "capture", fail)
     broken = load(llama, device="cpu", graphs=True)
     same(broken.generate(ROWS, **OPTIONS), engine.generate(ROWS, **OPTIONS))
-    assert broken.network.graphs.failed
-    assert capsys.readouterr().err.count("no graph could be captured, single tokens are computed without: operation not") == 1
+    assert broken.network.fast_paths[0].failed
+    assert capsys.readouterr().err.count("decoding runs without graphs, capturing one failed: operation not") == 1
 
 
 def test_models_that_are_never_captured(engine):
-    from modellink.infer.graphs import refusal
-    assert refusal(engine.spec, ParallelLayout()) is None
-    assert "ranks" in str(refusal(engine.spec, ParallelLayout(tp=2)))
-    assert "experts" in str(refusal(dataclasses.replace(engine.spec, num_experts=4), ParallelLayout()))
+    from modellink.infer.graphs import unsupported_reason
+    assert unsupported_reason(engine.spec, ParallelLayout()) is None
+    assert "ranks" in str(unsupported_reason(engine.spec, ParallelLayout(tp=2)))
+    assert "experts" in str(unsupported_reason(dataclasses.replace(engine.spec, num_experts=4), ParallelLayout()))
 
 
 def test_sizes(engine):
-    from modellink.infer.graphs import rounded
-    assert [rounded(number) for number in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16] and rounded(3, 128) == 128
+    from modellink.infer.graphs import round_up
+    assert [round_up(number) for number in (1, 2, 3, 8, 9)] == [1, 2, 4, 8, 16] and round_up(3, 128) == 128

@@ -45,7 +45,7 @@ def test_both_ways_are_measured(engine):
 def passes(network: Any, rows: list[list[int]], cut: int) -> torch.Tensor:
     """Logits after pieces of each row and after its last token, the last tokens of all rows in one pass."""
     from modellink.infer.cache import Piece, Row
-    cache = network.cache(rows=len(rows), piece=64, tokens=1024)
+    cache = network.make_cache(max_sequences=len(rows), max_chunk=64, tokens=1024)
     held = [Row(list(row)) for row in rows]
     found = []
     for row in held:
@@ -86,12 +86,12 @@ def test_it_computes_what_the_model_computes(tmp_path, case):
 
 
 def test_other_layouts_and_precisions_are_not_taken(engine):
-    from modellink.infer.native.view import takes
+    from modellink.infer.native.model import supports
     cpu = torch.device("cpu")
-    assert takes(engine.spec, ParallelLayout(), cpu, torch.float32) and takes(engine.spec, ParallelLayout(), cpu, torch.bfloat16)
-    assert not takes(engine.spec, ParallelLayout(tp=2), cpu, torch.float32)
-    assert not takes(engine.spec, ParallelLayout(), cpu, torch.float16)
-    assert not takes(dataclasses.replace(engine.spec, post_norm=True), ParallelLayout(), cpu, torch.float32)
+    assert supports(engine.spec, ParallelLayout(), cpu, torch.float32) and supports(engine.spec, ParallelLayout(), cpu, torch.bfloat16)
+    assert not supports(engine.spec, ParallelLayout(tp=2), cpu, torch.float32)
+    assert not supports(engine.spec, ParallelLayout(), cpu, torch.float16)
+    assert not supports(dataclasses.replace(engine.spec, post_norm=True), ParallelLayout(), cpu, torch.float32)
 
 
 def test_half_precision_is_near(llama, engine):
@@ -143,11 +143,11 @@ def test_int8_weights_take_the_place_of_the_others(folder, family):
 
 
 def test_quantised_rows_are_within_half_a_step():
-    from modellink.infer.native.int8 import Int8
+    from modellink.infer.native.int8 import Int8Matrix
     weight = torch.randn(7, 33) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0
-    narrow = Int8.of(weight)
-    assert ((narrow.matrix(torch.float32) - weight).abs() <= 0.5001 * narrow.scale[:, None]).all()
+    narrow = Int8Matrix.quantize(weight)
+    assert ((narrow.dequantize(torch.float32) - weight).abs() <= 0.5001 * narrow.scale[:, None]).all()
     assert narrow.values.abs().max() == 127
 
 
@@ -171,7 +171,7 @@ def test_without_it_the_model_runs(llama, monkeypatch, environment, tmp_path):
     compiled.step.cache_clear()
     try:
         assert load(llama, device="cpu", native=True).network.step is None
-        with pytest.raises(ModelLinkError, match="does not take this model"):
+        with pytest.raises(ModelLinkError, match="does not support this model"):
             load(llama, device="cpu", int8=True)
         assert not list(tmp_path.rglob("*.so"))
     finally:

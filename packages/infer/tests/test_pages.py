@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
+from modellink.infer.pages import PAGE_SIZE, RELEASED, CachedSequence, PagePool, PageTables
 from modellink.kernels.errors import ModelLinkError
 
 
-def filled(tables: Tables, tokens: list[int]) -> Row:
+def filled(tables: PageTables, tokens: list[int]) -> CachedSequence:
     """A row whose tokens are all computed."""
-    row = Row(list(tokens))
+    row = CachedSequence(list(tokens))
     tables.admit(row)
     assert tables.grow(row, len(tokens))
     tables.advance(row, len(tokens) - row.computed)
@@ -21,63 +21,64 @@ def filled(tables: Tables, tokens: list[int]) -> Row:
 
 
 def test_a_prompt_finds_the_pages_of_the_same_beginning():
-    tables = Tables([Pool(8, None)])
-    first = filled(tables, list(range(2 * SIZE + 5)))
-    second = Row([*range(2 * SIZE), 7, 7])
+    tables = PageTables([PagePool(8, None)])
+    first = filled(tables, list(range(2 * PAGE_SIZE + 5)))
+    second = CachedSequence([*range(2 * PAGE_SIZE), 7, 7])
     tables.admit(second)
-    assert second.computed == 2 * SIZE and second.tables[0] == first.tables[0][:2]
-    other = Row([1, *range(1, 2 * SIZE), 7])  # differs in its first token: nothing after it is the same
+    assert second.computed == 2 * PAGE_SIZE and second.tables[0] == first.tables[0][:2]
+    other = CachedSequence([1, *range(1, 2 * PAGE_SIZE), 7])  # differs in its first token: nothing after it is the same
     tables.admit(other)
     assert other.computed == 0
-    again = Row(list(range(2 * SIZE)))  # the last token is always computed
+    again = CachedSequence(list(range(2 * PAGE_SIZE)))  # the last token is always computed
     tables.admit(again)
-    assert again.computed == SIZE
+    assert again.computed == PAGE_SIZE
 
 
 def test_pages_outlive_their_row_until_the_room_is_needed():
-    tables = Tables([pool := Pool(3, None)])
-    tables.release(filled(tables, list(range(2 * SIZE))))
+    tables = PageTables([pool := PagePool(3, None)])
+    tables.release(filled(tables, list(range(2 * PAGE_SIZE))))
     assert pool.available == 3
-    back = Row(list(range(2 * SIZE + 1)))
+    back = CachedSequence(list(range(2 * PAGE_SIZE + 1)))
     tables.admit(back)
-    assert back.computed == 2 * SIZE and pool.available == 1
+    assert back.computed == 2 * PAGE_SIZE and pool.available == 1
     tables.release(back)
-    filled(tables, [5] * (3 * SIZE))
-    gone = Row(list(range(2 * SIZE + 1)))
+    filled(tables, [5] * (3 * PAGE_SIZE))
+    gone = CachedSequence(list(range(2 * PAGE_SIZE + 1)))
     tables.admit(gone)
     assert gone.computed == 0
 
 
 def test_a_row_that_does_not_fit_takes_nothing():
-    tables = Tables([pool := Pool(3, None)])
-    row = filled(tables, [1] * SIZE)
-    assert not tables.grow(row, 4 * SIZE) and pool.available == 2
-    assert tables.grow(row, 3 * SIZE) and pool.available == 0
+    tables = PageTables([pool := PagePool(3, None)])
+    row = filled(tables, [1] * PAGE_SIZE)
+    assert not tables.grow(row, 4 * PAGE_SIZE) and pool.available == 2
+    assert tables.grow(row, 3 * PAGE_SIZE) and pool.available == 0
 
 
 def test_a_window_gives_its_pages_back_and_is_shared_all_the_same():
-    window = SIZE + 3
-    tables = Tables([whole := Pool(20, None), pool := Pool(8, window)])
-    row = filled(tables, list(range(5 * SIZE)))
-    assert (whole.used, pool.used) == (5, 2) and row.tables[1] == [GONE] * 3 + row.tables[1][3:]
-    second = Row([*range(5 * SIZE), 9])
+    window = PAGE_SIZE + 3
+    tables = PageTables([whole := PagePool(20, None), pool := PagePool(8, window)])
+    row = filled(tables, list(range(5 * PAGE_SIZE)))
+    assert (whole.used, pool.used) == (5, 2) and row.tables[1] == [RELEASED] * 3 + row.tables[1][3:]
+    second = CachedSequence([*range(5 * PAGE_SIZE), 9])
     tables.admit(second)
-    assert second.computed == 5 * SIZE and second.tables[1][:3] == [GONE] * 3
-    shorter = Row([*range(2 * SIZE), 9])  # what it would see of the window's pages is gone, or not
+    assert second.computed == 5 * PAGE_SIZE and second.tables[1][:3] == [RELEASED] * 3
+    shorter = CachedSequence([*range(2 * PAGE_SIZE), 9])  # what it would see of the window's pages is gone, or not
     tables.admit(shorter)
-    assert shorter.computed == 2 * SIZE  # idle pages keep their content
+    assert shorter.computed == 2 * PAGE_SIZE  # idle pages keep their content
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_pages_are_never_used_twice_and_none_is_lost(seed):
     chance = random.Random(seed)
-    tables = Tables([Pool(24, None), Pool(16, SIZE + 1)])
-    rows: list[Row] = []
+    tables = PageTables([PagePool(24, None), PagePool(16, PAGE_SIZE + 1)])
+    rows: list[CachedSequence] = []
     for _ in range(300):
         if rows and chance.random() < 0.4:
             tables.release(rows.pop(chance.randrange(len(rows))))
         else:
-            row = Row([chance.randrange(2)] * chance.randrange(1, SIZE) + [3] * chance.randrange(1, 3 * SIZE))
+            row = CachedSequence([chance.randrange(2)] * chance.randrange(1, PAGE_SIZE)
+                                 + [3] * chance.randrange(1, 3 * PAGE_SIZE))
             tables.admit(row)
             if tables.grow(row, len(row.tokens)):
                 tables.advance(row, len(row.tokens) - row.computed)
@@ -86,11 +87,11 @@ def test_pages_are_never_used_twice_and_none_is_lost(seed):
                 tables.release(row)
         for number, pool in enumerate(tables.pools):
             held = {page: [row for row in rows if page in row.tables[number]] for row in rows for page in row.tables[number]}
-            held.pop(GONE, None)
+            held.pop(RELEASED, None)
             assert pool.used == len(held)
             for page, users in held.items():  # who shares a page has the same tokens up to its end
                 place = users[0].tables[number].index(page)
-                assert len({tuple(user.tokens[:(place + 1) * SIZE]) for user in users}) == 1
+                assert len({tuple(user.tokens[:(place + 1) * PAGE_SIZE]) for user in users}) == 1
                 assert all(user.tables[number].index(page) == place for user in users)
     for row in rows:
         tables.release(row)
@@ -100,15 +101,15 @@ def test_pages_are_never_used_twice_and_none_is_lost(seed):
 @pytest.fixture
 def batch(engine):
     """`batch(tokens, rows, budget)` over a cache of its own."""
-    from modellink.infer.batch import Batch
+    from modellink.infer.batch import ContinuousBatch
     return lambda tokens, rows=8, budget=64: Batch(
-        engine.network, engine.network.cache(rows=rows, piece=budget, tokens=tokens), rows=rows, budget=budget)
+        engine.network, engine.network.make_cache(max_sequences=rows, max_chunk=budget, tokens=tokens), rows=rows, budget=budget)
 
 
 def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
     """Tokens of requests that join at once, or one after so many steps each."""
-    from modellink.infer.request import Answer
-    answers = [Answer.to(request, engine.tokenizer) for request in requests]
+    from modellink.infer.request import Completion
+    answers = [Completion.start(request, engine.tokenizer) for request in requests]
     waiting = list(answers)
     steps = 0
     while waiting or not batch.idle:
@@ -130,7 +131,7 @@ def test_any_mixture_gives_each_what_it_gets_alone(engine, batch, seed, tokens, 
     prompts = [(head if chance.random() < 0.5 else []) + [chance.randrange(3, 379) for _ in range(chance.randrange(1, 60))]
                for _ in range(9)]
     requests = [engine.requests(prompt, max_new_tokens=chance.randrange(1, 40), ignore_eos=True)[0] for prompt in prompts]
-    alone = [engine.answer([request])[0].token_ids for request in requests]
+    alone = [engine.complete([request])[0].token_ids for request in requests]
     crowd = batch(tokens)
     assert finish(crowd, engine, requests, join_every=join_every) == alone
     assert all(pool.used == 0 for pool in crowd.cache.pools)
@@ -139,7 +140,7 @@ def test_any_mixture_gives_each_what_it_gets_alone(engine, batch, seed, tokens, 
 def test_a_common_beginning_is_computed_once(engine, batch, monkeypatch):
     counted = []
     whole = engine.network.logits
-    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    monkeypatch.setattr(engine.network, "logits", lambda work: (counted.append(work.token_ids.numel()), whole(work))[1])
     head = [7] * 100
     crowd = batch(4096)
     finish(crowd, engine, engine.requests([[*head, 8, 9]], max_new_tokens=1))
@@ -157,7 +158,7 @@ def test_a_beginning_that_comes_several_times_at_once_is_computed_once(engine, b
     head = [7 + place % 50 for place in range(100)]  # three whole pages
     prompts = [[*head, 8 + number] for number in range(6)] + [[9] * 20]
     alone = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for prompt in prompts]
-    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
+    monkeypatch.setattr(engine.network, "logits", lambda work: (counted.append(work.token_ids.numel()), whole(work))[1])
     crowd = batch(4096, rows)
     assert finish(crowd, engine, engine.requests(prompts, max_new_tokens=6, ignore_eos=True)) == alone
     assert sum(counted) == 101 + 5 * (101 - 96) + 20 + 7 * 5
@@ -166,18 +167,18 @@ def test_a_beginning_that_comes_several_times_at_once_is_computed_once(engine, b
     found = finish(crowd, engine, requests)
     assert sum(counted) == 101 + 7 * (101 - 96) + 8 * 5
     monkeypatch.undo()
-    assert found == [answer.token_ids for request in requests for answer in engine.answer([request])]
+    assert found == [answer.token_ids for request in requests for answer in engine.complete([request])]
     assert all(pool.used == 0 for pool in crowd.cache.pools)
 
 
 def test_who_leads_may_leave(engine, batch):
     """Rows that wait for another's pages compute them themselves when it is taken out, or has to wait for room."""
-    from modellink.infer.request import Answer
+    from modellink.infer.request import Completion
     head = [7 + place % 50 for place in range(130)]
     requests = engine.requests([[*head, 8 + number] for number in range(3)], max_new_tokens=6, ignore_eos=True)
-    alone = [engine.answer([request])[0].token_ids for request in requests]
+    alone = [engine.complete([request])[0].token_ids for request in requests]
     crowd = batch(4096)
-    answers = [Answer.to(request, None) for request in requests]
+    answers = [Completion.start(request, None) for request in requests]
     for answer in answers:
         crowd.add(answer)
     crowd.step()
@@ -190,31 +191,31 @@ def test_who_leads_may_leave(engine, batch):
 def test_a_window_in_every_layer_bounds_what_fits(folder):
     """A cache smaller than what a window and a piece need holds only its pages; a larger one any length."""
     from modellink.infer import load
-    from modellink.infer.batch import Batch
-    from modellink.infer.request import Answer
+    from modellink.infer.batch import ContinuousBatch
+    from modellink.infer.request import Completion
     engine = load(folder("mistral"), device="cpu")
     rows = [[7 + (place * place + row) % 300 for place in range(150)] for row in range(3)]
     requests = engine.requests(rows, max_new_tokens=20, ignore_eos=True)
-    small = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=160), rows=3, budget=64)
+    small = ContinuousBatch(engine.network, engine.network.make_cache(max_sequences=3, max_chunk=64, tokens=160), max_sequences=3, token_budget=64)
     assert [pool.window for pool in small.cache.pools] == [40] and small.cache.tokens == 160
     with pytest.raises(ModelLinkError, match="170 tokens does not fit into a cache of 160"):
-        small.add(Answer.to(requests[0], None))
-    large = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=192), rows=3, budget=64)  # for one at a time
+        small.add(Completion.start(requests[0], None))
+    large = ContinuousBatch(engine.network, engine.network.make_cache(max_sequences=3, max_chunk=64, tokens=192), max_sequences=3, token_budget=64)  # for one at a time
     assert large.cache.tokens > 1 << 40
-    assert finish(large, engine, requests) == [engine.answer([request])[0].token_ids for request in requests]
+    assert finish(large, engine, requests) == [engine.complete([request])[0].token_ids for request in requests]
 
 
 def test_a_request_that_will_never_fit_is_refused(engine, batch):
-    from modellink.infer.request import Answer
+    from modellink.infer.request import Completion
     (request,) = engine.requests([5] * 60, max_new_tokens=10)
     with pytest.raises(ModelLinkError, match="70 tokens does not fit into a cache of 64"):
-        batch(64).add(Answer.to(request, None))
+        batch(64).add(Completion.start(request, None))
 
 
 def test_fork_shares_full_pages_and_copies_the_one_in_work(engine):
-    cache = engine.network.cache(rows=2, piece=64, tokens=8 * SIZE)
-    cache._keys[1].normal_()  # new memory may hold what is no number, which equals nothing
-    row = filled(cache.tables, list(range(SIZE + 3)))
+    cache = engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=8 * PAGE_SIZE)
+    cache.keys[1].normal_()  # new memory may hold what is no number, which equals nothing
+    row = filled(cache.tables, list(range(PAGE_SIZE + 3)))
     other = cache.fork(row, [*row.tokens])
     assert other.tables[0][0] == row.tables[0][0] and other.tables[0][1] != row.tables[0][1]
-    assert torch.equal(*(cache._keys[1][held.tables[0][1] * SIZE:][:3] for held in (row, other)))
+    assert torch.equal(*(cache.keys[1][held.tables[0][1] * PAGE_SIZE:][:3] for held in (row, other)))

@@ -10,7 +10,7 @@ import tokenizers
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess, template_names
 from modellink.infer import load
-from modellink.infer.template import OWN, Chat, encode_prompt
+from modellink.infer.template import HF_CHAT_TEMPLATE, Chat, encode_chat_prompt
 from modellink.kernels.errors import ModelLinkError
 
 SAID = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊 {content}"},
@@ -33,10 +33,10 @@ def speaks_all(llama, tmp_path_factory):
     return Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("prompt_type", [*template_names(), OWN])
+@pytest.mark.parametrize("prompt_type", [*template_names(), HF_CHAT_TEMPLATE])
 def test_chat_reads_what_training_read(speaks_all, tmp_path, prompt_type):
     (tmp_path / "set.jsonl").write_text(json.dumps({"messages": SAID}))
-    form = {"hf_chat_template": True} if prompt_type == OWN else {"prompt_type": prompt_type}
+    form = {"hf_chat_template": True} if prompt_type == HF_CHAT_TEMPLATE else {"prompt_type": prompt_type}
     tags = {"role_tag": "role", "content_tag": "content", **{f"{role}_tag": role for role in ("user", "assistant", "system")}}
     summary = preprocess(PreprocessOptions(
         input=(str(tmp_path / "set.jsonl"),), output_prefix=tmp_path / "set", tokenizer_name_or_path=speaks_all.folder,
@@ -44,13 +44,13 @@ def test_chat_reads_what_training_read(speaks_all, tmp_path, prompt_type):
         show=False)
     trained, labels = (IndexedDataset(summary.outputs[f"packed_{name}"])[0].tolist() for name in ("input_ids", "labels"))
     for turn in (2, 4):
-        asked, _ = encode_prompt(speaks_all, Chat(SAID[:turn]), prompt_type)
+        asked, _ = encode_chat_prompt(speaks_all, Chat(SAID[:turn]), prompt_type)
         assert asked == trained[:len(asked)] and len(asked) > 5
         assert labels[len(asked)] == trained[len(asked)]  # the next token is the first of the answer, and learned
 
 
 def test_stop_words_of_a_template_end_an_answer(speaks_all):
-    _, ends = encode_prompt(speaks_all, Chat(HELLO), "chatml")
+    _, ends = encode_chat_prompt(speaks_all, Chat(HELLO), "chatml")
     assert set(ends) == {speaks_all.token_to_id("<|im_end|>"), speaks_all.token_to_id("<|im_start|>")}
 
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_says_what_it_was_trained_with(llama, engine, tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"prompt_type": "default"}))
     expected = engine.generate("Human: Hello\nAssistant:", max_new_tokens=12)
     assert load(tmp_path / "mcore", device="cpu").generate(HELLO, max_new_tokens=12) == expected
-    own = load(tmp_path / "mcore", device="cpu", prompt_type=OWN)
+    own = load(tmp_path / "mcore", device="cpu", prompt_type=HF_CHAT_TEMPLATE)
     assert own.generate(HELLO, max_new_tokens=12) == engine.generate(HELLO, max_new_tokens=12)
 
 
@@ -97,5 +97,5 @@ def test_a_wrong_prompt_type_is_refused(command, llama, args, message):
 
 
 def test_a_conversation_that_asks_nothing_is_refused(engine):
-    with pytest.raises(ModelLinkError, match="does not end with something to answer"):
+    with pytest.raises(ModelLinkError, match="not one that the model can answer"):
         engine.generate([*HELLO, {"role": "assistant", "content": "Hi"}], prompt_type="default")

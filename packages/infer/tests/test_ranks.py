@@ -28,7 +28,7 @@ def results(engine) -> dict[str, Any]:
             "logprobs": [value for answer in sampled for value in answer.logprobs or ()],
             "likelihoods": engine.loglikelihood([([5, 6, 7], [8, 9]), ([300, 11], [378]), ([1] * 40, [5])]),
             "unseeded": engine.generate("The", max_new_tokens=20, temperature=2.0)[0].token_ids,
-            "shared": engine.network.share("from rank " + os.environ.get("RANK", "0")),
+            "shared": engine.network.broadcast("from rank " + os.environ.get("RANK", "0")),
             "bound": [answer.token_ids for answer in engine.generate(PROMPTS[:2], max_new_tokens=60, temperature=1.5, seed=1,
                                                                      regex="[a-f]+, [0-9]{3}!")],
             "cancelled": [first + "".join(stream), stream.generation.finish_reason]}
@@ -37,13 +37,13 @@ def results(engine) -> dict[str, Any]:
 def shares_while_nobody_speaks(engine) -> int:
     """How often a rank hears from the first one in a chat whose user says nothing for a while, then leaves."""
     from modellink.infer import chat
-    heard, share = [], engine.network.share
-    engine.network.share = lambda value: heard.append(share(value)) or heard[-1]
+    heard, broadcast = [], engine.network.broadcast
+    engine.network.broadcast = lambda value: heard.append(broadcast(value)) or heard[-1]
     chat.IDLE_SECONDS = 0.05
     reading, writing = os.pipe()
     with open(reading) as sys.stdin, open(writing, "w") as user:
         threading.Timer(1, lambda: print("/quit", file=user, flush=True)).start()
-        chat.talk(engine, chat.Conversation(), first_rank=os.environ.get("RANK", "0") == "0")
+        chat.chat_loop(engine, chat.Conversation(), first_rank=os.environ.get("RANK", "0") == "0")
     return len(heard)
 
 

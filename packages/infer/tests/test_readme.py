@@ -25,7 +25,7 @@ def address(engine) -> Iterator[str]:
     from modellink.core.processes import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="smollm2", api_key=None, largest_body=10_000)
+    app = make_app(Service(engine, max_waiting=4), name="smollm2", api_key=None, max_body=10_000)
     running = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()

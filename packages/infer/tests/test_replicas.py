@@ -128,7 +128,7 @@ def test_a_stream_of_one_that_dies_says_so(front):
         for pid in workers(front):
             os.kill(pid, signal.SIGKILL)
         rest = [line for line in lines if line]
-    assert json.loads(rest[-1][6:])["error"]["message"] == "the replica ended"
+    assert json.loads(rest[-1][6:])["error"]["message"] == "the replica exited"
     response = post(front, **BODY)
     assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"
     assert front.client.get("/health").status_code == 503

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modellink.infer.sampling import Chooser, Sampling, narrow, penalise
+from modellink.infer.sampler import Sampler, filter_logits, penalize
+from modellink.infer.sampling import Sampling
 from modellink.kernels.errors import ModelLinkError
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> s
        st.floats(0.05, 1))
 def test_narrow_keeps_what_a_plain_reference_keeps(scores, temperature, top_k, top_p):
     logits = torch.tensor(scores).double() / 50
-    left = narrow(logits, Sampling(True, temperature, top_k, top_p))
+    left = filter_logits(logits, Sampling(True, temperature, top_k, top_p))
     stay = {index for index, value in enumerate(left.tolist()) if value > -math.inf}
     assert stay == kept(logits.tolist(), temperature, top_k, top_p)
     chosen = sorted(stay)
@@ -45,31 +46,31 @@ def test_narrow_keeps_what_a_plain_reference_keeps(scores, temperature, top_k, t
 def test_top_k_comes_before_top_p():
     # of all four tokens the first two hold 0.7; of the best two alone the first holds 0.57 and crosses 0.5 by itself
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert (narrow(logits, Sampling(True, 1.0, 2, 0.5)) > -math.inf).tolist() == [True, False, False, False]
-    assert (narrow(logits, Sampling(True, 1.0, 0, 0.5)) > -math.inf).tolist() == [True, True, False, False]
+    assert (filter_logits(logits, Sampling(True, 1.0, 2, 0.5)) > -math.inf).tolist() == [True, False, False, False]
+    assert (filter_logits(logits, Sampling(True, 1.0, 0, 0.5)) > -math.inf).tolist() == [True, True, False, False]
 
 
 def test_the_first_token_always_stays():
-    assert (narrow(torch.tensor([0.9, 0.1]).log(), Sampling(True, top_p=1e-9)) > -math.inf).tolist() == [True, False]
+    assert (filter_logits(torch.tensor([0.9, 0.1]).log(), Sampling(True, top_p=1e-9)) > -math.inf).tolist() == [True, False]
 
 
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.25, 0.15, 0.1])
-    chooser = Chooser(Sampling(True, 1.0, 0, 1.0, seed=3), CPU)
+    chooser = Sampler(Sampling(True, 1.0, 0, 1.0, seed=3), CPU)
     drawn = torch.tensor([chooser(probabilities.log()) for _ in range(4000)]).bincount(minlength=4) / 4000
     assert drawn.tolist() == pytest.approx(probabilities.tolist(), abs=0.03)
 
 
 def test_a_seed_draws_the_same_and_another_seed_something_else():
     logits = torch.zeros(1000)
-    draws = [[int(chooser(logits)) for _ in range(8)] for chooser in (Chooser(Sampling(True, seed=seed, top_k=0), CPU)
+    draws = [[int(chooser(logits)) for _ in range(8)] for chooser in (Sampler(Sampling(True, seed=seed, top_k=0), CPU)
                                                                      for seed in (1, 1, 2))]
     assert draws[0] == draws[1] != draws[2]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(True, temperature=0.0)])
 def test_greedy_takes_the_most_likely(sampling):
-    assert int(Chooser(sampling, CPU)(torch.tensor([0.1, 3.0, 2.0]))) == 1
+    assert int(Sampler(sampling, CPU)(torch.tensor([0.1, 3.0, 2.0]))) == 1
 
 
 @pytest.mark.parametrize(("values", "name"), [
@@ -89,20 +90,20 @@ def test_min_p_and_repetition_are_those_of_transformers():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(2)) * 3
     for share in (0.01, 0.3, 1.0):
         expected = MinPLogitsWarper(share)(None, logits[None])[0]
-        assert torch.equal(narrow(logits, Sampling(True, top_k=0, min_p=share)) > -math.inf, expected > -math.inf)
+        assert torch.equal(filter_logits(logits, Sampling(True, top_k=0, min_p=share)) > -math.inf, expected > -math.inf)
     for penalty in (1.3, 0.7):
         expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 7, 7, 9, 11]]), logits[None])[0]
-        torch.testing.assert_close(penalise(logits, Sampling(repetition_penalty=penalty), [3, 7, 7], [9, 11]), expected)
+        torch.testing.assert_close(penalize(logits, Sampling(repetition_penalty=penalty), [3, 7, 7], [9, 11]), expected)
 
 
 def test_presence_and_frequency_look_at_the_answer_alone():
-    found = penalise(torch.zeros(6), Sampling(presence_penalty=1.0, frequency_penalty=0.25), [0, 1], [1, 3, 3, 3])
+    found = penalize(torch.zeros(6), Sampling(presence_penalty=1.0, frequency_penalty=0.25), [0, 1], [1, 3, 3, 3])
     assert found.tolist() == [0, -1.25, 0, -1.75, 0, 0]
-    assert penalise(torch.zeros(3), Sampling(presence_penalty=1.0), [0], []).tolist() == [0, 0, 0]
+    assert penalize(torch.zeros(3), Sampling(presence_penalty=1.0), [0], []).tolist() == [0, 0, 0]
 
 
 def test_a_penalty_changes_what_greedy_takes():
-    chooser = Chooser(Sampling(presence_penalty=5.0), CPU, [2], answer := [1])
+    chooser = Sampler(Sampling(presence_penalty=5.0), CPU, [2], answer := [1])
     assert chooser(torch.tensor([0.1, 3.0, 2.0])) == 2
     answer.append(2)
     assert chooser(torch.tensor([0.1, 3.0, 2.0])) == 0

@@ -37,12 +37,12 @@ def test_loglikelihoods_are_those_of_transformers(engine, full_logits):
 
 
 def test_also_where_the_logits_do_not_fit_into_one_pass(engine, full_logits, monkeypatch):
-    monkeypatch.setattr("modellink.infer.score.PASS_LOGITS", 379 * 4)
+    monkeypatch.setattr("modellink.infer.score.MAX_PASS_LOGITS", 379 * 4)
     check(engine, full_logits)
 
 
 def test_also_one_row_at_a_time(engine, full_logits, monkeypatch):
-    monkeypatch.setattr("modellink.infer.score.PASS_TOKENS", 1)
+    monkeypatch.setattr("modellink.infer.score.MAX_PASS_TOKENS", 1)
     check(engine, full_logits)
 
 
@@ -65,8 +65,8 @@ def test_score_is_the_loss_of_each_token_but_the_first(engine, full_logits):
 def test_a_shared_context_is_computed_once(engine, monkeypatch):
     passes = []
     compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
-        passes.append(tuple(ids.shape)), compute(self, ids, state))[1])
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
+        passes.append(tuple(work.token_ids.shape)), compute(self, work))[1])
     engine.loglikelihood([([5, 6, 7], [token]) for token in (10, 11, 12, 13)])
     assert passes == [(1, 3)]
 
@@ -76,8 +76,8 @@ def test_what_rows_begin_with_is_computed_once(engine, full_logits, monkeypatch)
     asked = [(head + random_ids(seed, 5 + seed), [seed + 3, 7]) for seed in range(8)]
     computed = []
     compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
-        computed.append(ids.numel()), compute(self, ids, state))[1])
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
+        computed.append(work.token_ids.numel()), compute(self, work))[1])
     found = engine.loglikelihood(asked)
     lengths = [len(context) + len(continuation) - 1 for context, continuation in asked]
     assert computed == [lengths[computed_first(asked)], sum(lengths) - lengths[computed_first(asked)] - 7 * 128]

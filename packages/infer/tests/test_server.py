@@ -32,8 +32,8 @@ def server(engine) -> Iterator[SimpleNamespace]:
     from modellink.core.processes import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    service = Service(engine, most_waiting=24)
-    app = make_app(service, name="tiny", api_key=None, largest_body=100_000)
+    service = Service(engine, max_waiting=24)
+    app = make_app(service, name="tiny", api_key=None, max_body=100_000)
     running = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -51,9 +51,9 @@ def quiet(server) -> Iterator[None]:
     """Nothing is left behind by a test."""
     yield
     deadline = time.monotonic() + 20
-    while server.service.under_way and time.monotonic() < deadline:
+    while server.service.unfinished and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert server.service.under_way == 0 and server.service.failure is None
+    assert server.service.unfinished == 0 and server.service.failure is None
     assert all(pool.used == 0 for pool in server.service.batch.cache.pools)
 
 
@@ -188,17 +188,17 @@ def test_parts_of_a_message_and_tools_reach_the_template(server, engine, monkeyp
 @pytest.mark.parametrize(("body", "status", "message"), [
     (b"{", 400, "not JSON"), (b"[]", 400, "not a JSON object"), (b'{"prompt": "a", "temperature": NaN}', 400, "NaN is not"),
     (b"[" * 90_000, 400, "JSON"), (b"\xff\xfe", 400, "not JSON"), ({"prompt": []}, 400, "no prompt"), ({}, 400, "no prompt"),
-    ({"prompt": "a", "model": "gpt"}, 404, "no model 'gpt'"), ({"prompt": [400]}, 400, "token id 400"),
-    ({"prompt": [5] * 300}, 400, "longest sequence is 256"), ({"prompt": "a", "max_tokens": 1000}, 400, "use at most"),
-    ({"prompt": "a", "max_tokens": -1}, 400, "at least 1"), ({"prompt": "a", "temperature": -1}, 400, "temperature is -1"),
-    ({"prompt": "a", "temperature": "hot"}, 400, "must be of type"), ({"prompt": "a", "n": 1000}, 400, "is the most"),
-    ({"prompt": "a", "n": 0}, 400, "0 answers"), ({"prompt": "a", "stop": [None]}, 400, "no text"),
+    ({"prompt": "a", "model": "gpt"}, 404, "unknown model 'gpt'"), ({"prompt": [400]}, 400, "token id 400"),
+    ({"prompt": [5] * 300}, 400, "maximum length is 256"), ({"prompt": "a", "max_tokens": 1000}, 400, "use at most"),
+    ({"prompt": "a", "max_tokens": -1}, 400, "at least 1"), ({"prompt": "a", "temperature": -1}, 400, "temperature: -1.0 is out of range"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "must be of type"), ({"prompt": "a", "n": 1000}, 400, "n is 1000"),
+    ({"prompt": "a", "n": 0}, 400, "n is 0"), ({"prompt": "a", "stop": [None]}, 400, "not a string"),
     ({"prompt": "a", "use_beam_search": True}, 400, "not supported"), ({"prompt": "a", "best_of": 3}, 400, "not supported"),
-    ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "20 is the most"),
+    ({"prompt": "a", "logit_bias": {"5": 1}}, 400, "not supported"), ({"prompt": "a", "logprobs": 50}, 400, "between 0 and 20"),
     ({"prompt": "a", "max_tokens": 0}, 400, "at least 1"), (b'{"prompt": "a\\ud800"}', 400, "not Unicode"),
     (b'{"prompt": "a", "temperature": 1%s}' % (b"0" * 400), 400, "401 digits"),
-    ({"prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition_penalty is 1e-30"),
-    ({"prompt": "a", "stop": ["a"] * 65}, 400, "64 is the most"),
+    ({"prompt": "a", "repetition_penalty": 1e-30}, 400, "repetition_penalty: 1e-30 is out of range"),
+    ({"prompt": "a", "stop": ["a"] * 65}, 400, "at most 64"),
     ({"prompt": "a" * 200_000}, 413, "larger than 100000")])
 def test_a_bad_body_gets_a_proper_error(server, body, status, message):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -207,16 +207,16 @@ def test_a_bad_body_gets_a_proper_error(server, body, status, message):
 
 
 @pytest.mark.parametrize(("more", "param", "message"), [
-    ({"max_tokens": 1000}, "max_tokens", "use at most"), ({"max_tokens": -1}, "max_tokens", "max_tokens is -1"),
-    ({"top_p": 2}, "top_p", "top_p is 2"), ({"top_p": 0}, "top_p", "top_p is 0"), ({"top_k": -7}, "top_k", "top_k is -7"),
-    ({"min_p": 3}, "min_p", "min_p is 3"), ({"frequency_penalty": 1000}, "frequency_penalty", "frequency_penalty is 1000"),
-    ({"seed": -4}, "seed", "seed is -4"), ({"n": 0}, "n", "0 answers"),
-    ({"n": 25}, "n", "24 is the most"), ({"prompt": ["a"] * 5, "n": 5}, "n", "24 is the most"),
-    ({"logprobs": 21}, "logprobs", "20 is the most"),
-    ({"stop": ""}, "stop", "stop string is empty"), ({"stop_token_ids": ["a"]}, "stop_token_ids", "no token id"),
-    ({"prompt": [400]}, "prompt", "token id 400"), ({"prompt": [5] * 300}, "prompt", "longest sequence"),
-    ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "no answer can be made"),
-    ({"guided_regex": "a", "guided_json": {}}, "response_format", "one schema or expression"),
+    ({"max_tokens": 1000}, "max_tokens", "use at most"), ({"max_tokens": -1}, "max_tokens", "max_tokens: -1 is out of range"),
+    ({"top_p": 2}, "top_p", "top_p: 2.0 is out of range"), ({"top_p": 0}, "top_p", "top_p: 0 is out of range"), ({"top_k": -7}, "top_k", "top_k: -7 is out of range"),
+    ({"min_p": 3}, "min_p", "min_p: 3.0 is out of range"), ({"frequency_penalty": 1000}, "frequency_penalty", "frequency_penalty: 1000.0 is out of range"),
+    ({"seed": -4}, "seed", "seed: -4 is out of range"), ({"n": 0}, "n", "n is 0"),
+    ({"n": 25}, "n", "1 to 24 completions"), ({"prompt": ["a"] * 5, "n": 5}, "n", "1 to 24 completions"),
+    ({"logprobs": 21}, "logprobs", "between 0 and 20"),
+    ({"stop": ""}, "stop", "stop string is empty"), ({"stop_token_ids": ["a"]}, "stop_token_ids", "not a token id"),
+    ({"prompt": [400]}, "prompt", "token id 400"), ({"prompt": [5] * 300}, "prompt", "maximum length"),
+    ({"response_format": {"type": "regex", "regex": "("}}, "response_format", "response_format: invalid or not supported"),
+    ({"guided_regex": "a", "guided_json": {}}, "response_format", "only one schema or expression"),
     ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs", "choice in structured_outputs is not supported"),
     *(({name: value}, name, f"{name} is not supported") for name, value in {
         "guided_choice": ["a"], "guided_grammar": "x", "min_tokens": 3, "bad_words": ["a"], "allowed_token_ids": [1],
@@ -231,13 +231,13 @@ def test_an_error_names_the_field(server, more, param, message):
 
 @pytest.mark.parametrize(("more", "param", "message"), [
     ({"max_completion_tokens": 1000}, "max_completion_tokens", "use at most"), ({"max_tokens": 0}, "max_tokens", "at least 1"),
-    ({"messages": [{"role": "user", "content": "a" * 9000}]}, "messages", "longest sequence"),
-    ({"tool_choice": "required"}, "tool_choice", "cannot be forced"),
-    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "cannot be forced"),
+    ({"messages": [{"role": "user", "content": "a" * 9000}]}, "messages", "maximum length"),
+    ({"tool_choice": "required"}, "tool_choice", "forced calls are not supported"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "forced calls are not supported"),
     ({"continue_final_message": True}, "continue_final_message", "is not supported"), ({"tools": ["clock"]}, "tools", "tool 0"),
-    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools", "no JSON schema"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": 3}}]}, "tools", "not a JSON schema"),
     *(({"messages": [{"role": "assistant", "tool_calls": calls}]}, "messages", message) for calls, message in (
-        ("clock", "no list of"), ([5], "no list of"), ([{"function": {}}], "no list of"), ([{"function": "f"}], "no list of"),
+        ("clock", "not a list of"), ([5], "not a list of"), ([{"function": {}}], "not a list of"), ([{"function": "f"}], "not a list of"),
         ([{"function": {"name": "f", "arguments": "{"}}], "the arguments of f"),
         ([{"function": {"name": "f", "arguments": "[]"}}], "the arguments of f"),
         ([{"function": {"name": "f", "arguments": 5}}], "the arguments of f")))])
@@ -298,7 +298,7 @@ def test_an_answer_that_is_stuck_was_cut(server, monkeypatch, streaming):
     def stuck(constraint: Any, logits: Any) -> Any:
         constraint.stuck = True
         return logits
-    monkeypatch.setattr(Constraint, "narrow", stuck)
+    monkeypatch.setattr(Constraint, "mask", stuck)
     response = post(server, prompt="a", guided_regex="a+", stream=streaming)
     text = response.text.replace("data: [DONE]", "").strip().split("data: ")[-1] if streaming else response.text
     assert json.loads(text)["choices"][0]["finish_reason"] == "length"
@@ -316,9 +316,9 @@ def test_what_is_counted_is_bounded_by_the_routes(server):
 
 
 @pytest.mark.parametrize(("body", "message"), [
-    ({}, "no messages"), ({"messages": ["a"]}, "message 0"), ({"messages": [{"role": "user", "content": 5}]}, "is no text"),
+    ({}, "no messages"), ({"messages": ["a"]}, "message 0"), ({"messages": [{"role": "user", "content": 5}]}, "is not text"),
     ({"messages": [{"role": "user", "content": "a\ud800"}]}, "not Unicode"),
-    ({"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": False}}, "the server says itself"),
+    ({"messages": CHAT, "chat_template_kwargs": {"add_generation_prompt": False}}, "must not set add_generation_prompt"),
     ({"messages": CHAT, "top_logprobs": 2}, "needs logprobs"), ({"messages": CHAT, "stream": "yes"}, "type bool")])
 def test_a_bad_chat_gets_a_proper_error(server, body, message):
     response = server.client.post("/v1/chat/completions", content=json.dumps(body))
@@ -359,7 +359,7 @@ def test_a_client_that_goes_leaves_the_batch(server, streaming):
         while not server.service.batch.running:
             time.sleep(0.005)
     deadline = time.monotonic() + 20
-    while server.service.under_way and time.monotonic() < deadline:
+    while server.service.unfinished and time.monotonic() < deadline:
         time.sleep(0.01)
     assert metrics._counts["cancelled"] == before + 1
     while not (new := metrics._requests - Counter(told)) and time.monotonic() < deadline:
@@ -370,7 +370,7 @@ def test_a_client_that_goes_leaves_the_batch(server, streaming):
 def test_a_client_that_goes_before_the_first_piece_leaves_the_batch(server):
     from starlette.requests import Request
 
-    from modellink.infer.server.app import _answer
+    from modellink.infer.server.app import _complete
     body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": True, "ignore_eos": True}).encode()
     before = server.service.metrics._counts["cancelled"]
 
@@ -382,10 +382,10 @@ def test_a_client_that_goes_before_the_first_piece_leaves_the_batch(server):
 
     async def ask() -> None:
         scope = {"type": "http", "headers": [], "asgi": {"spec_version": "2.4"}}
-        response = await _answer(server.service, Request(scope, receive), "tiny", 1000, chat=False)
+        response = await _complete(server.service, Request(scope, receive), "tiny", 1000, chat=False)
         with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
             await response(scope, receive, send)
-        while server.service.under_way:
+        while server.service.unfinished:
             await asyncio.sleep(0.01)
     asyncio.run(ask())
     assert server.service.metrics._counts["cancelled"] == before + 1
@@ -423,7 +423,7 @@ def test_a_key_is_asked_for(engine, key):
 
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key=key, largest_body=1000)
+    app = make_app(Service(engine, max_waiting=4), name="tiny", api_key=key, max_body=1000)
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 401
         assert client.get("/v1/models", headers={"Authorization": "Bearer no"}).json()["error"]["type"] == "authentication_error"
@@ -435,7 +435,7 @@ def test_no_host_gets_around_the_key(engine):
     """A URL is made of the client's Host, or of the server's name; neither says what is routed."""
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key="sesame", largest_body=1000)
+    app = make_app(Service(engine, max_waiting=4), name="tiny", api_key="sesame", max_body=1000)
     said: list[Any] = []
 
     async def receive() -> Any:

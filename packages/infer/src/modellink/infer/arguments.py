@@ -1,4 +1,4 @@
-"""The keyword arguments of `generate` and `stream`, and the checks that need neither a model nor a tokenizer. Imports no torch."""
+"""Keyword arguments of `generate` and `stream`, and the checks that need neither model nor tokenizer. Imports no torch."""
 
 from __future__ import annotations
 

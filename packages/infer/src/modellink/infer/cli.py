@@ -8,7 +8,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 
 import click
@@ -39,7 +38,7 @@ def generate(given: Layer) -> None:
     arguments = generation.arguments(set(given.values), sample=False)
     prompts = read_prompts(options) if first_rank else []
     plan = launch.open_model(model)
-    arguments.update(prompt_type=plan.prompt_type, logprobs=options.logprobs)
+    arguments |= {"prompt_type": plan.prompt_type, "logprobs": options.logprobs}
     from modellink.infer.prompts import make_requests
     requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
     if plan.tokenizer is None:
@@ -47,7 +46,7 @@ def generate(given: Layer) -> None:
                              fix="set --tokenizer-name-or-path to the model's Hugging Face folder")
     if launch.must_start_ranks(model):
         from_stdin = not options.prompt and options.prompt_file is None
-        with launch.prompts_as_file(prompts) if from_stdin else nullcontext([]) as more:
+        with launch.prompts_as_file(prompts if from_stdin else None) as more:
             launch.start_ranks(model, more)
     engine = launch.build_engine(model, plan, options.batch_size)
     prompts, requests = engine.network.broadcast((prompts, requests))  # on several machines only one has the files and terminal

@@ -1,8 +1,8 @@
 """`load` and `Engine`: generation and likelihoods as a library.
 
 With several ranks, each calls the same methods with the same arguments and gets the same results; the processes are started by
-torchrun or by `modellink-infer --tp N`. A process has one engine at a time, because megatron-core's process groups are global, and
-one thread uses it at a time; the server has a thread for that.
+torchrun or by `modellink-infer --tp N`. A process has one engine at a time, because megatron-core's process groups are global,
+and one thread uses it at a time; the server has a thread for that.
 """
 
 from __future__ import annotations

@@ -46,8 +46,11 @@ def start_ranks(model: ModelOptions, more: Sequence[str] = (), *, forward: tuple
 
 
 @contextmanager
-def prompts_as_file(prompts: Sequence[Any]) -> Iterator[list[str]]:
-    """Yield arguments that pass to the ranks what was read from stdin, which only one process can read."""
+def prompts_as_file(prompts: Sequence[Any] | None) -> Iterator[list[str]]:
+    """Yield arguments that pass prompts to the ranks, if they were read from stdin, which only one process can read."""
+    if prompts is None:
+        yield []
+        return
     with tempfile.NamedTemporaryFile("w", suffix=".jsonl", encoding="utf-8") as file:
         for prompt in prompts:
             text = prompt if isinstance(prompt, str) else prompt[-1]["content"]

@@ -38,14 +38,14 @@ class Network:
 
     Args:
         show: print progress and notes to stderr.
-        fast_paths: which passes may bypass core's model.
+        fast_paths: which passes may bypass core's model. Default: see `FastPathSettings`.
 
     Attributes:
         fast_paths: tried in order before core's model.
     """
 
     def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
-                 fast_paths: FastPathSettings = FastPathSettings()) -> None:
+                 fast_paths: FastPathSettings | None = None) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._memory = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -61,7 +61,7 @@ class Network:
             if show:
                 print(note, file=sys.stderr)
         self.fast_paths = select_fast_paths(
-            LoadedModel(self._model, self.spec, layout, device, dtype), fast_paths, run=self._run_pass,
+            LoadedModel(self._model, self.spec, layout, device, dtype), fast_paths or FastPathSettings(), run=self._run_pass,
             make_cache=lambda: self.make_cache(max_sequences=1, max_chunk=PAGE_SIZE, tokens=CACHE_TOKENS), report=report)
 
     def make_cache(self, *, max_sequences: int, max_chunk: int, tokens: int | None = None, most: int | None = None) -> PagedCache:

@@ -118,7 +118,7 @@ class GenerationOptions:
             frequency_penalty=self.frequency_penalty, num_beams=self.num_beams, length_penalty=self.length_penalty,
             num_return_sequences=self.num_return_sequences, regex=self.regex, json_schema=self._schema())
         if sample:
-            arguments.update(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
         check_arguments(arguments)
         return arguments
 

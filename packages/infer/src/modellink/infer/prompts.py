@@ -88,7 +88,8 @@ def _sample(request: GenerationRequest, number: int) -> GenerationRequest:
     return replace(request, sampling=replace(request.sampling, seed=seed + number))
 
 
-def _stops(arguments: GenerationArguments, spec: ModelSpec, tokenizer: Tokenizer | None) -> tuple[frozenset[int], tuple[str, ...]]:
+def _stops(arguments: GenerationArguments, spec: ModelSpec, tokenizer: Tokenizer | None,
+           ) -> tuple[frozenset[int], tuple[str, ...]]:
     """Return the token ids and the strings that end a completion."""
     stops, ends = as_list(arguments.get("stop")), as_list(arguments.get("eos_token_id"))
     strings = tuple(item for item in stops if isinstance(item, str))

@@ -1,4 +1,4 @@
-"""Sampling parameters and their limits. Imports no torch, so that a command can check them first; see sampler.py for their use."""
+"""Sampling parameters and their limits. Imports no torch, so that a command can check them first; sampler.py applies them."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def parse_call(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
     if not 1 <= count * len(prompts) <= max_completions:
         raise ModelLinkError(f"n is {count} for {len(prompts)} prompts, a request may have 1 to {max_completions} completions",
                              where="n")
-    arguments.update(num_return_sequences=count, prompt_type=prompt_type)
+    arguments |= {"num_return_sequences": count, "prompt_type": prompt_type}
     try:
         requests = make_requests(prompts, spec, tokenizer, **arguments)
     except ModelLinkError as error:

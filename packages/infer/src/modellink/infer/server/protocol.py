@@ -56,8 +56,8 @@ def _entries(completion: Completion, tokenizer: Tokenizer | None, start: int) ->
     if start < prompt_tokens:
         found += map(TokenLogprob, request.prompt, [None, *completion.prompt_logprobs], [None, *completion.prompt_top_logprobs],
                      _prompt_offsets(request, tokenizer))
-    lists = (completion.token_ids, completion.logprobs, completion.top_logprobs, completion.offsets)
-    length = min(map(len, lists))  # another thread may be appending to them
+    length = min(len(completion.token_ids), len(completion.logprobs), len(completion.top_logprobs),
+                 len(completion.offsets))  # another thread may be appending to them
     for index in range(max(0, start - prompt_tokens), length):
         found.append(TokenLogprob(completion.token_ids[index], completion.logprobs[index], completion.top_logprobs[index],
                                   len(request.text_prefix) + completion.offsets[index]))
