@@ -83,7 +83,7 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "No such option"),
+    (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "unknown option"),
     (["--config", "gone.yaml"], "configuration file is missing"), (["--model", "qwen2.5-7b"], "qwen2.5-7b-32k")])
 def test_a_mistake_is_one_message_and_status_2(options, tmp_path, monkeypatch, capsys, change, message):
     """The command's entry point, within this process."""

@@ -31,7 +31,7 @@ def test_a_good_run_is_settled(options):
     ({"tensor_model_parallel_size": 3}, "tensor parallel size 3 does not divide the 2 query groups", "use 1 or 2"),
     ({"pipeline_model_parallel_size": 3}, "4 layers cannot be dealt evenly to 3 pipeline stages", "use 1, 2 or 4 stages"),
     ({"pipeline_model_parallel_size": 2, "num_layer_list": "1,2"}, "1,2 has 2 stages with 3 layers", "4 layers"),
-    ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of TP 2 x PP 1", "use 2, 4"),
+    ({"tensor_model_parallel_size": 2, "nproc_per_node": 3}, "3 processes are not a multiple of 2 (TP 2)", "use 2, 4"),
     ({"num_layers_per_virtual_pipeline_stage": 1}, "chunks of 1 to 1 pipeline stages", "two stages"),
     ({"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1, "global_batch_size": 3},
      "3 micro batches are not a multiple of the 2 interleaved stages", "--global-batch-size"),
@@ -60,7 +60,8 @@ def test_a_good_run_is_settled(options):
     ({"save_interval": 2}, "no folder to save in", "--save"),
     ({"device": "npu"}, "no npu device", "modellink-doctor"),
     ({"expert_model_parallel_size": 2, "nproc_per_node": 2}, "without experts cannot be cut over 2", "--expert-model-"),
-    ({"expert_model_parallel_size": 2, "nproc_per_node": 3}, "cannot be dealt to 2 of 3 data-parallel ranks", "divisor of 3"),
+    ({"expert_model_parallel_size": 2, "nproc_per_node": 3},
+     "expert parallel size 2 does not divide the 3 data-parallel ranks", "divisor of 3"),
     ({"context_parallel_size": 3, "seq_length": 28}, "28 cannot be cut into 6 chunks", "two chunks"),
     ({"context_parallel_size": 4, "seq_length": 24, "tensor_model_parallel_size": 1}, "6 heads on 1 tensor-parallel ranks",
      "megatron_cp_algo"),
@@ -190,7 +191,7 @@ def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path
     assert prepare([Layer("test", options | model)], None).spec.ffn == 96
     with pytest.raises(ModelLinkError, match="family of the model is not known"):
         prepare([Layer("test", options | model | {"save": str(tmp_path)})], None)
-    with pytest.raises(ModelLinkError, match="--vocab-size must be given"):
+    with pytest.raises(ModelLinkError, match="--vocab-size is required"):
         prepare([Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
 
 

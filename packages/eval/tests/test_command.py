@@ -51,8 +51,8 @@ GOOD = {"--task": ["mmlu"], "--task-data-path": ["data"], "--load": ["model"], "
     ({"--prompt-type": ["qwen"], "--eval-language": ["fr"]}, "'fr' is not one of"),
     ({"--num-samples": ["5"]}, "one text 5 times"),
     ({"--task": ["gsm8k"], "--max-new-tokens": ["0"]}, "--max-new-tokens is 0"),
-    ({"--output": None}, "--output must be given"),
-    ({"--task-data-paht": ["data"]}, "No such option"),
+    ({"--output": None}, "--output is required"),
+    ({"--task-data-paht": ["data"]}, "unknown option"),
 ])
 def test_a_mistake(command, data, tmp_path, snapshot, change, message):
     before = snapshot(tmp_path)

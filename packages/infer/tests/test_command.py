@@ -125,7 +125,7 @@ def test_a_conversation_on_two_ranks(llama, engine):
 
 WRONG = [
     (["--load", "nowhere", "--prompt", "a"], "checkpoint folder is missing"),
-    (["--prompt", "a"], "--load must be given"),
+    (["--prompt", "a"], "--load is required"),
     (["--load", "LLAMA"], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", ""], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not both"),
@@ -143,7 +143,7 @@ WRONG = [
     (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
     (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
     (["--load", "LLAMA", "--prompt", "a", "--logprobs"], "add --json"),
-    (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "No such option"),
+    (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "unknown option"),
     (["--load", "LLAMA", "--prompt", "a", "--device", "abacus"], "abacus"),
     (["--load", "LLAMA", "--prompt", "a", "--model-type-hf", "nonsense"], "nonsense"),
 ]

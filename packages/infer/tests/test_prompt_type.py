@@ -10,7 +10,8 @@ import tokenizers
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess, template_names
 from modellink.infer import load
-from modellink.infer.template import HF_CHAT_TEMPLATE, Chat, encode_chat_prompt
+from modellink.infer.template import Chat, encode_chat_prompt
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 
 SAID = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊 {content}"},

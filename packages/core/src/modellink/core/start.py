@@ -7,6 +7,7 @@ from math import isclose
 from pathlib import Path
 
 from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert.adapter import SAVED_FILE
 from modellink.ckpt_convert.formats.huggingface import is_huggingface
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import complete_iterations, iteration_folder, last_complete
@@ -59,7 +60,7 @@ def _opened(config: CheckpointConfig, lora: LoraConfig) -> Start:
         return Start()
     if not config.load.exists():
         raise ModelLinkError("the checkpoint to load is missing", where=f"--load {config.load}")
-    if (config.load / adapters.FILE).is_file():
+    if (config.load / SAVED_FILE).is_file():
         raise ModelLinkError("the checkpoint holds adapters alone", where=f"--load {config.load}",
                              fix="give it with --lora-load, and with --load what they were trained on")
     of_adapters = lora.on and lora.lora_load is not None  # then --ckpt-step is theirs

@@ -7,32 +7,22 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from modellink.infer.arguments import GenerationArguments, check_arguments
-from modellink.infer.template import HF_CHAT_TEMPLATE
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import RunModelOptions
 from modellink.kernels.options import option
-from modellink.kernels.parallel import ParallelLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class ModelOptions(RunModelOptions):
     """Which model to load, and where to run it."""
 
     load: Path = option(doc="Checkpoint to load: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch-dist, written at "
                         "any layout.")
     ckpt_step: int | None = option(None, "Iteration of --load to read. Default: the last complete one.", alias="--iteration",
                                    minimum=0)
-    tensor_model_parallel_size: int = option(1, "Tensor parallel size.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Pipeline parallel size.", alias="--pp", minimum=1)
-    num_layer_list: tuple[int, ...] | None = option(None, "Number of layers of each stage, e.g. 4,6,6,4.")
-    expert_model_parallel_size: int = option(1, "Expert parallel size.", alias="--ep", minimum=1)
-    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to run on.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations.")
-    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer.")
-    model_type_hf: str | None = option(None, "Family of the model.")
-    prompt_type: str | None = option(None, "Chat template.")
     cache_tokens: int | None = option(None, "Capacity of the cache over all sequences. Default: --batch-size sequences of the "
                                       "maximum length, or what fits into half of the free memory.", unit="tokens", minimum=1)
     native: bool | None = option(None, "On a CPU, run passes over few tokens with a compiled function. Needs a C compiler and a "
@@ -53,11 +43,6 @@ class ModelOptions:
         if self.int8 and self.native is False:
             raise ModelLinkError("int8 weights need the compiled function", where="--int8, --no-native",
                                  fix="remove one of them")
-
-    def layout(self) -> ParallelLayout:
-        ep = self.expert_model_parallel_size
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
-                              num_layer_list=self.num_layer_list)
 
     @property
     def template(self) -> str | None:

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modellink.data_prep import ChatFormat, Tokenizer, chat_format, encode_chat, from_messages
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
-
-HF_CHAT_TEMPLATE = "hf-chat-template"  # the prompt type of the tokenizer's own template
 
 
 @dataclass(frozen=True)
