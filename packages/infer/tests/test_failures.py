@@ -1,4 +1,4 @@
-"""Faults of ours: one of a single answer ends that answer, one of the model ends the process, and no request waits for ever."""
+"""Internal errors: one in a completion ends only that one, one of the model ends the process, and no request waits forever."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 BODY = {"prompt": "The quick", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-# The command, in a process whose model fails as soon as the file named by the environment is there; it takes it away.
+# The command, in a process whose model fails once as soon as the file that BREAKS names exists; the process removes it.
 BROKEN = """
 import os, sys
 from modellink.core import engine
@@ -60,8 +60,8 @@ def client(service) -> Iterator[Any]:
         yield client
 
 
-class Broken:
-    """Chooses as another does, until it breaks."""
+class FailingSampler:
+    """Calls another sampler a number of times, then fails."""
 
     is_argmax = False
     constraint = None
@@ -78,18 +78,18 @@ class Broken:
 
 @pytest.fixture
 def breaks(service, monkeypatch) -> None:
-    """Answers that draw break at their fourth token."""
+    """Completions with sampling fail at their fourth token."""
     add = service.batch.add
 
     def broken(answer: Any) -> None:
         add(answer)
         entry = service.batch.waiting[-1]
         if not answer.request.sampling.greedy:
-            entry.sampler = Broken(entry.sampler, 3)
+            entry.sampler = FailingSampler(entry.sampler, 3)
     monkeypatch.setattr(service.batch, "add", broken)
 
 
-def test_a_fault_of_one_answer_ends_that_answer(engine, client, service, breaks):
+def test_an_error_in_one_completion_ends_only_that_one(engine, client, service, breaks):
     (expected,) = engine.generate("The quick", max_new_tokens=12, ignore_eos=True)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda temperature: client.post("/v1/completions", json=BODY | {"temperature": temperature}),
@@ -104,14 +104,14 @@ def test_a_fault_of_one_answer_ends_that_answer(engine, client, service, breaks)
     assert service.unfinished == 0 and all(pool.used == 0 for pool in service.batch.cache.pools)
 
 
-def test_an_answer_that_cannot_begin_harms_no_other(engine, client, service, monkeypatch):
+def test_a_completion_that_cannot_start_affects_no_other(engine, client, service, monkeypatch):
     monkeypatch.setattr(service.batch, "add", lambda answer: 1 / 0)
     assert client.post("/v1/completions", json=BODY).status_code == 500
     monkeypatch.undo()
     assert client.post("/v1/completions", json=BODY).status_code == 200 and service.unfinished == 0
 
 
-def test_a_library_gets_the_fault_itself(engine, monkeypatch):
+def test_the_library_raises_the_error(engine, monkeypatch):
     from modellink.infer.sampler import Sampler
     monkeypatch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -120,7 +120,7 @@ def test_a_library_gets_the_fault_itself(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("token", [-1_000_000_000, -1, 379, 1 << 40])
-def test_a_stop_id_that_does_not_exist_is_refused(engine, client, token):
+def test_a_stop_id_outside_the_vocabulary_is_refused(engine, client, token):
     for more in ({}, {"response_format": {"type": "json_object"}}):
         response = client.post("/v1/completions", json=BODY | {"stop_token_ids": [token]} | more)
         assert response.status_code == 400 and response.json()["error"]["param"] == "stop_token_ids"
@@ -130,7 +130,7 @@ def test_a_stop_id_that_does_not_exist_is_refused(engine, client, token):
     assert client.post("/v1/completions", json=BODY).status_code == 200
 
 
-def test_end_tokens_beyond_the_vocabulary_do_no_harm(engine):
+def test_end_tokens_outside_the_vocabulary_are_ignored(engine):
     pytest.importorskip("llguidance")
     import torch
 
@@ -141,7 +141,7 @@ def test_end_tokens_beyond_the_vocabulary_do_no_harm(engine):
     assert left[2] == 0 and left.isfinite().sum() < 20
 
 
-def test_a_model_that_failed_says_so_and_takes_nothing(client, service, monkeypatch):
+def test_a_failed_model_refuses_requests(client, service, monkeypatch):
     left = threading.Event()
     service.on_failure = left.set
 
@@ -154,8 +154,8 @@ def test_a_model_that_failed_says_so_and_takes_nothing(client, service, monkeypa
     assert response.status_code == 503 and "no page is left" in response.json()["error"]["message"]
 
 
-def test_what_comes_as_the_thread_ends_does_not_wait(engine, service):
-    """A request is checked, then the thread ends, then the request would join."""
+def test_a_request_that_arrives_as_the_thread_ends_is_refused(engine, service):
+    """The thread ends between the check of the request and its submission."""
     from modellink.infer.server.service import Stopped
     service.start()
     check = service.batch.check
@@ -178,7 +178,7 @@ def wait_for(url: str, ready: Callable[[dict[str, Any]], bool]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise AssertionError("it never became ready")
+    raise AssertionError("the server never became ready")
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def broken(llama, tmp_path) -> SimpleNamespace:
                            environment=os.environ | {"OMP_NUM_THREADS": "1", "BREAKS": str(tmp_path / "breaks")})
 
 
-def test_a_server_whose_model_failed_ends(broken):
+def test_a_server_exits_if_its_model_fails(broken):
     from modellink.core.processes import free_port
     port = free_port()
     process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment, stderr=subprocess.PIPE, text=True)
@@ -205,7 +205,7 @@ def test_a_server_whose_model_failed_ends(broken):
         process.kill()
 
 
-def test_a_replica_whose_model_failed_is_started_again(broken, engine):
+def test_a_replica_is_restarted_if_its_model_fails(broken, engine):
     from modellink.core.processes import free_port
     from modellink.infer.server.replicas import LocalReplica, make_front
     replicas = [LocalReplica(index, broken.command, broken.environment) for index in range(2)]
@@ -218,7 +218,7 @@ def test_a_replica_whose_model_failed_is_started_again(broken, engine):
         before = {replica.process.pid for replica in replicas}
         broken.file.touch()
         (expected,) = engine.generate("The quick", max_new_tokens=12, ignore_eos=True)
-        for _ in range(6):  # the first one meets the replica that fails, and is answered by the other
+        for _ in range(6):  # the first one is retried on the other replica
             response = httpx.post(f"{url}/v1/completions", json=BODY, timeout=60)
             assert response.status_code == 200 and response.json()["choices"][0]["text"] == expected.text
         deadline = time.monotonic() + 60
@@ -231,7 +231,7 @@ def test_a_replica_whose_model_failed_is_started_again(broken, engine):
         thread.join(60)
 
 
-def test_a_taken_port_is_told_before_the_weights_are_read(broken):
+def test_a_port_in_use_is_reported_before_the_weights_are_read(broken):
     import socket
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -241,12 +241,12 @@ def test_a_taken_port_is_told_before_the_weights_are_read(broken):
     assert "serving at" not in found.stderr and "Traceback" not in found.stderr and "weights" not in found.stderr
 
 
-def test_an_address_of_another_machine_is_told(llama, command):
+def test_an_address_of_another_machine_is_refused(llama, command):
     found = command("serve", "--load", llama, "--host", "192.0.2.1", "--device", "cpu", "--api-key", "k")
     assert found.status == 2 and "cannot listen on 192.0.2.1:8000" in found.err
 
 
-def test_two_servers_elsewhere_stand_behind_one_address(llama, engine, tmp_path):
+def test_requests_are_forwarded_to_two_running_servers(llama, engine, tmp_path):
     from modellink.core.processes import free_port
     ports = [free_port() for _ in range(3)]
     serve = [sys.executable, "-m", "modellink.infer.cli", "serve", "--port"]
@@ -279,12 +279,12 @@ def test_two_servers_elsewhere_stand_behind_one_address(llama, engine, tmp_path)
     (["--replica-url", "localhost:8000"], "is not the address of a server"),
     (["--replica-url", "http://a:1", "--load", "x"], "--load must be set for the servers"),
     (["--replica-url", "http://a:1", "--api-key", "k"], "--api-key must be set for the servers")])
-def test_wrong_addresses_of_servers(command, args, message):
+def test_wrong_options_of_a_forwarding_server(command, args, message):
     found = command("serve", *args)
     assert found.status == 2 and message in found.err
 
 
-def test_each_replica_has_its_accelerators(monkeypatch):
+def test_each_replica_gets_its_accelerators(monkeypatch):
     from modellink.infer.server.replicas import device_shares, make_replicas
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_shares("cuda", 4, 2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]

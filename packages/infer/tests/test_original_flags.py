@@ -1,4 +1,4 @@
-"""Command lines of the original's inference.py: every flag is an option, is called otherwise, or is answered with a reason."""
+"""Command lines of the original's inference.py: every flag is an option, is translated, or is ignored with a reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_no_flag_is_unknown():
 
 
 def test_a_script_of_the_original(capsys):
-    """The arguments of one of its LLaMA scripts."""
+    """With the arguments of one of its LLaMA scripts."""
     script = """--use-mcore-models --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --task chat --num-layers 32
         --hidden-size 4096 --ffn-hidden-size 11008 --position-embedding-type rope --normalization RMSNorm --swiglu
         --seq-length 4096 --max-new-tokens 64 --micro-batch-size 1 --num-attention-heads 32
@@ -32,15 +32,15 @@ def test_a_script_of_the_original(capsys):
     assert str(values["load"]) == "CKPT" and int(values["tensor_model_parallel_size"]) == 2 and values["hf_chat_template"]
     said = capsys.readouterr().err
     assert "--hidden-size" in next(line for line in said.splitlines() if line.endswith("the checkpoint describes the model"))
-    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # a line a reason
+    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # one line per reason
 
 
-def test_an_adapter_is_not_passed_over():
+def test_an_adapter_is_refused():
     with pytest.raises(ModelLinkError, match="--lora-load is not done here"):
         translate_original(["--load", "a", "--lora-load", "b"], generate)
 
 
-def test_our_own_words_and_unknown_ones_stay(capsys):
-    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses what nobody knows
+def test_our_own_and_unknown_options_are_kept(capsys):
+    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses unknown options
         assert translate_original(args, generate) == args
     assert not capsys.readouterr().err
