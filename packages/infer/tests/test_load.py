@@ -126,7 +126,8 @@ async def one_request(server: SimpleNamespace, client: Any, kind: str, dice: ran
         return "right"
     if kind in ("full", "several"):
         prompts = range(len(PROMPTS)) if kind == "several" else [prompt]
-        response = await client.post("/v1/completions", json=body(prompt, sampling, prompt=[PROMPTS[each] for each in prompts]))
+        request = body(prompt, sampling) | {"prompt": [PROMPTS[each] for each in prompts]}
+        response = await client.post("/v1/completions", json=request)
         if response.status_code == 429:
             return "busy"
         texts = [choice["text"] for choice in response.json()["choices"]]
