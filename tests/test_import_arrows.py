@@ -51,6 +51,23 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
                 "constants | errors"),
+    "core": (
+        "cli | models | repeatability",
+        "api",
+        "methods",
+        "prepare | resilience",
+        "train",
+        "adapters | memory",
+        "model",
+        "data",
+        "parallel | profiling",
+        "profile_summary | run",
+        "presets | processes",
+        "engine",
+        "adam",
+        "determinism | digests | launch",
+        "config",  # and plan, which needs no torch either
+    ),
     "data_prep": (
         "cli",
         "inspection | preprocess",

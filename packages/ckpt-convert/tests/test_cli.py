@@ -72,7 +72,7 @@ def test_damaged_index(damage: str, refused: Callable[..., str], run: Run, make_
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--to", "megatron-core", "--tp", "2"], "does not divide the 3 query groups (of 6 attention heads)"),
-    (["--to", "megatron-core", "--pp", "3"], "4 layers cannot be dealt evenly to 3 pipeline stages"),
+    (["--to", "megatron-core", "--pp", "3"], "4 layers cannot be split evenly into 3 pipeline stages"),
     (["--to", "megatron-core", "--pp", "2", "--num-layer-list", "1,2"], "the layer list 1,2"),
     (["--to", "megatron-core", "--pp", "2", "--num-layers-per-virtual-pipeline-stage", "3"],
      "into chunks of 3 layers for 2 stages"),

@@ -129,7 +129,7 @@ def server(engine) -> Iterator[SimpleNamespace]:
     """A server in this process on a port of its own: client, service, port, url."""
     httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
     pytest.importorskip("fastapi")
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
     service, port = Service(engine, max_waiting=24), free_port()

@@ -132,7 +132,7 @@ WRONG = [
     (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not both"),
     (["--load", "LLAMA", "--prompt-file", "nowhere.txt"], "cannot be read"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "3"], "does not divide the 2 query groups"),
-    (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be dealt evenly"),
+    (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be split evenly"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "400"], "use at most 255"),

@@ -190,7 +190,7 @@ def broken(llama, tmp_path) -> SimpleNamespace:
 
 
 def test_a_server_exits_if_its_model_fails(broken):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -206,7 +206,7 @@ def test_a_server_exits_if_its_model_fails(broken):
 
 
 def test_a_replica_is_restarted_if_its_model_fails(broken, engine):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.replicas import LocalReplica, make_front
     replicas = [LocalReplica(index, broken.command, broken.environment) for index in range(2)]
     server = uvicorn.Server(uvicorn.Config(make_front(replicas, max_body=10_000), port=(port := free_port()),
@@ -247,7 +247,7 @@ def test_an_address_of_another_machine_is_refused(llama, command):
 
 
 def test_requests_are_forwarded_to_two_running_servers(llama, engine, tmp_path):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     ports = [free_port() for _ in range(3)]
     serve = [sys.executable, "-m", "modellink.infer.cli", "serve", "--port"]
     more = ["--load", str(llama), "--device", "cpu", "--served-model-name", "tiny"]

@@ -123,7 +123,7 @@ def signals() -> Iterator[None]:
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_replica_with_wrong_options_stops_the_server(tmp_path, monkeypatch, capfd, signals, ready):
     """One that has been ready is restarted whatever its status; here the second start stops the server."""
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server import replicas, run
     from modellink.kernels.errors import ModelLinkError
     (tmp_path / "replica.py").write_text(REPLICA)

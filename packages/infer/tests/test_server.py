@@ -278,7 +278,7 @@ def test_the_page_loads_nothing_else(server):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_command_serves_and_stops_gracefully(llama, engine, tp):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),

@@ -67,7 +67,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         return
     check_output(jobs, backend.describe(), options.output)
     if starts:
-        from modellink.core.processes import spawn
+        from modellink.core.launch import spawn
         sys.exit(spawn(options.layout().world_size, MODULE, sys.argv[1:]))
     backend.load()
     _run(options, jobs, backend, sandbox)

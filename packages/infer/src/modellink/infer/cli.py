@@ -12,6 +12,7 @@ from dataclasses import replace
 
 import click
 
+from modellink.core.launch import under_launcher
 from modellink.infer import launch
 from modellink.infer.options import ChatOptions, GenerationOptions, ModelOptions, PromptOptions, ServeOptions
 from modellink.infer.original import translate_original
@@ -93,7 +94,7 @@ def serve(given: Layer) -> None:
     model, options = resolved[ModelOptions], resolved[ServeOptions]
     from modellink.infer.server import run
     run.check_installed()
-    if options.replicas > 1 and launch.is_under_launcher():
+    if options.replicas > 1 and under_launcher():
         raise ModelLinkError("replicas cannot be started under torchrun", where="--replicas",
                              fix="run the command without torchrun")
     plan = launch.open_model(model)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 
-from modellink.core import processes
+from modellink.core import launch, processes
 from modellink.infer.arguments import GenerationArguments
 from modellink.infer.plan import LoadPlan, make_load_plan
 from modellink.infer.prompts import Message, Prompts, check_ids, make_requests
@@ -83,7 +83,7 @@ class Engine:
         from modellink.infer.fast_paths import FastPathSettings
         from modellink.infer.network import Network  # imports megatron, which is on its device only now
         self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
-        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0,
+        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and launch.rank() == 0,
                                fast_paths=FastPathSettings(native, int8, graphs))
         self._cache_tokens = cache_tokens
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from modellink.core import launch
 from modellink.infer.options import ModelOptions
 
 if TYPE_CHECKING:
@@ -29,20 +30,14 @@ def is_first_rank() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def is_under_launcher() -> bool:
-    """Whether torchrun or `start_ranks` has started this process."""
-    return "RANK" in os.environ
-
-
 def must_start_ranks(model: ModelOptions) -> bool:
     """Whether the model needs several ranks that are not running yet."""
-    return model.layout().world_size > 1 and not is_under_launcher()
+    return model.layout().world_size > 1 and not launch.under_launcher()
 
 
 def start_ranks(model: ModelOptions, more: Sequence[str] = (), *, forward: tuple[signal.Signals, ...] = ()) -> None:
     """Run this command on every rank, with additional arguments, and exit with their status."""
-    from modellink.core import processes
-    sys.exit(processes.spawn(model.layout().world_size, MODULE, [*sys.argv[1:], *more], forward=forward))
+    sys.exit(launch.spawn(model.layout().world_size, MODULE, [*sys.argv[1:], *more], forward=forward))
 
 
 @contextmanager

@@ -25,9 +25,9 @@ def translate_original(args: list[str], command: click.Command) -> list[str]:
 def training_flags() -> dict[str, dict[str, Any]]:
     """Return the translation of every flag of training that has no meaning for an existing model: it is ignored."""
     from modellink.ckpt_convert.spec import ModelSpec
-    from modellink.core.cli import pretrain
+    from modellink.core.cli import training_command
 
-    options = [option for option in pretrain.params if isinstance(option, click.Option)]
+    options = [option for option in training_command("pretrain").params if isinstance(option, click.Option)]
     names = {field.name for field in fields_of(ModelSpec)}
     of_model = {name for option in options if option.name in names for name in (*option.opts, *option.secondary_opts)}
     table: dict[str, dict[str, Any]] = {}

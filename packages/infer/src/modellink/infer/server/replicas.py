@@ -26,6 +26,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 from starlette.requests import ClientDisconnect
 
+from modellink.core.launch import free_port
 from modellink.infer.server.http import Stream, disconnected, error_object, error_response, read_content
 from modellink.kernels.errors import USER_MISTAKE, ModelLinkError
 
@@ -87,7 +88,6 @@ class LocalReplica(Replica):
 
     async def run(self, client: httpx.AsyncClient) -> None:
         """Start the process, and restart it whenever it exits, until cancelled or `refused`."""
-        from modellink.core.processes import free_port  # imports torch, which a server that only forwards does not need
         wait = FIRST_WAIT
         while True:
             port, since = free_port(), time.monotonic()
