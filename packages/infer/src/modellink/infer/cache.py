@@ -30,7 +30,7 @@ def bytes_per_token(spec: ModelSpec, layers: int, tp: int, dtype: torch.dtype) -
 def cache_bytes(spec: ModelSpec, layers: range, *, tokens: int, max_sequences: int, max_chunk: int, tp: int,
                 dtype: torch.dtype) -> int:
     """Return the bytes that a cache takes on one rank; see `PagedCache` for the arguments."""
-    pages = sum(_pages(spec.window(layer), tokens, max_sequences, max_chunk) for layer in layers)
+    pages = sum(_pages(spec.layer(layer).window, tokens, max_sequences, max_chunk) for layer in layers)
     return pages * PAGE_SIZE * bytes_per_token(spec, 1, tp, dtype)
 
 
@@ -71,10 +71,10 @@ class PagedCache:
     def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, max_sequences: int, max_chunk: int, tp: int,
                  dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.device, self.max_chunk = spec, device, max_chunk
-        windows = sorted({spec.window(layer) for layer in range(spec.num_layers)}, key=lambda window: window or 0)
+        windows = sorted({spec.layer(layer).window for layer in range(spec.num_layers)}, key=lambda window: window or 0)
         self.pools = [PagePool(_pages(window, tokens, max_sequences, max_chunk), window) for window in windows]
         self.tables = PageTables(self.pools)
-        self.pool_of_layer = {layer + 1: windows.index(spec.window(layer)) for layer in layers}
+        self.pool_of_layer = {layer + 1: windows.index(spec.layer(layer).window) for layer in layers}
         self.latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
         key, value = _shapes(spec, tp)
         self.keys, self.values = self._allocate(key, dtype), self._allocate(value, dtype)
