@@ -57,7 +57,8 @@ class DataConfig:
                 raise ValueError
             return list(self.data_path[1::2]), weights
         except ValueError:
-            raise ModelLinkError(f"{' '.join(self.data_path)} is not a list of alternating weights and prefixes", where="--data-path",
+            given = " ".join(self.data_path)
+            raise ModelLinkError(f"{given} is not a list of alternating weights and prefixes", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
 
     def indexed_files(self) -> list[Path]:
@@ -116,13 +117,13 @@ class DataConfig:
             return
         whole, unit = self.samples_per_iteration(dp), self.micro_batch_size * dp * passes
         if len(self.rampup_batch_size) != 3:
-            raise ModelLinkError(f"--rampup-batch-size takes three numbers, not {len(self.rampup_batch_size)}", where="--rampup-batch-size",
-                                 fix="give START,INCREMENT,SAMPLES, e.g. 16,16,30000")
+            raise ModelLinkError(f"--rampup-batch-size takes three numbers, not {len(self.rampup_batch_size)}",
+                                 where="--rampup-batch-size", fix="give START,INCREMENT,SAMPLES, e.g. 16,16,30000")
         start, step, samples = self.rampup_batch_size
         if min(start, step, samples) < 1 or start % unit or step % unit or start > whole or (whole - start) % step:
-            raise ModelLinkError(f"a global batch that starts at {start} and grows by {step} does not reach {whole} in multiples of "
-                                 f"{unit} (micro batch size x DP x stages if interleaved)", where="--rampup-batch-size, --global-batch-size",
-                                 fix=f"use multiples of {unit} whose steps end at {whole}")
+            raise ModelLinkError(f"a global batch that starts at {start} and grows by {step} does not reach {whole} in "
+                                 f"multiples of {unit} (micro batch size x DP x stages if interleaved)",
+                                 where="--rampup-batch-size, --global-batch-size", fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:
         try:
@@ -130,4 +131,5 @@ class DataConfig:
         except ValueError:
             shares = []
         if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-            raise ModelLinkError(f"{self.split!r} is not a ratio of at most three numbers", where="--split", fix="e.g. --split 969,30,1")
+            raise ModelLinkError(f"{self.split!r} is not a ratio of at most three numbers", where="--split",
+                                 fix="e.g. --split 969,30,1")

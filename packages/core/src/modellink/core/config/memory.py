@@ -59,10 +59,11 @@ class MemoryConfig:
         self._check_swap()
         full, wrong = self.recompute_granularity == "full", None
         if full and not (self.recompute_method and self.recompute_num_layers):
-            wrong = ("full recomputation needs --recompute-method and --recompute-num-layers", "--recompute-method, --recompute-num-layers",
-                     "e.g. --recompute-method block --recompute-num-layers 4")
+            wrong = ("full recomputation needs --recompute-method and --recompute-num-layers",
+                     "--recompute-method, --recompute-num-layers", "e.g. --recompute-method block --recompute-num-layers 4")
         elif not full and (self.recompute_method or self.recompute_num_layers) and not self.feed_forwards_recomputed:
-            wrong = (f"--recompute-method and --recompute-num-layers apply to full recomputation, not to {self.recompute_granularity}",
+            wrong = ("--recompute-method and --recompute-num-layers apply to full recomputation, not to "
+                     f"{self.recompute_granularity}",
                      "--recompute-granularity, --recompute-method, --recompute-num-layers", "use --recompute-granularity full")
         elif self.enable_recompute_layers_per_pp_rank and self.recompute_method != "block":
             wrong = ("layers are counted per stage only with the block method",

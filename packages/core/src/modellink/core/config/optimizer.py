@@ -29,7 +29,8 @@ class OptimizerConfig:
     lr_warmup_fraction: float | None = option(None, "Warm-up as a fraction of the decay.", minimum=0, maximum=1)
     lr_warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.", minimum=0)
     decoupled_lr: float | None = option(None, "Peak learning rate of the embedding and the output layer.", minimum=0)
-    decoupled_min_lr: float | None = option(None, "Learning rate of the embedding and the output layer at the end of the decay.", minimum=0)
+    decoupled_min_lr: float | None = option(
+        None, "Learning rate of the embedding and the output layer at the end of the decay.", minimum=0)
     weight_decay: float = option(0.01, "Decoupled weight decay; norms and biases are excluded.", minimum=0)
     start_weight_decay: float | None = option(None, "Weight decay at the first iteration, for a schedule.", minimum=0)
     end_weight_decay: float | None = option(None, "Weight decay at the last iteration.", minimum=0)

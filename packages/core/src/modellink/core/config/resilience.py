@@ -21,7 +21,8 @@ class ResilienceConfig:
         False, "Keep a copy of weights and optimizer state in host memory, so that a step is undone and repeated when device "
         "memory fails.")
     max_restarts: int = option(10, "Maximum number of restarts.", minimum=0)
-    hang_timeout: float = option(1800.0, "Time without a finished step after which a rank counts as failed.", unit="seconds", minimum=1)
+    hang_timeout: float = option(
+        1800.0, "Time without a finished step after which a rank counts as failed.", unit="seconds", minimum=1)
     nnodes: str = option("1", "Number of machines, or MIN:MAX of them, of a run with high availability.")
     rdzv_endpoint: str | None = option(None, "HOST:PORT of the first machine, the same on all machines.")
     rdzv_id: str = option("modellink", "Name of the run at --rdzv-endpoint.")
@@ -39,9 +40,11 @@ class ResilienceConfig:
         try:
             low, high = self.nodes
         except ValueError:
-            raise ModelLinkError(f"--nnodes {self.nnodes} is not a number or MIN:MAX", where="--nnodes", fix="e.g. 2, or 2:4") from None
+            raise ModelLinkError(f"--nnodes {self.nnodes} is not a number or MIN:MAX", where="--nnodes",
+                                 fix="e.g. 2, or 2:4") from None
         if not 1 <= low <= high:
-            raise ModelLinkError(f"--nnodes {self.nnodes}: the minimum must be at least 1 and at most the maximum", where="--nnodes", fix="e.g. 2, or 2:4")
+            raise ModelLinkError(f"--nnodes {self.nnodes}: the minimum must be at least 1 and at most the maximum",
+                                 where="--nnodes", fix="e.g. 2, or 2:4")
         if high > 1 and self.rdzv_endpoint is None:
             raise ModelLinkError("a run on several machines needs a rendezvous endpoint", where="--nnodes, --rdzv-endpoint",
                                  fix="set --rdzv-endpoint to HOST:PORT of the first machine, on all machines")

@@ -86,7 +86,7 @@ class CoreAttention(nn.Module):
         if spec.position_embedding_type == "alibi":
             tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
             slopes = alibi_slopes(spec.num_attention_heads).chunk(tp)[rank]
-        self.variant = Variant(softmax_scale(spec), window=spec.window(layer_number - 1), softcap=spec.attn_logit_softcapping,
+        self.variant = Variant(softmax_scale(spec), window=spec.layer(layer_number - 1).window, softcap=spec.attn_logit_softcapping,
                                slopes=slopes)
         self.cut = ContextParallel(config.sequence_cut) if config.context_parallel_size > 1 else None
 

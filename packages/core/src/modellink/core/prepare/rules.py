@@ -46,7 +46,8 @@ def _layout(spec: ModelSpec, layout: ParallelLayout, parallel: ParallelConfig, d
     data.check_rampup(layout.dp, layout.pp if layout.vpp > 1 else 1)
     if data.seq_length > spec.max_position_embeddings:
         raise ModelLinkError(f"sequence length {data.seq_length} exceeds the model's {spec.max_position_embeddings} positions",
-                             where="--seq-length", fix="shorten it, or raise --max-position-embeddings to train on longer sequences")
+                             where="--seq-length",
+                             fix="shorten it, or raise --max-position-embeddings to train on longer sequences")
     if parallel.sequence_parallel and data.seq_length % layout.tp:
         raise ModelLinkError(f"sequence length {data.seq_length} is not a multiple of tensor parallel size {layout.tp}",
                              where="--seq-length, --sequence-parallel")
@@ -114,7 +115,8 @@ def _resilience(run: Run) -> None:
                              where=f"{where}, --use-distributed-optimizer",
                              fix="use an even data parallel size, or the plain optimizer")
     if run.optimizer.fp16:
-        raise ModelLinkError("fp16 may skip steps, which cannot be committed on all ranks", where=f"{where}, --fp16", fix="use --bf16")
+        raise ModelLinkError("fp16 may skip steps, which cannot be committed on all ranks",
+                             where=f"{where}, --fp16", fix="use --bf16")
     if run.memory.reuse_fp32_param:
         raise ModelLinkError("--reuse-fp32-param keeps only one copy of each parameter", where=f"{where}, --reuse-fp32-param",
                              fix="remove one of them")
