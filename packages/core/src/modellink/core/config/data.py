@@ -123,7 +123,8 @@ class DataConfig:
         if min(start, step, samples) < 1 or start % unit or step % unit or start > whole or (whole - start) % step:
             raise ModelLinkError(f"a global batch that starts at {start} and grows by {step} does not reach {whole} in "
                                  f"multiples of {unit} (micro batch size x DP x stages if interleaved)",
-                                 where="--rampup-batch-size, --global-batch-size", fix=f"use multiples of {unit} whose steps end at {whole}")
+                                 where="--rampup-batch-size, --global-batch-size",
+                                 fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:
         try:

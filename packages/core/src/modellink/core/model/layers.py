@@ -88,6 +88,6 @@ def _feed_forward(layer: LayerSpec, grouped: bool) -> ModuleSpec:
 
 def block_spec(spec: ModelSpec, layers: range, *, grouped: bool = False) -> TransformerBlockSubmodules:
     """megatron-core's spec of a model chunk with these layers and, on the last stage, the final norm."""
-    rotary = {spec.layer(number).rope: Rotary(spec.layer(number).rope) for number in layers}
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec, number, rotary[spec.layer(number).rope], grouped=grouped) for number in layers], layer_norm=Norm)
+    rotary = {rope: Rotary(rope) for rope in {spec.layer(number).rope for number in layers}}
+    specs = [layer_spec(spec, number, rotary[spec.layer(number).rope], grouped=grouped) for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)
