@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.formats.dialects import named
-from modellink.ckpt_convert.formats.writing import Planned
+from modellink.ckpt_convert.megatron.dialects import named
+from modellink.ckpt_convert.storage.writing import Planned
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 

@@ -21,9 +21,9 @@ import torch
 import xxhash
 
 from modellink.ckpt_convert.formats import archive
-from modellink.ckpt_convert.formats.pickle import Inert, Reader, read_archive
-from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
-from modellink.ckpt_convert.formats.writing import Planned, write
+from modellink.ckpt_convert.storage.pickle import Inert, Reader, read_archive
+from modellink.ckpt_convert.storage.tensors import Stored, as_bytes
+from modellink.ckpt_convert.storage.writing import Planned, write
 from modellink.kernels.errors import ModelLinkError
 
 

@@ -18,8 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modellink.ckpt_convert.formats import megatron, torch_dist, writing
-from modellink.ckpt_convert.formats.rank_state import Style
-from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
+from modellink.ckpt_convert.megatron.rank_state import Style
+from modellink.ckpt_convert.storage.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.plan import Plan, plan_megatron, plan_torch_dist
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec

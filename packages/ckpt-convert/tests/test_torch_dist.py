@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
+from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
+from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.core.model.load import bare

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from modellink.ckpt_convert.formats import torch_dist, writing
-from modellink.ckpt_convert.formats.rank_state import Style
+from modellink.ckpt_convert.megatron.rank_state import Style
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.plan import Plan, plan_megatron
 from modellink.ckpt_convert.source import Checkpoint
