@@ -61,11 +61,12 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     if options.true_vocab_size not in (None, source.spec.vocab_size):
         raise ModelLinkError(f"the vocabulary size of the model is {source.spec.vocab_size}", where="--true-vocab-size")
     workers = options.workers or WORKERS
+    dtype = torch_dtype(DTYPES[options.params_dtype]) if options.params_dtype else None
     done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    verify_model=options.verify and options.verify_model,
-                   params_dtype=torch_dtype(DTYPES[options.params_dtype]) if options.params_dtype else None, dry_run=options.dry_run,
+                   params_dtype=dtype, dry_run=options.dry_run,
                    max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
         print(done.plan.describe(workers, free_bytes(target)))

@@ -25,8 +25,8 @@ NEEDED: Any = object()
 class Key:
     """A key of config.json that holds a field of ModelSpec.
 
-    `default` is used if the key is missing (None: ModelSpec's default). `values` maps the allowed values of the key to those of the
-    field; or `read` and `write` compute one from the other.
+    `default` is used if the key is missing (None: ModelSpec's default). `values` maps the allowed values of the key to those
+    of the field; or `read` and `write` compute one from the other.
     """
 
     name: str

@@ -129,7 +129,8 @@ def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r:
     if given["lora_r"] is None or given["lora_alpha"] is None:
         raise ModelLinkError("rank and alpha of the adapter are not recorded", where=where, fix="give --lora-r and --lora-alpha")
     if given["lora_r"] < 1 or any(rank % given["lora_r"] for rank in ranks):
-        raise ModelLinkError(f"the rank is {given['lora_r']:g}, but the adapter's matrices have rank {ranks}", where=f"--lora-r, {where}")
+        raise ModelLinkError(f"the rank is {given['lora_r']:g}, but the adapter's matrices have rank {ranks}",
+                             where=f"--lora-r, {where}", option="lora_r")
     return AdapterConfig(int(given["lora_r"]), given["lora_alpha"])
 
 

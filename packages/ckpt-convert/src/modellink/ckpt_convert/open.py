@@ -73,8 +73,8 @@ def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, al
         raise ModelLinkError("the adapter's folder is missing", where=path)
     root, folder = _iteration(path, None)
     if not ranks.is_megatron(folder):
-        raise ModelLinkError("no adapter was recognized", where=path,
-                             fix=f"looked for {peft_files.CONFIG} (peft), mp_rank_* (Megatron) and {SAVED_FILE} (modellink-train)")
+        evidence = f"{peft_files.CONFIG} (peft), mp_rank_* (Megatron) and {SAVED_FILE} (modellink-train)"
+        raise ModelLinkError("no adapter was recognized", where=path, fix=f"looked for {evidence}")
     read = model.read(folder, base.spec)
     if not read.adapter:
         raise ModelLinkError("it has no LoRA tensors", where=path)

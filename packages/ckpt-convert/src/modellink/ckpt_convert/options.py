@@ -50,8 +50,8 @@ class ConvertOptions(VirtualLayoutOptions, ModelPathOptions):
                                          "tokenizer are used, and the output is its subfolder mg2hf.")
     load_model_type: Literal["hf", "mg"] | None = option(None, "Whether SRC is Hugging Face or Megatron; only checked.")
     save_model_type: str | None = option(
-        None, "The original's spelling of --to: mg (or megatron) is Megatron-Legacy, with --use-mcore-models Megatron-Core in the "
-        "original's dialect; hf (or save_huggingface_llama and similar) is Hugging Face.")
+        None, "The original's spelling of --to: mg (or megatron) is Megatron-Legacy, with --use-mcore-models Megatron-Core in "
+        "the original's dialect; hf (or save_huggingface_llama and similar) is Hugging Face.")
     use_mcore_models: bool = option(False, "With --save-model-type mg: write Megatron-Core, not Megatron-Legacy.")
     save_to_legacy: bool = option(False, "With --save-model-type mg: write Megatron-Legacy even with --use-mcore-models.")
 

@@ -125,7 +125,8 @@ def _of(name: str, pattern: Mapping[str, float] | None, usual: float, where: Pat
     for key, value in (pattern or {}).items():
         plain = key.removeprefix("^")
         if not re.fullmatch(r"[\w.]+", plain):
-            raise ModelLinkError(f"{key!r} is a regular expression; only names of modules and their endings are supported", where=where)
+            raise ModelLinkError(f"{key!r} is a regular expression; only names of modules and their endings are supported",
+                                 where=where)
         if name == plain or (plain == key and name.endswith("." + key)):
             return value
     return usual

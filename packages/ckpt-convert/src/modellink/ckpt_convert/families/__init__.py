@@ -58,7 +58,8 @@ def family_of(model_type: str, where: object = None) -> Family:
     """
     names = family_names()
     if model_type == NO_FORM:
-        raise ModelLinkError("the model has no Hugging Face form", where=where, fix="give --model-type-hf, if it belongs to a family")
+        raise ModelLinkError("the model has no Hugging Face form", where=where,
+                             fix="give --model-type-hf, if it belongs to a family")
     for family in _families.values():
         if model_type in (family.model_type, family.architecture, *family.others):
             return family

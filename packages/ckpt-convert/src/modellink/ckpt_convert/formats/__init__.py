@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from functools import cache
 from importlib.metadata import entry_points
 
 from modellink.ckpt_convert.format import Format
-from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import choose
 
 GROUP = "modellink.formats"
@@ -32,9 +32,9 @@ def _discover() -> None:
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # another distribution; it must not break the others
-            raise ModelLinkError(f"the format {entry.name} cannot be loaded: {type(error).__name__}: {error}",
-                                 where=entry.value, fix="fix or uninstall the distribution that has it") from error
+        except Exception as error:  # another distribution; it must not break the other formats
+            print(f"note: the format {entry.name} of {entry.value} is not available: {type(error).__name__}: {error}",
+                  file=sys.stderr)
 
 
 def formats() -> list[Format]:

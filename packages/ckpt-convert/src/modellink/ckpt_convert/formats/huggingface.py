@@ -86,8 +86,8 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
         refuse_left_over((name for name in found if name not in targets), folder)
     except ModelLinkError as error:
         if others := fitting(Config.load(folder), found):
-            raise ModelLinkError(error.what, where=folder, fix=f"it was read as {family}, but the weights are those of the family "
-                                                               f"{' or '.join(others)}") from None
+            raise ModelLinkError(error.what, where=folder, fix=f"it was read as {family}, but these are the weights of the "
+                                                               f"family {' or '.join(others)}") from None
         raise
     for name, target in targets.items():
         refuse_shape(name, found[name].shape, target.shape, found[name].path)

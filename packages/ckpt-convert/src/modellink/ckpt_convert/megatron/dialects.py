@@ -110,7 +110,8 @@ def _latent(stored: Stored, spec: ModelSpec, name: str, where: object) -> dict[s
     last = (spec.kv_lora_rank or 0) + spec.rotary_dim
     first = stored.shape[0] - last
     if len(stored.shape) != 2 or first <= 0 or stored.transposed:
-        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}; {last} of its rows should be keys and values", where=where)
+        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}; {last} of its rows should be keys and values",
+                             where=where)
     columns = stored.shape[1]
     return {COMPRESSED if spec.q_lora_rank else QUERIES: stored.window(0, (first, columns)),
             KEYS: stored.window(first * columns, (last, columns))}
@@ -120,8 +121,8 @@ def _experts(kind: str, stored: Stored, spec: ModelSpec, ep: int, name: str, whe
     count, hidden = (spec.num_experts or 0) // ep, spec.hidden_size
     numbers = stored.nbytes // stored.dtype.itemsize
     if not count or numbers % (count * hidden) or stored.transposed:
-        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}, which does not fit {count} experts with hidden size {hidden}",
-                             where=where, fix="the configuration and the weights belong to different models")
+        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}, which does not fit {count} experts with hidden size "
+                             f"{hidden}", where=where, fix="the configuration and the weights belong to different models")
     width = numbers // (count * hidden)
     shape = (hidden, width) if kind.endswith("weight1") else (width, hidden)
     return {f"mlp.{EXPERTS}{expert}.{GROUPED[kind]}": stored.window(expert * hidden * width, shape).flipped

@@ -59,7 +59,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(header: dict[str, Any], size: int) -> None:
-    """Raise a ValueError unless the tensors fill the `size` bytes after the header without gaps, each with the size of its shape."""
+    """Raise a ValueError unless the tensors fill the `size` bytes after the header without gaps and fit their shapes."""
     at = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
@@ -82,7 +82,8 @@ def layout(tensors: Mapping[str, Planned]) -> FileLayout:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, at = [], 0
     for name, planned in ordered.items():
-        header[name] = {"dtype": NAMES[dtype_name(planned.dtype)], "shape": planned.shape, "data_offsets": [at, at + planned.nbytes]}
+        kind = NAMES[dtype_name(planned.dtype)]
+        header[name] = {"dtype": kind, "shape": planned.shape, "data_offsets": [at, at + planned.nbytes]}
         offsets.append(at)
         at += planned.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
