@@ -55,7 +55,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "inspection | preprocess",
         "cluster | merge | packing | plan",
         "options | parts",
-        "tokenise",
+        "pieces",
         "handlers | detokenize",
         "inputs | templates",
         "readers | tokenizer",

@@ -62,7 +62,7 @@ _IS = ("tokeni|initiali|quanti|normali|seriali|summari|organi|recogni|optimi|syn
 BRITISH = re.compile(
     rf"(?:{_IS})s(?:e|es|ed|er|ers|ing|ation|able)(?![a-z])|analys(?:e|ed|ing)(?![a-z])"
     r"|(?:behavi|col|fav|neighb|hon|flav|endeav)our(?:s|ed|ing|ite|able)?(?![a-z])"
-    r"|(?<![a-z])(?:centre[sd]?|modelled|modelling|labelled|labelling|licence|defence|artefacts?|judgement|whilst|learnt|spelt)"
+    r"|(?<![a-z_])(?:centre[sd]?|modelled|modelling|labelled|labelling|licence|defence|artefacts?|judgement|whilst|learnt|spelt)"
     r"(?![a-z])",
     re.IGNORECASE)
 

@@ -17,7 +17,7 @@ def checkpoint(tmp_path):
 
 
 def chat(checkpoint, tmp_path, **more):
-    return RunOptions(("mmlu",), (tmp_path,), tmp_path / "out", load=checkpoint, **more).asking().chat
+    return RunOptions(("mmlu",), (tmp_path,), tmp_path / "out", load=checkpoint, **more).settings().chat
 
 
 def test_it_is_taken_where_nothing_is_said(checkpoint, tmp_path):

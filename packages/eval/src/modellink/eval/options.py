@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from modellink.eval.backends.tokens import HF_CHAT
-from modellink.eval.prompts import Asking
+from modellink.eval.prompts import EvalSettings
 from modellink.eval.recorded import recorded_chat
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
@@ -81,10 +81,10 @@ class RunOptions:
         return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
                               num_layer_list=self.num_layer_list)
 
-    def asking(self) -> Asking:
+    def settings(self) -> EvalSettings:
         """How the questions are asked: in the template that is named, else in the one the checkpoint was trained with."""
         chat = HF_CHAT if self.hf_chat_template else self.prompt_type
         if chat is None and self.load is not None and not self.no_chat_template:
             chat = recorded_chat(self.load)
-        return Asking(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,
+        return EvalSettings(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,
                       self.top_p, self.seed)
