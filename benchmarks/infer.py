@@ -83,7 +83,7 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
 
     import uvicorn
 
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer import load
     engine = load(folder, device="cpu", dtype=dtype, native=True)
     from modellink.infer.server.app import make_app  # imports megatron, which is to know its device by then

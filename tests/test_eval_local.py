@@ -209,7 +209,7 @@ def served(folder: Path) -> Iterator[str]:
     """The address of our own server with the model."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("uvicorn")
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen([sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(folder), "--device", "cpu",
                                 "--port", str(port)], env=os.environ | {"OMP_NUM_THREADS": "1"})

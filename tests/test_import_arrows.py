@@ -49,7 +49,25 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 # The folders and top-level modules of each package from top to bottom. Names on one floor do not import each other; the package's
 # own `__init__` and command line are on the roof. A package that is missing here is reported as skipped.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "kernels": ("doctor", "ops", "device | files | options | original | parallel | progress", "errors"),
+    "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
+                "constants | errors"),
+    "core": (
+        "cli | models | repeatability",
+        "api",
+        "methods",
+        "prepare | resilience",
+        "train",
+        "adapters | memory",
+        "model",
+        "data",
+        "parallel | profiling",
+        "profile_summary | run",
+        "presets | processes",
+        "engine",
+        "adam",
+        "determinism | digests | launch",
+        "config",  # and plan, which needs no torch either
+    ),
     "data_prep": (
         "cli",
         "inspection | preprocess",

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from modellink.core.testing import beside
+from ranks import beside
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("aclnnRmsNorm", "aclnnRmsNormGrad"), "swiglu": ("aclnnSwiGlu", "aclnnSwiGluGrad"),
@@ -91,7 +91,7 @@ def shapes(dtype: Any) -> dict[str, str]:
         plain = {case.name: [(list(x.shape), str(x.dtype)) for x in case.plain()] for case in alone(torch.device("cpu"), dtype)}
         for case in alone(torch.device("npu", 0), dtype):
             try:
-                fake = [(list(x.shape), str(x.dtype)) for x in case.door()]
+                fake = [(list(x.shape), str(x.dtype)) for x in case.dispatched()]
             except Exception as error:
                 found[case.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 continue

@@ -74,8 +74,8 @@ def test_a_missing_expert_rank_is_named(tmp_path: Path) -> None:
 
 def test_experts_that_cannot_be_dealt(tmp_path: Path) -> None:
     make_folder(tmp_path / "hf", *spec_of("mixtral"))
-    with pytest.raises(ModelLinkError, match="4 experts cannot be dealt evenly to 3 ranks"):
+    with pytest.raises(ModelLinkError, match="4 experts cannot be split evenly across 3 ranks"):
         convert(tmp_path / "hf", tmp_path / "mc", to="megatron-core", layout=ParallelLayout(ep=3))
     make_folder(tmp_path / "dense", *spec_of("llama"))
-    with pytest.raises(ModelLinkError, match="without experts cannot be cut over 2 expert-parallel ranks"):
+    with pytest.raises(ModelLinkError, match="without experts cannot have an expert parallel size of 2"):
         convert(tmp_path / "dense", tmp_path / "mc", to="megatron-core", layout=ParallelLayout(ep=2))

@@ -16,7 +16,8 @@ from test_peft import CONFIG, adapter_of, equal
 from tiny_models import make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.lora import LoraConfig, merge_lora, whole
+from modellink.ckpt_convert.adapter import AdapterConfig
+from modellink.ckpt_convert.lora import merge_lora, whole
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.open import open_adapter
 from modellink.ckpt_convert.peft import write_peft
@@ -161,7 +162,7 @@ def test_an_adapter_alone_without_its_scale(made: Any, tmp_path: Path) -> None:
     torch.save(torch.load(path, weights_only=False) | {"args": None}, path)
     with pytest.raises(ModelLinkError, match="does not say how it is scaled"):
         open_adapter(tmp_path / "lora", base)
-    assert open_adapter(tmp_path / "lora", base, alpha=8).adapter == LoraConfig(4, 8)
+    assert open_adapter(tmp_path / "lora", base, alpha=8).adapter == AdapterConfig(4, 8)
     half = {name: tensor for name, tensor in tensors.items() if name != next(iter(tensors))}
     original({}, half, tmp_path / "half", everything=False)
     with pytest.raises(ModelLinkError, match="1 weight is not part of this model"):

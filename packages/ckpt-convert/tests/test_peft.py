@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import iter_hf_tensors, open_checkpoint
-from modellink.ckpt_convert.lora import A, B, LoraConfig, is_linear, merge_lora
+from modellink.ckpt_convert.adapter import AdapterConfig
+from modellink.ckpt_convert.lora import A, B, is_linear, merge_lora
 from modellink.ckpt_convert.peft import read_peft, write_peft
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import OUTPUT, weights
 from modellink.kernels.errors import ModelLinkError
 
-CONFIG = LoraConfig(r=4, alpha=6.0)
+CONFIG = AdapterConfig(r=4, alpha=6.0)
 QKV = "decoder.layers.1.self_attention.linear_qkv"
 
 
@@ -180,7 +181,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("rslora", [False, True])
 def test_peft_loads_ours(rslora: bool, base: tuple[Any, Any, Path], tmp_path: Path) -> None:
     peft, transformers, folder = base
-    source, config = open_checkpoint(folder), LoraConfig(4, 6.0, rslora=rslora)
+    source, config = open_checkpoint(folder), AdapterConfig(4, 6.0, rslora=rslora)
     tensors = adapter_of(source.spec, scale=0.2)
     write_peft(tmp_path / "adapter", source.spec, source.family, tensors, config, base=str(folder))
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)

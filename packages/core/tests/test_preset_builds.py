@@ -50,7 +50,7 @@ def build(name: str, stage: int) -> str:
     from modellink.ckpt_convert.weights import stage_names, weights
     from modellink.core import engine, processes
     from modellink.core.model.build import BuildSettings, build_models
-    from modellink.kernels.parallel import held, padded_vocab_size
+    from modellink.kernels.parallel import padded_vocab_size, shard_ranges
 
     preset = load_preset(name)
     spec, layout, divisor = preset.spec, preset.layout, preset.parallel.get("make_vocab_size_divisible_by", 1)
@@ -59,7 +59,7 @@ def build(name: str, stage: int) -> str:
     processes.make_groups(layout, gloo=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = BuildSettings(layout=layout, dtype=torch.bfloat16, sequence_parallel=layout.tp > 1,
-                             make_vocab_size_divisible_by=divisor, initialise=False)
+                             make_vocab_size_divisible_by=divisor, initialize=False)
     with engine.without_memory():
         models = build_models(spec, settings)
     table = weights(spec)
@@ -70,7 +70,7 @@ def build(name: str, stage: int) -> str:
             for own, canonical in stage_names(spec, layout, stage, chunk).items():
                 weight, shape = table[canonical], list(table[canonical].shape)
                 size = padded_vocab_size(shape[0], layout.tp, divisor) if weight.split == "vocab" else shape[weight.dim]
-                shape[weight.dim] = sum(map(len, held(weight.split, size, layout.tp, 0)))
+                shape[weight.dim] = sum(map(len, shard_ranges(weight.split, size, layout.tp, 0)))
                 expected[own] = tuple(shape)
             if found != expected:
                 return f"chunk {chunk}: {sorted(set(found.items()) ^ set(expected.items()))[:4]}"

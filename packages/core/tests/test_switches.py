@@ -6,8 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 CP2 = {"context_parallel_size": 2, "global_batch_size": 1, "exit_interval": 1}
@@ -23,11 +22,11 @@ def forms(options: dict[str, Any]) -> tuple[float, dict[str, str]]:
     """On a rank: the loss of one iteration, and which form each op would take on a device that has a fused one of every op."""
     import importlib
 
-    from modellink.kernels.ops import door
+    from modellink.kernels.ops import dispatch
 
     taken: dict[str, str] = {}
-    modules = [importlib.import_module(f"modellink.kernels.ops.{op}") for op in door.OPS]
-    real = door.form_of
+    modules = [importlib.import_module(f"modellink.kernels.ops.{op}") for op in dispatch.OPS]
+    real = dispatch.form_of
 
     def told(op: str, device_type: str, forms: Any, plain: Any) -> Any:
         what = "fused" if real(op, "any", {"any": None}, plain) is None else "plain"

@@ -8,7 +8,8 @@ import pytest
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess
 from modellink.data_prep.handlers.fields import known_handlers
-from modellink.data_prep.templates.encoded import IGNORED, Encoded, Turn, share
+from modellink.data_prep.templates.encoded import Encoded, Turn, share
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
 FIELDS = ("input_ids", "attention_mask", "labels")
@@ -35,8 +36,8 @@ def said(tokenizer: Tokenizer, data, index=0, ids="input_ids", labels="labels") 
     """The learned stretches of a sample as texts; everywhere else labels are -100."""
     found, row, marks = [[]], data[ids][index], data[labels][index]
     for token, label in zip(row.tolist(), marks.tolist(), strict=True):
-        assert label in (token, IGNORED)
-        if label == IGNORED:
+        assert label in (token, IGNORE_INDEX)
+        if label == IGNORE_INDEX:
             found.append([])
         else:
             found[-1].append(token)
@@ -60,7 +61,7 @@ def test_alpaca_rows(make, byte_tokenizer, tmp_path):
     assert text(byte_tokenizer, data, 1).startswith("<|im_start|>system\nS<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
     assert said(byte_tokenizer, data, 1) == ["b<|im_end|>", "d<|im_end|>", "ok<|im_end|>"]
     assert all(set(mask.tolist()) == {1} for mask in data["attention_mask"])
-    assert summary.learned_tokens == sum((labels != IGNORED).sum() for labels in data["labels"])
+    assert summary.learned_tokens == sum((labels != IGNORE_INDEX).sum() for labels in data["labels"])
 
 
 def test_columns_under_other_names(make, byte_tokenizer):
@@ -244,7 +245,8 @@ def test_an_efficient_template_learns_the_end_where_the_next_turn_begins(make, b
     ids, labels = data["input_ids"][0].tolist(), data["labels"][0].tolist()
     separator, *_ = byte_tokenizer.encode("\n")
     assert ids[-1] == labels[-1] == 2 and labels[ids.index(separator)] == 2
-    assert [token for token in labels if token != IGNORED] == [*byte_tokenizer.encode("b"), 2, *byte_tokenizer.encode("d"), 2]
+    learned = [token for token in labels if token != IGNORE_INDEX]
+    assert learned == [*byte_tokenizer.encode("b"), 2, *byte_tokenizer.encode("d"), 2]
 
 
 @pytest.mark.parametrize(("source", "target", "room", "kept"), [
@@ -279,7 +281,7 @@ def test_long_samples_are_counted(make, choice, counts):
     rows = [ALPACA, ALPACA | {"output": "long " * 400}, ALPACA | {"instruction": "long " * 400}]
     data, summary = make(rows, "AlpacaStyleInstructionHandler", seq_length=100, long_samples=choice)
     assert (summary.documents["packed_labels"], summary.cut_samples, summary.dropped_samples) == counts
-    assert all(len(ids) <= 100 and (labels != IGNORED).any()
+    assert all(len(ids) <= 100 and (labels != IGNORE_INDEX).any()
                for ids, labels in zip(data["input_ids"], data["labels"], strict=True))
 
 
@@ -290,7 +292,7 @@ def test_long_pairs_are_counted(make, choice, counts):
     data, summary = make(rows, "SharegptStylePairwiseHandler", seq_length=100, long_samples=choice)
     assert (summary.documents["packed_chosen_labels"], summary.cut_samples, summary.dropped_samples) == counts
     assert all(len(ids) <= 100 for name in PAIRS for ids in data[name])
-    assert all((labels != IGNORED).any() for labels in data["rejected_labels"])
+    assert all((labels != IGNORE_INDEX).any() for labels in data["rejected_labels"])
 
 
 def test_all_samples_too_long(make):

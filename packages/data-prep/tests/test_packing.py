@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, preprocess
 from modellink.data_prep.packing import assign
-from modellink.data_prep.templates.encoded import IGNORED
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
 LENGTH = 128
@@ -62,7 +62,7 @@ def test_packs_hold_every_sample_whole(run):
         assert len(row) == LENGTH and ids.dtype == mask.dtype == labels.dtype == np.int32
         count = int(numbers.max())
         assert np.sort(numbers[numbers > 0]).tolist() == numbers[numbers > 0].tolist()  # 1 1 1 2 2 ... then padding
-        assert (row[numbers == 0] == 0).all() and (marks[numbers == 0] == IGNORED).all()
+        assert (row[numbers == 0] == 0).all() and (marks[numbers == 0] == IGNORE_INDEX).all()
         for number in range(1, count + 1):
             found.append((tuple(row[numbers == number]), tuple(marks[numbers == number])))
     assert sorted(found) == samples
@@ -70,7 +70,7 @@ def test_packs_hold_every_sample_whole(run):
     assert summary.packs == len(ids) == ids.document_count < len(plain_ids)
     assert summary.fill == pytest.approx(plain.tokens["packed_labels"] / (LENGTH * summary.packs), abs=1e-3)
     assert summary.fill > 0.8
-    assert summary.learned_tokens == sum((marks != IGNORED).sum() for marks in labels)
+    assert summary.learned_tokens == sum((marks != IGNORE_INDEX).sum() for marks in labels)
 
 
 def test_a_turn_does_not_end_a_sample(run):

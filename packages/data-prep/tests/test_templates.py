@@ -15,10 +15,10 @@ import tokenizers
 
 from modellink.data_prep import Tokenizer, encode_chat
 from modellink.data_prep.templates.conversation import from_messages
-from modellink.data_prep.templates.encoded import IGNORED
 from modellink.data_prep.templates.formats import chat_format
 from modellink.data_prep.templates.model import ModelFormat
 from modellink.data_prep.templates.template import load_template, template_names
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
 RENDERED = json.loads((Path(__file__).parent / "rendered.json").read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def expected(tokenizer, name, case):
         asked, said = ([index for part in parts for index in encode(part)] for parts in (source, target))
         ids += asked + said
         closing = [eos] if efficient and asked and number else []
-        labels += closing + [IGNORED] * (len(asked) - len(closing)) + said
+        labels += closing + [IGNORE_INDEX] * (len(asked) - len(closing)) + said
     return ids, labels
 
 

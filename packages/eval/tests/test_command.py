@@ -41,18 +41,18 @@ GOOD = {"--task": ["mmlu"], "--task-data-path": ["data"], "--load": ["model"], "
     ({"--task": ["mmlu", "mmlu"]}, "a task is named twice"),
     ({"--task-data-path": ["nowhere"]}, "there is no such folder"),
     ({"--task-data-path": ["data/boolq"]}, "there is no data of mmlu"),
-    ({"--prompt-style": ["chat"]}, "'chat' is not one of 'original', 'lm-eval'"),
+    ({"--prompt-style": ["chat"]}, "--prompt-style is 'chat', it must be one of original, lm-eval"),
     ({"--evaluation-batch-size": ["0"]}, "--evaluation-batch-size is 0"),
     ({"--max-eval-samples": ["0"]}, "--max-eval-samples is 0"),
     ({"--tp": ["x"]}, "--tensor-model-parallel-size is 'x'"),
     ({"--load": None}, "a model is needed"),
     ({"--endpoint": ["http://x/v1"]}, "one only"),
     ({"--prompt-type": ["qwen"], "--no-chat-template": ["--seed", "1"]}, "contradict each other"),
-    ({"--prompt-type": ["qwen"], "--eval-language": ["fr"]}, "'fr' is not one of"),
+    ({"--prompt-type": ["qwen"], "--eval-language": ["fr"]}, "--eval-language is 'fr', it must be one of"),
     ({"--num-samples": ["5"]}, "one text 5 times"),
     ({"--task": ["gsm8k"], "--max-new-tokens": ["0"]}, "--max-new-tokens is 0"),
-    ({"--output": None}, "--output must be given"),
-    ({"--task-data-paht": ["data"]}, "No such option"),
+    ({"--output": None}, "--output is required"),
+    ({"--task-data-paht": ["data"]}, "unknown option"),
 ])
 def test_a_mistake(command, data, tmp_path, snapshot, change, message):
     before = snapshot(tmp_path)

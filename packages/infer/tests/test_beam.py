@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 

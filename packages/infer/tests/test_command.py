@@ -125,13 +125,13 @@ def test_a_conversation_on_two_ranks(llama, engine):
 
 WRONG = [
     (["--load", "nowhere", "--prompt", "a"], "checkpoint folder is missing"),
-    (["--prompt", "a"], "--load must be given"),
+    (["--prompt", "a"], "--load is required"),
     (["--load", "LLAMA"], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", ""], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not from both"),
     (["--load", "LLAMA", "--prompt-file", "nowhere.txt"], "cannot be read"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "3"], "does not divide the 2 query groups"),
-    (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be dealt evenly"),
+    (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be split evenly"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "400"], "use at most 255"),
@@ -143,7 +143,7 @@ WRONG = [
     (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
     (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
     (["--load", "LLAMA", "--prompt", "a", "--logprobs"], "add --json"),
-    (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "No such option"),
+    (["--load", "LLAMA", "--prompt", "a", "--nonsense"], "unknown option"),
     (["--load", "LLAMA", "--prompt", "a", "--device", "abacus"], "abacus"),
     (["--load", "LLAMA", "--prompt", "a", "--model-type-hf", "nonsense"], "nonsense"),
 ]

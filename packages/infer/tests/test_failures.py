@@ -189,7 +189,7 @@ def broken(llama, tmp_path) -> SimpleNamespace:
 
 
 def test_a_server_whose_model_failed_ends(broken):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -205,7 +205,7 @@ def test_a_server_whose_model_failed_ends(broken):
 
 
 def test_a_replica_whose_model_failed_is_started_again(broken, engine):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.replicas import OwnReplica, make_front
     replicas = [OwnReplica(index, broken.command, broken.environment) for index in range(2)]
     server = uvicorn.Server(uvicorn.Config(make_front(replicas, largest_body=10_000), port=(port := free_port()),
@@ -246,7 +246,7 @@ def test_an_address_of_another_machine_is_told(llama, command):
 
 
 def test_two_servers_elsewhere_stand_behind_one_address(llama, engine, tmp_path):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     ports = [free_port() for _ in range(3)]
     serve = [sys.executable, "-m", "modellink.infer.cli", "serve", "--port"]
     more = ["--load", str(llama), "--device", "cpu", "--served-model-name", "tiny"]

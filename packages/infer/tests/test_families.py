@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
@@ -87,7 +87,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def found(folders) -> Iterator[Callable[[str], dict[str, Any]]]:
     """`found(layout)`: results of all models at a layout."""
-    from modellink.core.testing import Ranks
+    from ranks import Ranks
     pools: dict[int, Ranks] = {}
 
     @cache

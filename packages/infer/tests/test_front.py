@@ -109,7 +109,7 @@ def signals() -> Iterator[None]:
 @pytest.mark.parametrize("ready", [False, True])
 def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monkeypatch, capfd, signals, ready):
     """One that did answer is started again whatever its status; here the second one ends the front."""
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server import replicas, run
     from modellink.kernels.errors import ModelLinkError
     (tmp_path / "replica.py").write_text(REPLICA)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.device import Device
 from modellink.kernels.parallel import ParallelLayout

@@ -30,7 +30,7 @@ WAYS = [{"temperature": 0}, {"temperature": 1.3, "seed": 5}, {"temperature": 0, 
 
 @pytest.fixture(scope="module")
 def server(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port, errors = free_port(), tmp_path_factory.mktemp("server") / "stderr"
     process = subprocess.Popen(
         [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout

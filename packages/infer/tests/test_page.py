@@ -34,7 +34,7 @@ HOSTILE = "<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1
 def site() -> Iterator[SimpleNamespace]:
     """The page, with a model that says what a test wants, a few characters at a time; `asked` are the bodies."""
     from modellink.core import engine
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.kernels.device import find
     engine.start(find("cpu"))  # before the server's modules import megatron
     from modellink.infer.server import app as real

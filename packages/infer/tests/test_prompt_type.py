@@ -10,7 +10,7 @@ import tokenizers
 
 from modellink.data_prep import IndexedDataset, PreprocessOptions, Tokenizer, preprocess, template_names
 from modellink.infer import load
-from modellink.infer.template import OWN, Chat, encode_prompt
+from modellink.infer.template import HF_CHAT_TEMPLATE, Chat, encode_prompt
 from modellink.kernels.errors import ModelLinkError
 
 SAID = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊 {content}"},
@@ -33,10 +33,10 @@ def speaks_all(llama, tmp_path_factory):
     return Tokenizer.from_folder(folder)
 
 
-@pytest.mark.parametrize("prompt_type", [*template_names(), OWN])
+@pytest.mark.parametrize("prompt_type", [*template_names(), HF_CHAT_TEMPLATE])
 def test_chat_reads_what_training_read(speaks_all, tmp_path, prompt_type):
     (tmp_path / "set.jsonl").write_text(json.dumps({"messages": SAID}))
-    form = {"hf_chat_template": True} if prompt_type == OWN else {"prompt_type": prompt_type}
+    form = {"hf_chat_template": True} if prompt_type == HF_CHAT_TEMPLATE else {"prompt_type": prompt_type}
     tags = {"role_tag": "role", "content_tag": "content", **{f"{role}_tag": role for role in ("user", "assistant", "system")}}
     summary = preprocess(PreprocessOptions(
         input=(str(tmp_path / "set.jsonl"),), output_prefix=tmp_path / "set", tokenizer_name_or_path=speaks_all.folder,
@@ -84,7 +84,7 @@ def test_a_checkpoint_says_what_it_was_trained_with(llama, engine, tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"prompt_type": "default"}))
     expected = engine.generate("Human: Hello\nAssistant:", max_new_tokens=12)
     assert load(tmp_path / "mcore", device="cpu").generate(HELLO, max_new_tokens=12) == expected
-    own = load(tmp_path / "mcore", device="cpu", prompt_type=OWN)
+    own = load(tmp_path / "mcore", device="cpu", prompt_type=HF_CHAT_TEMPLATE)
     assert own.generate(HELLO, max_new_tokens=12) == engine.generate(HELLO, max_new_tokens=12)
 
 

@@ -54,7 +54,7 @@ def one(engine) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def two(llama, tmp_path_factory) -> list[dict[str, Any]]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     out = tmp_path_factory.mktemp("ranks")
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                                 "OMP_NUM_THREADS": "1"}
@@ -93,7 +93,7 @@ def test_the_first_rank_stops_an_answer_for_all(two):
 
 def on_two_machines(folder: Path, *words: object) -> list[subprocess.Popen[str]]:
     """A torchrun for each of two machines, which both are this one; the second has no stdin."""
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
              "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
     command = ["-m", "modellink.infer.cli", words[0], "--load", folder, "--device", "cpu", "--tp", 2, *words[1:]]
@@ -116,7 +116,7 @@ def test_two_machines_generate(llama, engine):
 def test_two_machines_serve(llama, engine):
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("fastapi")
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     agents = on_two_machines(llama, "serve", "--port", port)
     try:

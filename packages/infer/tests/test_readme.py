@@ -22,7 +22,7 @@ ADDRESS = "http://127.0.0.1:8000"
 
 @pytest.fixture(scope="module")
 def address(engine) -> Iterator[str]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
     app = make_app(Service(engine, most_waiting=4), name="smollm2", api_key=None, largest_body=10_000)

@@ -24,7 +24,7 @@ LONG = {"prompt": "The", "max_tokens": 240, "temperature": 0, "ignore_eos": True
 
 @pytest.fixture(scope="module")
 def front(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port, errors = free_port(), tmp_path_factory.mktemp("front") / "stderr"
     with errors.open("w") as file:
         process = subprocess.Popen(

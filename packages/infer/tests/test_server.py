@@ -29,7 +29,7 @@ CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "
 @pytest.fixture(scope="module")
 def server(engine) -> Iterator[SimpleNamespace]:
     """A server in this process, on a port of its own."""
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
     service = Service(engine, most_waiting=24)
@@ -451,7 +451,7 @@ def test_no_host_gets_around_the_key(engine):
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_the_command_serves_and_ends_gracefully(llama, engine, tp):
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),

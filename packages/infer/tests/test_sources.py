@@ -26,20 +26,20 @@ def legacy(source: Path, path: Path) -> Path:
 def trained(source: Path, path: Path) -> Path:
     """A torch_dist checkpoint: what one step of training at learning rate 0 saves."""
     from modellink.core import processes
-    from modellink.core.run import prepare
-    from modellink.core.train.pretrain import pretrain
+    from modellink.core.api import train
+    from modellink.core.prepare.prepare import prepare
     from modellink.data_prep import IndexedWriter
     from modellink.kernels.options import Layer
     prefix = path.with_name("tokens")
     with IndexedWriter(prefix, numpy.dtype("uint16")) as writer:
         for start in range(40):
             writer.add_document(numpy.arange(start, start + 50))
-    run = prepare([Layer("test", {
+    run = prepare("pretrain", [Layer("test", {
         "load": str(source), "save": str(path), "data_path": (str(prefix),), "seq_length": 16, "micro_batch_size": 1,
         "global_batch_size": 1, "train_iters": 1, "lr": 0.0, "min_lr": 0.0, "eval_iters": 0, "split": "100,0,0",
         "device": "cpu"})], 1)
     processes.join(run.device, run.layout, run.optimizer.seed)
-    pretrain(run)
+    train(run)
     return path
 
 
@@ -53,7 +53,7 @@ def test_the_same_tokens_from_every_source(engine, llama, prompts, tmp_path, mak
 
 @pytest.mark.parametrize(("layout", "message", "fix"), [
     (ParallelLayout(tp=3), "does not divide the 2 query groups", "use 1 or 2"),
-    (ParallelLayout(pp=2), "3 layers cannot be dealt evenly", "use 1 or 3 stages"),
+    (ParallelLayout(pp=2), "3 layers cannot be split evenly", "use 1 or 3 stages"),
     (ParallelLayout(dp=2), "not at DP 2", "leave the others at 1"), (ParallelLayout(ep=2, dp=2), "not at EP 2 x DP 2", "at 1")])
 def test_a_layout_that_cannot_run_is_refused_with_one_that_can(llama, layout, message, fix):
     with pytest.raises(ModelLinkError, match=message) as refusal:

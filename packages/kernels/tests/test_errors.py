@@ -36,9 +36,9 @@ def test_a_fault_of_ours_ends_with_1_and_a_trace(raised):
 
 @pytest.mark.parametrize(("body", "said"), [
     ("with open('/dev/full', 'w') as file: file.write('x')",
-     "error: No space left on device\n  fix:   make room, or choose another disk\n"),
+     "error: No space left on device\n  fix:   free some space, or choose another disk\n"),
     ("raise PermissionError(errno.EACCES, 'Permission denied', 'a.bin')",
-     "error: Permission denied\n  where: a.bin\n  fix:   choose another place, or ask for the right to it\n")])
+     "error: Permission denied\n  where: a.bin\n  fix:   choose another path, or ask for permission\n")])
 def test_what_the_system_refuses_is_no_fault_of_ours(body, said):
     done = run(body)
     assert (done.returncode, done.stderr) == (2, said)
@@ -60,6 +60,66 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_errors_travel_between_processes():
     error = pickle.loads(pickle.dumps(InternalError("what", where="there", fix="so")))
     assert type(error) is InternalError and str(error) == "what\n  where: there\n  fix:   so"
+
+
+def test_an_error_knows_its_option():
+    assert ModelLinkError("x", option="max_new_tokens").option == "max_new_tokens"
+    assert ModelLinkError("x", where="--max-new-tokens").option == "max_new_tokens"
+    assert ModelLinkError("x", where="--tp, --pp").option is None
+    assert ModelLinkError("x", where="a.json").option is None
+    assert pickle.loads(pickle.dumps(ModelLinkError("x", option="seed"))).option == "seed"
+
+
+USAGE = """
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+import click
+from modellink.kernels.errors import run_command
+from modellink.kernels.options import command, option, resolve, yaml_layer
+@dataclass(frozen=True)
+class Options:
+    format: Literal["hf", "megatron-core", "torch-dist"] = option("hf", "Format.")
+    train_iters: int = option(1, "Iterations.", minimum=1)
+@click.group()
+def group(): ...
+@command(Options, name="run")
+@click.argument("src")
+@click.option("--config")
+def run(src, config, given):
+    layers = [yaml_layer(Path(config))] if config else []
+    print(resolve([Options], *layers, given)[Options])
+group.add_command(run)
+run_command(lambda: group.main(sys.argv[1:], "prog", standalone_mode=False))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "what", "fix"), [
+    (["run", "a", "--format", "mcore"], "--format is 'mcore', it must be one of hf, megatron-core, torch-dist",
+     "did you mean megatron-core?"),
+    (["run", "a", "--format", "torch-dits"], "--format is 'torch-dits'", "did you mean torch-dist?"),
+    (["run", "a", "--train-iters", "ten"], "--train-iters is 'ten', it must be a whole number", None),
+    (["run", "a", "--train-itres", "3"], "unknown option --train-itres", "did you mean --train-iters?"),
+    (["run", "a", "--zzz"], "unknown option --zzz", "see prog run --help"),
+    (["run", "a", "--format"], "--format needs a value", "see --help"),
+    (["run"], "SRC is required", "prog run [OPTIONS] SRC"),
+    (["run", "a", "b"], "unexpected argument b", "see prog run --help"),
+    (["rnu", "a"], "unknown command rnu", "did you mean run?"),
+])
+def test_click_errors_have_our_format(arguments, what, fix):
+    done = subprocess.run([sys.executable, "-c", USAGE, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {what}"), done.stderr
+    assert "  where: command line\n" in done.stderr
+    if fix:
+        assert f"  fix:   {fix}\n" in done.stderr
+
+
+def test_a_value_of_a_yaml_file_has_the_same_error(tmp_path):
+    (tmp_path / "run.yaml").write_text("format: core\n")
+    command = [sys.executable, "-c", USAGE, "run", "a", "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean megatron-core?" in done.stderr and "run.yaml" in done.stderr
 
 
 def test_near_names_what_was_meant():

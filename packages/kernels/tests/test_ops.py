@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from modellink.kernels import ops
-from modellink.kernels.ops import door
+from modellink.kernels.ops import dispatch
 from modellink.kernels.ops.adamw import Settings
 from modellink.kernels.ops.attention import Documents, Variant, alibi_slopes, scores_of
 from modellink.kernels.ops.cases import alone
@@ -89,20 +89,20 @@ def test_what_does_not_fit_is_refused(what):
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda", "npu"])
-@pytest.mark.parametrize("name", sorted(door.OPS))
+@pytest.mark.parametrize("name", sorted(dispatch.OPS))
 def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, device_type):
     module = importlib.import_module(f"modellink.kernels.ops.{name}")
 
     def taken() -> object:
-        return door.form_of(name, device_type, module.FORMS, module.plain)
+        return dispatch.form_of(name, device_type, module.FORMS, module.plain)
     usual = taken()
     assert usual is module.FORMS.get(device_type, module.plain)
     with ops.plain_forms(name):
         assert taken() is module.plain
-        with ops.plain_forms(*door.OPS - {name}):  # the inner ones come beside the outer
+        with ops.plain_forms(*dispatch.OPS - {name}):  # the inner ones come beside the outer
             assert taken() is module.plain
     assert taken() is usual
-    with ops.plain_forms(*door.OPS - {name}):
+    with ops.plain_forms(*dispatch.OPS - {name}):
         assert taken() is usual
 
 

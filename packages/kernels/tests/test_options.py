@@ -77,12 +77,23 @@ def test_a_later_layer_wins_and_every_value_knows_its_source():
     ({"train_iters": 1, "shuffle": "no"}, "must be true or false"),
     ({"train_iters": 1, "style": "step"}, "one of linear, cosine"),
     ({"train_iters": 1, "lr": 2}, "at least 0 and at most 1"),
-    ({"lr": 0.1}, "--train-iters must be given"),
+    ({"lr": 0.1}, "--train-iters is required"),
 ])
 def test_a_wrong_value_is_refused_with_its_source(values, message):
     with pytest.raises(ModelLinkError, match=message) as caught:
         resolved(Layer("run.yaml", values))
-    assert "run.yaml" in str(caught.value) or "must be given" in message
+    assert "run.yaml" in str(caught.value) or "is required" in message
+
+
+def test_choices_are_also_spelled_with_underscores():
+    @dataclass(frozen=True)
+    class Format:
+        format: Literal["hf", "torch-dist"] = option("hf", "Format.")
+
+    assert resolve([Format], Layer("x", {"format": "torch_dist"}))[Format].format == "torch-dist"
+    with pytest.raises(ModelLinkError) as caught:
+        resolve([Format], Layer("x", {"format": "distcp"}))
+    assert caught.value.fix == "did you mean torch-dist?" and caught.value.option == "format"
 
 
 def test_a_misspelt_key_names_what_was_meant():

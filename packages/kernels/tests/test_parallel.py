@@ -11,9 +11,9 @@ from modellink.kernels.parallel import (
     ParallelLayout,
     Split,
     check_tensor_parallel,
-    held,
     padded_vocab_size,
     query_key_value_rows,
+    shard_ranges,
 )
 
 small = st.integers(1, 6)
@@ -57,20 +57,20 @@ def test_layers_that_cannot_be_dealt(layout: ParallelLayout, layers: int, messag
 @given(split=st.sampled_from(["column", "row", "vocab", "gated"]), tp=small, count=small)
 def test_ranks_hold_every_row_once(split: Split, tp: int, count: int) -> None:
     size = tp * count * (2 if split == "gated" else 1)
-    ranks = [held(split, size, tp, rank) for rank in range(tp)]
+    ranks = [shard_ranges(split, size, tp, rank) for rank in range(tp)]
     assert sorted(row for pieces in ranks for piece in pieces for row in piece) == list(range(size))
     assert len({sum(map(len, pieces)) for pieces in ranks}) == 1
 
 
 def test_a_gated_matrix_is_cut_in_each_half() -> None:
-    assert held("gated", 12, 3, 1) == [range(2, 4), range(8, 10)]
-    assert held("replicated", 5, 3, 2) == [range(5)]
+    assert shard_ranges("gated", 12, 3, 1) == [range(2, 4), range(8, 10)]
+    assert shard_ranges("replicated", 5, 3, 2) == [range(5)]
 
 
 @pytest.mark.parametrize(("split", "size"), [("column", 9), ("gated", 12), ("gated", 7)])
 def test_rows_that_cannot_be_dealt(split: Split, size: int) -> None:
-    with pytest.raises(ModelLinkError, match="cannot be dealt evenly to 4"):
-        held(split, size, 4, 0)
+    with pytest.raises(ModelLinkError, match="cannot be split evenly across 4"):
+        shard_ranges(split, size, 4, 0)
 
 
 @given(groups=small, per_group=small, head_dim=st.integers(1, 9))
@@ -88,7 +88,7 @@ def test_a_plain_cut_of_the_fused_rows_keeps_groups_whole(groups: int, per_group
     order = [(kind, row) for kind, piece in query_key_value_rows(groups * per_group, groups, head_dim) for row in piece]
     own = groups // tp
     for rank in range(tp):
-        (rows,) = held("column", len(order), tp, rank)
+        (rows,) = shard_ranges("column", len(order), tp, rank)
         shift = {"q": rank * own * per_group * head_dim, "k": rank * own * head_dim, "v": rank * own * head_dim}
         alone = [(kind, row + shift[kind]) for kind, piece in query_key_value_rows(own * per_group, own, head_dim)
                  for row in piece]
@@ -107,13 +107,13 @@ def test_tensor_parallel_sizes_that_work_are_named() -> None:
         check_tensor_parallel(2, num_attention_heads=9, num_query_groups=3, ffn_hidden_sizes=[1536])
     assert "2 does not divide the 3 query groups (of 9 attention heads)" in str(caught.value)
     assert "use 1 or 3" in str(caught.value)
-    with pytest.raises(ModelLinkError, match="FFN width 6"):
+    with pytest.raises(ModelLinkError, match="feed-forward hidden size 6"):
         check_tensor_parallel(4, num_attention_heads=4, num_query_groups=4, ffn_hidden_sizes=[6])
 
 
 def test_experts_are_dealt_evenly() -> None:
     assert list(ParallelLayout(ep=2).experts(8, 1)) == [4, 5, 6, 7]
-    with pytest.raises(ModelLinkError, match="8 experts cannot be dealt evenly to 3"):
+    with pytest.raises(ModelLinkError, match="8 experts cannot be split evenly across 3"):
         ParallelLayout(ep=3).experts(8, 0)
 
 

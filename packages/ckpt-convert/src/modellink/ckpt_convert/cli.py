@@ -25,6 +25,7 @@ from modellink.ckpt_convert.plan import size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify import differences
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
+from modellink.kernels.model_options import ModelPathOptions
 from modellink.kernels.options import Layer, command, option, resolve
 from modellink.kernels.original import original_flags, translate
 
@@ -55,7 +56,7 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     source = _opened(folder, hf, options)
     _check(source, options)
     workers = options.workers or WORKERS
-    done = convert(source, target, to=to, layout=options.layout(source.spec.num_layers), overwrite=options.overwrite,
+    done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    verify_model=options.verify and options.verify_model,
@@ -105,9 +106,7 @@ def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Pat
 
 
 @dataclass(frozen=True)
-class InspectOptions:
-    model_type_hf: str | None = option(None, "Family of the model where its config.json does not say it.")
-    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json, for a checkpoint without one.")
+class InspectOptions(ModelPathOptions):
     iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
     json: bool = option(False, "As JSON.")
 
@@ -132,18 +131,12 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
     print(json.dumps(facts, indent=2) if as_json else table(facts))
 
 
-@dataclass(frozen=True)
-class DiffOptions:
-    model_type_hf: str | None = option(None, "Family of the models where no config.json says it.")
-    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json, for checkpoints without one.")
-
-
-@command(DiffOptions, name="modellink-convert diff")
+@command(ModelPathOptions, name="modellink-convert diff")
 @click.argument("first")
 @click.argument("second")
 def diff_command(first: str, second: str, given: Layer) -> None:
     """Compare two checkpoints of any formats and layouts tensor by tensor; exit status 1 where they differ."""
-    options = resolve([DiffOptions], given)[DiffOptions]
+    options = resolve([ModelPathOptions], given)[ModelPathOptions]
     one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path, adapter=True)
                   for path in (first, second))
     count = 0

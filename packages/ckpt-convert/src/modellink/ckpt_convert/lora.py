@@ -17,11 +17,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from pathlib import Path
 
 import torch
 
+from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.formats.legacy import MODULES
 from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.source import Checkpoint, refuse_left_over, refuse_shape
@@ -34,26 +34,6 @@ TILE = 64  # rows that are multiplied at once, always the same ones, so that sum
 
 Matrix = Assembled | torch.Tensor
 """A tensor in a file or in memory."""
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    """What an adapter's tensors do not say.
-
-    Args:
-        r: the rank.
-        alpha: the scale is alpha / r, or with `rslora` alpha / sqrt(r) (https://arxiv.org/abs/2312.03732).
-        dropout: of the input in training; it means nothing to the weights.
-    """
-
-    r: int
-    alpha: float
-    dropout: float = 0.0
-    rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (sqrt(self.r) if self.rslora else self.r)
 
 
 def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], where: Path | str) -> dict[str, Weight]:
@@ -103,7 +83,7 @@ def is_linear(name: str, weight: Weight) -> bool:
     return len(weight.shape) == 2 and name.endswith(".weight") and not name.startswith("embedding.")
 
 
-def merge_lora(source: Checkpoint, config: LoraConfig, tensors: Mapping[str, Matrix]) -> Checkpoint:
+def merge_lora(source: Checkpoint, config: AdapterConfig, tensors: Mapping[str, Matrix]) -> Checkpoint:
     """The checkpoint whose weights are those of `source` with the adapter merged in: W + scale x B A, in fp32 (of an fp64 weight
     in fp64), rounded once to the weight's own dtype.
 
@@ -126,7 +106,7 @@ def merge_lora(source: Checkpoint, config: LoraConfig, tensors: Mapping[str, Mat
 
 
 def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r: int | None, alpha: float | None,
-              where: Path) -> LoraConfig:
+              where: Path) -> AdapterConfig:
     """The configuration of an adapter in a Megatron checkpoint: from its arguments, and what the user says.
 
     Raises:
@@ -146,7 +126,7 @@ def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r:
         raise ModelLinkError("the adapter does not say how it is scaled", where=where, fix="give --lora-r and --lora-alpha")
     if told["lora_r"] < 1 or any(rank % told["lora_r"] for rank in ranks):
         raise ModelLinkError(f"the rank is {told['lora_r']:g}, the adapter's matrices have {ranks}", where=f"--lora-r, {where}")
-    return LoraConfig(int(told["lora_r"]), told["lora_alpha"])
+    return AdapterConfig(int(told["lora_r"]), told["lora_alpha"])
 
 
 def check_targets(names: Iterable[str], told: str | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from modellink.ckpt_convert import lora, manifest
+from modellink.ckpt_convert.adapter import SAVED_FILE, SAVED_FOLDER
 from modellink.ckpt_convert.families import NO_FORM, ORIGINALS_BASE, read_spec
 from modellink.ckpt_convert.formats import huggingface, megatron, peft, ranks, torch_dist
 from modellink.ckpt_convert.formats.tensors import Assembled
@@ -17,9 +18,6 @@ from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import incomplete, read_json
 from modellink.kernels.parallel import ParallelLayout
-
-# What modellink-train saves of adapters: SAVED beside its iterations, and in each of them INSIDE, a folder of peft.
-SAVED, INSIDE = "lora.json", "peft"
 
 
 def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | str | None = None,
@@ -100,15 +98,17 @@ def _peft_folder(path: Path, iteration: int | None) -> Path | None:
     """The folder of peft that `path` is, or that lies in what modellink-train saved of adapters there."""
     if peft.is_peft(path):
         return path
-    if (path / SAVED).is_file():
+    if (path / SAVED_FILE).is_file():
         path = last_complete(path, iteration, ours=True)
-    return path / INSIDE if peft.is_peft(path / INSIDE) else None
+    return path / SAVED_FOLDER if peft.is_peft(path / SAVED_FOLDER) else None
 
 
 def _trained_with(folder: Path) -> str | None:
     """The prompt type of a folder of peft inside an iteration of modellink-train."""
     inside = folder.resolve()
-    found = manifest.read_manifest(inside.parents[1]) if inside.name == INSIDE and FOLDER.match(inside.parent.name) else None
+    if inside.name != SAVED_FOLDER or not FOLDER.match(inside.parent.name):
+        return None
+    found = manifest.read_manifest(inside.parents[1])
     return found.prompt_type if found else None
 
 
@@ -136,7 +136,7 @@ def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, al
     root, folder = _iteration(path, None)
     if not ranks.is_megatron(folder):
         raise ModelLinkError("no adapter was recognised", where=path,
-                             fix=f"looked for {peft.CONFIG} (peft), mp_rank_* (Megatron) and {SAVED} (modellink-train)")
+                             fix=f"looked for {peft.CONFIG} (peft), mp_rank_* (Megatron) and {SAVED_FILE} (modellink-train)")
     found = megatron.read(folder, base.spec)
     if not found.adapter:
         raise ModelLinkError("there is no LoRA tensor in it", where=path)

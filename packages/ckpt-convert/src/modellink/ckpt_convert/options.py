@@ -5,30 +5,21 @@ Flags of the original that need no option are in original_flags.yaml.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.plan import Target
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import ModelPathOptions, VirtualLayoutOptions
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
-class ConvertOptions:
+class ConvertOptions(VirtualLayoutOptions, ModelPathOptions):
     to: Literal["hf", "megatron-core", "megatron-legacy", "torch_dist", "peft"] | None = option(None, "Format of the output.")
-    tensor_model_parallel_size: int = option(1, "Tensor-parallel size of the output.", minimum=1,
-                                             alias=("--tp", "--target-tensor-parallel-size"))
-    pipeline_model_parallel_size: int = option(1, "Pipeline-parallel size of the output.", minimum=1,
-                                               alias=("--pp", "--target-pipeline-parallel-size"))
-    expert_model_parallel_size: int = option(
-        1, "Expert-parallel size of the output.", minimum=1,
-        alias=("--ep", "--target-expert-parallel-size", "--target-expert-model-parallel-size"))
-    num_layer_list: tuple[int, ...] = option((), "Layers of each pipeline stage where they are uneven, e.g. 7,8,8,7.")
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Layers of a model chunk where a stage holds several.", minimum=1)
     params_dtype: Literal["fp16", "bf16", "fp32"] | None = option(
         None, "Number format of the output; each tensor keeps its own where nothing is said.")
     make_vocab_size_divisible_by: int = option(1, "The vocabulary is padded to a multiple of this x TP.", minimum=1)
@@ -37,10 +28,6 @@ class ConvertOptions:
         None, "Names of the output: those of megatron-core, or the original's where they differ (latent attention, gate of "
         "shared experts). megatron-core where nothing is said, with --save-model-type modellink-1.0.")
     true_vocab_size: int | None = option(None, "Vocabulary of the model without padding; it is checked.", minimum=1)
-    model_type_hf: str | None = option(None, "Family of the model where its config.json does not say it. llama2 means, as in the "
-                                             "original, whatever config.json says.")
-    tokenizer_name_or_path: Path | None = option(
-        None, "Hugging Face folder with config.json and tokenizer, for a Megatron checkpoint that carries none.")
     lora_load: Path | None = option(None, "Merge the LoRA adapter of this folder into the weights: one of peft, or a Megatron "
                                           "checkpoint in any layout.")
     lora_r: int | None = option(None, "Rank of the adapter; needed where nothing else says it, else checked.", minimum=1)
@@ -90,17 +77,10 @@ class ConvertOptions:
         """The dialect: the original's where a script of the original asks for its Megatron."""
         return self.dialect or ("modellink-1.0" if self.save_model_type is not None else "megatron-core")
 
-    def layout(self, num_layers: int) -> ParallelLayout:
-        """The layout of the output.
+    def output_layout(self, num_layers: int) -> ParallelLayout:
+        """Return the layout of the output; a checkpoint has no data parallel size.
 
         Raises:
-            ModelLinkError: the layers cannot be dealt to chunks of that size.
+            ModelLinkError: the layers cannot be split evenly into chunks of that size.
         """
-        pp, per_chunk, vpp = self.pipeline_model_parallel_size, self.num_layers_per_virtual_pipeline_stage, 1
-        if per_chunk is not None:
-            if num_layers % (pp * per_chunk):
-                raise ModelLinkError(f"{num_layers} layers cannot be dealt to {pp} stages in chunks of {per_chunk}",
-                                     where="--num-layers-per-virtual-pipeline-stage")
-            vpp = num_layers // (pp * per_chunk)
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=pp, vpp=vpp, ep=self.expert_model_parallel_size,
-                              num_layer_list=self.num_layer_list or None)
+        return replace(self.layout(num_layers), dp=1)

@@ -19,19 +19,20 @@ from typing import Any
 
 import torch
 
+from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.blocks import cast
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import peft, safetensors, writing
 from modellink.ckpt_convert.formats.writing import Planned
-from modellink.ckpt_convert.lora import A, B, LoraConfig, Matrix, adapter_weights, merge_lora, rows_of, whole
+from modellink.ckpt_convert.lora import A, B, Matrix, adapter_weights, merge_lora, rows_of, whole
 from modellink.ckpt_convert.rules import Rows
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.files import atomic_folder, atomic_write, write_json
 
-__all__ = ["LoraConfig", "merge_lora", "read_peft", "write_peft"]
+__all__ = ["AdapterConfig", "merge_lora", "read_peft", "write_peft"]
 
 
-def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: LoraConfig, *,
+def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: AdapterConfig, *,
                base: str | None = None, overwrite: bool = False) -> None:
     """Write an adapter as the new folder `folder`, for `peft.PeftModel.from_pretrained`.
 
@@ -51,7 +52,7 @@ def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mappin
         write_json(temporary / peft.CONFIG, values)
 
 
-def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: LoraConfig, *, base: str | None,
+def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: AdapterConfig, *, base: str | None,
             dtype: torch.dtype | None = None) -> tuple[writing.FileLayout, dict[str, Any]]:
     """(the file of tensors, the content of adapter_config.json); see `write_peft`."""
     adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the adapter")
@@ -61,7 +62,7 @@ def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config:
     return layout, peft.config_of(config, ranks, peft.linear_modules(spec, family), base)
 
 
-def read_peft(folder: Path | str, spec: ModelSpec, family: str) -> tuple[LoraConfig, dict[str, torch.Tensor]]:
+def read_peft(folder: Path | str, spec: ModelSpec, family: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """(configuration, canonical name -> tensor) of an adapter folder.
 
     A matrix made of several modules with As of their own has more rows in its A than `config.r`; `config.scale` is that of all.

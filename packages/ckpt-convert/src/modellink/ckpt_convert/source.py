@@ -11,18 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.formats.tensors import Assembled, Part
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import Weight, weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
-
-if TYPE_CHECKING:
-    from modellink.ckpt_convert.lora import LoraConfig
 
 SHOWN = 8  # names in one message
 
@@ -44,8 +41,8 @@ class Checkpoint:
     layout: ParallelLayout = ParallelLayout()
     iteration: int | None = None
     prompt_type: str | None = None
-    adapter: LoraConfig | None = None
-    merged: LoraConfig | None = None
+    adapter: AdapterConfig | None = None
+    merged: AdapterConfig | None = None
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype

@@ -10,8 +10,8 @@ import numpy as np
 
 from modellink.data_prep.histogram import histogram
 from modellink.data_prep.indexed import IndexedDataset, files_of
-from modellink.data_prep.templates.encoded import IGNORED
 from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.files import atomic_write
 from modellink.kernels.options import option
 
@@ -95,7 +95,7 @@ def _open(prefix: str) -> tuple[IndexedDataset, IndexedDataset | None]:
 
 
 def _learned(labels: IndexedDataset) -> int:
-    return sum(int((labels.tokens[at:at + (1 << 24)] != IGNORED).sum()) for at in range(0, labels.token_count, 1 << 24))
+    return sum(int((labels.tokens[at:at + (1 << 24)] != IGNORE_INDEX).sum()) for at in range(0, labels.token_count, 1 << 24))
 
 
 def _sample(ids: list[int], labels: list[int] | None, tokenizer: Tokenizer | None) -> str:
@@ -103,7 +103,8 @@ def _sample(ids: list[int], labels: list[int] | None, tokenizer: Tokenizer | Non
     if tokenizer is None or not known:
         return str(ids)
     pieces = []
-    for learned, group in groupby(zip(ids, labels or [IGNORED] * len(ids), strict=True), key=lambda pair: pair[1] != IGNORED):
+    pairs = zip(ids, labels or [IGNORE_INDEX] * len(ids), strict=True)
+    for learned, group in groupby(pairs, key=lambda pair: pair[1] != IGNORE_INDEX):
         text = tokenizer.decode([token for token, _ in group], skip_special_tokens=False)
         pieces.append(f"⟦{text}⟧" if learned else text)
     return repr("".join(pieces))

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modellink.data_prep.indexed import IndexedDataset, IndexedWriter, files_of
-from modellink.data_prep.templates.encoded import IGNORED
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.progress import Work
 
 INPUTS, MASK, LABELS = "packed_input_ids", "packed_attention_mask", "packed_labels"
-PADDING = {INPUTS: 0, MASK: 0, LABELS: IGNORED}
+PADDING = {INPUTS: 0, MASK: 0, LABELS: IGNORE_INDEX}
 OPEN = 16  # parts at a time
 
 

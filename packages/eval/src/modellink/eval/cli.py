@@ -43,7 +43,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     jobs = prepare(options.task, options.task_data_path, settings, options.max_eval_samples)
     rank = os.environ.get("RANK")
     first = rank in (None, "0")
-    starts = rank is None and options.layout.world_size > 1  # ranks, the first of which speaks
+    starts = rank is None and options.layout().world_size > 1  # ranks, the first of which speaks
     if first and not starts and settings.chat and not (options.prompt_type or options.hf_chat_template):
         print(f"note: asking in chats, in the template {settings.chat} that the checkpoint was trained with; --no-chat-template "
               "asks with plain text", file=sys.stderr)
@@ -59,7 +59,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         return
     from modellink.eval.backends.local import LocalBackend
     assert options.load is not None
-    backend = LocalBackend(options.load, layout=options.layout, device=options.device, dtype=options.dtype,
+    backend = LocalBackend(options.load, layout=options.layout(), device=options.device, dtype=options.dtype,
                            tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf, chat=settings.chat,
                            batch_size=min(options.evaluation_batch_size, 32))
     if not first:
@@ -67,8 +67,8 @@ def run_tasks(config: Path | None, given: Layer) -> None:
         return
     check_output(jobs, backend.describe(), options.output)
     if starts:
-        from modellink.core.processes import spawn
-        sys.exit(spawn(options.layout.world_size, MODULE, sys.argv[1:]))
+        from modellink.core.launch import spawn
+        sys.exit(spawn(options.layout().world_size, MODULE, sys.argv[1:]))
     backend.load()
     _run(options, jobs, backend, sandbox)
     backend.close()

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modellink.eval.backends.tokens import HF_CHAT
 from modellink.eval.prompts import EvalSettings
 from modellink.eval.recorded import recorded_chat
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import RunModelOptions
 from modellink.kernels.options import option
-from modellink.kernels.parallel import ParallelLayout
 
 
-@dataclass(frozen=True)
-class RunOptions:
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RunModelOptions):
     """What is asked of which model."""
 
     task: tuple[str, ...] = option(doc="Names of benchmarks (see `modellink-eval list`), paths of YAML files, or `all`.")
@@ -27,8 +27,6 @@ class RunOptions:
     endpoint_model: str | None = option(None, "The model to ask the server for; the only one it lists where nothing is said.")
     prompt_style: Literal["original", "lm-eval"] = option("original", "Whose prompts: the original ModelLink's, or those of "
                                                           "lm-evaluation-harness.")
-    prompt_type: str | None = option(None, "Ask in chats, in the template of this name (see modellink-data-prep); where nothing "
-                                     "is said, in the one the checkpoint says it was trained with.")
     hf_chat_template: bool = option(False, "Ask in chats, in the template of the model's tokenizer.")
     no_chat_template: bool = option(False, "Ask with plain text, also a checkpoint that was trained with a template.")
     eval_language: Literal["en", "zh"] = option("en", "Language of the words around a question in a chat.")
@@ -43,16 +41,6 @@ class RunOptions:
     allow_code_execution: bool = option(False, "Run programs that the model writes, in a sandbox.")
     isolation: Literal["namespaces", "none"] = option("namespaces", "What such a program is kept in; `none` leaves files and "
                                                       "network open to it.")
-    tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
-    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
-    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
-    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
-                                                                     "checkpoint's where nothing is said.")
-    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
-                                                 "that does not carry its own.")
-    model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
 
     def check(self) -> None:
         """Raise where options contradict each other."""
@@ -75,15 +63,9 @@ class RunOptions:
         if self.endpoint is None and self.endpoint_model is not None:
             raise ModelLinkError("--endpoint-model is for a server", where="--endpoint-model", fix="leave it out")
 
-    @property
-    def layout(self) -> ParallelLayout:
-        ep = self.expert_model_parallel_size
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
-                              num_layer_list=self.num_layer_list)
-
     def settings(self) -> EvalSettings:
         """How the questions are asked: in the template that is named, else in the one the checkpoint was trained with."""
-        chat = HF_CHAT if self.hf_chat_template else self.prompt_type
+        chat = HF_CHAT_TEMPLATE if self.hf_chat_template else self.prompt_type
         if chat is None and self.load is not None and not self.no_chat_template:
             chat = recorded_chat(self.load)
         return EvalSettings(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,

@@ -99,10 +99,10 @@ def serve(given: Layer) -> None:
         return _serve_elsewhere(given)
     resolved = resolve([ModelOptions, ServeOptions], given)
     model, options = resolved[ModelOptions], resolved[ServeOptions]
-    from modellink.core import processes
+    from modellink.core import launch
     from modellink.infer.server import run
     run.check_installed()
-    if options.replicas > 1 and processes.under_launcher():
+    if options.replicas > 1 and launch.under_launcher():
         raise ModelLinkError("replicas are processes of their own, started by the one in front", where="--replicas",
                              fix="run the command without torchrun")
     plan = model.plan(_local_rank())
@@ -111,7 +111,7 @@ def serve(given: Layer) -> None:
         from modellink.infer.server.replicas import device_shares, make_replicas
         device = plan.device
         shares = device_shares(device.kind, device.module.device_count() if device.module else 0, options.replicas,
-                               model.layout.world_size)
+                               model.layout().world_size)
         return run.serve_replicas(make_replicas(options.replicas, sys.argv[1:], shares), sockets,
                                   most_waiting=options.max_waiting, largest_body=options.max_body)
     if _to_start(model):
@@ -200,14 +200,14 @@ def _local_rank() -> int:
 
 def _to_start(model: ModelOptions) -> bool:
     """Whether the ranks are still to be started."""
-    from modellink.core import processes
-    return model.layout.world_size > 1 and not processes.under_launcher()
+    from modellink.core import launch
+    return model.layout().world_size > 1 and not launch.under_launcher()
 
 
 def _start(model: ModelOptions, more: list[str], forward: tuple[signal.Signals, ...] = ()) -> None:
     """Run this very command on every rank, and leave with their status."""
-    from modellink.core import processes
-    sys.exit(processes.spawn(model.layout.world_size, MODULE, [*sys.argv[1:], *more], forward=forward))
+    from modellink.core import launch
+    sys.exit(launch.spawn(model.layout().world_size, MODULE, [*sys.argv[1:], *more], forward=forward))
 
 
 @contextmanager

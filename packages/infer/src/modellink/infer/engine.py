@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 
-from modellink.core import processes
+from modellink.core import launch, processes
 from modellink.infer.plan import Plan, make_plan
 from modellink.infer.prompts import Message, Options, Prompts, check_ids, make_requests
 from modellink.infer.request import Answer, Generation, Request
@@ -80,7 +80,7 @@ class Engine:
         processes.join(plan.device, plan.layout, seed=0)
         from modellink.infer.network import Network  # imports megatron, which only now is on its device
         self.plan, self.spec, self.tokenizer, self.batch_size = plan, plan.spec, plan.tokenizer, batch_size
-        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and processes.rank() == 0,
+        self.network = Network(plan.source, plan.layout, plan.device, plan.dtype, show=show and launch.rank() == 0,
                                native=native, int8=int8, graphs=graphs)
         self._cache_tokens = cache_tokens
 

@@ -7,45 +7,32 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import RunModelOptions
 from modellink.kernels.options import option
-from modellink.kernels.parallel import ParallelLayout
-
-OWN = "hf-chat-template"  # the name of the tokenizer's own template among prompt types
 
 if TYPE_CHECKING:
     from modellink.infer.plan import Plan
 
 
-@dataclass(frozen=True)
-class ModelOptions:
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(RunModelOptions):
     """Which model, and where it runs."""
 
     load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch_dist, written at any "
                         "layout.")
-    tensor_model_parallel_size: int = option(1, "Processes each weight matrix is cut over.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
-    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
-    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to.", alias="--ep", minimum=1)
     cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; where "
                                       "nothing is said as many as can be used and half of the free memory has room for.",
                                       unit="tokens", minimum=1)
-    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "What to run on.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = option(None, "Precision of weights and activations; the "
-                                                                     "checkpoint's where nothing is said.")
     native: bool | None = option(None, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
                                  "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler; where "
                                  "nothing is said, if it is faster, which is measured when the model is loaded.")
     int8: bool = option(False, "With that function, hold the weights in int8, with a scale for each row; the error is printed.")
     graphs: bool | None = option(None, "Compute passes of single tokens from captured graphs; where nothing is said on CUDA and "
                                  "NPUs, for models on one rank without experts.")
-    tokenizer_name_or_path: Path | None = option(None, "Hugging Face folder with config.json and tokenizer, for a checkpoint "
-                                                 "that does not carry its own.")
-    model_type_hf: str | None = option(None, "Family of the model, where the checkpoint does not say it.")
-    prompt_type: str | None = option(None, "Template of conversations: a name of modellink-preprocess's --prompt-type, or a JSON "
-                                     "file; where nothing is said the one the checkpoint was trained with, else the tokenizer's.")
     hf_chat_template: bool | None = option(None, "The tokenizer's own template, whatever the checkpoint was trained with; chat "
                                            "takes --no-hf-chat-template, which joins texts as they are, for a model that knows "
                                            "no chat.")
@@ -57,18 +44,12 @@ class ModelOptions:
             raise ModelLinkError("int8 weights are read by the compiled function", where="--int8, --no-native",
                                  fix="give one of them")
 
-    @property
-    def layout(self) -> ParallelLayout:
-        ep = self.expert_model_parallel_size
-        return ParallelLayout(tp=self.tensor_model_parallel_size, pp=self.pipeline_model_parallel_size, ep=ep, dp=ep,
-                              num_layer_list=self.num_layer_list)
-
     def plan(self, index: int) -> Plan:
         """Open and check the checkpoint; imports torch."""
         from modellink.infer.plan import make_plan
-        return make_plan(self.load, layout=self.layout, device=self.device, index=index, dtype=self.dtype,
+        return make_plan(self.load, layout=self.layout(), device=self.device, index=index, dtype=self.dtype,
                          family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path,
-                         prompt_type=OWN if self.hf_chat_template else self.prompt_type)
+                         prompt_type=HF_CHAT_TEMPLATE if self.hf_chat_template else self.prompt_type)
 
 
 @dataclass(frozen=True)

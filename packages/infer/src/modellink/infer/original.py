@@ -25,9 +25,9 @@ def in_our_words(args: list[str], command: click.Command) -> list[str]:
 def training() -> dict[str, dict[str, Any]]:
     """Every flag of training that means nothing to a model that is there."""
     from modellink.ckpt_convert.spec import ModelSpec
-    from modellink.core.cli import pretrain
+    from modellink.core.cli import training_command
 
-    options = [option for option in pretrain.params if isinstance(option, click.Option)]
+    options = [option for option in training_command("pretrain").params if isinstance(option, click.Option)]
     names = {field.name for field in fields_of(ModelSpec)}
     of_model = {name for option in options if option.name in names for name in (*option.opts, *option.secondary_opts)}
     table: dict[str, dict[str, Any]] = {}

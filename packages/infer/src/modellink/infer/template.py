@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from modellink.data_prep import ChatFormat, Tokenizer, chat_format, encode_chat, from_messages
-from modellink.infer.options import OWN
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -36,7 +36,7 @@ def named_format(tokenizer: Tokenizer, prompt_type: str | None) -> ChatFormat | 
     Raises:
         ModelLinkError: there is no such template, or the tokenizer lacks one of its tokens.
     """
-    if prompt_type in (None, OWN):
+    if prompt_type in (None, HF_CHAT_TEMPLATE):
         return None
     return chat_format(tokenizer, prompt_type)
 

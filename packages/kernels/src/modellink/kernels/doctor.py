@@ -12,13 +12,14 @@ import importlib.util
 import os
 import platform
 import sys
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
-import click
 from rich.console import Console
 from rich.table import Table
 
 from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.options import Layer, command, option, resolve
 
 DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core", "modellink-infer",
                  "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy", "safetensors", "tokenizers", "transformers"]
@@ -45,10 +46,15 @@ def advice(found: dict[str, str]) -> list[str]:
     return wrong
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda", "npu"]), default="auto", help="Which device to check.")
-def doctor(device: str) -> None:
-    """Print versions, devices and a check of every op on this device."""
+@dataclass(frozen=True)
+class DoctorOptions:
+    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to check.")
+
+
+@command(DoctorOptions, name="modellink-doctor")
+def doctor(given: Layer) -> None:
+    """Print versions and devices, and check every op on this device."""
+    device = resolve([DoctorOptions], given)[DoctorOptions].device
     console = Console(quiet=os.environ.get("RANK", "0") != "0")
     found = versions()
     _print(console, "versions", ["", "version"], list(found.items()))

@@ -1,15 +1,16 @@
-"""The one way to configure anything: a dataclass whose fields say what they mean.
+"""Configuration by dataclasses: one field is the command-line option, the YAML key and a row of the documentation.
 
-From a field made with `option` come the command-line option, the YAML key and the documentation. Values are merged from
-layers in rising precedence (default < preset < YAML file < command line) and every value remembers its source, so that a
-contradiction can name both. An unknown key is an error.
+Values are merged from layers in rising precedence (default < preset < YAML file < command line), and every value keeps its
+source, so that an error about two options can name both. An unknown key is an error.
 
-Not here: what the options mean to each other; a config class has a `check` method for that.
+Not here: rules between options (a config class has a `check` method for them), and the options that several packages share
+(model_options.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import types
 import typing
@@ -26,11 +27,19 @@ from modellink.kernels.errors import ModelLinkError, near
 T = TypeVar("T")
 _REQUIRED: Any = dataclasses.MISSING
 _NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?$")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+SYNONYMS = {
+    "mcore": ("megatron-core",), "core": ("megatron-core",), "megatron": ("megatron-core",), "mg": ("megatron-core",),
+    "legacy": ("megatron-legacy",), "huggingface": ("hf",), "hugging-face": ("hf",), "transformers": ("hf",),
+    "safetensors": ("hf",), "lora": ("peft",), "dcp": ("torch-dist",), "dist": ("torch-dist",), "distcp": ("torch-dist",),
+    "bf16": ("bfloat16",), "bfloat16": ("bf16",), "fp16": ("float16",), "float16": ("fp16",), "half": ("fp16", "float16"),
+    "fp32": ("float32",), "float32": ("fp32",), "float": ("fp32", "float32"), "gpu": ("cuda",), "ascend": ("npu",)}
+"""What people write for a choice, too different from it for edit distance -> the choices they mean."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What `option` notes about a field."""
+    """The metadata that `option` stores with a field."""
 
     doc: str
     unit: str | None = None
@@ -41,14 +50,15 @@ class About:
 
 def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, alias: str | Sequence[str] = (),
            minimum: float | None = None, maximum: float | None = None) -> Any:
-    """A dataclass field that is also an option.
+    """Declare a dataclass field that is also an option.
 
     Args:
-        default: its value when nobody says anything; left out, it must be given.
+        default: the default value. An option without one is required.
         doc: one sentence.
-        unit: of a number, e.g. `tokens`.
-        alias: further spellings, e.g. `--tp`.
-        minimum: smallest legal number; `maximum` likewise.
+        unit: unit of a number, e.g. `tokens`.
+        alias: other spellings, e.g. `--tp`.
+        minimum: smallest allowed number.
+        maximum: largest allowed number.
     """
     aliases = (alias,) if isinstance(alias, str) else tuple(alias)
     return field(default=default, metadata={"about": About(doc, unit, aliases, minimum, maximum)})
@@ -56,7 +66,7 @@ def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, 
 
 @dataclass(frozen=True)
 class Field:
-    """One option of one config class, with its type taken apart."""
+    """One option of a config class, with its type split into parts."""
 
     name: str
     kind: Any  # int, float, str, bool, Path, or a tuple of choices
@@ -70,24 +80,26 @@ class Field:
         return "--" + self.name.replace("_", "-")
 
     def convert(self, value: Any, source: str) -> Any:
-        """Turn a YAML value or a command-line string into the field's type, or say what it should have been."""
+        """Convert a YAML value or a command-line string to the field's type.
+
+        Raises:
+            ModelLinkError: wrong type, not one of the choices, or out of range.
+        """
         if value is None:
             if self.optional:
                 return None
             raise self._wrong(value, source)
         if self.many:
             parts = value if isinstance(value, (list, tuple)) else [value]
-            if self.kind is int:  # the original writes lists of numbers with commas
-                parts = [piece for part in parts for piece in (part.split(",") if isinstance(part, str) else [part])]
+            if self.kind is int:  # the original separates lists of numbers by commas
+                parts = [number for part in parts for number in (part.split(",") if isinstance(part, str) else [part])]
             return tuple(self._one(part, source) for part in parts)
         return self._one(value, source)
 
     def _one(self, value: Any, source: str) -> Any:
         kind = self.kind
         if isinstance(kind, tuple):
-            if value not in kind:
-                raise self._wrong(value, source)
-            return value
+            return self._choice(value, source)
         if kind is bool:
             if not isinstance(value, bool):
                 raise self._wrong(value, source)
@@ -102,21 +114,40 @@ class Field:
         if kind in (int, float) and not ((low is None or result >= low) and (high is None or result <= high)):  # nor is NaN
             limits = " and ".join(([f"at least {low:g}"] if low is not None else [])
                                   + ([f"at most {high:g}"] if high is not None else []))
-            raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source)
+            raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source, option=self.name)
         return result
 
+    def _choice(self, value: Any, source: str) -> Any:
+        """Return the choice that `value` spells; `-` and `_` are interchangeable (`torch_dist` is `torch-dist`)."""
+        if value in self.kind:
+            return value
+        spelled = str(value).replace("_", "-")
+        for choice in self.kind:
+            if str(choice).replace("_", "-") == spelled:
+                return choice
+        raise self._wrong(value, source)
+
     def _wrong(self, value: Any, source: str) -> ModelLinkError:
-        wanted = "one of " + ", ".join(map(str, self.kind)) if isinstance(self.kind, tuple) else {
-            int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path"}.get(
-            self.kind, str(self.kind))
-        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source)
+        fix = None
+        if isinstance(self.kind, tuple):
+            choices = list(map(str, self.kind))
+            wanted = f"one of {', '.join(choices)}"
+            meant = [choice for choice in SYNONYMS.get(str(value).lower().replace("_", "-"), ()) if choice in choices]
+            fix = f"did you mean {' or '.join(meant)}?" if meant else near(str(value).lower(), choices) or None
+        else:
+            wanted = KINDS.get(self.kind, str(self.kind))
+        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source, fix=fix, option=self.name)
 
 
 def fields_of(cls: type) -> list[Field]:
-    """The options of a config class, in the order they are written; fields made without `option` are not options."""
+    """Return the options of a config class: those it declares, then those it inherits.
+
+    Fields made without `option` are not options.
+    """
     hints = typing.get_type_hints(cls)
+    own = inspect.get_annotations(cls)
     found = []
-    for item in dataclasses.fields(cls):
+    for item in sorted(dataclasses.fields(cls), key=lambda item: item.name not in own):
         if "about" not in item.metadata:
             continue
         kind, optional, many = hints[item.name], False, False
@@ -133,7 +164,7 @@ def fields_of(cls: type) -> list[Field]:
 
 @dataclass(frozen=True)
 class Layer:
-    """Values from one source, e.g. `command line` or `run.yaml`; a later layer wins over an earlier one."""
+    """Values from one source, e.g. `command line` or `run.yaml`; a later layer overrides an earlier one."""
 
     source: str
     values: Mapping[str, Any]
@@ -141,7 +172,7 @@ class Layer:
 
 @dataclass
 class Resolved:
-    """The config objects, and where each value came from (`default` where nobody said anything)."""
+    """The config objects, and the source of each value (`default` for one that no layer has)."""
 
     configs: dict[type, Any]
     sources: dict[str, str]
@@ -151,10 +182,10 @@ class Resolved:
 
 
 def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
-    """Merge the layers into one object of each class, and call its `check()` where it has one.
+    """Merge the layers into one object of each class, and call its `check()` if it has one.
 
     Raises:
-        ModelLinkError: an unknown key, a value of the wrong type or out of range, a required one that is missing.
+        ModelLinkError: an unknown key, a value of the wrong type or out of range, or a required option that is missing.
     """
     classes = list(classes)
     known = {item.name: item for cls in classes for item in fields_of(cls)}
@@ -163,14 +194,15 @@ def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
     for layer in layers:
         for name, value in layer.values.items():
             if name not in known:
-                raise ModelLinkError(f"unknown key {name!r}", where=layer.source, fix=near(name, list(known)) or
-                                     "see --help for what there is")
+                raise ModelLinkError(f"unknown key {name!r}", where=layer.source, option=name,
+                                     fix=near(name, known) or "see --help for the options")
             values[name] = known[name].convert(value, layer.source)
             sources[name] = layer.source
     missing = [item for item in known.values() if item.default is _REQUIRED and item.name not in values]
     if missing:
-        raise ModelLinkError(f"{', '.join(item.flag for item in missing)} must be given", where="command line",
-                             fix=f"{missing[0].flag}: {missing[0].about.doc}")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ModelLinkError(f"{', '.join(item.flag for item in missing)} {verb} required", where="command line",
+                             fix=f"{missing[0].flag}: {missing[0].about.doc}", option=missing[0].name)
     configs = {}
     for cls in classes:
         configs[cls] = cls(**{item.name: values[item.name] for item in fields_of(cls) if item.name in values})
@@ -180,7 +212,11 @@ def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
 
 
 def yaml_layer(path: Path) -> Layer:
-    """Read a YAML file of option names, flat or grouped under headings of the reader's choice."""
+    """Read a YAML file of options, flat or grouped under arbitrary headings.
+
+    Raises:
+        ModelLinkError: the file is missing, not YAML or not a mapping, or has an option twice.
+    """
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -188,14 +224,14 @@ def yaml_layer(path: Path) -> Layer:
     except yaml.YAMLError as error:
         raise ModelLinkError(f"not YAML: {error}", where=path) from None
     if not isinstance(loaded or {}, dict):
-        raise ModelLinkError("the file does not hold `name: value` lines", where=path)
+        raise ModelLinkError("the file is not a mapping of `name: value` lines", where=path)
     values: dict[str, Any] = {}
     for key, value in (loaded or {}).items():
         inner = value.items() if isinstance(value, dict) else [(key, value)]
         for name, item in inner:
             name = str(name).replace("-", "_")
             if name in values:
-                raise ModelLinkError(f"{name} is given twice", where=path)
+                raise ModelLinkError(f"{name} is given twice", where=path, option=name)
             values[name] = item
     return Layer(str(path), values)
 
@@ -203,8 +239,8 @@ def yaml_layer(path: Path) -> Layer:
 class Command(click.Command):
     """A click command that takes its options from config classes.
 
-    The function is called with its own click parameters and `given`: the Layer of what stood on the command line.
-    An option of many values takes them all until the next option (`--data-path 0.3 a 0.7 b`), as the original does.
+    The function is called with its own click parameters and with `given`, the Layer of the command line. An option of many
+    values takes all words up to the next option (`--data-path 0.3 a 0.7 b`), as in the original.
     """
 
     def __init__(self, *args: Any, configs: Sequence[type] = (), **kwargs: Any) -> None:
@@ -255,15 +291,16 @@ def _click_option(item: Field) -> click.Option:
     if item.kind is bool:
         names[1] = f"{item.flag}/--no-{item.name.replace('_', '-')}"
         return click.Option(names, default=None, help=text)
-    kind = click.Choice(item.kind) if isinstance(item.kind, tuple) else click.STRING
-    label = {int: "INTEGER", float: "FLOAT", Path: "PATH", str: "TEXT"}.get(item.kind) if not isinstance(
-        item.kind, tuple) else None
-    return click.Option(names, default=None, multiple=item.many, help=text, type=kind,
-                        metavar=f"{label}..." if item.many and label else label)
+    if isinstance(item.kind, tuple):
+        label = f"[{'|'.join(map(str, item.kind))}]"
+    else:
+        label = {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(item.kind, "TEXT")
+    metavar = f"{label}..." if item.many else label
+    return click.Option(names, default=None, multiple=item.many, help=text, type=click.STRING, metavar=metavar)
 
 
 def command(*configs: type, name: str | None = None, help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
-    """Decorator: make a function a console command over these config classes (see `Command`)."""
+    """Decorator: make a function a console command with the options of these config classes (see `Command`)."""
     def wrap(function: Callable[..., Any]) -> Command:
         return click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
                              context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
@@ -271,7 +308,7 @@ def command(*configs: type, name: str | None = None, help: str | None = None) ->
 
 
 def describe(cls: type) -> str:
-    """The options of a config class as a Markdown table."""
+    """Return the options of a config class as a Markdown table."""
     rows = ["| option | default | meaning |", "| --- | --- | --- |"]
     for item in fields_of(cls):
         shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default

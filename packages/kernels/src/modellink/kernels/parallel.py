@@ -1,7 +1,7 @@
-"""How a model is cut over ranks, said once: which layers a stage holds, which rows a rank holds, which experts.
+"""How a model is split across ranks: the layers of a pipeline stage, the rows of a rank, the experts of a rank.
 
-Core asks it to build and load a model, the converter asks it to cut and join checkpoints. Pure Python: a row map is a list
-of ranges over the rows (or columns) of the full tensor, in the order in which the rank holds them.
+Core uses it to build and load a model, the converter to split and merge checkpoints. Pure Python: a row map is a list of ranges
+over the rows (or columns) of the unsharded tensor, in the order in which the rank holds them.
 
 Not here: process groups (megatron-core makes them) and tensors.
 """
@@ -15,18 +15,19 @@ from typing import Literal
 from modellink.kernels.errors import ModelLinkError
 
 Split = Literal["replicated", "column", "row", "gated", "vocab"]
-"""How tensor parallelism cuts a matrix [out, in]: whole on each rank; rows; columns; rows of each half (gate, up) apart;
-rows of the padded vocabulary."""
+"""How tensor parallelism splits a matrix [out, in]: replicated; by rows; by columns; by rows of each half (gate, up) separately;
+by rows of the padded vocabulary."""
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
     """Sizes of the parallel dimensions.
 
-    `ulysses` of the `cp` ranks of a sequence exchange heads for tokens, and such sets pass keys and values round a ring (1: ring
-    attention, cp: no ring).
-    `vpp` is the number of model chunks a pipeline stage holds (1: no interleaving). `num_layer_list` gives the layers of each
-    stage where they are uneven; it excludes `vpp` > 1.
+    Attributes:
+        vpp: number of model chunks of a pipeline stage (1: no interleaving).
+        num_layer_list: number of layers of each stage, if they differ; excludes `vpp` > 1.
+        ulysses: of the `cp` ranks of a sequence, so many exchange heads for tokens; such groups pass keys and values around a
+            ring (1: ring attention, cp: no ring).
     """
 
     tp: int = 1
@@ -47,10 +48,10 @@ class ParallelLayout:
         return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise when `num_layers` cannot be dealt to the stages."""
+        """Raise a ModelLinkError if `num_layers` cannot be assigned to the stages."""
         if self.num_layer_list is not None:
             if self.vpp > 1:
-                raise ModelLinkError("uneven stages and virtual pipeline stages exclude each other",
+                raise ModelLinkError("--num-layer-list and virtual pipeline stages exclude each other",
                                      where="--num-layer-list, --num-layers-per-virtual-pipeline-stage")
             if len(self.num_layer_list) != self.pp or sum(self.num_layer_list) != num_layers or min(self.num_layer_list) < 1:
                 raise ModelLinkError(
@@ -60,13 +61,13 @@ class ParallelLayout:
         elif num_layers % (self.pp * self.vpp):
             even = [size for size in range(1, num_layers + 1) if num_layers % (size * self.vpp) == 0]
             raise ModelLinkError(
-                f"{num_layers} layers cannot be dealt evenly to {self.pp} pipeline stages"
+                f"{num_layers} layers cannot be split evenly into {self.pp} pipeline stages"
                 + (f" of {self.vpp} chunks" if self.vpp > 1 else ""),
                 where="--pipeline-model-parallel-size",
                 fix=f"use {_choices(even)} stages, or give the layers of each stage with --num-layer-list")
 
     def layers(self, num_layers: int, stage: int, chunk: int = 0) -> range:
-        """The global layer numbers (from 0) that chunk `chunk` of stage `stage` holds."""
+        """Return the global numbers (from 0) of the layers of chunk `chunk` of stage `stage`."""
         self.check_layers(num_layers)
         if self.num_layer_list is not None:
             start = sum(self.num_layer_list[:stage])
@@ -76,9 +77,9 @@ class ParallelLayout:
         return range(start, start + count)
 
     def experts(self, num_experts: int, rank: int) -> range:
-        """The global expert numbers that expert-parallel rank `rank` holds."""
+        """Return the global numbers (from 0) of the experts of expert-parallel rank `rank`."""
         if num_experts % self.ep:
-            raise ModelLinkError(f"{num_experts} experts cannot be dealt evenly to {self.ep} ranks",
+            raise ModelLinkError(f"{num_experts} experts cannot be split evenly across {self.ep} ranks",
                                  where="--expert-model-parallel-size", fix=f"use {_choices(divisors(num_experts))}")
         count = num_experts // self.ep
         return range(rank * count, (rank + 1) * count)
@@ -94,7 +95,7 @@ def _choices(sizes: Sequence[int]) -> str:
 
 def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups: int,
                           ffn_hidden_sizes: Sequence[int]) -> None:
-    """Raise when `tp` does not divide the query groups (a group is never cut) or a feed-forward width, naming what would work."""
+    """Raise a ModelLinkError if `tp` does not divide the query groups or a feed-forward hidden size; it names what works."""
     works = [size for size in divisors(num_query_groups) if all(width % size == 0 for width in ffn_hidden_sizes)]
     if num_query_groups % tp:
         raise ModelLinkError(
@@ -103,18 +104,18 @@ def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups
             where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
     for width in ffn_hidden_sizes:
         if width % tp:
-            raise ModelLinkError(f"tensor parallel size {tp} does not divide the FFN width {width}",
+            raise ModelLinkError(f"tensor parallel size {tp} does not divide the feed-forward hidden size {width}",
                                  where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
 
 
 def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 1) -> int:
-    """The vocabulary rounded up to a multiple of `divisible_by` x `tp`, so that every rank holds as many rows."""
+    """Return the vocabulary size rounded up to a multiple of `divisible_by` x `tp`."""
     multiple = divisible_by * tp
     return -(-vocab_size // multiple) * multiple
 
 
-def held(split: Split, size: int, tp: int, rank: int) -> list[range]:
-    """Which of the `size` rows (columns, where `split` is `row`) of a full tensor tensor-parallel rank `rank` holds.
+def shard_ranges(split: Split, size: int, tp: int, rank: int) -> list[range]:
+    """Return the ranges of the `size` rows (columns if `split` is `row`) of a tensor that tensor-parallel rank `rank` holds.
 
     Raises:
         ModelLinkError: `size` (for `gated`, half of it) is not divisible by `tp`.
@@ -124,16 +125,16 @@ def held(split: Split, size: int, tp: int, rank: int) -> list[range]:
     parts = 2 if split == "gated" else 1
     part = size // parts
     if size % parts or part % tp:
-        raise ModelLinkError(f"{part} rows cannot be dealt evenly to {tp} tensor-parallel ranks",
+        raise ModelLinkError(f"{part} rows cannot be split evenly across {tp} tensor-parallel ranks",
                              where="--tensor-model-parallel-size", fix=f"use {_choices(divisors(part))}")
     count = part // tp
     return [range(p * part + rank * count, p * part + (rank + 1) * count) for p in range(parts)]
 
 
 def query_key_value_rows(num_attention_heads: int, num_query_groups: int, head_dim: int) -> list[tuple[str, range]]:
-    """The rows of Megatron's fused QKV matrix in order: group by group, its queries, its key, its value.
+    """Return the rows of Megatron's fused QKV matrix in order: group by group, its queries, its key, its value.
 
-    Each entry is (`q`, `k` or `v`, rows of that projection). A plain row split keeps groups whole.
+    Each entry is (`q`, `k` or `v`, rows of that projection). Splitting the rows evenly never splits a group.
     """
     per_group = num_attention_heads // num_query_groups * head_dim
     rows = []

@@ -23,7 +23,7 @@ from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_mis
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, weights
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.parallel import ParallelLayout, held, padded_vocab_size
+from modellink.kernels.parallel import ParallelLayout, padded_vocab_size, shard_ranges
 
 COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
             "untie_embeddings_and_output_weights")
@@ -147,7 +147,7 @@ def cut(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
     if weight.split == "vocab":
         size = max(padded_vocab_size(size, tp), sum(shard.shape[0] for shard in shards if shard.shape))
     for rank, shard in enumerate(shards):
-        pieces = held(weight.split, size, tp, rank) if weight.split != "vocab" else [
+        pieces = shard_ranges(weight.split, size, tp, rank) if weight.split != "vocab" else [
             range(rank * (size // tp), (rank + 1) * (size // tp))]
         expected = list(weight.shape)
         expected[dim] = sum(map(len, pieces))

@@ -16,10 +16,11 @@ from math import isclose, sqrt
 from pathlib import Path
 from typing import Any
 
+from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.families import family_of
 from modellink.ckpt_convert.formats import safetensors
 from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored, as_bytes
-from modellink.ckpt_convert.lora import A, B, LoraConfig, is_linear
+from modellink.ckpt_convert.lora import A, B, is_linear
 from modellink.ckpt_convert.rules import Rows
 from modellink.ckpt_convert.source import refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec
@@ -54,7 +55,7 @@ def _linear(spec: ModelSpec, family: str) -> dict[str, Rows]:
     return {name: pieces for name, pieces in family_of(family).rules(spec).items() if is_linear(name, known[name])}
 
 
-def read(folder: Path, spec: ModelSpec, family: str) -> tuple[LoraConfig, dict[str, Assembled]]:
+def read(folder: Path, spec: ModelSpec, family: str) -> tuple[AdapterConfig, dict[str, Assembled]]:
     """(configuration, canonical name -> tensor in the file). See peft.py for how modules are put together.
 
     Raises:
@@ -100,7 +101,7 @@ def _fitting(pieces: Rows, width: int, modules: Mapping[str, Mapping[str, Stored
     return bool(heights.keys() & modules.keys())
 
 
-def _check(name: str, sides: Mapping[str, Stored], values: Mapping[str, Any], config: LoraConfig, folder: Path) -> None:
+def _check(name: str, sides: Mapping[str, Stored], values: Mapping[str, Any], config: AdapterConfig, folder: Path) -> None:
     """Both matrices are there, of the rank the configuration says, and with the scale of all others."""
     if len(sides) != 2 or any(len(stored.shape) != 2 for stored in sides.values()):
         raise ModelLinkError(f"{name} does not have the two matrices lora_A and lora_B", where=folder / WEIGHTS,
@@ -110,7 +111,7 @@ def _check(name: str, sides: Mapping[str, Stored], values: Mapping[str, Any], co
     if not sides["A"].shape[0] == sides["B"].shape[1] == rank:
         raise ModelLinkError(f"{name} has lora_A {list(sides['A'].shape)} and lora_B {list(sides['B'].shape)}; the "
                              f"configuration says rank {rank}", where=folder / WEIGHTS)
-    scale = LoraConfig(int(rank), alpha, rslora=config.rslora).scale
+    scale = AdapterConfig(int(rank), alpha, rslora=config.rslora).scale
     if not isclose(scale, config.scale, rel_tol=1e-6):
         raise ModelLinkError(f"{name} is scaled by {scale:g} and the adapter by {config.scale:g}; an adapter has one scale here",
                              where=folder / CONFIG, fix="merge it with peft")
@@ -154,7 +155,7 @@ def _joined(module: str, pieces: Rows, modules: Mapping[str, Mapping[str, Stored
             module + B: Assembled(module + B, (row, rank), tuple(second), sparse=True)}
 
 
-def _config(values: Mapping[str, Any], where: Path) -> LoraConfig:
+def _config(values: Mapping[str, Any], where: Path) -> AdapterConfig:
     for key, allowed in ONLY.items():
         value = values.get(key)
         if value is not None and not any(value == one and type(value) is type(one) for one in allowed):
@@ -163,10 +164,10 @@ def _config(values: Mapping[str, Any], where: Path) -> LoraConfig:
     if type(r) is not int or r < 1 or type(alpha) not in (int, float) or type(dropout) not in (int, float):
         raise ModelLinkError(f"r is {r!r}, lora_alpha is {alpha!r} and lora_dropout is {dropout!r}", where=where,
                              fix="they are numbers, and r is at least 1")
-    return LoraConfig(r, alpha, dropout, values.get("use_rslora") is True)
+    return AdapterConfig(r, alpha, dropout, values.get("use_rslora") is True)
 
 
-def config_of(config: LoraConfig, ranks: Mapping[str, int], model: Mapping[str, bool], base: str | None) -> dict[str, Any]:
+def config_of(config: AdapterConfig, ranks: Mapping[str, int], model: Mapping[str, bool], base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json.
 
     Args:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.formats import dialects, legacy
 from modellink.ckpt_convert.formats.dialects import Dialect
 from modellink.ckpt_convert.formats.writing import Planned
-from modellink.ckpt_convert.lora import LoraConfig
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
@@ -33,7 +33,7 @@ class Style:
 
 
 def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *, iteration: int,
-               dtype: torch.dtype, adapter: LoraConfig | None = None) -> dict[str, Any]:
+               dtype: torch.dtype, adapter: AdapterConfig | None = None) -> dict[str, Any]:
     """The content of one rank's file; `models` are its chunks under our names, of an adapter with its configuration."""
     told = arguments(spec, layout, style, dtype=dtype, iteration=iteration)
     if adapter:

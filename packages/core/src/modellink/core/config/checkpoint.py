@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import ModelPathOptions
 from modellink.kernels.options import option
 
 SaveFormat = Literal["torch-dist", "megatron-core", "megatron-legacy"]
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(ModelPathOptions):
     section: ClassVar[str] = "checkpoint"
 
     load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or one that "
@@ -21,12 +22,11 @@ class CheckpointConfig:
     auto_resume: bool = option(False, "Continue the run that --save holds, if it holds one, whatever --load says.")
     ckpt_step: int | None = option(None, "Start from this iteration of --load; the last complete one where nothing is said.",
                                    minimum=0)
+    ref_load: Path | None = option(None, "Checkpoint of the frozen reference model, for methods that compare with one. "
+                                   "Default: --load at the start of the run.")
     finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
     load_optim: bool = option(True, "Of a run that is continued, take the optimizer's state too.")
     load_rng: bool = option(True, "Of a run that is continued, take the random state too.")
-    model_type_hf: str | None = option(None, "Family of a checkpoint that does not say it.")
-    tokenizer_name_or_path: Path | None = option(None, "Folder with config and tokenizer of a checkpoint that carries none; of "
-                                                "random weights, the tokenizer that travels with them.")
     save: Path | None = option(None, "Folder to save checkpoints in.")
     save_format: SaveFormat = option("torch-dist", "Put the weights beside the state of the run also in the files that the "
                                      "original's programs read.")

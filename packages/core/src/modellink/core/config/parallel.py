@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.model_options import VirtualLayoutOptions
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
 
 
 @dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(VirtualLayoutOptions):
     section: ClassVar[str] = "parallel"
 
-    tensor_model_parallel_size: int = option(1, "Ranks each weight matrix is cut over.", alias="--tp", minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Stages the layers are dealt to.", alias="--pp", minimum=1)
     context_parallel_size: int = option(1, "Ranks each sequence is cut over.", alias="--cp", minimum=1)
     context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = option(
         "ulysses_cp_algo", "How attention sees a whole sequence: ranks exchange heads for tokens, pass keys and values round a "
@@ -25,11 +24,6 @@ class ParallelConfig:
         True, "Pass keys and values, and their gradients, on while computing, sends and receipts in groups of their own.")
     kv_head_repeat_before_uly_alltoall: bool = option(
         False, "Repeat keys and values for every query head before the exchange, not only until they can be dealt.")
-    expert_model_parallel_size: int = option(1, "Ranks the experts of a layer are dealt to, within data parallelism.",
-                                             alias="--ep", minimum=1)
-    num_layer_list: tuple[int, ...] | None = option(None, "Layers of each stage, where they are uneven, e.g. 4,6,6,4.")
-    num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Layers of a model chunk when a stage holds several, interleaved.", minimum=1)
     sequence_parallel: bool = option(False, "Cut norms and dropouts by sequence over the tensor-parallel ranks.")
     use_mc2: bool = option(
         False, "Let the matrix products of a layer's linears gather and scatter the sequence, or, without sequence parallelism, "
@@ -49,38 +43,19 @@ class ParallelConfig:
         return self.nproc_per_node or self.model_ranks * self.expert_model_parallel_size
 
     @property
-    def model_ranks(self) -> int:
-        """Ranks that hold one model between them."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-
-    @property
     def _ulysses(self) -> int:
         """How many ranks exchange heads for tokens."""
         cp = self.context_parallel_size
         return {"ulysses_cp_algo": cp, "megatron_cp_algo": 1}.get(self.context_parallel_algo, self.ulysses_degree_in_cp or 1)
 
-    def layout(self, num_layers: int, world_size: int) -> ParallelLayout:
-        """The layout of `world_size` processes; what TP and PP leave over is data parallel."""
-        tp, pp, cp, ep = (self.tensor_model_parallel_size, self.pipeline_model_parallel_size, self.context_parallel_size,
-                          self.expert_model_parallel_size)
-        if world_size % (unit := self.model_ranks):
-            raise ModelLinkError(f"{world_size} processes are not a multiple of TP {tp} x PP {pp}" + f" x CP {cp}" * (cp > 1),
-                                 where="--nproc-per-node", fix=f"use {unit}, {2 * unit} or another multiple")
-        if (dp := world_size // unit) * cp % ep:
-            raise ModelLinkError(f"experts cannot be dealt to {ep} of {dp * cp} data-parallel ranks",
-                                 where="--expert-model-parallel-size", fix=f"use a divisor of {dp * cp}, or more processes")
-        vpp, chunk = 1, self.num_layers_per_virtual_pipeline_stage
-        if chunk is not None:
-            if pp < 2 or num_layers % (pp * chunk):
-                raise ModelLinkError(
-                    f"{num_layers} layers cannot be dealt in chunks of {chunk} to {pp} pipeline stages",
-                    where="--num-layers-per-virtual-pipeline-stage", fix="use two stages or more, and a chunk that divides "
-                    "the layers of a stage")
-            vpp = num_layers // pp // chunk
-        return ParallelLayout(tp=tp, pp=pp, vpp=vpp, cp=cp, ep=ep, dp=dp, num_layer_list=self.num_layer_list,
-                              ulysses=self._ulysses)
+    def one_model(self) -> ParallelLayout:
+        return replace(super().one_model(), cp=self.context_parallel_size, ulysses=self._ulysses)
 
     def check(self) -> None:
+        if self.num_layers_per_virtual_pipeline_stage is not None and self.pipeline_model_parallel_size < 2:
+            raise ModelLinkError("virtual pipeline stages need a pipeline parallel size of at least 2",
+                                 where="--num-layers-per-virtual-pipeline-stage",
+                                 fix="remove it, or use --pipeline-model-parallel-size 2 or more")
         cp, degree, hybrid = self.context_parallel_size, self.ulysses_degree_in_cp, self.context_parallel_algo == "hybrid_cp_algo"
         if hybrid and cp > 1 and (degree is None or cp % degree or degree == cp):
             raise ModelLinkError(f"a ring of {cp} ranks cannot be made of sets of {degree} ranks",

@@ -25,12 +25,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from modellink.core.config import DataConfig, InstructionConfig
 from modellink.core.config.data import INSTRUCTION_FIELDS
+from modellink.core.data.batch import Batch
 from modellink.core.data.documents import starts_by_number
 from modellink.core.data.mixture import Mixture, Samples
-from modellink.core.data.pretrain import Batch
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
-IGNORED = -100
 LOOKED_AT = 100  # rows, to tell a packed set
 INPUTS, MASK, LABELS = FIELDS = INSTRUCTION_FIELDS
 
@@ -85,13 +85,13 @@ class Instructions:
         return int((self.lengths > self.seq_length).sum())
 
     def __getitem__(self, row: int) -> Sample:
-        tokens, labels = self._read(INPUTS, row), np.append(self._read(LABELS, row)[1:], IGNORED)
+        tokens, labels = self._read(INPUTS, row), np.append(self._read(LABELS, row)[1:], IGNORE_INDEX)
         segments = self._segments(row) if self.packed else None
         if segments is not None:
-            labels = np.where(np.append(segments[1:], 0) == segments, labels, IGNORED)  # a sample does not tell of the next
+            labels = np.where(np.append(segments[1:], 0) == segments, labels, IGNORE_INDEX)  # a sample does not tell of the next
         stop = self.seq_length
         if len(tokens) > stop:  # the last token that is left learns nothing from the one that is not
-            labels = np.append(labels[:stop - 1], IGNORED)
+            labels = np.append(labels[:stop - 1], IGNORE_INDEX)
         return Sample(tokens[:stop], labels[:stop], None if segments is None else segments[:stop])
 
     def _read(self, field: str, row: int) -> np.ndarray[Any, Any]:
@@ -172,7 +172,7 @@ def _split(prefix: str, data: DataConfig, instruction: InstructionConfig, seed: 
 def collate(samples: Sequence[Sample], length: int) -> Batch:
     """Samples as rows of `length` tokens, padded on the right, where causal attention does not look."""
     shape = (len(samples), length)
-    tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
+    tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE_INDEX)
     packed = samples[0].segments is not None
     segments = torch.zeros(shape, dtype=torch.long)
     for row, sample in enumerate(samples):
@@ -181,7 +181,7 @@ def collate(samples: Sequence[Sample], length: int) -> Batch:
         labels[row, :size] = torch.from_numpy(sample.labels)
         if sample.segments is not None:
             segments[row, :size] = torch.from_numpy(sample.segments)
-    mask = labels != IGNORED
+    mask = labels != IGNORE_INDEX
     return Batch(tokens, labels.masked_fill(~mask, 0), mask.float(), starts_by_number(segments) if packed else None, restart=True)
 
 

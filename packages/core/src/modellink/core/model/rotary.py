@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.ops.rotary import Scaling, inverse_frequencies, yarn_scale
 
 
@@ -13,6 +14,9 @@ class RotaryTable:
     """cos and sin for positions; grows by doubling when a longer sequence comes."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        if spec.layer_rotary_bases is not None:
+            raise ModelLinkError("rotary bases that differ between layers are only converted, not computed",
+                                 where="--layer-rotary-bases")
         self._spec, self._scaling, self._scale = spec, None, 1.0
         if spec.rope_scaling_type is not None:
             self._scaling = Scaling(

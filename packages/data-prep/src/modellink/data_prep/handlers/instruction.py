@@ -16,9 +16,10 @@ from modellink.data_prep.engines import flatten
 from modellink.data_prep.handlers.fields import FieldMap
 from modellink.data_prep.handlers.reading import Batch, Reading
 from modellink.data_prep.handlers.rows import STYLES, Sample
-from modellink.data_prep.templates.encoded import IGNORED, Encoded, Turn, share
+from modellink.data_prep.templates.encoded import Encoded, Turn, share
 from modellink.data_prep.templates.formats import ChatFormat, chat_format
 from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
 INSTRUCTION = ("packed_input_ids", "packed_attention_mask", "packed_labels")
@@ -90,7 +91,7 @@ class _Rows:
             return Record({}, "dropped")
         labels = fitted.labels(train_on_prompt=self._reading.train_on_prompt)
         return Record(dict(zip(INSTRUCTION, (fitted.ids, [1] * len(labels), labels), strict=True)),
-                      "" if fitted is encoded else "cut", sum(label != IGNORED for label in labels))
+                      "" if fitted is encoded else "cut", sum(label != IGNORE_INDEX for label in labels))
 
     def _fit(self, encoded: Encoded) -> Encoded | None:
         limit = self._reading.seq_length
@@ -116,7 +117,7 @@ class _Rows:
             prompts, answers, note = [prompt[:kept] for prompt in prompts], [answer[:most] for answer in answers], "cut"
             if not most:
                 return Record({}, "dropped")
-        fields = [(prompt + answer, [*(prompt if self._reading.train_on_prompt else [IGNORED] * len(prompt)), *answer])
+        fields = [(prompt + answer, [*(prompt if self._reading.train_on_prompt else [IGNORE_INDEX] * len(prompt)), *answer])
                   for prompt, answer in zip(prompts, answers, strict=True)]
         return Record(dict(zip(PAIRWISE, (ids for pair in fields for ids in pair), strict=True)), note,
                       sum(map(len, answers)))

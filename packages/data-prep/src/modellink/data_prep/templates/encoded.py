@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-IGNORED = -100  # the label of a token that is not learned
+from modellink.kernels.constants import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Encoded:
 
     def labels(self, *, train_on_prompt: bool = False) -> list[int]:
         """As long as `ids` and not shifted: an id where it is learned, -100 elsewhere."""
-        ending = [IGNORED] * len(self.ending) if self.breaks_off else self.ending
+        ending = [IGNORE_INDEX] * len(self.ending) if self.breaks_off else self.ending
         if train_on_prompt:
             return [index for turn in self.turns for index in (*turn.source, *turn.target)] + ending
         found: list[int] = []
         for turn in self.turns:
-            source = [IGNORED] * len(turn.source)
+            source = [IGNORE_INDEX] * len(turn.source)
             if turn.closing is not None and source:
                 source[0] = turn.closing
             found += source + turn.target
@@ -48,7 +48,7 @@ class Encoded:
     @property
     def learned(self) -> list[bool]:
         """As long as `ids`: what the assistant says."""
-        return [label != IGNORED for label in self.labels()]
+        return [label != IGNORE_INDEX for label in self.labels()]
 
     def __len__(self) -> int:
         return sum(len(turn.source) + len(turn.target) for turn in self.turns) + len(self.ending)

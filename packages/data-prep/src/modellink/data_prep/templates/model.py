@@ -17,6 +17,7 @@ from modellink.data_prep.templates.conversation import Conversation
 from modellink.data_prep.templates.encoded import Encoded, Turn
 from modellink.data_prep.templates.literal import BEGIN, END, Literals
 from modellink.data_prep.tokenizer import Tokenizer
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -34,7 +35,7 @@ class ModelFormat:
         ModelLinkError: it has no such template, or no end token.
     """
 
-    name = "hf-chat-template"
+    name = HF_CHAT_TEMPLATE
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, today: date | None = None, **variables: Any) -> None:
         # A tokenizer may have another template for conversations with tools.

@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 from modellink.data_prep import ChatFormat, Tokenizer, chat_format, from_messages
 from modellink.eval.backends.backend import Context, GenerationRequest, LikelihoodRequest
+from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
-
-HF_CHAT = "hf-chat-template"
 
 
 class Pair(NamedTuple):
@@ -24,7 +23,7 @@ def open_chat(tokenizer: Tokenizer, chat: str | None) -> ChatFormat | None:
     """The template of that name; raises ModelLinkError where there is none."""
     if chat is None:
         return None
-    return chat_format(tokenizer, hf_chat_template=True) if chat == HF_CHAT else chat_format(tokenizer, chat)
+    return chat_format(tokenizer, hf_chat_template=True) if chat == HF_CHAT_TEMPLATE else chat_format(tokenizer, chat)
 
 
 class Encoder:

@@ -88,7 +88,7 @@ class OwnReplica(Replica):
 
     async def live(self, client: httpx.AsyncClient) -> None:
         """Start it, and again whenever it dies, until this is cancelled or it is refused."""
-        from modellink.core.processes import free_port  # imports torch, which a front of other machines' servers does without
+        from modellink.core.launch import free_port  # imports torch, which a front of other machines' servers does without
         wait = FIRST_WAIT
         while True:
             port, since = free_port(), time.monotonic()

@@ -78,10 +78,10 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
     Raises:
         InternalError: the model failed; who was answered was told.
     """
-    from modellink.core import processes
+    from modellink.core import launch
     from modellink.infer.server.service import Service
     service = Service(engine, most_waiting=most_waiting)
-    if processes.rank() > 0:
+    if launch.rank() > 0:
         service.follow()
         return
     from modellink.infer.server.app import make_app

@@ -2,14 +2,14 @@
 
 `ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file holds the plain PyTorch form (`plain`), which is the
 meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are tested against it. Inside
-`plain_forms("rms_norm")` an op takes its plain form on every device (door.py).
+`plain_forms("rms_norm")` an op takes its plain form on every device (dispatch.py).
 """
 
 from modellink.kernels.ops.adamw import adamw
 from modellink.kernels.ops.attention import attention
 from modellink.kernels.ops.attention_block import attention_block, attention_block_gradients
 from modellink.kernels.ops.cross_entropy import cross_entropy
-from modellink.kernels.ops.door import plain_forms
+from modellink.kernels.ops.dispatch import plain_forms
 from modellink.kernels.ops.grouped_matmul import grouped_matmul
 from modellink.kernels.ops.linear import linear
 from modellink.kernels.ops.matmul_collective import all_gather_matmul, matmul_all_reduce, matmul_reduce_scatter

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 _PACKED = 1 << 24  # the most numbers in a mask over a cache on a CPU with a copy for each head of a group, 64 MB in fp32
 # What torch_npu's documentation of npu_fusion_attention says of it.

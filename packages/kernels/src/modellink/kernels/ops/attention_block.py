@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modellink.kernels.ops.attention import Variant, compressed_causal_mask
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 
 def takes(query: Tensor, value: Tensor, variant: Variant) -> bool:

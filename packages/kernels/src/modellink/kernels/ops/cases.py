@@ -31,7 +31,7 @@ class Case:
     Attributes:
         op: its name in `kernels.ops`.
         use: what is special about it; empty where nothing is.
-        run: give it the op's door or its plain form, it returns the results and their gradients.
+        run: takes the op or its plain form and returns the results and their gradients.
     """
 
     op: str
@@ -42,8 +42,8 @@ class Case:
     def name(self) -> str:
         return f"{self.op}: {self.use}" if self.use else self.op
 
-    def door(self) -> list[Tensor]:
-        """By the form of the device the inputs are on."""
+    def dispatched(self) -> list[Tensor]:
+        """Run the form of the device the inputs are on."""
         return self.run(getattr(importlib.import_module("modellink.kernels.ops"), self.op))
 
     def plain(self) -> list[Tensor]:
@@ -51,7 +51,7 @@ class Case:
 
 
 def plain_form(op: str) -> Form:
-    """The plain form, with the arguments of the door."""
+    """The plain form, with the arguments of the op."""
     if op in JOINED:
         return partial(JOINED[op], forms=matmul_collective.PLAIN)
     if op == "rotary":

@@ -70,7 +70,7 @@ def _group(device: Device) -> Iterator[None]:
 def difference(case: Case) -> float:
     """The largest difference of any result or gradient, as a share of the plain one's largest value if that is above 1."""
     largest = 0.0
-    for found, meant in zip(case.door(), case.plain(), strict=True):
+    for found, meant in zip(case.dispatched(), case.plain(), strict=True):
         ours, plain = found.cpu(), meant.cpu()
         where = plain.isfinite()
         if not torch.equal(where, ours.isfinite()) or not torch.equal(ours[~where], plain[~where]):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 WORTH_WIDENING = 32
 """Rows for which a matrix is made wide; fewer do not pay for reading it twice. A guess, not tuned."""

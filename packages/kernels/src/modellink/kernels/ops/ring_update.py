@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 
 def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:

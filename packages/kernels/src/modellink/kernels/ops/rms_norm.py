@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

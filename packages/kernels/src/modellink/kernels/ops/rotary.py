@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modellink.kernels.ops.door import form_of
+from modellink.kernels.ops.dispatch import form_of
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -25,41 +25,20 @@ import torch.distributed.checkpoint as torch_dist
 from torch import Tensor
 
 from modellink.ckpt_convert import peft
+from modellink.ckpt_convert.adapter import SAVED_FILE, SAVED_FOLDER, AdapterConfig
 from modellink.ckpt_convert.families import NO_FORM
 from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.formats.torch_dist import STACKED, refuse_unknown_names
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.lora import A, B, adapter_weights
-from modellink.ckpt_convert.lora import LoraConfig as Described
 from modellink.ckpt_convert.manifest import Manifest
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import EXPERTS, Weight, weights
+from modellink.ckpt_convert.weights import EXPERTS, Weight
+from modellink.core.adapters.targets import targets
 from modellink.core.config import LoraConfig
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json, write_json
-
-FILE, PEFT = "lora.json", "peft"
-
-
-def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
-    """The weights that get an adapter.
-
-    Raises:
-        ModelLinkError: the model has no such linear.
-    """
-    linears = {name: weight for name, weight in weights(spec).items() if ".linear_" in name and name.endswith(".weight")}
-    known = sorted({linear(name) for name in linears})
-    for module in lora.modules:
-        if module not in known:
-            raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules",
-                                 fix=f"it has {', '.join(known)}")
-    return {name: weight for name, weight in linears.items() if linear(name) in lora.modules}
-
-
-def linear(name: str) -> str:
-    """The name of a weight's linear inside its layer."""
-    return name.split(".")[-2]
 
 
 def tensors_of(spec: ModelSpec, lora: LoraConfig, given: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Weight, Tensor]]:
@@ -85,15 +64,16 @@ def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
 def write_description(folder: Path, lora: LoraConfig) -> None:
     """Write `lora.json` into the folder that a run saves in."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / FILE, _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules))
+    write_json(folder / SAVED_FILE, _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules))
 
 
 def write_peft(iteration: Path, manifest: Manifest, lora: LoraConfig, base: Path) -> None:
     """Write the adapters of an iteration's folder as a folder of peft inside it, where the model has a Hugging Face form."""
     if manifest.family != NO_FORM:
-        config = Described(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_use_rslora)
-        peft.write_peft(iteration / PEFT, manifest.spec, manifest.family, read_iteration(iteration, manifest.spec), config,
-                        base=str(base), overwrite=True)
+        config = AdapterConfig(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_use_rslora)
+        tensors = read_iteration(iteration, manifest.spec)
+        peft.write_peft(iteration / SAVED_FOLDER, manifest.spec, manifest.family, tensors, config, base=str(base),
+                        overwrite=True)
 
 
 def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
@@ -128,11 +108,11 @@ def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:
         config, tensors = peft.read_peft(folder, source.spec, source.family)
         theirs = _described(config.r, config.alpha, config.rslora, sorted({name.split(".")[-3] for name in tensors
                                                                            if name.endswith(A)}))
-    elif (folder / FILE).is_file():
-        theirs = read_json(folder / FILE)
+    elif (folder / SAVED_FILE).is_file():
+        theirs = read_json(folder / SAVED_FILE)
     else:
         raise ModelLinkError("the folder holds no adapters", where=f"--lora-load {folder}",
-                             fix=f"give the --save folder of a run with adapters, in which {FILE} lies, or a folder of peft")
+                             fix=f"give the --save folder of a LoRA run, which contains {SAVED_FILE}, or a PEFT folder")
     ours = _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules)
     flags = {"r": "--lora-r", "alpha": "--lora-alpha", "use_rslora": "--lora-use-rslora",
              "target_modules": "--lora-target-modules"}
