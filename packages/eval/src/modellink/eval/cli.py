@@ -117,8 +117,8 @@ def in_our_words(args: list[str]) -> list[str]:
     table = original_flags("modellink.eval")
     known = own | set(table)
     if any(arg.partition("=")[0] not in known for arg in args if arg.startswith("--")) and find_spec("modellink.infer"):
-        from modellink.infer.original import training  # a local model needs it anyway
-        table = training() | table
+        from modellink.infer.original import training_flags  # a local model needs it anyway
+        table = training_flags() | table
     return translate(args, {flag: about for flag, about in table.items() if flag not in own})
 
 

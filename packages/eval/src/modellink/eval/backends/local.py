@@ -52,9 +52,10 @@ class LocalBackend:
                  dtype: Literal["float32", "bfloat16", "float16"] | None = None, tokenizer: Path | str | None = None,
                  family: str | None = None, chat: str | None = None, batch_size: int = 16) -> None:
         require_infer()
-        from modellink.infer.plan import make_plan
+        from modellink.infer.plan import make_load_plan
         index = int(os.environ.get("LOCAL_RANK", "0"))
-        self._plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
+        self._plan = make_load_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family,
+                                    tokenizer=tokenizer)
         if self._plan.tokenizer is None:
             raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
                                  fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
@@ -124,15 +125,15 @@ class LocalBackend:
 
 def _texts(engine: Engine, asked: list[Any]) -> Iterator[tuple[int, str]]:
     """Each text with its number, as it is finished; the next one begins in its place."""
-    from modellink.infer.request import Answer
+    from modellink.infer.request import Completion
     batch = engine.batch()
-    under_way: dict[int, tuple[int, Answer]] = {}  # by identity: answers are compared by what they hold
+    under_way: dict[int, tuple[int, Completion]] = {}  # by identity: answers are compared by what they hold
     left = iter(enumerate(asked))
     try:
         while True:
             for number, (ids, options) in islice(left, engine.batch_size - len(under_way)):
                 (request,) = engine.requests(ids, **options)
-                answer = Answer.to(request, engine.tokenizer)
+                answer = Completion.start(request, engine.tokenizer)
                 under_way[id(answer)] = number, answer
                 batch.add(answer)
             if not under_way:
