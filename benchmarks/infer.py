@@ -1,18 +1,18 @@
-"""modellink-infer beside transformers' generate: time to the first token, decode tokens a second, and sixteen requests together.
+"""modellink-infer next to transformers' generate: time to the first token, decode speed, and sixteen requests at once.
 
-Greedy, same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt (batch 1); sixteen
-prompts of mixed lengths, which transformers answers one after the other, and as one batch padded at the left. Ours runs as it
-is, without the compiled step (eager), and with int8 weights. Each of these has a process of its own, so that the memory is its
-own. Asked over HTTP, one connection a prompt, for whole answers (server) and for streams that are read token by token (streams),
-it is compared with the same engine asked by a call (library): all three in one process, for the same weights in another process
-are up to a tenth faster or slower here. The rounds take turns and the best counts, of these three the median. With --text, the
-perplexity of its first tokens is printed with the weights as they are and in int8. The limit of one prompt is the read bandwidth
-of the memory, measured here, over the bytes of the weights. In fp32 the tokens of every prompt must be those transformers gives
-it alone.
+Greedy decoding with the same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt
+(batch 1); sixteen prompts of mixed lengths, which transformers completes one after the other, and as one batch padded on the
+left. Ours runs with the compiled step, without it (eager), and with int8 weights. Each of these runs in a process of its own,
+so that the peak memory is its own. The server is measured with one HTTP connection per prompt, for full responses (server)
+and for streams that are read token by token (streams), and compared with calls of the same engine (library). These three
+share a process: the same weights in another process are up to a tenth faster or slower here. The contenders take turns over
+several rounds and the best round counts, for these three the median. With --text, the perplexity of its first tokens is
+printed for the original and int8 weights. The limit for one prompt is the measured read bandwidth of the memory divided by
+the bytes of the weights. In fp32, the tokens of every prompt must equal those of transformers for that prompt.
 
     python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text FILE] [--json FILE]
 
-`--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder; without one, a random model of SmolLM2-135M's size is written.
+`--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder. Default: a random model of the size of SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LENGTHS = {"first token of 512": [512], "one prompt": [12],
 PEERS, SERVED = ("padded", "one by one"), ("library", "server", "streams")
 CONTENDERS = ("compiled", "eager", "int8", *SERVED, *PEERS)
 PROCESSES = {who: "served" if who in SERVED else who for who in CONTENDERS}
-WINDOW = 512  # tokens of a text that see each other
+WINDOW = 512  # tokens of a text per window
 
 
 def random_model(folder: Path) -> Path:
@@ -62,7 +62,7 @@ def prompts(case: str) -> list[list[int]]:
 
 
 Contender = Callable[[list[list[int]], int], list[list[int]]]
-"""Prompts and how many tokens each is to get -> those tokens."""
+"""Generates a number of tokens for each prompt and returns them."""
 
 
 def ours(folder: Path, dtype: str, **options: bool) -> Contender:
@@ -72,8 +72,8 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
 
 def called(engine: Engine) -> Contender:
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
-        engine.forget()  # or the pages of an earlier round would be found again
-        return [answer.token_ids for answer in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
+        engine.forget()  # else the prefixes of an earlier round would be reused
+        return [completion.token_ids for completion in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
     return generate
 
 
@@ -83,13 +83,13 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
 
     import uvicorn
 
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer import load
     engine = load(folder, device="cpu", dtype=dtype, native=True)
-    from modellink.infer.server.app import make_app  # imports megatron, which is to know its device by then
+    from modellink.infer.server.app import make_app  # imports megatron, after its device is known
     from modellink.infer.server.service import Service
-    service = Service(engine, most_waiting=64)
-    app = make_app(service, name="model", api_key=None, largest_body=1 << 20)
+    service = Service(engine, max_waiting=64)
+    app = make_app(service, name="model", api_key=None, max_body=1 << 20)
     server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
     threading.Thread(target=server.run, daemon=True).start()
     while not server.started:
@@ -98,23 +98,23 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
     runner = asyncio.Runner()
 
     async def one(body: dict[str, Any]) -> int:
-        """Ask, and count; by hand, for a client library takes more of the processor than the server does."""
+        """Send a request and return the number of generated tokens; a client library would need more CPU time than the server."""
         content = json.dumps(body).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
                      b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
-        said = await reader.read()
+        response = await reader.read()
         writer.close()
-        return int(re.findall(rb'"completion_tokens": ?([0-9]+)', said)[-1])
+        return int(re.findall(rb'"completion_tokens": ?([0-9]+)', response)[-1])
 
-    async def ask(more: dict[str, Any], rows: list[list[int]], tokens: int) -> None:
+    async def send_all(more: dict[str, Any], rows: list[list[int]], tokens: int) -> None:
         body = {"max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
         assert await asyncio.gather(*(one({**body, "prompt": row}) for row in rows)) == [tokens] * len(rows)
 
     def generate(more: dict[str, Any], rows: list[list[int]], tokens: int) -> list[list[int]]:
         engine.forget()
         service.batch = engine.batch()
-        runner.run(ask(more, rows, tokens))
+        runner.run(send_all(more, rows, tokens))
         return []
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     return {"library": called(engine), "server": partial(generate, {}), "streams": partial(generate, stream)}
@@ -123,20 +123,20 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
 def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = None  # no end token: `min_new_tokens` would forbid it, and so give other tokens
+    model.generation_config.eos_token_id = None  # no end token; `min_new_tokens` would mask it and so change the tokens
 
-    def together(rows: list[list[int]], tokens: int) -> list[list[int]]:
+    def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
         return out[:, longest:].tolist()
-    return together if padded else lambda rows, tokens: [found for row in rows for found in together([row], tokens)]
+    return generate if padded else lambda rows, tokens: [found for row in rows for found in generate([row], tokens)]
 
 
 def make(process: str, folder: Path, dtype: str) -> dict[str, Contender]:
-    """The contenders of a process."""
+    """Return the contenders of a process."""
     if process == "served":
         return served(folder, dtype)
     if process in PEERS:
@@ -145,7 +145,7 @@ def make(process: str, folder: Path, dtype: str) -> dict[str, Contender]:
 
 
 def serve(process: str, folder: Path, dtype: str, tokens: int) -> None:
-    """A process: for each contender and case on a line of stdin one timed run, as JSON."""
+    """Run as a process: read a contender and a case per line of stdin, and print a timed run as JSON."""
     contenders = make(process, folder, dtype)
     for generate in contenders.values():
         generate(prompts("one prompt"), 4)
@@ -166,21 +166,21 @@ def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name in set(PROCESSES.values())}
     rows = []
     for process in processes.values():
-        answer(process)
+        read_line(process)
     for case in LENGTHS:
         best: dict[str, dict[str, Any]] = {}
         rates: dict[str, list[float]] = {who: [] for who in CONTENDERS}
         for _ in range(rounds):
             for who in CONTENDERS:
                 if who == "padded" and len(LENGTHS[case]) == 1:
-                    continue  # nothing to pad
+                    continue  # there is nothing to pad
                 process = processes[PROCESSES[who]]
                 print(json.dumps([who, case]), file=process.stdin, flush=True)
-                found = json.loads(answer(process))
+                found = json.loads(read_line(process))
                 if who not in best or found["rate"] > best[who]["rate"]:
                     best[who] = found
                 rates[who].append(found["rate"])
-        for who in SERVED:  # a few per cent apart, less than one round is from the next
+        for who in SERVED:  # they differ by less than one round from the next
             best[who]["rate"] = statistics.median(rates[who])
         if dtype == "float32":
             check(case, best)
@@ -198,11 +198,11 @@ def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str
 
 
 def check(case: str, found: dict[str, dict[str, Any]]) -> None:
-    """Every answer but those of int8 weights is the one transformers gives that prompt alone."""
+    """Check that all tokens except those of int8 weights equal those of transformers for single prompts."""
     for who in ("compiled", "eager"):
         same = sum(a == b for a, b in zip(found[who]["tokens"], found["one by one"]["tokens"], strict=True))
         if same < len(LENGTHS[case]):
-            raise SystemExit(f"{case}, {who}: only {same} answers of {len(LENGTHS[case])} are those of transformers")
+            raise SystemExit(f"{case}, {who}: only {same} of {len(LENGTHS[case])} completions equal those of transformers")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ def show(row: dict[str, Any]) -> None:
           f"{row['peer_peak_memory'] / 1e6:.0f} MB", flush=True)
 
 
-def answer(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout
     line = process.stdout.readline()
     if not line:
@@ -221,13 +221,13 @@ def answer(process: subprocess.Popen[str]) -> str:
 
 
 def weight_bytes(folder: Path, dtype: str) -> int:
-    """Bytes of the weights in that dtype; files hold two bytes a weight (bfloat16)."""
+    """Return the bytes of the weights in that dtype; the files hold two bytes per weight (bfloat16)."""
     files = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     return files * getattr(torch, dtype).itemsize // 2
 
 
 def bandwidth() -> float:
-    """Bytes a second at which this machine reads memory: the best of ten sums over 1 GB."""
+    """Return the memory read bandwidth of this machine in bytes per second: the best of ten sums over 1 GB."""
     data = torch.ones(1 << 28)
     seconds = []
     for _ in range(10):
@@ -238,7 +238,7 @@ def bandwidth() -> float:
 
 
 def perplexities(folder: Path, dtype: str, text: Path) -> str:
-    """exp of the mean negative log-likelihood of a text's tokens, each window of 512 begun anew; as a line."""
+    """Return a line with the perplexity of a text in separate windows of 512 tokens."""
     from tokenizers import Tokenizer
 
     from modellink.infer import load
@@ -259,7 +259,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", type=Path, help="UTF-8, for the perplexity; needs --model with a tokenizer.json")
+    parser.add_argument("--text", type=Path, help="UTF-8 text for the perplexity; needs --model with a tokenizer.json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=4)
     given = parser.parse_args()
@@ -269,7 +269,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(given.model) if given.model else random_model(Path(temporary) / "model")
         rows = [row for dtype in given.dtypes for row in compare(folder, dtype, given.tokens, given.rounds)]
-        if given.text:  # after them: a process begins with the peak of the one that starts it
+        if given.text:  # last: a child process inherits the peak memory of its parent
             print("\n".join(perplexities(folder, dtype, given.text) for dtype in given.dtypes), flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

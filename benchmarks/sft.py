@@ -72,7 +72,7 @@ def write_sets(folder: Path, samples: int) -> None:
 def ours(folder: Path, work: Path, kind: str, padding: str, samples: int) -> float:
     """Samples a second."""
     from modellink.core import processes
-    from modellink.core.run import prepare
+    from modellink.core.prepare.prepare import prepare
     from modellink.data_prep.indexed import IndexedDataset
     from modellink.kernels.options import Layer
 
@@ -82,15 +82,15 @@ def ours(folder: Path, work: Path, kind: str, padding: str, samples: int) -> flo
         masks = IndexedDataset(work / "packs_packed_attention_mask_document")
         batch, steps = 2, len(masks) // 2
         counts = [sum(int(masks[row].max()) for row in range(step * batch, (step + 1) * batch)) for step in range(steps)]
-    run = prepare([Layer("benchmark", {
+    run = prepare("pretrain", [Layer("benchmark", {
         "load": str(folder), "data_path": (str(work / ("packs" if packed else "plain")),), "is_instruction_dataset": True,
         "seq_length": LONGEST, "variable_seq_lengths": padding == "dynamic", "reset_position_ids": packed, "shuffle": False,
         "micro_batch_size": batch, "train_iters": steps, "lr": 1e-5, "split": "1", "eval_iters": 0, "device": "cpu",
         "lora_target_modules": LORA if kind == "lora" else (), "lora_r": R})], 1)
     processes.join(run.device, run.layout, run.optimizer.seed)
 
-    from modellink.core.posttrain.sft import sft
-    seconds = [step.seconds for step in sft(run)]
+    from modellink.core.api import train
+    seconds = [step.seconds for step in train(run)]
     return sum(counts[1:]) / sum(seconds[1:])
 
 
@@ -109,8 +109,8 @@ def theirs(folder: Path, kind: str, padding: str, samples: int) -> float:
         chosen = data[first:first + BATCH]
         longest = LONGEST if padding == "fixed" else -(-max(len(ids) for ids, _ in chosen) // 8) * 8
         ids, labels, mask = (torch.full((len(chosen), longest), fill) for fill in (0, -100, 0))
-        for row, (own, learnt) in enumerate(chosen):
-            ids[row, :len(own)], labels[row, :len(own)] = torch.from_numpy(own), torch.from_numpy(learnt)
+        for row, (own, learned) in enumerate(chosen):
+            ids[row, :len(own)], labels[row, :len(own)] = torch.from_numpy(own), torch.from_numpy(learned)
             mask[row, :len(own)] = 1
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)

@@ -44,11 +44,11 @@ def flops_per_token(layers: int) -> float:
 def ours(work: Path, layers: int, steps: int, batch: int, dtype: str, recompute: str) -> float:
     """Tokens a second."""
     from modellink.core import processes
-    from modellink.core.run import prepare
+    from modellink.core.prepare.prepare import prepare
     from modellink.kernels.options import Layer
 
     count = {"full": layers, "full, half of the layers": layers // 2}.get(recompute)
-    run = prepare([Layer("benchmark", {
+    run = prepare("pretrain", [Layer("benchmark", {
         **SHAPE, "num_layers": layers, "position_embedding_type": "rope", "normalization": "RMSNorm", "gated_linear_unit": True,
         "activation_func": "silu", "untie_embeddings_and_output_weights": False, "bf16": dtype == "bf16",
         "data_path": (str(work / "text_document"),), "seq_length": SEQ, "micro_batch_size": batch, "train_iters": steps + 1,
@@ -57,8 +57,8 @@ def ours(work: Path, layers: int, steps: int, batch: int, dtype: str, recompute:
         **({"recompute_num_layers": count} if count else {})})], 1)
     processes.join(run.device, run.layout, run.optimizer.seed)
 
-    from modellink.core.train.pretrain import pretrain
-    seconds = [step.seconds for step in pretrain(run)]
+    from modellink.core.api import train
+    seconds = [step.seconds for step in train(run)]
     return batch * SEQ * steps / sum(seconds[1:])
 
 

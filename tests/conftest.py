@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from ranks import Ranks
 
 from modellink.core import engine
-from modellink.core.testing import Ranks
 from modellink.kernels.device import find
 
 engine.start(find("cpu"))  # before a test imports megatron on its own, which would then be on CUDA for the whole process

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import Ranks
 
 from modellink.ckpt_convert import convert
-from modellink.core.testing import Ranks
 from modellink.kernels.parallel import ParallelLayout
 
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -30,7 +30,8 @@ def on_rank(folder: str, layout: ParallelLayout, kind: str) -> torch.Tensor | No
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
+    from modellink.core.methods.pretrain import Pretrain
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import bare
     from modellink.core.train.step import run_schedule
@@ -58,7 +59,7 @@ def on_rank(folder: str, layout: ParallelLayout, kind: str) -> torch.Tensor | No
     model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
     ids = torch.randint(0, 131, (2, 25), generator=torch.Generator().manual_seed(4))
     batch = Batch(ids[:, :-1], ids[:, 1:], torch.ones(2, 24))
-    run_schedule(models, lambda: iter([batch] * 2), num_microbatches=2, seq_length=24, micro_batch_size=2)
+    run_schedule(Pretrain(None), models, lambda: iter([batch] * 2), num_microbatches=2, seq_length=24, micro_batch_size=2)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return None
     logits: torch.Tensor = tensor_parallel.gather_from_tensor_model_parallel_region(seen[0])

@@ -38,7 +38,8 @@ NEVER = {
     "infer": {"transformers"},
     "eval": {"megatron", "transformers"},
 }
-NOT_AT_IMPORT = {name: {"torch_npu", *({"torch"} if name in ("data_prep", "eval") else ())} for name in ARROWS}
+NOT_AT_IMPORT = {name: {"torch_npu", *({"torch"} if name in ("ckpt_convert", "data_prep", "eval") else ())}
+                 for name in ARROWS}
 # What one module may import in a function, because an extra brings it.
 EXTRAS = {"modellink.ckpt_convert.verify_model": {"transformers"}}
 # In kernels only these import torch at import time; whoever imports them at import time needs torch as well.
@@ -51,17 +52,70 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
                 "constants | errors"),
+    "ckpt_convert": (
+        "__main__",
+        "cli",
+        "convert",
+        "verify_model",
+        "streams",
+        "inspect | open | options",
+        "formats",
+        "format",
+        "peft | plan | verify",
+        "lora_targets | peft_files",
+        "megatron",
+        "lora",
+        "blocks",
+        "source",
+        "families",
+        "family",
+        "hf_config | manifest | rules",
+        "weights",
+        "spec",
+        "adapter | iterations | layer | storage",
+    ),
+    "core": (
+        "cli | models | repeatability",
+        "api",
+        "methods",
+        "prepare | resilience",
+        "train",
+        "adapters | memory",
+        "model",
+        "data",
+        "parallel | profiling",
+        "profile_summary | run",
+        "presets | processes",
+        "engine",
+        "adam",
+        "determinism | digests | launch",
+        "config",  # and plan, which needs no torch either
+    ),
     "data_prep": (
         "cli",
         "inspection | preprocess",
         "cluster | merge | packing | plan",
         "options | parts",
-        "tokenise",
+        "pieces",
         "handlers | detokenize",
         "inputs | templates",
         "readers | tokenizer",
         "engines | histogram | indexed | tables",
         "rows",
+    ),
+    "infer": (
+        "cli",
+        "chat | launch | original | printing | prompt_input | server",
+        "engine | options",
+        "batch | beam | plan | prompts | score",
+        "network",
+        "fast_paths",
+        "graphs | native",
+        "passes",
+        "attention",
+        "arguments | cache | sampler",
+        "constraint | pages | request | template",
+        "grammar | sampling | text",
     ),
     "eval": (
         "cli",

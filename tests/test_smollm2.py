@@ -15,7 +15,7 @@ TP3, TP3PP2 = ParallelLayout(tp=3), ParallelLayout(tp=3, pp=2)
 # without special tokens; computed once with transformers from the weights that examples/quickstart/weights.py makes.
 LIKELIHOOD = {"wikitext-2-valid": 2.97058, "tinyshakespeare": 3.84136}
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,",
-           "Water boils at a temperature of", "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"]
+           "Water boils at a temperature of", "<|im_start|>user\nName three colors.<|im_end|>\n<|im_start|>assistant\n"]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,8 @@ def likelihood(folder: str, layout: ParallelLayout, ids: torch.Tensor) -> float:
     """On a rank: the mean loss through core's schedule."""
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
+    from modellink.core.methods.pretrain import Pretrain
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
     from modellink.core.train.step import run_schedule
@@ -50,9 +51,9 @@ def likelihood(folder: str, layout: ParallelLayout, ids: torch.Tensor) -> float:
     load_weights(models, source, settings)
     batches = [Batch(row[:-1].unsqueeze(0), row[1:].unsqueeze(0), torch.ones(1, 511)) for row in ids]
     with torch.no_grad():
-        loss = run_schedule(models, lambda: iter(batches), num_microbatches=len(batches), seq_length=511, micro_batch_size=1,
-                            forward_only=True)
-    return loss.item()
+        found = run_schedule(Pretrain(None), models, lambda: iter(batches), num_microbatches=len(batches), seq_length=511,
+                             micro_batch_size=1, forward_only=True)
+    return found["loss"].item()
 
 
 @pytest.mark.parametrize(("source", "layout", "text"), [

@@ -24,9 +24,12 @@ from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import weights
 from modellink.core.models import parameters
 from modellink.core.presets import Preset, load_preset, preset_names
-from modellink.core.testing import beside
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests/support"))
+
+from ranks import beside  # noqa: E402
+
 README, CORE, CONVERT = ROOT / "packages/core/README.md", ROOT / "packages/core/tests", ROOT / "packages/ckpt-convert/tests"
 FILES = [CONVERT / "test_public.py", CONVERT / "test_layouts.py", CORE / "test_parity.py", CORE / "test_preset_builds.py",
          CORE / "test_presets.py"]

@@ -90,8 +90,8 @@ def with_adapters(model: Any, folder: Path) -> Any:
     import torch
 
     from modellink.ckpt_convert import open_checkpoint
+    from modellink.core.adapters.saved import initial, targets
     from modellink.core.config import LoraConfig
-    from modellink.core.posttrain.adapters import initial, targets
 
     names = [part.rpartition(".")[2] for parts in MODULES.values() for part in parts]
     made: Any = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=names))

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import Ranks, beside
+from ranks import Ranks, beside
 
 HERE = Path(__file__).resolve().parent
 CORE = HERE.parents[1] / "packages" / "core" / "tests"

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from modellink.core.testing import beside
+from ranks import beside
 
 KERNELS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("aclnnRmsNorm", "aclnnRmsNormGrad"), "swiglu": ("aclnnSwiGlu", "aclnnSwiGluGrad"),

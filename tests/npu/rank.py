@@ -1,4 +1,4 @@
-"""A rank on the simulated device, for `modellink.core.testing.Ranks`; or a command there: `rank.py MODULE FUNCTION arguments`."""
+"""A rank on the simulated device, for `ranks.Ranks`; or a command there: `rank.py MODULE FUNCTION arguments`."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ if __name__ == "__main__":
         sys.argv = [module, *arguments]
         getattr(importlib.import_module(module), function)()
     else:
-        from modellink.core.testing import serve
+        from ranks import serve
         serve("npu")

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import schemas
-from layers import TYPES, measure
 from rich.console import Console
 from rich.table import Table
 
-from modellink.core.testing import Ranks
-
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent / "support"))
+
+from layers import TYPES, measure  # noqa: E402
+from ranks import Ranks  # noqa: E402
 
 
 def results() -> Path:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from modellink.core.testing import beside
+from ranks import beside
 
 CORE = Path(__file__).resolve().parents[2] / "packages" / "core" / "tests"
 
@@ -22,12 +22,12 @@ def train(kind: str, options: dict[str, Any]) -> dict[str, Any]:
 
 def where(options: dict[str, Any]) -> set[str]:
     """The kinds of devices that parameters, gradients and optimizer state of a run are on."""
-    from modellink.core import processes
-    from modellink.core.run import prepare
+    from modellink.core import launch, processes
+    from modellink.core.prepare.prepare import prepare
     from modellink.core.train.setup import set_up
     from modellink.kernels.options import Layer
 
-    run = prepare([Layer("test", options)], processes.world_size())
+    run = prepare("pretrain", [Layer("test", options)], launch.world_size())
     processes.join(run.device, run.layout, run.optimizer.seed)
     training = set_up(run)
     tensors = [*(parameter for model in training.models for parameter in model.parameters()),

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modellink.core.processes import free_port
+from modellink.core.launch import free_port
 
 HERE = Path(__file__).resolve().parent
 DOCTOR = ["modellink.kernels.doctor", "main", "--device", "npu"]

@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.ops.cases import alone
 from modellink.kernels.ops.check import TOLERANCE
 

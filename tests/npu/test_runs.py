@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 TASKS = beside(__file__, "tasks")
 PRETRAIN, SFT = (beside(str(TASKS.CORE / f"{name}.py"), name) for name in ("test_training", "test_sft"))

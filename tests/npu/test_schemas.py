@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 SCHEMAS, LAYERS = beside(__file__, "schemas"), beside(__file__, "layers")
 KNOWN = SCHEMAS.known()

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-from modellink.core.testing import Ranks
+from ranks import Ranks
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from modellink.core.cli import _run, main
-from modellink.core.run import prepare
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.options import Layer
 
 BARE = [sys.executable, "-m", "modellink.core.cli", "pretrain"]
@@ -75,11 +75,11 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
     for point, behind in (("while-writing", True), ("before-rename", False)):
         # whole but not tracked still counts: the marker decides, not the tracker
         killed = command(*options, "--load", str(save), *["--async-save"] * behind, MODELLINK_KILL_AT=point)
-        assert killed.returncode == -9 and f"continuing from {save / 'iter_0000001'} at iteration 1\n" in killed.stdout, point
+        assert killed.returncode == -9 and f"resuming from {save / 'iter_0000001'} at iteration 1\n" in killed.stdout, point
         assert (save / "iter_0000003.tmp").exists()
     values = {"load": str(save), "data_path": (options[options.index("--data-path") + 1],), "seq_length": 24, "lr": 1e-3,
               "train_iters": 3, "device": "cpu"}
-    assert prepare([Layer("test", values)], None).resumed == save / "iter_0000001"
+    assert prepare("pretrain", [Layer("test", values)]).resumed == save / "iter_0000001"
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -213,7 +213,7 @@ def write_pair(prefix: Path, documents: list[list[int]]) -> None:
 
 
 MISTAKEN = """
-from modellink.core import processes
+from modellink.core import launch, processes
 from modellink.kernels.device import find
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.parallel import ParallelLayout
@@ -221,7 +221,7 @@ from modellink.kernels.parallel import ParallelLayout
 def main():
     processes.join(find("cpu"), ParallelLayout(dp=2), seed=1)
     with processes.cause_first():
-        if processes.rank() == 1:
+        if launch.rank() == 1:
             raise ModelLinkError("a mistake")
         processes.dist.barrier()
 
@@ -231,7 +231,7 @@ run_command(main)
 
 def test_a_mistake_that_another_rank_finds_is_one_message(tmp_path):
     (tmp_path / "mistaken.py").write_text(MISTAKEN)
-    spawn = "import sys; from modellink.core.processes import spawn; sys.exit(spawn(2, 'mistaken', []))"
+    spawn = "import sys; from modellink.core.launch import spawn; sys.exit(spawn(2, 'mistaken', []))"
     done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "rank 1 failed:\nerror: a mistake" in done.stderr and "Traceback" not in done.stderr
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 write_documents = beside(__file__, "conftest").write_documents
 CONFIG = {"seq_length": 24, "micro_batch_size": 2}

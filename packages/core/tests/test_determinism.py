@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from ranks import beside
 
 from modellink.core.determinism import deterministic, set_variables
 from modellink.core.digests import Parting, compare, digests
 from modellink.core.repeatability import CONFIGURATIONS, rows, run_all
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 
 training = beside(__file__, "test_training")
@@ -79,10 +79,10 @@ def spoilt(options: dict[str, Any], where: str, iteration: int, name: str) -> bo
         with torch.no_grad():
             getattr(parameter, attribute).view(-1)[5] += 1e-3
 
-    def late(models: Any, *args: Any, **kwargs: Any) -> Any:
+    def late(method: Any, models: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         found.append(torch.are_deterministic_algorithms_enabled())
-        loss, count = schedule(models, *args, **kwargs), count + 1
+        loss, count = schedule(method, models, *args, **kwargs), count + 1
         if where == "gradient" and count == iteration and dist.get_rank() == dist.get_world_size() - 1:
             spoil(models, "main_grad")
         return loss

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from modellink.core.testing import beside
+from ranks import beside
 
 OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "exit_interval": 3,
            "eval_iters": 0, "split": "100,0,0", "device": "cpu", "seed": 7, "log_interval": 1, "make_vocab_size_divisible_by": 8,

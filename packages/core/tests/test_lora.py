@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import beside
 
-from modellink.core.run import prepare
-from modellink.core.testing import beside
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -55,8 +55,8 @@ def put_adapters(model: Any) -> None:
     import torch
 
     from modellink.ckpt_convert import open_checkpoint
+    from modellink.core.adapters.saved import initial, targets
     from modellink.core.config import LoraConfig
-    from modellink.core.posttrain.adapters import initial, targets
 
     parts = {"self_attention.linear_qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
              "self_attention.linear_proj": ["self_attn.o_proj"], "mlp.linear_fc1": ["mlp.gate_proj", "mlp.up_proj"],
@@ -185,9 +185,9 @@ def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     assert weights["decoder.layers.0.mlp.linear_fc1.lora_B.weight"] == (224, 4)
     assert len([name for name in names if "exp_avg" in name]) == 2 * len(weights)
     with pytest.raises(ModelLinkError, match="holds adapters alone"):
-        prepare([Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})], None)
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})])
     with pytest.raises(ModelLinkError, match="--lora-r is 8 and 4 in the adapters"):
-        prepare([Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),), "lora_r": 8,
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),), "lora_r": 8,
                                                      "lora_load": str(tmp_path / "a")})], None)
 
 
@@ -211,10 +211,10 @@ def merged_and_not(folder: str, tp: int, modules: tuple[str, ...]) -> float:
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
+    from modellink.core.adapters.lora import add_adapters
     from modellink.core.config import LoraConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
-    from modellink.core.posttrain.lora import add_adapters
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
 
@@ -253,5 +253,5 @@ def test_merged_logits_are_those_of_the_adapters(pools, made, case, tp, modules)
 ])
 def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     with pytest.raises(ModelLinkError) as caught:
-        prepare([Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),)} | changes)], None)
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),)} | changes)])
     assert message in str(caught.value) and fix in str(caught.value)

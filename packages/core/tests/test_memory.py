@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
@@ -80,6 +79,7 @@ def held(folder: str, memory: dict[str, Any], changes: dict[str, Any]) -> tuple[
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
     from modellink.core.config import MemoryConfig
+    from modellink.core.memory.apply import save_memory
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
@@ -87,6 +87,7 @@ def held(folder: str, memory: dict[str, Any], changes: dict[str, Any]) -> tuple[
     processes.join(find("cpu"), ParallelLayout(), seed=1)
     spec = replace(open_checkpoint(Path(folder)).spec, **changes)
     (model,) = build_models(spec, BuildSettings(memory=MemoryConfig(**memory), attention_dropout=0.1))
+    save_memory([model], MemoryConfig(**memory))
     storages: dict[int, Any] = {}
     runs = 0
 
@@ -132,9 +133,9 @@ def widest(folder: str) -> list[tuple[str, int]]:
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
+    from modellink.core.methods.pretrain import Pretrain
     from modellink.core.model.build import BuildSettings, build_models
-    from modellink.core.train.step import forward_step
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
 
@@ -147,7 +148,7 @@ def widest(folder: str) -> list[tuple[str, int]]:
             kept[tensor.untyped_storage().data_ptr()] = (str(tensor.dtype), tensor.numel() // 24)
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logits, loss_of = forward_step(iter([Batch(tokens, tokens, torch.ones(1, 24))]), model.train())
+        logits, loss_of = Pretrain(None).forward_step(iter([Batch(tokens, tokens, torch.ones(1, 24))]), model.train())
         loss_of(logits)
     return sorted(kept.values())
 
@@ -165,6 +166,7 @@ def dropped(folder: str, memories: list[dict[str, Any]]) -> list[list[int]]:
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
     from modellink.core.config import MemoryConfig
+    from modellink.core.memory.apply import save_memory
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
@@ -175,7 +177,9 @@ def dropped(folder: str, memories: list[dict[str, Any]]) -> list[list[int]]:
     sizes = []
     for memory in memories:
         sizes.append([])
-        for model in build_models(spec, BuildSettings(layout=layout, memory=MemoryConfig(**memory))):
+        models = build_models(spec, BuildSettings(layout=layout, memory=MemoryConfig(**memory)))
+        save_memory(models, MemoryConfig(**memory))
+        for model in models:
             kept: dict[int, Any] = {}
 
             def keep(tensor: Any, kept: dict[int, Any] = kept) -> Any:

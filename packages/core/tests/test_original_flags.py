@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from modellink.core.cli import in_our_words, pretrain
+from modellink.core.cli import training_command, translate_original
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags, translate
 
 TABLE = original_flags("modellink.core")
-OPTIONS = {name for option in pretrain.params for name in (*option.opts, *option.secondary_opts)}
+PRETRAIN = training_command("pretrain")
+OPTIONS = {name for option in PRETRAIN.params for name in (*option.opts, *option.secondary_opts)}
 FLAGS = [line for line in Path(__file__).with_name("original_flags.txt").read_text(encoding="utf-8").split("\n")
          if line.startswith("--")]
 
@@ -44,13 +45,13 @@ def test_a_script_of_the_original():
         --no-masked-softmax-fusion --disable-bias-linear --group-query-attention --num-query-groups 8 --no-load-optim
         --no-load-rng --distributed-backend nccl --use-flash-attn --bf16"""
     made = translate(script.split(), TABLE)
-    context = pretrain.make_context("pretrain", made)
+    context = PRETRAIN.make_context("pretrain", made)
     assert context.params["activation_func"] == "gelu" and context.params["window_attn_skip_freq"] == "2"
     assert context.params["layernorm_zero_centered_gamma"] and "--use-flash-attn" in made
 
 
 def parsed(line: str) -> dict[str, object]:
-    return pretrain.make_context("pretrain", in_our_words(line.split())).params
+    return PRETRAIN.make_context("pretrain", translate_original(line.split())).params
 
 
 def test_what_a_line_of_the_original_leaves_unsaid_holds_as_there(capsys):

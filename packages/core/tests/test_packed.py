@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 MODELS, training = beside(__file__, "models"), beside(__file__, "test_training")
@@ -27,7 +27,7 @@ def logits(folder: str, layout: ParallelLayout, alone: bool) -> torch.Tensor:
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
     from modellink.core.parallel.context import local_part, local_positions

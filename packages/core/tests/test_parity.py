@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 LAYOUTS = {
@@ -36,7 +36,8 @@ def on_rank(folder: str, layout: ParallelLayout) -> dict[str, Any]:
     from modellink.ckpt_convert import open_checkpoint
     from modellink.ckpt_convert.weights import read_shard, stage_names, weights
     from modellink.core import processes
-    from modellink.core.data.pretrain import Batch
+    from modellink.core.data.batch import Batch
+    from modellink.core.methods.pretrain import Pretrain
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import bare, load_weights
     from modellink.core.parallel.context import local_positions
@@ -61,7 +62,8 @@ def on_rank(folder: str, layout: ParallelLayout) -> dict[str, Any]:
         model.zero_grad_buffer()
         model.config.finalize_model_grads_func = finalize_model_grads
     passes = 2 * layout.vpp
-    loss = run_schedule(wrapped, lambda: iter([batch] * passes), num_microbatches=passes, seq_length=24, micro_batch_size=2)
+    loss = run_schedule(Pretrain(None), wrapped, lambda: iter([batch] * passes), num_microbatches=passes, seq_length=24,
+                        micro_batch_size=2)["loss"]
     logits = None
     if seen:
         logits = tensor_parallel.gather_from_tensor_model_parallel_region(seen[0])[..., :131]

@@ -59,7 +59,7 @@ def build(name: str, stage: int) -> str:
     processes.make_groups(layout, gloo=False)
     tensor_parallel.model_parallel_cuda_manual_seed(1, force_reset_rng=True)
     settings = BuildSettings(layout=layout, dtype=torch.bfloat16, sequence_parallel=layout.tp > 1,
-                             make_vocab_size_divisible_by=divisor, initialise=False)
+                             make_vocab_size_divisible_by=divisor, initialize=False)
     with engine.without_memory():
         models = build_models(spec, settings)
     table = weights(spec)

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ranks import beside
 
 from modellink.core import profile_summary
 from modellink.core.profile_summary import Summary
-from modellink.core.testing import beside
 
 training = beside(__file__, "test_training")
 PP2 = {"pipeline_model_parallel_size": 2}

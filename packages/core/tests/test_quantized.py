@@ -6,9 +6,9 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from ranks import beside
 
-from modellink.core.run import prepare
-from modellink.core.testing import beside
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -26,11 +26,11 @@ def held_and_rounded(folder: str, tp: int, form: str) -> dict[str, Any]:
 
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
+    from modellink.core.adapters.lora import add_adapters
+    from modellink.core.adapters.quantized import Quantized, hold, quantize
     from modellink.core.config import LoraConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
-    from modellink.core.posttrain.lora import add_adapters
-    from modellink.core.posttrain.quantized import Quantized, hold, quantize
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
 
@@ -95,4 +95,5 @@ def test_training_goes_on_after_a_stop(run, tmp_path):
 
 def test_weights_that_learn_are_not_held(tiny, chats):
     with pytest.raises(ModelLinkError, match="--lora-quantize nf4"):
-        prepare([Layer("test", SFT.OPTIONS | {"load": str(tiny), "data_path": (str(chats),), "lora_quantize": "nf4"})], None)
+        changes = {"load": str(tiny), "data_path": (str(chats),), "lora_quantize": "nf4"}
+        prepare("pretrain", [Layer("test", SFT.OPTIONS | changes)])

@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import beside
 
 from modellink.core.cli import _run
-from modellink.core.processes import free_port
+from modellink.core.launch import free_port
 from modellink.core.resilience.faults import read_faults
-from modellink.core.resilience.gasp import State, decide
+from modellink.core.resilience.survivors import State, decide
 from modellink.core.resilience.watch import Failure
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
@@ -99,7 +99,7 @@ def test_a_fault_behind_a_fault(pools, options, tmp_path):
                    "kind=memory,step=7,rank=1;kind=kill,step=7,rank=0,when=repair", "--enable-optimizer-state-local-copy")
     assert "the ranks that are left save iteration 3" in said and "rank 0 is gone while the others wait for it" in said
     assert losses(save) == losses(straight)
-    assert said.count("continuing from") == 2
+    assert said.count("resuming from") == 2
 
 
 @pytest.mark.parametrize("more", [
@@ -112,7 +112,7 @@ def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     said = watched(options, save, "kind=kill,step=3,rank=1,when=end;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
     assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["3", "4", "6"]
-    assert said.count("the run starts again") == 3 and said.count("continuing from") == 3
+    assert said.count("the run starts again") == 3 and said.count("resuming from") == 3
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
@@ -150,7 +150,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, cou
     faults = ";".join(
         f"kind={chance.choice(kinds)},step={4 * number + chance.randrange(2, 5)},rank={chance.randrange(int(more[1]))},"
         f"when={chance.choice(['start', 'update', 'end', 'random'])}" for number in range(count))
-    monkeypatch.setattr("modellink.core.testing.SECONDS", 1800)  # hundreds of steps are one call
+    monkeypatch.setattr("ranks.SECONDS", 1800)  # hundreds of steps are one call
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     end(start(options, tmp_path / "save", faults, *more, "--enable-optimizer-state-local-copy", "--save-interval", "20"), 7200)
     assert losses(tmp_path / "save") == pytest.approx(losses(straight), rel=2e-6)

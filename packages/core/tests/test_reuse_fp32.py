@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 DISTRIBUTED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -57,12 +56,12 @@ def held(options: dict[str, Any]) -> tuple[int, int]:
     """On a rank: (bytes of all tensors alive after a step, parameters of this rank's model)."""
     import gc
 
-    from modellink.core import processes
-    from modellink.core.run import prepare
+    from modellink.core import launch, processes
+    from modellink.core.prepare.prepare import prepare
     from modellink.core.train.setup import set_up
     from modellink.kernels.options import Layer
 
-    run = prepare([Layer("test", training.OPTIONS | options)], processes.world_size())
+    run = prepare("pretrain", [Layer("test", training.OPTIONS | options)], launch.world_size())
     processes.join(run.device, run.layout, run.optimizer.seed, instances=run.optimizer_instances)
     gc.collect()
     before = {storage.data_ptr() for storage in _storages()}

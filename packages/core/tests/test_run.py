@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from modellink.core.prepare.prepare import prepare
 from modellink.core.presets import load_preset
-from modellink.core.run import CONFIGS, prepare
+from modellink.core.run import CONFIGS
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -21,9 +22,9 @@ def options(tiny, corpus):
 
 
 def test_a_good_run_is_settled(options):
-    run = prepare([Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)], None)
+    run = prepare("pretrain", [Layer("a.yaml", {"lr": 1.0, "tensor_model_parallel_size": 2}), Layer("command line", options)])
     assert (run.optimizer.lr, run.layout.tp, run.layout.world_size, run.spec.num_query_groups) == (1e-3, 2, 2, 2)
-    assert prepare([Layer("x", options)], 4).layout.dp == 4
+    assert prepare("pretrain", [Layer("x", options)], 4).layout.dp == 4
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
@@ -49,7 +50,7 @@ def test_a_good_run_is_settled(options):
     ({"tensor_model_parallel_size": 2, "sequence_parallel": True, "seq_length": 25}, "25 is not a multiple of", "--seq-length"),
     ({"seq_length": 65}, "65 is beyond the model's 64 positions", "--max-position-embeddings"),
     ({"micro_batch_size": 2, "global_batch_size": 3}, "3 is not a multiple of micro batch size 2", "--global-batch-size"),
-    ({"data_path": ("gone",)}, "gone.idx is missing", "prefix without suffix"),
+    ({"data_path": ("gone",)}, "gone.idx is missing", "without .bin or .idx"),
     ({"data_path": ()}, "there is no data", "modellink-preprocess"),
     ({"data_path": ("a", "b")}, "a b is not weight and prefix", "--data-path 0.3"),
     ({"split": "a,b"}, "not three shares", "969,30,1"),
@@ -85,8 +86,8 @@ def test_a_good_run_is_settled(options):
     ({"use_mc2": True}, "what tensor-parallel ranks exchange, and there is one", "--tensor-model-parallel-size 2"),
     ({"moe_grouped_gemm": True}, "the model has no experts", "leave it out"),
     ({"moe_permutation_async_comm": True}, "the model has no experts", "--moe-permutation-async-comm"),
-    ({"reuse_fp32_param": True}, "a weight of float32 is not the upper half", "--bf16"),
-    ({"reuse_fp32_param": True, "fp16": True}, "a weight of float16 is not the upper half", "--bf16"),
+    ({"reuse_fp32_param": True}, "a float32 weight is not the upper half", "--bf16"),
+    ({"reuse_fp32_param": True, "fp16": True}, "a float16 weight is not the upper half", "--bf16"),
     ({"swap_modules": "mlp"}, "nothing is moved", "--swap-attention"),
     ({"swap_attention": True, "swap_modules": "self_attention,attn"}, "a layer has no module attn", "pre_mlp_layernorm"),
     ({"swap_attention": True, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
@@ -105,10 +106,10 @@ def test_a_good_run_is_settled(options):
     ({"lr_warmup_init": 1.0}, "the warm-up begins at 1.0, above the peak", "--lr-warmup-init"),
     ({"start_weight_decay": 0.1}, "both ends", "--end-weight-decay"),
     ({"weight_decay_incr_style": "linear"}, "is linear has both ends", "--start-weight-decay"),
-    ({"eod_mask_loss": True, "eod_token_id": 500}, "500: not one of the 131 ids", "--eod-token-id"),
+    ({"eod_mask_loss": True, "eod_token_id": 500}, "500, outside the vocabulary of 131", "--eod-token-id"),
     ({"moe_expert_capacity_factor": 1.0}, "dispatcher allgather does not know", "--moe-token-dispatcher-type alltoall"),
     ({"moe_pad_expert_input_to_capacity": True}, "no capacity to be filled", "--moe-expert-capacity-factor"),
-    ({"ckpt_step": 3}, "iteration 3 was asked for, and the folder has no iterations", "leave it out"),
+    ({"ckpt_step": 3}, "--ckpt-step 3 is set, but the folder has no iterations", "remove --ckpt-step"),
     ({"train_iters": None}, "the run has no length", "--train-iters, --train-samples"),
     ({"train_samples": 8}, "the length of the run is given twice", "--train-iters, --train-samples"),
     ({"train_iters": None, "train_samples": 8, "lr_decay_iters": 2}, "its schedule in another unit", "--lr-decay-samples"),
@@ -130,37 +131,39 @@ def test_a_good_run_is_settled(options):
 def test_a_wrong_run_is_refused(options, monkeypatch, changes, message, fix):
     monkeypatch.setattr(subprocess, "Popen", None)  # nothing is started
     with pytest.raises(ModelLinkError) as caught:
-        prepare([Layer("test", {name: value for name, value in (options | changes).items() if value is not None})], None)
+        prepare("pretrain", [Layer("test", {name: value for name, value in (options | changes).items() if value is not None})])
     assert message in str(caught.value) and fix in str(caught.value)
     assert "--" in str(caught.value) or set(changes) <= {"trian_iters"}
 
 
 def test_model_options_may_repeat_what_the_checkpoint_says(options):
-    prepare([Layer("test", options | {"hidden_size": 48, "num_layers": "4"})], None)
+    prepare("pretrain", [Layer("test", options | {"hidden_size": 48, "num_layers": "4"})])
 
 
 def test_a_preset_fills_everything_and_options_win(options):
     preset = load_preset("qwen2.5-7b-32k")
     del options["load"], options["seq_length"]
-    run = prepare([preset.layer(), Layer("command line", options)], 8)
+    run = prepare("pretrain", [preset.layer(), Layer("command line", options)], 8)
     assert run.spec == preset.spec and run.optimizer.bf16
     assert (run.layout.tp, run.layout.pp, run.layout.dp) == (4, 2, 1)
     assert (run.data.seq_length, run.data.global_batch_size, run.parallel.sequence_parallel) == (32768, 16, True)
-    smaller = prepare([preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
+    smaller = prepare("pretrain", [preset.layer(), Layer("command line", options | {"num_layers": 2, "seq_length": 24})], 8)
     assert (smaller.spec.num_layers, smaller.data.seq_length) == (2, 24)
 
 
 def test_a_script_that_recomputes_more_layers_than_a_stage_has(options):
     """Of the original's Mixtral 8x22B: 30 layers where a stage has 14 and a model chunk 2. It recomputes all there are."""
     del options["load"]
-    script = {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True}
-    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | {"seq_length": 128})], 64)
+    options |= {"swap_attention": True, "recompute_method": "block", "recompute_num_layers": 30, "reuse_fp32_param": True,
+                "seq_length": 128}
+    large = load_preset("mixtral-8x22b-32k").layer()
+    run = prepare("pretrain", [large, Layer("x", options)], 64)
     assert "30 is more than the 2 layers of a model chunk" in (run.memory.note(run.layout, run.spec.num_layers) or "")
     by_stage = {"enable_recompute_layers_per_pp_rank": True}
-    run = prepare([load_preset("mixtral-8x22b-32k").layer(), Layer("x", options | script | by_stage | {"seq_length": 128})], 64)
+    run = prepare("pretrain", [large, Layer("x", options | by_stage)], 64)
     assert "the 14 layers of a pipeline stage" in (run.memory.note(run.layout, run.spec.num_layers) or "")
-    fits = prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | script | {
-        "recompute_num_layers": 8, "seq_length": 128})], 64)
+    small = load_preset("mixtral-8x7b-32k").layer()
+    fits = prepare("pretrain", [small, Layer("x", options | {"recompute_num_layers": 8})], 64)
     assert fits.memory.note(fits.layout, fits.spec.num_layers) is None
 
 
@@ -168,31 +171,33 @@ def test_experts_need_sequence_parallelism_beside_tensor_parallelism(options):
     preset = load_preset("mixtral-8x7b-32k")
     del options["load"]
     with pytest.raises(ModelLinkError, match="experts with tensor parallel size 8 need sequence parallelism"):
-        prepare([preset.layer(), Layer("command line", options | {"sequence_parallel": False, "seq_length": 128})], 64)
+        changes = {"sequence_parallel": False, "seq_length": 128}
+        prepare("pretrain", [preset.layer(), Layer("command line", options | changes)], 64)
 
 
 def test_legacy_files_that_could_not_hold_the_model_are_refused(options, tmp_path):
     del options["load"]
     changes = {"save": str(tmp_path), "seq_length": 128, "save_format": "megatron-legacy"}
     with pytest.raises(ModelLinkError, match="Megatron-Legacy has no name for") as caught:
-        prepare([load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
+        prepare("pretrain", [load_preset("mixtral-8x7b-32k").layer(), Layer("x", options | changes)], 64)
     assert caught.value.where == "--save-format megatron-legacy"
 
 
 def test_a_model_without_a_hugging_face_form_can_be_saved(options, tmp_path):
     del options["load"]
-    run = prepare([load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | {"save": str(tmp_path), "seq_length": 128})], 64)
+    changes = {"save": str(tmp_path), "seq_length": 128}
+    run = prepare("pretrain", [load_preset("gpt4-4x13b-128k").layer(), Layer("x", options | changes)], 64)
     assert run.manifest.family == "none"
 
 
 def test_a_model_from_options_alone_needs_a_family_to_be_saved(options, tmp_path):
     model = {"num_layers": 2, "hidden_size": 24, "num_attention_heads": 2, "vocab_size": 131, "max_position_embeddings": 64}
     del options["load"]
-    assert prepare([Layer("test", options | model)], None).spec.ffn == 96
+    assert prepare("pretrain", [Layer("test", options | model)]).spec.ffn == 96
     with pytest.raises(ModelLinkError, match="family of the model is not known"):
-        prepare([Layer("test", options | model | {"save": str(tmp_path)})], None)
+        prepare("pretrain", [Layer("test", options | model | {"save": str(tmp_path)})])
     with pytest.raises(ModelLinkError, match="--vocab-size is required"):
-        prepare([Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})], None)
+        prepare("pretrain", [Layer("test", options | {k: v for k, v in model.items() if k != "vocab_size"})])
 
 
 def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path):
@@ -202,9 +207,9 @@ def test_a_checkpoint_with_a_damaged_manifest_is_refused(options, tiny, tmp_path
     del config["num_hidden_layers"]
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLinkError, match="num_hidden_layers"):
-        prepare([Layer("test", options | {"load": str(broken)})], None)
+        prepare("pretrain", [Layer("test", options | {"load": str(broken)})])
 
 
 def test_every_concern_has_its_table_in_the_readme():
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    assert [kind.__name__ for kind in CONFIGS if f":{kind.__name__} -->" not in readme] == []
+    assert [kind.__name__ for kind in CONFIGS.values() if f":{kind.__name__} -->" not in readme] == []

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from modellink.core.testing import beside
+from ranks import beside
 
 MODELS, PARITY = beside(__file__, "models"), beside(__file__, "test_parity")
 train = beside(__file__, "test_training").train

@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 import pytest
+from ranks import beside
 
-from modellink.core.run import prepare
-from modellink.core.testing import beside
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -40,14 +40,14 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     """On a rank: (iteration, samples, loss, gradient norm) of every step, on the last rank."""
     import torch.distributed as dist
 
-    from modellink.core import processes
-    from modellink.core.posttrain.sft import sft
-    from modellink.core.run import prepare
+    from modellink.core import launch, processes
+    from modellink.core.api import train
+    from modellink.core.prepare.prepare import prepare
     from modellink.kernels.options import Layer
 
-    run = prepare([Layer("test", options)], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    run = prepare("pretrain", [Layer("test", options)], launch.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     processes.join(run.device, run.layout, run.optimizer.seed)
-    steps = sft(run)
+    steps = train(run)
     dist.barrier()
     return [(step.iteration, step.consumed_samples, step.loss, step.grad_norm or 0.0) for step in steps]
 
@@ -205,7 +205,7 @@ def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     options = OPTIONS | {"load": str(tiny), "data_path": (str(chats),)} | changes
     options |= {"data_path": tuple(path.format(chats) for path in options["data_path"]), "shuffle": True}
     with pytest.raises(ModelLinkError) as caught:
-        prepare([Layer("test", options)], None)
+        prepare("pretrain", [Layer("test", options)])
     assert message in str(caught.value) and fix in str(caught.value)
 
 

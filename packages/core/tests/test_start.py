@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import beside
 
-from modellink.core.run import prepare
-from modellink.core.testing import beside
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
@@ -20,7 +20,7 @@ training, MODELS = beside(__file__, "test_training"), beside(__file__, "models")
 def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[float]]]]:
     """On a rank: of each layout the first numbers of every matrix of its layers, with their global names."""
     from modellink.ckpt_convert.spec import ModelSpec
-    from modellink.core import processes
+    from modellink.core import launch, processes
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
     from modellink.kernels.parallel import ParallelLayout
@@ -32,7 +32,7 @@ def first_weights(layouts: list[dict[str, int]]) -> list[list[tuple[str, list[fl
         spec = ModelSpec(num_layers=8, hidden_size=16, num_attention_heads=4, vocab_size=64, max_position_embeddings=32,
                          num_experts=3, moe_router_topk=2)
         models = build_models(spec, BuildSettings(layout=layout))
-        matrices = [(f"{processes.rank()} {chunk} {name}", parameter) for chunk, model in enumerate(models)
+        matrices = [(f"{launch.rank()} {chunk} {name}", parameter) for chunk, model in enumerate(models)
                     for name, parameter in model.named_parameters() if parameter.dim() > 1]
         found.append([(name, matrix.flatten()[:4].tolist()) for name, matrix in matrices])
     return found
@@ -66,11 +66,11 @@ def saved(pools, texts, tmp_path) -> Path:
 
 
 def settle(options: dict[str, Any]) -> Any:
-    return prepare([Layer("test", {name: value for name, value in options.items() if value is not None})], 1)
+    return prepare("pretrain", [Layer("test", {name: value for name, value in options.items() if value is not None})], 1)
 
 
 def test_a_folder_that_holds_another_run_is_not_written_into(texts, saved):
-    with pytest.raises(ModelLinkError, match="holds iter_0000002 of another run, and this one begins at iteration 0"):
+    with pytest.raises(ModelLinkError, match="contains iter_0000002 of another run, and this run starts at iteration 0"):
         settle(texts | {"save": str(saved)})
     with pytest.raises(ModelLinkError, match="of another run"):
         settle(texts | {"load": str(saved), "finetune": True, "save": str(saved)})
@@ -101,7 +101,7 @@ def test_a_run_of_another_kind_is_not_continued(texts, saved, tmp_path):
         for suffix in (".idx", ".bin"):
             (tmp_path / f"chats_packed_{field}_document{suffix}").touch()
     tuned = texts | {"load": str(saved), "data_path": (str(tmp_path / "chats"),), "is_instruction_dataset": True}
-    with pytest.raises(ModelLinkError, match="pretraining on documents, and this is fine-tuning on instructions"):
+    with pytest.raises(ModelLinkError, match="of a run of pretrain, this is sft"):
         settle(tuned)
     assert settle(tuned | {"finetune": True}).resumed is None
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.errors import ModelLinkError
 
 training = beside(__file__, "test_training")
@@ -275,7 +275,7 @@ def poisoned(value: float) -> str:
     import torch
     import torch.distributed as dist
 
-    from modellink.core.train.guard import refuse_not_finite
+    from modellink.core.train.finite import refuse_not_finite
 
     gradients = torch.ones(9)
     gradients[4] = value if dist.get_rank() == dist.get_world_size() - 1 else 0

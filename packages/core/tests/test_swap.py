@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 SWAP = {"swap_attention": True}

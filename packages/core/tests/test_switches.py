@@ -6,8 +6,7 @@ from itertools import groupby
 from typing import Any
 
 import pytest
-
-from modellink.core.testing import beside
+from ranks import beside
 
 training = beside(__file__, "test_training")
 CP2 = {"context_parallel_size": 2, "global_batch_size": 1, "exit_interval": 1}

@@ -28,15 +28,15 @@ def train(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
     """On a rank: a pretraining run; (iteration, samples, loss, gradient norm) of every step, on the last rank."""
     import torch.distributed as dist
 
-    from modellink.core import processes
-    from modellink.core.run import prepare
-    from modellink.core.train.pretrain import pretrain
+    from modellink.core import launch, processes
+    from modellink.core.api import train
+    from modellink.core.prepare.prepare import prepare
     from modellink.kernels.options import Layer
 
     given = {name: value for name, value in (OPTIONS | options).items() if value is not None}
-    run = prepare([Layer("test", given)], processes.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+    run = prepare("pretrain", [Layer("test", given)], launch.world_size(), int(os.environ.get("LOCAL_RANK", "0")))
     processes.join(run.device, run.layout, run.optimizer.seed)
-    steps = pretrain(run)
+    steps = train(run)
     dist.barrier()
     return [(step.iteration, step.consumed_samples, step.loss, step.grad_norm or 0.0) for step in steps]
 
@@ -168,11 +168,11 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
 
 
 def test_the_two_kinds_of_optimizer_state_are_not_mixed(run, tmp_path, tiny, corpus):
-    from modellink.core.run import prepare
+    from modellink.core.prepare.prepare import prepare
     from modellink.kernels.errors import ModelLinkError
     from modellink.kernels.options import Layer
 
     run("tp1", save=str(tmp_path / "a"), exit_interval=2)
     options = OPTIONS | {"load": str(tmp_path / "a"), "data_path": (str(corpus),), "use_distributed_optimizer": True}
     with pytest.raises(ModelLinkError, match="saved with --no-use-distributed-optimizer"):
-        prepare([Layer("test", options)], 2)
+        prepare("pretrain", [Layer("test", options)], 2)

@@ -1,11 +1,14 @@
-"""Small random models with a small real tokenizer; transformers writes the folders and is what we compare with."""
+"""Small random models with a small real tokenizer. transformers writes the folders and is the reference."""
 
 from __future__ import annotations
 
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tokenizers
@@ -19,13 +22,13 @@ TEXT = [
 CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 VOCABULARY = 379
-# No two sizes alike: heads and groups, head size and hidden / heads, feed-forward width and 4 x hidden.
+# No two sizes are equal: heads and groups, head size and hidden / heads, feed-forward size and 4 x hidden.
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
          "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
          "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
 FAMILIES = {"llama": ("LlamaConfig", {"head_dim": 20}), "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
             "mistral": ("MistralConfig", {"head_dim": 20, "sliding_window": 40})}
-# Of many lengths, with characters of one to four bytes.
+# Of different lengths, with characters of one to four bytes.
 PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊", "def add(a, b):\n    return",
            "Schöne Grüße aus Köln: Straße, Fähre, Übermut. Ça va déjà mieux, garçon? " * 2]
 
@@ -51,7 +54,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`folder(family)`: a Hugging Face folder of a random model in which every weight counts and choices are not close."""
+    """`folder(family)`: a Hugging Face folder with a random model; norms and biases matter, and no two tokens are near-ties."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -82,7 +85,7 @@ def llama(folder) -> Path:
 
 @pytest.fixture(scope="session")
 def engine(llama):
-    """The llama model, in this process."""
+    """The llama model, loaded in this process."""
     from modellink.infer import load
     return load(llama, device="cpu")
 
@@ -96,7 +99,7 @@ def theirs(llama):
 
 @pytest.fixture
 def full_logits(theirs) -> Callable[[list[int]], object]:
-    """`full_logits(ids)`: log-probabilities [seq, vocabulary] of one pass of transformers over a whole sequence."""
+    """`full_logits(ids)`: log-probabilities [seq, vocabulary] of transformers, in one pass over the sequence."""
     import torch
 
     def compute(ids: list[int]) -> torch.Tensor:
@@ -107,7 +110,7 @@ def full_logits(theirs) -> Callable[[list[int]], object]:
 
 @pytest.fixture
 def command(monkeypatch, capsys, request) -> Iterator[Callable[..., SimpleNamespace]]:
-    """`command("generate", "--load", ...)` in this process: status, out, err."""
+    """`command("generate", "--load", ...)` runs in this process: status, out, err."""
     import sys
 
     from modellink.infer import cli
@@ -119,3 +122,50 @@ def command(monkeypatch, capsys, request) -> Iterator[Callable[..., SimpleNamesp
         out, err = capsys.readouterr()
         return SimpleNamespace(status=leaving.value.code, out=out, err=err)
     yield run
+
+
+@pytest.fixture(scope="module")
+def server(engine) -> Iterator[SimpleNamespace]:
+    """A server in this process on a port of its own: client, service, port, url."""
+    httpx, uvicorn = pytest.importorskip("httpx"), pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    from modellink.core.launch import free_port
+    from modellink.infer.server.app import make_app
+    from modellink.infer.server.service import Service
+    service, port = Service(engine, max_waiting=24), free_port()
+    app = make_app(service, name="tiny", api_key=None, max_body=100_000)
+    running = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", timeout_graceful_shutdown=5))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.02)
+    url = f"http://127.0.0.1:{port}"
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield SimpleNamespace(client=client, service=service, port=port, url=url)
+    running.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive() and not service._thread.is_alive()
+
+
+@pytest.fixture
+def idle_afterwards(server) -> Iterator[None]:
+    """Check that the test leaves no request behind."""
+    yield
+    deadline = time.monotonic() + 20
+    while server.service.unfinished and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert server.service.unfinished == 0 and server.service.failure is None
+    assert all(pool.used == 0 for pool in server.service.batch.cache.pools)
+
+
+@pytest.fixture
+def paused(server, monkeypatch) -> Iterator[threading.Event]:
+    """The server computes nothing until the test sets this event."""
+    resume, step = threading.Event(), server.service.batch.step
+
+    def wait_and_step() -> Any:
+        resume.wait()
+        return step()
+    monkeypatch.setattr(server.service.batch, "step", wait_and_step)
+    yield resume
+    resume.set()

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 
@@ -24,8 +24,8 @@ def reference(model, ids: list[int], count: int, **options: object) -> tuple[lis
 
 
 def cut(tokens: list[int], stops: set[int]) -> list[int]:
-    """Without what transformers fills up with."""
-    return next((tokens[:place + 1] for place, token in enumerate(tokens) if token in stops), tokens)
+    """Return the tokens without the padding of transformers."""
+    return next((tokens[:index + 1] for index, token in enumerate(tokens) if token in stops), tokens)
 
 
 @pytest.mark.parametrize("options", [
@@ -34,7 +34,7 @@ def cut(tokens: list[int], stops: set[int]) -> list[int]:
     {"num_beams": 3, "repetition_penalty": 1.3}, {"num_beams": 3, "early_stopping": "never", "length_penalty": 3.0},
     {"num_beams": 3, "early_stopping": "never", "length_penalty": -1.0}], ids=str)
 @pytest.mark.parametrize("ends", [[2, 0], [5, 60, 120, 200, 222, 300, 333, 350]], ids=["rare ends", "frequent ends"])
-def test_beams_are_those_of_transformers(engine, theirs, options, ends):
+def test_beams_equal_transformers(engine, theirs, options, ends):
     for row in ROWS:
         expected, scores = reference(theirs, row, 12, eos_token_id=ends, **options)
         found = engine.generate([row], max_new_tokens=12, eos_token_id=ends, **options)
@@ -43,11 +43,11 @@ def test_beams_are_those_of_transformers(engine, theirs, options, ends):
     assert all(pool.used == 0 for pool in engine.cache.pools)
 
 
-def test_beams_and_others_in_one_call(engine):
+def test_requests_with_and_without_beams_in_one_call(engine):
     mixed = [engine.requests(ROWS[1], max_new_tokens=9)[0], engine.requests(ROWS[2], num_beams=2, num_return_sequences=2,
                                                                          max_new_tokens=9)[0]]
-    answers = engine.answer(mixed)
-    assert len(answers) == 3 and answers[:1] == engine.answer(mixed[:1]) and answers[1:] == engine.answer(mixed[1:])
+    answers = engine.complete(mixed)
+    assert len(answers) == 3 and answers[:1] == engine.complete(mixed[:1]) and answers[1:] == engine.complete(mixed[1:])
 
 
 def test_one_beam_is_greedy(engine):
@@ -55,8 +55,8 @@ def test_one_beam_is_greedy(engine):
 
 
 @pytest.mark.parametrize("early", [True, False, "never"])
-def test_when_a_search_stops_is_what_transformers_says(engine, theirs, early):
-    """With a prompt for which going on finds a better one."""
+def test_a_search_stops_when_transformers_stops(engine, theirs, early):
+    """The prompt is one for which a longer search finds a better hypothesis."""
     ends = list(range(10, 370, 6))
     expected, scores = reference(theirs, ROWS[0], 30, eos_token_id=ends, num_beams=2, early_stopping=early)
     (found,) = engine.generate([ROWS[0]], max_new_tokens=30, eos_token_id=ends, num_beams=2, early_stopping=early)
@@ -75,7 +75,7 @@ def test_alternatives_of_a_beam(engine, full_logits):
             assert [value for _, value in step] == pytest.approx(values.tolist(), abs=1e-4)
 
 
-def test_drawn_beams_follow_the_seed(engine):
+def test_sampled_beams_follow_the_seed(engine):
     options = {"num_beams": 3, "do_sample": True, "temperature": 1.5, "max_new_tokens": 8}
     first, again, other = (engine.generate([ROWS[1]], seed=seed, **options) for seed in (1, 1, 2))
     assert first == again != other
@@ -89,36 +89,34 @@ def test_a_stop_string_ends_a_beam(engine):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"num_beams": 0}, "num-beams is 0"), ({"num_beams": 2, "num_return_sequences": 3}, "3 answers cannot come from 2"),
+    ({"num_beams": 0}, "0 is out of range"), ({"num_beams": 2, "num_return_sequences": 3}, "2 beams cannot return 3"),
     ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping is 'soon'"),
-    ({"num_beams": 2, "length_penalty": float("nan")}, "length-penalty is nan"), ({"beams": 2}, "no option beams")])
-def test_what_makes_no_search_is_refused(engine, options, message):
+    ({"num_beams": 2, "length_penalty": float("nan")}, "nan is out of range"), ({"beams": 2}, "no argument beams")])
+def test_invalid_arguments_are_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate([ROWS[0]], **options)
 
 
-def test_beams_over_windows_with_a_prompt_longer_than_they_have_room_for(tmp_path, monkeypatch):
+def test_a_prompt_longer_than_the_pages_of_a_window(tmp_path, monkeypatch):
     name, sizes = MODELS.TRANSFORMERS["mistral window"]
     monkeypatch.setitem(MODELS.TRANSFORMERS, "long window", (name, sizes | {"max_position_embeddings": 512}))
     MODELS.make("long window", tmp_path)
     row = [number * 7 % 131 for number in range(300)]
     roomy, small = (load(tmp_path / "weights", device="cpu") for _ in range(2))
-    small.__dict__["cache"] = small.network.cache(rows=2, piece=8, tokens=512)
+    small.__dict__["cache"] = small.network.make_cache(max_sequences=2, max_chunk=8, tokens=512)
     assert small.cache.pools[0].pages * 32 < len(row)
     options = {"num_beams": 2, "max_new_tokens": 6, "ignore_eos": True}
     assert small.generate([row], **options) == roomy.generate([row], **options)
     tiny = load(tmp_path / "weights", device="cpu")
-    tiny.__dict__["cache"] = tiny.network.cache(rows=2, piece=256, tokens=256)
+    tiny.__dict__["cache"] = tiny.network.make_cache(max_sequences=2, max_chunk=256, tokens=256)
     with pytest.raises(ModelLinkError, match="2 beams of 306 tokens need"):
         tiny.generate([row], **options)
 
 
 def test_too_many_beams_for_the_cache(llama, engine):
     small = type(engine).__new__(type(engine))
-    small.__dict__ |= engine.__dict__ | {"cache": engine.network.cache(rows=2, piece=64, tokens=128)}
-    with pytest.raises(ModelLinkError, match="4 beams of 60 tokens need 256 tokens of cache, there are 128"):
+    small.__dict__ |= engine.__dict__ | {"cache": engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=128)}
+    with pytest.raises(ModelLinkError, match="4 beams of 60 tokens need 256 tokens of cache, 128 are available"):
         small.generate([ROWS[3]], num_beams=4, max_new_tokens=10)
     with pytest.raises(ModelLinkError, match="cannot be streamed"):
         engine.stream(ROWS[0], num_beams=2)
-
-

@@ -1,4 +1,4 @@
-"""The commands: what they print, where prompts come from, and one message for each mistake."""
+"""The commands: what they print, where prompts come from, and one error message per mistake."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def run(*args: object, stdin: str = "", **environment: str) -> subprocess.Comple
                           capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
 
-def test_a_prompt_is_continued(command, llama, engine):
+def test_a_prompt_is_completed(command, llama, engine):
     found = command("generate", "--load", llama, "--prompt", "The quick", *ANSWER)
     assert (found.status, found.out) == (0, engine.generate("The quick", max_new_tokens=12)[0].text + "\n")
     assert "12 tokens" in found.err
 
 
 @pytest.mark.parametrize("name", ["prompt.txt", "stdin"])
-def test_a_prompt_from_a_file_or_stdin_without_its_last_line_end(command, llama, engine, tmp_path, monkeypatch, name):
+def test_the_final_newline_of_a_file_or_stdin_is_removed(command, llama, engine, tmp_path, monkeypatch, name):
     expected = engine.generate("Köln\n🦊", max_new_tokens=12)[0].text + "\n"
     if name == "stdin":
         monkeypatch.setattr(sys, "stdin", io.StringIO("Köln\n🦊\n"))
@@ -44,18 +44,18 @@ def test_several_prompts_as_json(command, llama, engine, prompts):
         (answer.text, answer.token_ids, answer.finish_reason) for answer in expected]
 
 
-def test_answers_are_printed_in_order_as_they_are_ready(command, llama, engine, monkeypatch, tmp_path):
-    """The first is out before the last is computed, and what came is kept when a later one fails."""
-    from modellink.infer.batch import Batch
+def test_completions_are_printed_in_order_as_soon_as_possible(command, llama, engine, monkeypatch, tmp_path):
+    """The first ones are printed although a later one fails."""
+    from modellink.infer.batch import ContinuousBatch
     (tmp_path / "many.jsonl").write_text("".join(f'"The {number}"\n' for number in range(4)))
-    step, steps = Batch.step, []
+    step, steps = ContinuousBatch.step, []
 
     def fails(batch):
         steps.append(1)
         if len(steps) == 30:
             raise RuntimeError("no more")
         return step(batch)
-    monkeypatch.setattr(Batch, "step", fails)
+    monkeypatch.setattr(ContinuousBatch, "step", fails)
     found = command("generate", "--load", llama, "--prompt-file", tmp_path / "many.jsonl", "--json", "--batch-size", 1, *ANSWER)
     monkeypatch.undo()
     expected = [engine.generate(f"The {number}", max_new_tokens=12)[0].text for number in range(2)]
@@ -66,7 +66,7 @@ def test_log_probabilities_as_json(command, llama, engine):
     found = command("generate", "--load", llama, "--json", "--logprobs", "--prompt", "The quick", *ANSWER)
     (expected,) = engine.generate("The quick", max_new_tokens=12, logprobs=True)
     assert json.loads(found.out)["logprobs"] == pytest.approx(expected.logprobs, abs=1e-4)
-    assert "answering: 2 of 2 answers" in command("generate", "--load", llama, "--prompt", "a", "b", *ANSWER).err
+    assert "generating: 2 of 2 completions" in command("generate", "--load", llama, "--prompt", "a", "b", *ANSWER).err
 
 
 def test_a_chat_turn(command, llama, engine):
@@ -83,16 +83,16 @@ def test_a_file_of_many_prompts(command, llama, engine, tmp_path):
     assert texts == [engine.generate(prompt, max_new_tokens=12)[0].text for prompt in ("The", "A", chat)]
 
 
-def test_only_line_ends_separate_prompts(tmp_path):
-    """JSON leaves other separators in its texts as they are."""
-    from modellink.infer.cli import _from_file
+def test_only_newlines_separate_prompts(tmp_path):
+    """JSON strings may contain other line separators."""
+    from modellink.infer.prompt_input import read_prompt_file
     texts = ["a\u2028b\u2029c\x85d", "e\x7ff"]
     for end in ("\n", "\r\n"):
         (tmp_path / "many.jsonl").write_bytes("".join(json.dumps(text, ensure_ascii=False) + end for text in texts).encode())
-        assert _from_file(tmp_path / "many.jsonl") == texts
+        assert read_prompt_file(tmp_path / "many.jsonl") == texts
 
 
-def test_drawing_by_the_commands_defaults(command, llama, engine):
+def test_sampling_uses_the_defaults_of_the_command(command, llama, engine):
     found = command("generate", "--load", llama, "--prompt", "The", "--do-sample", "--seed", 4, *ANSWER)
     expected = engine.generate("The", max_new_tokens=12, do_sample=True, temperature=0.7, top_k=50, top_p=0.95, seed=4)
     assert found.out == expected[0].text + "\n"
@@ -120,26 +120,27 @@ def test_a_conversation_on_two_ranks(llama, engine):
         expected.append(engine.generate(messages, max_new_tokens=12)[0].text)
         messages.append({"role": "assistant", "content": expected[-1]})
     assert found.stdout.replace("You >> ", "") == "".join(f"ModelLink:\n{text}\n\n" for text in expected)
-    assert "/clear: the conversation is forgotten" in found.stderr and "/quit: the conversation ends" in found.stderr
+    assert "/clear: the conversation is cleared" in found.stderr and "/quit: the conversation ends" in found.stderr
 
 
 WRONG = [
     (["--load", "nowhere", "--prompt", "a"], "checkpoint folder is missing"),
+    (["--load", "LLAMA", "--prompt", "a", "--ckpt-step", "3"], "no iterations"),
     (["--prompt", "a"], "--load is required"),
     (["--load", "LLAMA"], "there is no prompt"),
     (["--load", "LLAMA", "--prompt", ""], "there is no prompt"),
-    (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not from both"),
+    (["--load", "LLAMA", "--prompt", "a", "--prompt-file", "b"], "not both"),
     (["--load", "LLAMA", "--prompt-file", "nowhere.txt"], "cannot be read"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "3"], "does not divide the 2 query groups"),
     (["--load", "LLAMA", "--prompt", "a", "--pp", "2"], "3 layers cannot be split evenly"),
     (["--load", "LLAMA", "--prompt", "a", "--tp", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "0"], "must be at least 1"),
     (["--load", "LLAMA", "--prompt", "a", "--max-new-tokens", "400"], "use at most 255"),
-    (["--load", "LLAMA", "--prompt", "a " * 400], "longest sequence is 256"),
+    (["--load", "LLAMA", "--prompt", "a " * 400], "maximum length is 256"),
     (["--load", "LLAMA", "--prompt", "a", "--temperature", "nan"], "must be at least 0"),
     (["--load", "LLAMA", "--prompt", "a", "--temperature", "warm"], "must be a number"),
     (["--load", "LLAMA", "--prompt", "a", "--seed", "1"], "add --do-sample"),
-    (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k is for drawing"),
+    (["--load", "LLAMA", "--prompt", "a", "--no-do-sample", "--top-k", "3"], "--top-k has no effect without sampling"),
     (["--load", "LLAMA", "--prompt", "a", "--system", "b"], "add --chat"),
     (["--load", "LLAMA", "--prompt", "a", "--stream", "--json"], "not both"),
     (["--load", "LLAMA", "--prompt", "a", "--logprobs"], "add --json"),
@@ -150,7 +151,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=[message for _, message in WRONG])
-def test_a_mistake_gets_one_message(command, llama, monkeypatch, args, message):
+def test_a_mistake_gets_one_error_message(command, llama, monkeypatch, args, message):
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     found = command("generate", *(str(llama) if arg == "LLAMA" else arg for arg in args))
     assert (found.status, found.out) == (2, "")
@@ -159,17 +160,35 @@ def test_a_mistake_gets_one_message(command, llama, monkeypatch, args, message):
 
 
 @pytest.mark.parametrize(("line", "message"), [("{", "line 2"), ("3", "line 2"), ('{"text": "a"}', "line 2")])
-def test_a_wrong_line_of_prompts_is_named(command, llama, tmp_path, line, message):
+def test_a_wrong_line_of_a_prompt_file_is_named(command, llama, tmp_path, line, message):
     (tmp_path / "many.jsonl").write_text(f'"The"\n{line}\n')
     found = command("generate", "--load", llama, "--prompt-file", tmp_path / "many.jsonl")
     assert found.status == 2 and message in found.err
 
 
-def test_a_mistake_is_found_before_processes_and_megatron(llama):
-    """A fresh process: nothing of what takes seconds was imported."""
-    code = ("import sys; from modellink.infer import cli\ntry: cli.main()\nexcept SystemExit as leaving: status = leaving.code\n"
-            "print(status, [name for name in ('torch', 'megatron.core') if name in sys.modules])")
-    for args, expected in ((["generate", "--help"], "0 []"), (["generate", "--load", "x", "--tp", "many"], "2 []"),
-                           (["generate", "--load", str(llama), "--prompt", "a", "--tp", "3"], "2 ['torch']")):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
-        assert done.stdout.splitlines()[-1] == expected, done.stderr
+IMPORTS = """
+import sys
+from modellink.infer import cli
+sys.argv[0] = "modellink-infer"
+try:
+    cli.main()
+except SystemExit as leaving:
+    print(leaving.code, [name for name in ("torch", "megatron.core") if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(("args", "expected"), [
+    ("--help", "0 []"), ("generate --help", "0 []"), ("chat --help", "0 []"), ("serve --help", "0 []"),
+    ("generate --load x --prompt a --unknown", "2 []"), ("generate --load x --prompt a --device abacus", "2 []"),
+    ("generate --load x --tp many", "2 []"), ("generate --load x --prompt a --temperature 20000", "2 []"),
+    ("generate --load x --prompt a --do-sample --repetition-penalty 0", "2 []"),
+    ("generate --load x --prompt a --num-beams 2 --num-return-sequences 3", "2 []"),
+    ("generate --load x --prompt a --json-schema {} --regex a", "2 []"),
+    ("generate --load x --prompt a --stream --num-beams 2", "2 []"), ("generate --load x --prompt-file nowhere", "2 []"),
+    ("chat --load x --int8 --no-native", "2 []"), ("serve --load x --port 0", "2 []"),
+    ("serve --replica-url http://a:1 --load x", "2 []"), ("generate --load LLAMA --prompt a --tp 3", "2 ['torch']")])
+def test_help_and_mistakes_in_options_import_no_torch(llama, args, expected):
+    """And a layout that does not fit the model is found without megatron-core."""
+    words = [str(llama) if word == "LLAMA" else word for word in args.split()]
+    done = subprocess.run([sys.executable, "-c", IMPORTS, *words], capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == expected, done.stderr

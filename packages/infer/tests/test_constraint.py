@@ -1,4 +1,4 @@
-"""Answers that keep to a schema or an expression, of a model whose own words are noise."""
+"""Constrained completions of a model whose unconstrained output is noise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMA = {"type": "object", "additionalProperties": False, "required": ["name", 
 DRAWN = {"temperature": 1.7, "top_k": 0, "max_new_tokens": 150}
 
 
-def keeps(text: str) -> bool:
+def matches(text: str) -> bool:
     value = json.loads(text)
     return (list(value) == ["name", "n", "ok", "tags"] and isinstance(value["name"], str) and len(value["name"]) <= 8
             and value["n"] in range(100) and isinstance(value["ok"], bool) and len(value["tags"]) <= 2
@@ -27,13 +27,13 @@ def keeps(text: str) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_draws_keep_to_a_schema(engine, seed):
+def test_samples_match_a_schema(engine, seed):
     for answer in engine.generate(["The", "Köln"], json_schema=SCHEMA if seed % 2 else json.dumps(SCHEMA), seed=seed, **DRAWN):
-        assert answer.finish_reason == "stop" and keeps(answer.text), answer.text
+        assert answer.finish_reason == "stop" and matches(answer.text), answer.text
 
 
 @pytest.mark.parametrize("expression", [r"[0-9]{3}-[a-f]{2}", r"(yes|no), (fox|dog)", r"🦊+!", r"[0-9]+(\.[0-9]+)?"])
-def test_answers_keep_to_an_expression(engine, expression):
+def test_completions_match_an_expression(engine, expression):
     for options in ({"seed": 1, **DRAWN}, {"max_new_tokens": 150}, {"seed": 2, "ignore_eos": True, **DRAWN}):
         (answer,) = engine.generate("The", regex=expression, **options)
         whole = re.compile(expression)
@@ -41,53 +41,54 @@ def test_answers_keep_to_an_expression(engine, expression):
         assert whole.fullmatch(answer.text) if answer.finish_reason == "stop" else answer.text
 
 
-def test_others_in_the_batch_are_left_alone(engine, prompts):
+def test_unconstrained_requests_in_the_batch_are_not_affected(engine, prompts):
     free = engine.requests(prompts, max_new_tokens=30)
     bound = engine.requests(["The", "🦊"], max_new_tokens=60, json_schema=SCHEMA)
     mixed = [request for pair in zip(free, [*bound, *bound, *bound], strict=True) for request in pair]
-    found = engine.answer(mixed)
-    assert found[::2] == engine.answer(free) and found[1:5:2] == engine.answer(bound)
+    found = engine.complete(mixed)
+    assert found[::2] == engine.complete(free) and found[1:5:2] == engine.complete(bound)
 
 
-def test_a_text_that_outgrew_its_room_is_a_beginning(engine):
+def test_max_new_tokens_cuts_a_constrained_completion(engine):
     (answer,) = engine.generate("The", json_schema=SCHEMA, seed=3, temperature=1.5, max_new_tokens=6)
     assert answer.finish_reason == "length" and answer.text.startswith('{"name"')
 
 
-def test_an_end_token_counts_only_where_the_grammar_may_end(engine, monkeypatch):
-    """A model that always wants to stop has to go on."""
+def test_an_end_token_is_allowed_only_where_the_grammar_may_end(engine, monkeypatch):
+    """Even if it is always the most likely token."""
     from modellink.infer.constraint import Constraint
     constraint = Constraint(engine.tokenizer, engine.requests("a", regex="fox+")[0].grammar, frozenset({2, 0}))
     wanted = torch.zeros(engine.spec.vocab_size)
     wanted[2] = 9.0
-    assert constraint.narrow(wanted)[2] == -torch.inf
+    assert constraint.mask(wanted)[2] == -torch.inf
     for token in engine.tokenizer.encode("fox", add_special_tokens=False):
-        constraint.take(token)
-    assert constraint.narrow(wanted)[2] == 9.0 and not constraint.done
+        constraint.accept(token)
+    assert constraint.mask(wanted)[2] == 9.0 and not constraint.done
 
 
-def test_a_grammar_nobody_can_follow_ends_its_answer_alone(engine, monkeypatch):
+def test_a_broken_grammar_ends_only_its_own_completion(engine, monkeypatch):
     from modellink.infer import constraint
-    monkeypatch.setattr(constraint.Constraint, "take", lambda self, token: self._matcher.consume_token(0))  # breaks the matcher
-    bound, free = engine.answer([*engine.requests("The", regex="[a-z]+", max_new_tokens=9, seed=1, temperature=1.0),
+    monkeypatch.setattr(constraint.Constraint, "accept", lambda self, token: self._matcher.consume_token(0))  # breaks the matcher
+    bound, free = engine.complete([*engine.requests("The", regex="[a-z]+", max_new_tokens=9, seed=1, temperature=1.0),
                                  *engine.requests("The", max_new_tokens=9)])
     assert bound.finish_reason == "stuck" and len(bound.token_ids) == 1
     assert free == engine.generate("The", max_new_tokens=9)[0]
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"json_schema": {"type": "foo"}}, "Invalid type"), ({"json_schema": "{"}, "keep to this"), ({"json_schema": "5"}, "object"),
+    ({"json_schema": {"type": "foo"}}, "Invalid type"), ({"json_schema": "{"}, "invalid or not supported"),
+    ({"json_schema": "5"}, "object"),
     ({"regex": "("}, "unclosed group"), ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
     ({"json_schema": {"$ref": "http://a/b"}}, "retriev"), ({"json_schema": {"enum": []}}, "Unsatisfiable"),
     ({"regex": "(?=a)b"}, "look-around"),
-    ({"regex": "(" * 20_000 + ")" * 20_000}, "keep to this"), ({"json_schema": {}, "regex": "a"}, "not to both"),
+    ({"regex": "(" * 20_000 + ")" * 20_000}, "invalid or not supported"), ({"json_schema": {}, "regex": "a"}, "not both"),
     ({"json_schema": '{"items":' * 20_000 + "{}" + "}" * 20_000}, "recursion"), ({"regex": "a", "num_beams": 2}, "beams")])
-def test_what_cannot_be_kept_to_is_refused(engine, options, message):
+def test_invalid_and_unsupported_grammars_are_refused(engine, options, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.generate("The", **options)
 
 
-def test_the_library_is_asked_for_by_its_extra(engine, monkeypatch):
+def test_a_missing_library_names_the_extra(engine, monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ModelLinkError, match=r"modellink-infer\[constrained\]"):
         engine.generate("The", regex="a")
@@ -98,7 +99,7 @@ def test_the_command(command, llama, tmp_path):
     for schema in (tmp_path / "schema.json", json.dumps(SCHEMA)):
         found = command("generate", "--load", llama, "--prompt", "The", "--json-schema", schema, "--max-new-tokens", 150,
                         "--device", "cpu", "--do-sample", "--seed", 1)
-        assert found.status == 0 and keeps(found.out)
+        assert found.status == 0 and matches(found.out)
     assert command("generate", "--load", llama, "--prompt", "a", "--json-schema", tmp_path / "no").status == 2
 
 
@@ -111,18 +112,18 @@ def test_the_server(engine):
     def ask(**body: Any) -> Any:
         return client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "Hi"}], "seed": 5,
                                                          "max_tokens": 150, **body})
-    app = make_app(Service(engine, most_waiting=4), name="tiny", api_key=None, largest_body=10_000)
+    app = make_app(Service(engine, max_waiting=4), name="tiny", api_key=None, max_body=10_000)
     with testclient.TestClient(app) as client:
         named = {"type": "json_schema", "json_schema": {"name": "thing", "schema": SCHEMA, "strict": True}}
-        assert keeps(ask(response_format=named).json()["choices"][0]["message"]["content"])
+        assert matches(ask(response_format=named).json()["choices"][0]["message"]["content"])
         events = ask(response_format=named, stream=True).text.split("\n\n")
         deltas = [json.loads(event[6:])["choices"][0]["delta"] for event in events if event.startswith("data: {")]
-        assert keeps("".join(delta.get("content", "") for delta in deltas))
+        assert matches("".join(delta.get("content", "") for delta in deltas))
         anything = ask(response_format={"type": "json_object"}, max_tokens=200, temperature=0).json()["choices"][0]
         assert anything["message"]["content"].startswith("{")
         found = ask(response_format={"type": "regex", "regex": "[0-9]{4}"}).json()["choices"][0]
         assert re.fullmatch("[0-9]{4}", found["message"]["content"]) and found["finish_reason"] == "stop"
-        for wrong, message in (({"type": "xml"}, "none of"), ({"type": "regex"}, "none of"),
+        for wrong, message in (({"type": "xml"}, "must have the type"), ({"type": "regex"}, "must have the type"),
                                ({"type": "regex", "regex": "("}, "group"),
                                ({"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}}, "Invalid type")):
             response = ask(response_format=wrong)

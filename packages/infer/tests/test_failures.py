@@ -1,4 +1,4 @@
-"""Faults of ours: one of a single answer ends that answer, one of the model ends the process, and no request waits for ever."""
+"""Internal errors: one in a completion ends only that one, one of the model ends the process, and no request waits forever."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 BODY = {"prompt": "The quick", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-# The command, in a process whose model fails as soon as the file named by the environment is there; it takes it away.
+# The command, in a process whose model fails once as soon as the file that BREAKS names exists; the process removes it.
 BROKEN = """
 import os, sys
 from modellink.core import engine
 from modellink.kernels.device import find
 engine.start(find("cpu"))
 from modellink.infer import cli
-from modellink.infer.batch import Batch
-step = Batch.step
+from modellink.infer.batch import ContinuousBatch
+step = ContinuousBatch.step
 def breaks(batch):
     try:
         os.unlink(os.environ["BREAKS"])
     except FileNotFoundError:
         return step(batch)
     raise MemoryError("no page is left")
-Batch.step = breaks
+ContinuousBatch.step = breaks
 sys.argv[0] = "modellink-infer"
 cli.main()
 """
@@ -45,7 +45,7 @@ cli.main()
 @pytest.fixture
 def service(engine) -> Iterator[Any]:
     from modellink.infer.server.service import Service
-    made = Service(engine, most_waiting=16)
+    made = Service(engine, max_waiting=16)
     yield made
     if made.usable:
         made.stop()
@@ -56,71 +56,71 @@ def client(service) -> Iterator[Any]:
     from starlette.testclient import TestClient
 
     from modellink.infer.server.app import make_app
-    with TestClient(make_app(service, name="tiny", api_key=None, largest_body=10_000)) as client:
+    with TestClient(make_app(service, name="tiny", api_key=None, max_body=10_000)) as client:
         yield client
 
 
-class Broken:
-    """Chooses as another does, until it breaks."""
+class FailingSampler:
+    """Calls another sampler a number of times, then fails."""
 
-    plain = False
+    is_argmax = False
     constraint = None
 
-    def __init__(self, chooser: Callable[[Any], int], good: int) -> None:
-        self.chooser, self.good = chooser, good
+    def __init__(self, sampler: Callable[[Any], int], good: int) -> None:
+        self.sampler, self.good = sampler, good
 
     def __call__(self, logits: Any) -> int:
         self.good -= 1
         if self.good < 0:
             raise IndexError("a token that is not there")
-        return self.chooser(logits)
+        return self.sampler(logits)
 
 
 @pytest.fixture
 def breaks(service, monkeypatch) -> None:
-    """Answers that draw break at their fourth token."""
+    """Completions with sampling fail at their fourth token."""
     add = service.batch.add
 
     def broken(answer: Any) -> None:
         add(answer)
-        member = service.batch.waiting[-1]
+        entry = service.batch.waiting[-1]
         if not answer.request.sampling.greedy:
-            member.chooser = Broken(member.chooser, 3)
+            entry.sampler = FailingSampler(entry.sampler, 3)
     monkeypatch.setattr(service.batch, "add", broken)
 
 
-def test_a_fault_of_one_answer_ends_that_answer(engine, client, service, breaks):
+def test_an_error_in_one_completion_ends_only_that_one(engine, client, service, breaks):
     (expected,) = engine.generate("The quick", max_new_tokens=12, ignore_eos=True)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda temperature: client.post("/v1/completions", json=BODY | {"temperature": temperature}),
                               (0, 1, 0, 1)))
     assert [response.status_code for response in found] == [200, 500, 200, 500]
     assert {response.json()["choices"][0]["text"] for response in found[::2]} == {expected.text}
-    assert found[1].json()["error"]["message"] == "the answer failed: IndexError: a token that is not there"
+    assert found[1].json()["error"]["message"] == "the completion failed: IndexError: a token that is not there"
     with client.stream("POST", "/v1/completions", json=BODY | {"temperature": 1, "stream": True}) as response:
         last = [line for line in response.iter_lines() if line][-1]
-    assert "the answer failed" in last
+    assert "the completion failed" in last
     assert client.post("/v1/completions", json=BODY).status_code == 200 and client.get("/health").status_code == 200
-    assert service.under_way == 0 and all(pool.used == 0 for pool in service.batch.cache.pools)
+    assert service.unfinished == 0 and all(pool.used == 0 for pool in service.batch.cache.pools)
 
 
-def test_an_answer_that_cannot_begin_harms_no_other(engine, client, service, monkeypatch):
+def test_a_completion_that_cannot_start_affects_no_other(engine, client, service, monkeypatch):
     monkeypatch.setattr(service.batch, "add", lambda answer: 1 / 0)
     assert client.post("/v1/completions", json=BODY).status_code == 500
     monkeypatch.undo()
-    assert client.post("/v1/completions", json=BODY).status_code == 200 and service.under_way == 0
+    assert client.post("/v1/completions", json=BODY).status_code == 200 and service.unfinished == 0
 
 
-def test_a_library_gets_the_fault_itself(engine, monkeypatch):
-    from modellink.infer.sampling import Chooser
-    monkeypatch.setattr(Chooser, "__call__", lambda *_: 1 / 0)
+def test_the_library_raises_the_error(engine, monkeypatch):
+    from modellink.infer.sampler import Sampler
+    monkeypatch.setattr(Sampler, "__call__", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         engine.generate("The quick", max_new_tokens=4, do_sample=True)
     assert all(pool.used == 0 for pool in engine.cache.pools)
 
 
 @pytest.mark.parametrize("token", [-1_000_000_000, -1, 379, 1 << 40])
-def test_a_stop_id_that_does_not_exist_is_refused(engine, client, token):
+def test_a_stop_id_outside_the_vocabulary_is_refused(engine, client, token):
     for more in ({}, {"response_format": {"type": "json_object"}}):
         response = client.post("/v1/completions", json=BODY | {"stop_token_ids": [token]} | more)
         assert response.status_code == 400 and response.json()["error"]["param"] == "stop_token_ids"
@@ -130,17 +130,18 @@ def test_a_stop_id_that_does_not_exist_is_refused(engine, client, token):
     assert client.post("/v1/completions", json=BODY).status_code == 200
 
 
-def test_end_tokens_beyond_the_vocabulary_do_no_harm(engine):
+def test_end_tokens_outside_the_vocabulary_are_ignored(engine):
     pytest.importorskip("llguidance")
     import torch
 
-    from modellink.infer.constraint import Constraint, grammar_of
-    grammar = grammar_of(engine.tokenizer, regex="a*")
-    left = Constraint(engine.tokenizer, grammar, frozenset({2, -7, 5000})).narrow(torch.zeros(379))
+    from modellink.infer.constraint import Constraint
+    from modellink.infer.grammar import make_grammar
+    grammar = make_grammar(engine.tokenizer, regex="a*")
+    left = Constraint(engine.tokenizer, grammar, frozenset({2, -7, 5000})).mask(torch.zeros(379))
     assert left[2] == 0 and left.isfinite().sum() < 20
 
 
-def test_a_model_that_failed_says_so_and_takes_nothing(client, service, monkeypatch):
+def test_a_failed_model_refuses_requests(client, service, monkeypatch):
     left = threading.Event()
     service.on_failure = left.set
 
@@ -153,9 +154,9 @@ def test_a_model_that_failed_says_so_and_takes_nothing(client, service, monkeypa
     assert response.status_code == 503 and "no page is left" in response.json()["error"]["message"]
 
 
-def test_what_comes_as_the_thread_ends_does_not_wait(engine, service):
-    """A request is checked, then the thread ends, then the request would join."""
-    from modellink.infer.server.service import Failed
+def test_a_request_that_arrives_as_the_thread_ends_is_refused(engine, service):
+    """The thread ends between the check of the request and its submission."""
+    from modellink.infer.server.service import Stopped
     service.start()
     check = service.batch.check
 
@@ -163,9 +164,9 @@ def test_what_comes_as_the_thread_ends_does_not_wait(engine, service):
         check(request)
         service.stop()
     service.batch.check = slow
-    with pytest.raises(Failed, match="the server stops"):
+    with pytest.raises(Stopped, match="the server is stopping"):
         service.submit(engine.requests("The"), lambda event: None)
-    assert service.under_way == 0
+    assert service.unfinished == 0
 
 
 def wait_for(url: str, ready: Callable[[dict[str, Any]], bool]) -> None:
@@ -177,7 +178,7 @@ def wait_for(url: str, ready: Callable[[dict[str, Any]], bool]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.1)
-    raise AssertionError("it never became ready")
+    raise AssertionError("the server never became ready")
 
 
 @pytest.fixture
@@ -188,8 +189,8 @@ def broken(llama, tmp_path) -> SimpleNamespace:
                            environment=os.environ | {"OMP_NUM_THREADS": "1", "BREAKS": str(tmp_path / "breaks")})
 
 
-def test_a_server_whose_model_failed_ends(broken):
-    from modellink.core.processes import free_port
+def test_a_server_exits_if_its_model_fails(broken):
+    from modellink.core.launch import free_port
     port = free_port()
     process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment, stderr=subprocess.PIPE, text=True)
     try:
@@ -204,11 +205,11 @@ def test_a_server_whose_model_failed_ends(broken):
         process.kill()
 
 
-def test_a_replica_whose_model_failed_is_started_again(broken, engine):
-    from modellink.core.processes import free_port
-    from modellink.infer.server.replicas import OwnReplica, make_front
-    replicas = [OwnReplica(index, broken.command, broken.environment) for index in range(2)]
-    server = uvicorn.Server(uvicorn.Config(make_front(replicas, largest_body=10_000), port=(port := free_port()),
+def test_a_replica_is_restarted_if_its_model_fails(broken, engine):
+    from modellink.core.launch import free_port
+    from modellink.infer.server.replicas import LocalReplica, make_front
+    replicas = [LocalReplica(index, broken.command, broken.environment) for index in range(2)]
+    server = uvicorn.Server(uvicorn.Config(make_front(replicas, max_body=10_000), port=(port := free_port()),
                                            log_level="warning"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -217,7 +218,7 @@ def test_a_replica_whose_model_failed_is_started_again(broken, engine):
         before = {replica.process.pid for replica in replicas}
         broken.file.touch()
         (expected,) = engine.generate("The quick", max_new_tokens=12, ignore_eos=True)
-        for _ in range(6):  # the first one meets the replica that fails, and is answered by the other
+        for _ in range(6):  # the first one is retried on the other replica
             response = httpx.post(f"{url}/v1/completions", json=BODY, timeout=60)
             assert response.status_code == 200 and response.json()["choices"][0]["text"] == expected.text
         deadline = time.monotonic() + 60
@@ -230,23 +231,23 @@ def test_a_replica_whose_model_failed_is_started_again(broken, engine):
         thread.join(60)
 
 
-def test_a_taken_port_is_told_before_the_weights_are_read(broken):
+def test_a_port_in_use_is_reported_before_the_weights_are_read(broken):
     import socket
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         found = subprocess.run([*broken.command, "--port", str(port)], env=broken.environment, capture_output=True, text=True,
                                timeout=120)
-    assert found.returncode == 2 and f"the server cannot listen at 127.0.0.1:{port}" in found.stderr
+    assert found.returncode == 2 and f"the server cannot listen on 127.0.0.1:{port}" in found.stderr
     assert "serving at" not in found.stderr and "Traceback" not in found.stderr and "weights" not in found.stderr
 
 
-def test_an_address_of_another_machine_is_told(llama, command):
+def test_an_address_of_another_machine_is_refused(llama, command):
     found = command("serve", "--load", llama, "--host", "192.0.2.1", "--device", "cpu", "--api-key", "k")
-    assert found.status == 2 and "cannot listen at 192.0.2.1:8000" in found.err
+    assert found.status == 2 and "cannot listen on 192.0.2.1:8000" in found.err
 
 
-def test_two_servers_elsewhere_stand_behind_one_address(llama, engine, tmp_path):
-    from modellink.core.processes import free_port
+def test_requests_are_forwarded_to_two_running_servers(llama, engine, tmp_path):
+    from modellink.core.launch import free_port
     ports = [free_port() for _ in range(3)]
     serve = [sys.executable, "-m", "modellink.infer.cli", "serve", "--port"]
     more = ["--load", str(llama), "--device", "cpu", "--served-model-name", "tiny"]
@@ -275,15 +276,15 @@ def test_two_servers_elsewhere_stand_behind_one_address(llama, engine, tmp_path)
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--replica-url", "localhost:8000"], "is no address of a server"),
-    (["--replica-url", "http://a:1", "--load", "x"], "--load is for the servers that have the model"),
-    (["--replica-url", "http://a:1", "--api-key", "k"], "--api-key is for the servers")])
-def test_wrong_addresses_of_servers(command, args, message):
+    (["--replica-url", "localhost:8000"], "is not the address of a server"),
+    (["--replica-url", "http://a:1", "--load", "x"], "--load must be set for the servers"),
+    (["--replica-url", "http://a:1", "--api-key", "k"], "--api-key must be set for the servers")])
+def test_wrong_options_of_a_forwarding_server(command, args, message):
     found = command("serve", *args)
     assert found.status == 2 and message in found.err
 
 
-def test_each_replica_has_its_accelerators(monkeypatch):
+def test_each_replica_gets_its_accelerators(monkeypatch):
     from modellink.infer.server.replicas import device_shares, make_replicas
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_shares("cuda", 4, 2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
@@ -292,5 +293,5 @@ def test_each_replica_has_its_accelerators(monkeypatch):
     assert shares == [{"ASCEND_RT_VISIBLE_DEVICES": each} for each in ("4", "5", "7")]
     assert [replica._environment["ASCEND_RT_VISIBLE_DEVICES"] for replica in make_replicas(3, [], shares)] == ["4", "5", "7"]
     assert device_shares("cpu", 0, 8, 2) is None
-    with pytest.raises(ModelLinkError, match="need 4 devices, there are 3"):
+    with pytest.raises(ModelLinkError, match="need 4 devices, 3 are available"):
         device_shares("npu", 3, 2, 2)

@@ -1,7 +1,7 @@
-"""Every family generates: what comes out of a cache is what the whole sequence gives, and what the reference gives.
+"""Every family generates the tokens of the reference, and the log-probabilities of a pass over the full sequence.
 
-The models are those of core's parity test. Rows of different lengths run in pieces of a few tokens, in a batch and alone, past
-windows and past the length at which dynamic scaling begins.
+The models are those of core's parity test. Sequences of different lengths run in chunks of a few tokens, in a batch and alone,
+beyond windows and beyond the length at which dynamic scaling begins.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.kernels.parallel import ParallelLayout
 
 MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
@@ -26,17 +26,19 @@ ROWS = [torch.randint(0, MODELS.VOCAB, (length,), generator=torch.Generator().ma
 LAYOUTS = {"one rank": ParallelLayout(), "tp2": ParallelLayout(tp=2), "uneven": ParallelLayout(pp=2, num_layer_list=(3, 1)),
            "ep2": ParallelLayout(ep=2, dp=2), "tp2 pp2": ParallelLayout(tp=2, pp=2), "tp2 ep2": ParallelLayout(tp=2, ep=2, dp=2)}
 MIXTURES = [case for case in MODELS.cases() if any(word in case for word in ("mixtral", "moe", "deepseek", "grok"))]
-# four ranks share the cores of a small machine: one of each kind that differs between ranks
+# four ranks share few cores: one model of each kind that is sharded differently
 CASES = {"one rank": MODELS.cases(), "tp2": MODELS.cases(), "uneven": MODELS.cases(), "ep2": MIXTURES,
          "tp2 pp2": ["llama tied", "gemma2", "bloom", "deepseek_v2"], "tp2 ep2": ["qwen2_moe", "deepseek_v2"]}
 
 
 def run(network: Any, rows: list[list[int]], budget: int) -> list[tuple[list[int], torch.Tensor]]:
-    """Greedy tokens of each row, and the log-probabilities [NEW, vocabulary] they were chosen from."""
-    from modellink.infer.batch import Batch
-    from modellink.infer.request import Answer, Request
-    batch = Batch(network, network.cache(rows=3, piece=budget, tokens=3 * 64), rows=3, budget=budget)
-    answers = [Answer.to(Request(row, NEW, logprobs=True, top_logprobs=network.spec.vocab_size), None) for row in rows]
+    """Return the greedy tokens of each row, and the log-probabilities [NEW, vocabulary] they were chosen from."""
+    from modellink.infer.batch import ContinuousBatch
+    from modellink.infer.request import Completion, GenerationRequest
+    cache = network.make_cache(max_sequences=3, max_chunk=budget, tokens=3 * 64)
+    batch = ContinuousBatch(network, cache, max_sequences=3, token_budget=budget)
+    answers = [Completion.start(GenerationRequest(row, NEW, logprobs=True, top_logprobs=network.spec.vocab_size), None)
+               for row in rows]
     for answer in answers:
         batch.add(answer)
     while not batch.idle:
@@ -47,16 +49,16 @@ def run(network: Any, rows: list[list[int]], budget: int) -> list[tuple[list[int
 
 
 def on_rank(folders: dict[str, str], layout: ParallelLayout) -> dict[str, Any]:
-    """For every model what a batch gives; on one rank also what rows give alone, and what passes over whole sequences give."""
+    """Return the results of a batch for every model; on one rank also those of single rows and of passes over full sequences."""
     from modellink.core import processes
-    from modellink.infer.plan import make_plan
+    from modellink.infer.plan import make_load_plan
     found: dict[str, Any] = {}
     for case, folder in folders.items():
-        plan = make_plan(Path(folder) / "weights", layout=layout, device="cpu")
+        plan = make_load_plan(Path(folder) / "weights", layout=layout, device="cpu")
         processes.join(plan.device, layout, seed=0)
-        from modellink.infer import cache as paged
+        from modellink.infer import attention
         from modellink.infer.network import Network
-        paged.WASTED = 2  # single tokens: the shortest row at first apart from the others
+        attention.PADDING_KEYS = 2  # so that the shortest row decodes in a group of its own at first
         network = Network(plan.source, layout, plan.device, plan.dtype, show=False)
         found[case] = {"batch": run(network, ROWS, budget=7 if layout.world_size == 1 else 24)}
         if layout.world_size == 1:
@@ -68,10 +70,11 @@ def on_rank(folders: dict[str, str], layout: ParallelLayout) -> dict[str, Any]:
 
 @torch.inference_mode()
 def whole(network: Any, row: list[int], tokens: list[int]) -> torch.Tensor:
-    """Log-probabilities [NEW, vocabulary] by passes without a cache: one, unless a longer sequence changes all angles."""
+    """Return the log-probabilities [NEW, vocabulary] without a cache, in one pass unless the angles depend on the length."""
     if network.spec.rope_scaling_type == "dynamic":
-        return torch.stack([network.logits(torch.tensor([row + tokens[:count]]))[0, -1] for count in range(NEW)]).log_softmax(-1)
-    return network.logits(torch.tensor([row + tokens[:-1]]))[0, len(row) - 1:].log_softmax(-1)
+        logits = [network.run_model(torch.tensor([row + tokens[:count]]))[0, -1] for count in range(NEW)]
+        return torch.stack(logits).log_softmax(-1)
+    return network.run_model(torch.tensor([row + tokens[:-1]]))[0, len(row) - 1:].log_softmax(-1)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +89,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def found(folders) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """`found(layout)`: results of all models at a layout."""
-    from modellink.core.testing import Ranks
+    """`found(layout)`: the results of all models at a layout."""
+    from ranks import Ranks
     pools: dict[int, Ranks] = {}
 
     @cache
@@ -108,7 +111,7 @@ def found(folders) -> Iterator[Callable[[str], dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def expected(folders) -> Callable[[str], list[list[int]]]:
-    """`expected(case)`: each row's greedy tokens by the reference, a whole pass for every token."""
+    """`expected(case)`: the greedy tokens of each row by the reference, with a pass over the full sequence for every token."""
     @cache
     def tokens(case: str) -> list[list[int]]:
         logits = reference(case, Path(folders[case]) / "weights")
@@ -124,7 +127,7 @@ def expected(folders) -> Callable[[str], list[list[int]]]:
 
 
 def reference(case: str, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Token ids [1, seq] -> logits [1, seq, vocabulary], by transformers or the plain reference."""
+    """Return a function from token ids [1, seq] to logits [1, seq, vocabulary], by transformers or the plain reference."""
     if case in MODELS.TRANSFORMERS:
         import transformers
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype="float32").eval()

@@ -1,4 +1,4 @@
-"""The server in front, without a model: what it imports, hands over, and does when a replica cannot start."""
+"""The server in front of replicas: what it imports and forwards, and what it does if a replica cannot start."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from modellink.infer.server import run
 from modellink.infer.server.replicas import Replica, make_front
 
 async def ask():
-    front = make_front([Replica(0, "http://127.0.0.1:1")], largest_body=1000)
+    front = make_front([Replica(0, "http://127.0.0.1:1")], max_body=1000)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
         assert (await client.get("/health")).status_code == 503
         assert (await client.post("/v1/completions", json={})).json()["error"]["message"] == "no replica is ready"
@@ -34,7 +34,7 @@ async def ask():
 asyncio.run(ask())
 print(sorted({"torch", "megatron", "transformers", "modellink.infer.batch"} & set(sys.modules)))
 """
-# A replica that ends with status 2, `ready` says whether after it answered; one that is started a second time ends its front.
+# A replica that exits with status 2, if READY is 1 after a health check; at its second start it stops the server in front.
 REPLICA = """
 import http.server, os, signal, sys
 starts, ready, port = sys.argv[1], sys.argv[2] == "1", int(sys.argv[-1])
@@ -58,17 +58,17 @@ sys.exit(2)
 """
 
 
-def test_it_needs_nothing_of_the_model():
+def test_it_imports_nothing_of_the_model():
     found = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, timeout=120)
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
-def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = (),
-              replica: Any = None) -> Any:
-    """What the front says where a replica says what `answer` makes of a request."""
+def forward(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = (),
+            replica: Any = None, others: Any = ()) -> Any:
+    """Return the response of the server in front if the replica responds to a request with `answer(request)`."""
     from starlette.requests import Request
 
-    from modellink.infer.server.replicas import Replica, _hand_over
+    from modellink.infer.server.replicas import Replica, _forward
     replica = Replica(0, "http://replica:1") if replica is None else replica
     replica.ready = True
 
@@ -79,11 +79,11 @@ def hand_over(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
             scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": raw_path, "query_string": query,
                      "headers": list(headers), "server": ("x/foo", 80)}
-            return await _hand_over(client, [replica], Request(scope, receive), b"")
+            return await _forward(client, [*others, replica], Request(scope, receive), b"")
     return asyncio.run(run())
 
 
-def test_a_replica_gets_the_path_and_the_key_as_the_client_wrote_them():
+def test_path_and_key_are_forwarded_unchanged():
     asked: list[Any] = []
 
     def answer(request: Any) -> Any:
@@ -92,14 +92,28 @@ def test_a_replica_gets_the_path_and_the_key_as_the_client_wrote_them():
     key = "Bearer Schlüssel".encode()
     path, query = b"/v1/models/a%2541%3Fb%2Fc", b"a=1&a=2&b=%26"
     headers = [(b"host", b"x/foo"), (b"authorization", key)]
-    assert hand_over(answer, raw_path=path, query=query, headers=headers).status_code == 200
+    assert forward(answer, raw_path=path, query=query, headers=headers).status_code == 200
     assert asked[0].url.raw_path == path + b"?" + query and asked[0].url.host == "replica"
     assert (b"Authorization", key) in [(name.title(), value) for name, value in asked[0].headers.raw]
 
 
+def test_a_request_goes_to_the_replica_with_the_fewest_requests():
+    from modellink.infer.server.replicas import Replica
+    busy, free, down = (Replica(index, f"http://replica{index}:1") for index in range(3))
+    busy.active, free.active, busy.ready = 3, 1, True
+    asked: list[str] = []
+
+    def answer(request: Any) -> Any:
+        asked.append(request.url.host)
+        return httpx.Response(503 if request.url.host == "replica1" else 200)
+    assert forward(answer, replica=free, others=[busy, down]).status_code == 200
+    assert asked == ["replica1", "replica0"]  # the next one after a refusal, and none that is not ready
+    assert (busy.active, free.active) == (3, 1)
+
+
 @pytest.fixture
 def signals() -> Iterator[None]:
-    """What a server makes of signals is put back."""
+    """Restores the signal handlers afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -107,15 +121,15 @@ def signals() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ready", [False, True])
-def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monkeypatch, capfd, signals, ready):
-    """One that did answer is started again whatever its status; here the second one ends the front."""
-    from modellink.core.processes import free_port
+def test_a_replica_with_wrong_options_stops_the_server(tmp_path, monkeypatch, capfd, signals, ready):
+    """One that has been ready is restarted whatever its status; here the second start stops the server."""
+    from modellink.core.launch import free_port
     from modellink.infer.server import replicas, run
     from modellink.kernels.errors import ModelLinkError
     (tmp_path / "replica.py").write_text(REPLICA)
     monkeypatch.setattr(replicas, "FIRST_WAIT", 0.1)
     command = [sys.executable, str(tmp_path / "replica.py"), str(tmp_path / "starts"), str(int(ready))]
-    one = replicas.OwnReplica(0, command, {"PARENT": str(os.getpid())})
+    one = replicas.LocalReplica(0, command, {"PARENT": str(os.getpid())})
     sockets = run.bind("127.0.0.1", free_port())
     if ready:
         run.serve_replicas([one], sockets)
@@ -127,11 +141,11 @@ def test_a_mistake_found_at_the_start_of_a_replica_ends_the_front(tmp_path, monk
     assert "the cache has no room" in capfd.readouterr().err
 
 
-def test_a_stream_that_nobody_began_to_read_is_not_under_way():
-    """The client went as the replica began to answer; the front sends what it says to the ones that have the least under way."""
+def test_a_stream_that_is_never_read_is_not_active():
+    """The client disconnects as the replica starts to respond."""
     from modellink.infer.server.replicas import Replica
     replica = Replica(0, "http://replica:1")
-    response = hand_over(lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, content=b"data: 1"),
+    response = forward(lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, content=b"data: 1"),
                          replica=replica)
 
     async def send(_: Any) -> None:
@@ -139,15 +153,15 @@ def test_a_stream_that_nobody_began_to_read_is_not_under_way():
 
     async def receive() -> Any:
         return await asyncio.Event().wait()
-    assert replica.under_way == 1
-    with pytest.raises(Exception):  # noqa: B017 - another one in each version of starlette
+    assert replica.active == 1
+    with pytest.raises(Exception):  # noqa: B017 - the class depends on the version of starlette
         asyncio.run(response({"type": "http", "asgi": {"spec_version": "2.4"}}, receive, send))
-    assert replica.under_way == 0
+    assert replica.active == 0
 
 
 @pytest.fixture
 def elsewhere() -> Iterator[str]:
-    """The URL of a server that is ready, with metrics as others write them."""
+    """The URL of a ready server whose metrics have comments and empty lines."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -164,7 +178,7 @@ def elsewhere() -> Iterator[str]:
         thread.join()
 
 
-def test_no_proxy_stands_before_replicas_of_this_machine_and_their_metrics_are_joined(elsewhere, monkeypatch):
+def test_no_proxy_is_used_for_local_replicas_and_their_metrics_are_joined(elsewhere, monkeypatch):
     from starlette.testclient import TestClient
 
     from modellink.infer.server.replicas import Replica, make_front
@@ -172,7 +186,7 @@ def test_no_proxy_stands_before_replicas_of_this_machine_and_their_metrics_are_j
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with TestClient(make_front([Replica(0, elsewhere)], largest_body=1000)) as client:
+    with TestClient(make_front([Replica(0, elsewhere)], max_body=1000)) as client:
         deadline = time.monotonic() + 10
         while (state := client.get("/health").json()["ready"]) != 1 and time.monotonic() < deadline:
             time.sleep(0.02)

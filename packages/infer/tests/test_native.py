@@ -1,4 +1,4 @@
-"""The compiled step computes what core's model computes; where it does not know a model, or is missing, the model runs."""
+"""The compiled step computes what core's model computes; a model that it does not support runs core's model."""
 
 from __future__ import annotations
 
@@ -9,170 +9,169 @@ from typing import Any
 
 import pytest
 import torch
+from ranks import beside
 
-from modellink.core.testing import beside
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
-pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
 ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (1, 40, 17, 90)]
+SUPPORTED = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2", "qwen2 tied", "qwen2 yarn",
+             "mistral", "mistral window", "gemma"}
 
 
 @pytest.fixture(scope="module")
 def engine(llama):
-    """The llama model, few tokens at a time by the compiled step."""
+    """The llama model with the compiled step."""
     return load(llama, device="cpu", native=True)
 
 
-def test_it_is_used_where_it_is_faster(engine, llama, monkeypatch, capsys):
+@pytest.mark.parametrize(("compiled_seconds", "model_seconds"), [(1.0, 2.0), (2.0, 1.0)])
+def test_it_is_used_if_it_is_faster(llama, monkeypatch, capsys, compiled_seconds, model_seconds):
     from modellink.infer.native import measure
-    for compiled, model in ((1.0, 2.0), (2.0, 1.0)):
-        seconds = iter([compiled, model])
-        monkeypatch.setattr(measure, "seconds_a_token", lambda _, seconds=seconds: next(seconds))
-        assert (load(llama, device="cpu", native=None, show=True).network.step is not None) == (compiled < model)
-        assert f"{1e3 * compiled:.1f} ms a token compiled" in capsys.readouterr().err
+    seconds = iter([compiled_seconds, model_seconds])
+    monkeypatch.setattr(measure, "seconds_per_token", lambda run, cache: next(seconds))
+    network = load(llama, device="cpu", native=None, show=True).network
+    assert len(network.fast_paths) == (compiled_seconds < model_seconds)
+    assert f"{1e3 * compiled_seconds:.1f} ms per token compiled" in capsys.readouterr().err
 
 
-def test_both_ways_are_measured(engine):
+def test_a_measurement_runs_a_few_decode_passes(engine):
     from modellink.infer.native import measure
-    step = engine.network.step
-    faster, words = measure.pays(engine.network)
-    assert engine.network.step is step and isinstance(faster, bool) and " ms as it is" in words
+    network, ran = engine.network, []
+    cache = network.make_cache(max_sequences=1, max_chunk=32, tokens=measure.CACHE_TOKENS)
+    assert measure.seconds_per_token(lambda work: ran.append(work) or network.logits(work), cache) > 0
+    assert [work.positions.tolist() for work in ran] == [[0], [1], [2]] and all(work.is_decode for work in ran)
+    assert all(pool.used == 0 for pool in cache.pools)
 
 
-def passes(network: Any, rows: list[list[int]], cut: int) -> torch.Tensor:
-    """Logits after pieces of each row and after its last token, the last tokens of all rows in one pass."""
-    from modellink.infer.cache import Piece, Row
-    cache = network.cache(rows=len(rows), piece=64, tokens=1024)
-    held = [Row(list(row)) for row in rows]
+def logits(network: Any, rows: list[list[int]], size: int = 11) -> torch.Tensor:
+    """Return the logits after prefill chunks of `size` tokens of each row, and after the last tokens of all rows in one pass."""
+    from modellink.infer.pages import CachedSequence, Chunk
+    from modellink.infer.passes import Pass
+    cache = network.make_cache(max_sequences=len(rows), max_chunk=64, tokens=1024)
+    sequences = [CachedSequence(list(row)) for row in rows]
     found = []
-    for row in held:
-        cache.tables.admit(row, shared=False)
-        assert cache.tables.grow(row, len(row.tokens))
-        while row.computed < len(row.tokens) - 1:
-            piece = Piece(row, row.computed, min(cut, len(row.tokens) - 1 - row.computed))
-            ids = torch.tensor([row.tokens[piece.start:piece.start + piece.count]])
-            found.append(network.logits(ids, cache.state([piece]))[0])
-            cache.tables.advance(row, piece.count, shared=False)
-    pieces = [Piece(row, row.computed, 1) for row in held]
-    return torch.cat([*found, network.logits(torch.tensor([[row.tokens[-1] for row in held]]), cache.state(pieces))[0]])
+    for sequence in sequences:
+        cache.tables.admit(sequence, shared=False)
+        assert cache.tables.grow(sequence, len(sequence.tokens))
+        while sequence.computed < len(sequence.tokens) - 1:
+            chunk = Chunk(sequence, sequence.computed, min(size, len(sequence.tokens) - 1 - sequence.computed))
+            found.append(network.logits(Pass.after_each(cache, [chunk])))
+            cache.tables.advance(sequence, chunk.count, shared=False)
+    last = [Chunk(sequence, sequence.computed, 1) for sequence in sequences]
+    return torch.cat([*found, network.logits(Pass.after_each(cache, last))])
 
 
-def both(network: Any, rows: list[list[int]], cut: int = 11) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the step computes, and what the model does."""
-    step = network.step
-    assert step is not None
-    with torch.inference_mode():
-        first = passes(network, rows, cut)
-        network.step = None
-        second = passes(network, rows, cut)
-        network.step = step
-    return first, second
-
-
-TAKEN = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2", "qwen2 tied", "qwen2 yarn",
-         "mistral", "mistral window", "gemma"}
+@torch.inference_mode()
+def both(network: Any, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the logits of the compiled step and of core's model."""
+    (step,) = network.fast_paths
+    compiled = logits(network, rows)
+    network.fast_paths = []
+    model = logits(network, rows)
+    network.fast_paths = [step]
+    return compiled, model
 
 
 @pytest.mark.parametrize("case", MODELS.TRANSFORMERS)
 def test_it_computes_what_the_model_computes(tmp_path, case):
     MODELS.make(case, tmp_path)
     network = load(tmp_path / "weights", device="cpu", native=True).network
-    assert (network.step is not None) == (case in TAKEN)
-    if network.step is not None:
+    assert len(network.fast_paths) == (case in SUPPORTED)
+    if network.fast_paths:
         torch.testing.assert_close(*both(network, [[token % 131 for token in row][-50:] for row in ROWS]), atol=1e-5, rtol=1e-4)
 
 
-def test_other_layouts_and_precisions_are_not_taken(engine):
-    from modellink.infer.native.view import takes
-    cpu = torch.device("cpu")
-    assert takes(engine.spec, ParallelLayout(), cpu, torch.float32) and takes(engine.spec, ParallelLayout(), cpu, torch.bfloat16)
-    assert not takes(engine.spec, ParallelLayout(tp=2), cpu, torch.float32)
-    assert not takes(engine.spec, ParallelLayout(), cpu, torch.float16)
-    assert not takes(dataclasses.replace(engine.spec, post_norm=True), ParallelLayout(), cpu, torch.float32)
+def test_other_layouts_and_precisions_are_not_supported(engine):
+    from modellink.infer.native.model import supports
+    cpu, one = torch.device("cpu"), ParallelLayout()
+    assert supports(engine.spec, one, cpu, torch.float32) and supports(engine.spec, one, cpu, torch.bfloat16)
+    assert not supports(engine.spec, ParallelLayout(tp=2), cpu, torch.float32)
+    assert not supports(engine.spec, one, cpu, torch.float16)
+    assert not supports(dataclasses.replace(engine.spec, post_norm=True), one, cpu, torch.float32)
 
 
-def test_half_precision_is_near(llama, engine):
+def test_bf16_is_as_close_to_fp32_as_the_model(llama, engine):
     half = load(llama, device="cpu", dtype="bfloat16", native=True).network
     exact = both(engine.network, ROWS)[1].log_softmax(-1)
-    ours, theirs = (found.log_softmax(-1) for found in both(half, ROWS))
-    assert (ours - exact).square().mean() < 1.1 * (theirs - exact).square().mean()  # fp32 between the weights
+    compiled, model = (found.log_softmax(-1) for found in both(half, ROWS))
+    assert (compiled - exact).square().mean() < 1.1 * (model - exact).square().mean()  # its activations are fp32
 
 
-def test_tokens_are_the_same_either_way(llama, engine, prompts):
-    assert engine.network.step is not None
+def test_tokens_are_the_same_with_and_without_it(llama, engine, prompts):
     plain = load(llama, device="cpu")
-    assert plain.network.step is None
+    assert engine.network.fast_paths and not plain.network.fast_paths
     assert plain.generate(prompts, max_new_tokens=40) == engine.generate(prompts, max_new_tokens=40)
 
 
-def test_int8_is_near_and_says_how_near(llama, engine, capsys):
-    small = load(llama, device="cpu", int8=True, show=True)
-    assert 0.001 < small.network.step.error < 0.02
-    assert f"{100 * small.network.step.error:.2f} %" in capsys.readouterr().err
+def test_int8_is_close_and_prints_its_error(llama, engine, capsys):
+    quantized = load(llama, device="cpu", int8=True, show=True)
+    (step,) = quantized.network.fast_paths
+    assert 0.001 < step.error < 0.02
+    assert f"{100 * step.error:.2f} %" in capsys.readouterr().err
     window = torch.randint(3, 379, (1, 120), generator=torch.Generator().manual_seed(0)).tolist()
-    exact, near = (torch.tensor(engine.score(window)[0]) for engine in (engine, small))
+    exact, near = (torch.tensor(one.score(window)[0]) for one in (engine, quantized))
     assert 0 < (exact - near).abs().mean() < 0.3 * exact.std()
 
 
 @pytest.mark.parametrize("case", ["llama", "llama tied", "qwen2", "mistral window"])
 def test_the_model_computes_with_the_int8_values_too(tmp_path, case):
     MODELS.make(case, tmp_path)
-    exact, small = (load(tmp_path / "weights", device="cpu", native=True, int8=int8).network for int8 in (False, True))
+    exact, quantized = (load(tmp_path / "weights", device="cpu", native=True, int8=int8).network for int8 in (False, True))
     rows = [[token % 131 for token in row][-50:] for row in ROWS]
-    step, model = both(small, rows)
-    torch.testing.assert_close(step, model, atol=1e-5, rtol=1e-4)
+    compiled, model = both(quantized, rows)
+    torch.testing.assert_close(compiled, model, atol=1e-5, rtol=1e-4)
     assert (model - both(exact, rows)[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_int8_weights_take_the_place_of_the_others(folder, family):
-    """The embedding stays, whose rows are looked up."""
-    plain, small = (load(folder(family), device="cpu", int8=int8).network for int8 in (False, True))
-    whole, left = (sum(one.nbytes for one in network._model.parameters()) for network in (plain, small))
-    spec, step = plain.spec, small.step
+def test_int8_weights_replace_the_others(folder, family):
+    """Except the embedding. Counts the bytes of tensors."""
+    plain, quantized = (load(folder(family), device="cpu", int8=int8).network for int8 in (False, True))
+    full, left = (sum(parameter.nbytes for parameter in network._model.parameters()) for network in (plain, quantized))
+    spec, (step,) = plain.spec, quantized.fast_paths
     embedding = 4 * spec.vocab_size * spec.hidden_size
-    held = sum(one.nbytes for one in step._held)
-    assert embedding <= left < embedding + 0.05 * whole  # and the norms and biases
-    assert held < 0.32 * whole + (embedding / 4 if spec.tied else 0)
+    int8_bytes = sum(tensor.nbytes for tensor in step._held)
+    assert embedding <= left < embedding + 0.05 * full  # and the norms and biases
+    assert int8_bytes < 0.32 * full + (embedding / 4 if spec.tied else 0)
     with torch.inference_mode():
-        small.logits(torch.tensor([[5, 6]]))
-    assert left == sum(one.nbytes for one in small._model.parameters())
+        quantized.run_model(torch.tensor([[5, 6]]))
+    assert left == sum(parameter.nbytes for parameter in quantized._model.parameters())
 
 
-def test_quantised_rows_are_within_half_a_step():
-    from modellink.infer.native.int8 import Int8
+def test_the_quantization_error_is_at_most_half_a_step():
+    from modellink.infer.native.int8 import Int8Matrix
     weight = torch.randn(7, 33) * torch.logspace(-3, 3, 7)[:, None]
     weight[3] = 0
-    narrow = Int8.of(weight)
-    assert ((narrow.matrix(torch.float32) - weight).abs() <= 0.5001 * narrow.scale[:, None]).all()
-    assert narrow.values.abs().max() == 127
+    quantized = Int8Matrix.quantize(weight)
+    assert ((quantized.dequantize(torch.float32) - weight).abs() <= 0.5001 * quantized.scale[:, None]).all()
+    assert quantized.values.abs().max() == 127
 
 
-def test_a_user_without_a_home_has_no_step(monkeypatch):
+@pytest.fixture
+def uncached():
+    """Lets a test change what the compiled step is built from."""
     from modellink.infer.native import compiled
+    compiled.step.cache_clear()
+    yield compiled
+    compiled.step.cache_clear()
+
+
+def test_a_user_without_a_home_folder_has_no_step(monkeypatch, uncached):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
-    compiled.step.cache_clear()
-    try:
-        assert compiled.step() is None
-    finally:
-        compiled.step.cache_clear()
+    assert uncached.step() is None
 
 
 @pytest.mark.parametrize("environment", [{"MODELLINK_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
-def test_without_it_the_model_runs(llama, monkeypatch, environment, tmp_path):
-    from modellink.infer.native import compiled
+def test_without_a_compiler_the_model_runs(llama, monkeypatch, environment, tmp_path, uncached):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    compiled.step.cache_clear()
-    try:
-        assert load(llama, device="cpu", native=True).network.step is None
-        with pytest.raises(ModelLinkError, match="does not take this model"):
-            load(llama, device="cpu", int8=True)
-        assert not list(tmp_path.rglob("*.so"))
-    finally:
-        compiled.step.cache_clear()
+    assert not load(llama, device="cpu", native=True).network.fast_paths
+    with pytest.raises(ModelLinkError, match="does not support this model"):
+        load(llama, device="cpu", int8=True)
+    assert not list(tmp_path.rglob("*.so"))

@@ -1,11 +1,11 @@
-"""Command lines of the original's inference.py: every flag is an option, is called otherwise, or is answered with a reason."""
+"""Command lines of the original's inference.py: every flag is an option, is translated, or is ignored with a reason."""
 
 from __future__ import annotations
 
 import pytest
 
 from modellink.infer.cli import chat, generate
-from modellink.infer.original import in_our_words
+from modellink.infer.original import translate_original
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags
 
@@ -19,28 +19,28 @@ def test_no_flag_is_unknown():
 
 
 def test_a_script_of_the_original(capsys):
-    """The arguments of one of its LLaMA scripts."""
+    """With the arguments of one of its LLaMA scripts."""
     script = """--use-mcore-models --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --task chat --num-layers 32
         --hidden-size 4096 --ffn-hidden-size 11008 --position-embedding-type rope --normalization RMSNorm --swiglu
         --seq-length 4096 --max-new-tokens 64 --micro-batch-size 1 --num-attention-heads 32
         --max-position-embeddings 4096 --load CKPT
         --tokenizer-type PretrainedFromHF --tokenizer-name-or-path HF --tokenizer-not-use-fast --bf16 --use-flash-attn
         --no-masked-softmax-fusion --attention-softmax-in-fp32 --exit-on-missing-checkpoint --hf-chat-template --top-k 20"""
-    made = in_our_words(script.split(), chat)
+    made = translate_original(script.split(), chat)
     values = chat.make_context("chat", made).params
     assert values["dtype"] == "bfloat16" and int(values["top_k"]) == 20 and int(values["max_new_tokens"]) == 64
     assert str(values["load"]) == "CKPT" and int(values["tensor_model_parallel_size"]) == 2 and values["hf_chat_template"]
     said = capsys.readouterr().err
-    assert "--hidden-size" in next(line for line in said.splitlines() if line.endswith("the checkpoint says what the model is"))
-    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # a line a reason
+    assert "--hidden-size" in next(line for line in said.splitlines() if line.endswith("the checkpoint describes the model"))
+    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # one line per reason
 
 
-def test_an_adapter_is_not_passed_over():
+def test_an_adapter_is_refused():
     with pytest.raises(ModelLinkError, match="--lora-load is not done here"):
-        in_our_words(["--load", "a", "--lora-load", "b"], generate)
+        translate_original(["--load", "a", "--lora-load", "b"], generate)
 
 
-def test_our_own_words_and_unknown_ones_stay(capsys):
-    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses what nobody knows
-        assert in_our_words(args, generate) == args
+def test_our_own_and_unknown_options_are_kept(capsys):
+    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses unknown options
+        assert translate_original(args, generate) == args
     assert not capsys.readouterr().err

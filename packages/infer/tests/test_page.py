@@ -1,6 +1,6 @@
-"""The page at `/`, in a headless Chromium where there is one: streaming, markdown, stop, history, light and dark, a phone.
+"""The chat page in a headless Chromium, if installed: streaming, markdown, stop, history, light and dark, a phone.
 
-With MODELLINK_SCREENSHOTS set to a folder, pictures of it are left there.
+If MODELLINK_SCREENSHOTS is set to a folder, screenshots are saved there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ sync_api = pytest.importorskip("playwright.sync_api")
 fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]
 ANSWER = ("# Foxes\n\nA **quick** fox, with `code`, a <b>tag</b> and [a link](https://example.com):\n\n- one\n- two\n\n"
@@ -32,9 +32,9 @@ HOSTILE = "<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[SimpleNamespace]:
-    """The page, with a model that says what a test wants, a few characters at a time; `asked` are the bodies."""
+    """The page, with a model that streams the text `answer`, a few characters at a time; `asked` holds the request bodies."""
     from modellink.core import engine
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.kernels.device import find
     engine.start(find("cpu"))  # before the server's modules import megatron
     from modellink.infer.server import app as real
@@ -88,7 +88,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser, site) -> Iterator[Callable[..., Any]]:
-    """`visit(width=, dark=)`: a fresh visitor's page. At the end it had no error and asked nobody else for anything."""
+    """`visit(width=, dark=)`: the page of a new visitor. Afterwards checks for errors and for requests to other sites."""
     site.answer, site.pause, site.before, site.asked, site.left = ANSWER, 0.0, 0.0, [], 0
     contexts, problems = [], []
 
@@ -139,7 +139,7 @@ def test_an_answer_grows_and_the_button_stops_it(visit, site):
     page = visit()
     say(page, "Count")
     sync_api.expect(page.locator(".assistant")).to_contain_text("word word", timeout=30_000)
-    first = page.locator(".assistant").inner_text().rsplit(" ", 1)[0]  # the last word may be half there
+    first = page.locator(".assistant").inner_text().rsplit(" ", 1)[0]  # the last word may be incomplete
     sync_api.expect(page.locator(".assistant")).to_contain_text(first + " word word word", timeout=30_000)
     assert page.locator("#send").inner_text() == "Stop"
     picture(page, "streaming")
@@ -149,10 +149,10 @@ def test_an_answer_grows_and_the_button_stops_it(visit, site):
     deadline = time.monotonic() + 10
     while not site.left and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert site.left == 1  # the server was told
+    assert site.left == 1  # the server noticed
 
 
-def test_the_conversation_is_remembered_and_forgotten(visit, site):
+def test_the_conversation_survives_a_reload_until_a_new_chat(visit, site):
     page = visit()
     for text in ("one", "two"):
         say(page, text)
@@ -184,7 +184,7 @@ def test_a_hostile_answer_is_text(visit, site):
     assert page.title() == "ModelLink" and page.locator(".assistant img, .assistant script, .assistant a").count() == 0
 
 
-def test_an_error_is_told(visit, site):
+def test_an_error_is_shown(visit, site):
     site.answer = None
     page = visit()
     say(page, "Hi")
@@ -197,7 +197,7 @@ def test_an_error_is_told(visit, site):
     assert site.asked[-1]["messages"] == [{"role": "user", "content": "Hi"}]
 
 
-def test_what_is_stopped_before_it_was_answered_is_no_turn(visit, site):
+def test_an_answer_stopped_before_its_first_piece_leaves_no_turn(visit, site):
     site.before = 60.0
     page = visit()
     say(page, "one")
@@ -214,7 +214,7 @@ def test_what_is_stopped_before_it_was_answered_is_no_turn(visit, site):
     assert page.locator(".user").all_inner_texts() == ["one\ntwo"]
 
 
-def test_a_new_chat_has_nothing_of_the_answer_it_ended(visit, site):
+def test_a_new_chat_contains_nothing_of_the_stopped_answer(visit, site):
     site.pause, site.answer = 0.1, "word " * 400
     page = visit()
     say(page, "old")
@@ -232,17 +232,17 @@ def test_a_new_chat_has_nothing_of_the_answer_it_ended(visit, site):
 
 
 def test_light_and_dark(visit, site):
-    colours = []
+    colors = []
     for dark in (False, True):
         page = visit(dark=dark)
         say(page, "Hi")
         finished(page)
-        colours.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        colors.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
         picture(page, "dark" if dark else "light")
-    assert colours == ["rgb(255, 255, 255)", "rgb(21, 24, 29)"]
+    assert colors == ["rgb(255, 255, 255)", "rgb(21, 24, 29)"]
 
 
-def test_a_phone_needs_no_scrolling_to_the_side(visit, site):
+def test_a_phone_does_not_scroll_sideways(visit, site):
     site.answer = ANSWER + "\n\n```\n" + "long " * 60 + "\n```\n\n" + "unbreakable" * 20
     page = visit(360, 640)
     say(page, "A question that is somewhat longer than the screen is wide, " * 3)

@@ -1,4 +1,4 @@
-"""Pages: taken, shared, given back, and found again; and what a batch does when there are too few."""
+"""Pages are allocated, shared, released and found again; a batch works with too few of them."""
 
 from __future__ import annotations
 
@@ -7,109 +7,127 @@ import random
 import pytest
 import torch
 
-from modellink.infer.pages import GONE, SIZE, Pool, Row, Tables
+from modellink.infer.pages import PAGE_SIZE, RELEASED, CachedSequence, PagePool, PageTables
 from modellink.kernels.errors import ModelLinkError
 
 
-def filled(tables: Tables, tokens: list[int]) -> Row:
-    """A row whose tokens are all computed."""
-    row = Row(list(tokens))
-    tables.admit(row)
-    assert tables.grow(row, len(tokens))
-    tables.advance(row, len(tokens) - row.computed)
-    return row
+def filled(tables: PageTables, tokens: list[int]) -> CachedSequence:
+    """Return a sequence whose tokens are all computed."""
+    sequence = CachedSequence(list(tokens))
+    tables.admit(sequence)
+    assert tables.grow(sequence, len(tokens))
+    tables.advance(sequence, len(tokens) - sequence.computed)
+    return sequence
 
 
-def test_a_prompt_finds_the_pages_of_the_same_beginning():
-    tables = Tables([Pool(8, None)])
-    first = filled(tables, list(range(2 * SIZE + 5)))
-    second = Row([*range(2 * SIZE), 7, 7])
+def test_a_common_prefix_shares_its_pages():
+    tables = PageTables([PagePool(8, None)])
+    first = filled(tables, list(range(2 * PAGE_SIZE + 5)))
+    second = CachedSequence([*range(2 * PAGE_SIZE), 7, 7])
     tables.admit(second)
-    assert second.computed == 2 * SIZE and second.tables[0] == first.tables[0][:2]
-    other = Row([1, *range(1, 2 * SIZE), 7])  # differs in its first token: nothing after it is the same
+    assert second.computed == 2 * PAGE_SIZE and second.tables[0] == first.tables[0][:2]
+    other = CachedSequence([1, *range(1, 2 * PAGE_SIZE), 7])  # the first token differs, so no page is equal
     tables.admit(other)
     assert other.computed == 0
-    again = Row(list(range(2 * SIZE)))  # the last token is always computed
+    again = CachedSequence(list(range(2 * PAGE_SIZE)))  # the last token is always computed
     tables.admit(again)
-    assert again.computed == SIZE
+    assert again.computed == PAGE_SIZE
 
 
-def test_pages_outlive_their_row_until_the_room_is_needed():
-    tables = Tables([pool := Pool(3, None)])
-    tables.release(filled(tables, list(range(2 * SIZE))))
+def test_released_pages_are_found_until_their_memory_is_needed():
+    tables = PageTables([pool := PagePool(3, None)])
+    tables.release(filled(tables, list(range(2 * PAGE_SIZE))))
     assert pool.available == 3
-    back = Row(list(range(2 * SIZE + 1)))
-    tables.admit(back)
-    assert back.computed == 2 * SIZE and pool.available == 1
-    tables.release(back)
-    filled(tables, [5] * (3 * SIZE))
-    gone = Row(list(range(2 * SIZE + 1)))
-    tables.admit(gone)
-    assert gone.computed == 0
+    found = CachedSequence(list(range(2 * PAGE_SIZE + 1)))
+    tables.admit(found)
+    assert found.computed == 2 * PAGE_SIZE and pool.available == 1
+    tables.release(found)
+    filled(tables, [5] * (3 * PAGE_SIZE))
+    evicted = CachedSequence(list(range(2 * PAGE_SIZE + 1)))
+    tables.admit(evicted)
+    assert evicted.computed == 0
 
 
-def test_a_row_that_does_not_fit_takes_nothing():
-    tables = Tables([pool := Pool(3, None)])
-    row = filled(tables, [1] * SIZE)
-    assert not tables.grow(row, 4 * SIZE) and pool.available == 2
-    assert tables.grow(row, 3 * SIZE) and pool.available == 0
+def test_growing_beyond_the_pool_allocates_nothing():
+    tables = PageTables([pool := PagePool(3, None)])
+    sequence = filled(tables, [1] * PAGE_SIZE)
+    assert not tables.grow(sequence, 4 * PAGE_SIZE) and pool.available == 2
+    assert tables.grow(sequence, 3 * PAGE_SIZE) and pool.available == 0
 
 
-def test_a_window_gives_its_pages_back_and_is_shared_all_the_same():
-    window = SIZE + 3
-    tables = Tables([whole := Pool(20, None), pool := Pool(8, window)])
-    row = filled(tables, list(range(5 * SIZE)))
-    assert (whole.used, pool.used) == (5, 2) and row.tables[1] == [GONE] * 3 + row.tables[1][3:]
-    second = Row([*range(5 * SIZE), 9])
+def test_a_window_releases_pages_that_can_still_be_shared():
+    window = PAGE_SIZE + 3
+    tables = PageTables([full := PagePool(20, None), pool := PagePool(8, window)])
+    sequence = filled(tables, list(range(5 * PAGE_SIZE)))
+    assert (full.used, pool.used) == (5, 2) and sequence.tables[1] == [RELEASED] * 3 + sequence.tables[1][3:]
+    second = CachedSequence([*range(5 * PAGE_SIZE), 9])
     tables.admit(second)
-    assert second.computed == 5 * SIZE and second.tables[1][:3] == [GONE] * 3
-    shorter = Row([*range(2 * SIZE), 9])  # what it would see of the window's pages is gone, or not
+    assert second.computed == 5 * PAGE_SIZE and second.tables[1][:3] == [RELEASED] * 3
+    shorter = CachedSequence([*range(2 * PAGE_SIZE), 9])
     tables.admit(shorter)
-    assert shorter.computed == 2 * SIZE  # idle pages keep their content
+    assert shorter.computed == 2 * PAGE_SIZE  # released pages keep their contents
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_pages_are_never_used_twice_and_none_is_lost(seed):
+def test_no_page_is_used_twice_or_lost(seed):
     chance = random.Random(seed)
-    tables = Tables([Pool(24, None), Pool(16, SIZE + 1)])
-    rows: list[Row] = []
+    tables = PageTables([PagePool(24, None), PagePool(16, PAGE_SIZE + 1)])
+    sequences: list[CachedSequence] = []
     for _ in range(300):
-        if rows and chance.random() < 0.4:
-            tables.release(rows.pop(chance.randrange(len(rows))))
+        if sequences and chance.random() < 0.4:
+            tables.release(sequences.pop(chance.randrange(len(sequences))))
         else:
-            row = Row([chance.randrange(2)] * chance.randrange(1, SIZE) + [3] * chance.randrange(1, 3 * SIZE))
-            tables.admit(row)
-            if tables.grow(row, len(row.tokens)):
-                tables.advance(row, len(row.tokens) - row.computed)
-                rows.append(row)
+            tokens = [chance.randrange(2)] * chance.randrange(1, PAGE_SIZE) + [3] * chance.randrange(1, 3 * PAGE_SIZE)
+            sequence = CachedSequence(tokens)
+            tables.admit(sequence)
+            if tables.grow(sequence, len(tokens)):
+                tables.advance(sequence, len(tokens) - sequence.computed)
+                sequences.append(sequence)
             else:
-                tables.release(row)
-        for number, pool in enumerate(tables.pools):
-            held = {page: [row for row in rows if page in row.tables[number]] for row in rows for page in row.tables[number]}
-            held.pop(GONE, None)
-            assert pool.used == len(held)
-            for page, users in held.items():  # who shares a page has the same tokens up to its end
-                place = users[0].tables[number].index(page)
-                assert len({tuple(user.tokens[:(place + 1) * SIZE]) for user in users}) == 1
-                assert all(user.tables[number].index(page) == place for user in users)
-    for row in rows:
-        tables.release(row)
+                tables.release(sequence)
+        check_users(tables, sequences)
+    for sequence in sequences:
+        tables.release(sequence)
     assert all(pool.used == 0 for pool in tables.pools)
+
+
+def check_users(tables: PageTables, sequences: list[CachedSequence]) -> None:
+    """Check that sequences which share a page have the same tokens up to its end, and that no other page is used."""
+    for number, pool in enumerate(tables.pools):
+        pages = {page for sequence in sequences for page in sequence.tables[number]} - {RELEASED}
+        assert pool.used == len(pages)
+        for page in pages:
+            users = [sequence for sequence in sequences if page in sequence.tables[number]]
+            index = users[0].tables[number].index(page)
+            assert len({tuple(user.tokens[:(index + 1) * PAGE_SIZE]) for user in users}) == 1
+            assert all(user.tables[number].index(page) == index for user in users)
 
 
 @pytest.fixture
 def batch(engine):
-    """`batch(tokens, rows, budget)` over a cache of its own."""
-    from modellink.infer.batch import Batch
-    return lambda tokens, rows=8, budget=64: Batch(
-        engine.network, engine.network.cache(rows=rows, piece=budget, tokens=tokens), rows=rows, budget=budget)
+    """`batch(tokens, max_sequences, token_budget)`: an empty batch with its own cache."""
+    from modellink.infer.batch import ContinuousBatch
+
+    def make(tokens: int, max_sequences: int = 8, token_budget: int = 64) -> ContinuousBatch:
+        cache = engine.network.make_cache(max_sequences=max_sequences, max_chunk=token_budget, tokens=tokens)
+        return ContinuousBatch(engine.network, cache, max_sequences=max_sequences, token_budget=token_budget)
+    return make
+
+
+@pytest.fixture
+def computed(engine, monkeypatch) -> list[int]:
+    """The number of tokens of each pass of the engine's network."""
+    counts: list[int] = []
+    logits = engine.network.logits
+    monkeypatch.setattr(engine.network, "logits", lambda work: (counts.append(work.token_ids.numel()), logits(work))[1])
+    return counts
 
 
 def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
-    """Tokens of requests that join at once, or one after so many steps each."""
-    from modellink.infer.request import Answer
-    answers = [Answer.to(request, engine.tokenizer) for request in requests]
-    waiting = list(answers)
+    """Return the tokens of requests that join at once, or one every so many steps."""
+    from modellink.infer.request import Completion
+    completions = [Completion.start(request, engine.tokenizer) for request in requests]
+    waiting = list(completions)
     steps = 0
     while waiting or not batch.idle:
         while waiting and (not join_every or steps % join_every == 0):
@@ -118,103 +136,101 @@ def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
                 break
         batch.step()
         steps += 1
-    return [answer.token_ids for answer in answers]
+    return [completion.token_ids for completion in completions]
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("tokens", "join_every"), [(4096, 0), (4096, 3), (256, 0), (256, 2)])
-def test_any_mixture_gives_each_what_it_gets_alone(engine, batch, seed, tokens, join_every):
-    """Also with so few pages that rows must leave and be computed anew, and with beginnings in common."""
+def test_a_completion_does_not_depend_on_the_batch(engine, batch, seed, tokens, join_every):
+    """Also if there are so few pages that sequences are preempted, and with common prefixes."""
     chance = random.Random(seed)
-    head = [chance.randrange(3, 379) for _ in range(70)]
-    prompts = [(head if chance.random() < 0.5 else []) + [chance.randrange(3, 379) for _ in range(chance.randrange(1, 60))]
+    prefix = [chance.randrange(3, 379) for _ in range(70)]
+    prompts = [(prefix if chance.random() < 0.5 else []) + [chance.randrange(3, 379) for _ in range(chance.randrange(1, 60))]
                for _ in range(9)]
     requests = [engine.requests(prompt, max_new_tokens=chance.randrange(1, 40), ignore_eos=True)[0] for prompt in prompts]
-    alone = [engine.answer([request])[0].token_ids for request in requests]
-    crowd = batch(tokens)
-    assert finish(crowd, engine, requests, join_every=join_every) == alone
-    assert all(pool.used == 0 for pool in crowd.cache.pools)
+    expected = [engine.complete([request])[0].token_ids for request in requests]
+    mixed = batch(tokens)
+    assert finish(mixed, engine, requests, join_every=join_every) == expected
+    assert all(pool.used == 0 for pool in mixed.cache.pools)
 
 
-def test_a_common_beginning_is_computed_once(engine, batch, monkeypatch):
-    counted = []
-    whole = engine.network.logits
-    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
-    head = [7] * 100
-    crowd = batch(4096)
-    finish(crowd, engine, engine.requests([[*head, 8, 9]], max_new_tokens=1))
-    assert sum(counted) == 102
-    counted.clear()
-    finish(crowd, engine, engine.requests([[*head, 10], [*head, 11]], max_new_tokens=1))
-    assert sum(counted) == 2 * (101 - 96)
+def test_a_cached_prefix_is_not_computed_again(engine, batch, computed):
+    prefix = [7] * 100
+    one = batch(4096)
+    finish(one, engine, engine.requests([[*prefix, 8, 9]], max_new_tokens=1))
+    assert sum(computed) == 102
+    computed.clear()
+    finish(one, engine, engine.requests([[*prefix, 10], [*prefix, 11]], max_new_tokens=1))
+    assert sum(computed) == 2 * (101 - 96)
 
 
-@pytest.mark.parametrize("rows", [3, 8])
-def test_a_beginning_that_comes_several_times_at_once_is_computed_once(engine, batch, monkeypatch, rows):
-    """Chats with one system prompt, questions with the same examples, several answers to one prompt."""
-    counted = []
-    whole = engine.network.logits
-    head = [7 + place % 50 for place in range(100)]  # three whole pages
-    prompts = [[*head, 8 + number] for number in range(6)] + [[9] * 20]
-    alone = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for prompt in prompts]
-    monkeypatch.setattr(engine.network, "logits", lambda ids, state: (counted.append(ids.numel()), whole(ids, state))[1])
-    crowd = batch(4096, rows)
-    assert finish(crowd, engine, engine.requests(prompts, max_new_tokens=6, ignore_eos=True)) == alone
-    assert sum(counted) == 101 + 5 * (101 - 96) + 20 + 7 * 5
-    counted.clear()
-    requests = engine.requests([9, *head], max_new_tokens=6, ignore_eos=True, temperature=2.0, seed=1, num_return_sequences=8)
-    found = finish(crowd, engine, requests)
-    assert sum(counted) == 101 + 7 * (101 - 96) + 8 * 5
-    monkeypatch.undo()
-    assert found == [answer.token_ids for request in requests for answer in engine.answer([request])]
-    assert all(pool.used == 0 for pool in crowd.cache.pools)
+@pytest.mark.parametrize("max_sequences", [3, 8])
+def test_a_prefix_of_concurrent_requests_is_computed_once(engine, batch, computed, max_sequences):
+    """As in chats with one system message, questions with the same examples, several samples of one prompt."""
+    prefix = [7 + position % 50 for position in range(100)]  # three full pages
+    prompts = [[*prefix, 8 + number] for number in range(6)] + [[9] * 20]
+    expected = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for prompt in prompts]
+    computed.clear()
+    one = batch(4096, max_sequences)
+    assert finish(one, engine, engine.requests(prompts, max_new_tokens=6, ignore_eos=True)) == expected
+    assert sum(computed) == 101 + 5 * (101 - 96) + 20 + 7 * 5
+    computed.clear()
+    requests = engine.requests([9, *prefix], max_new_tokens=6, ignore_eos=True, temperature=2.0, seed=1, num_return_sequences=8)
+    found = finish(one, engine, requests)
+    assert sum(computed) == 101 + 7 * (101 - 96) + 8 * 5
+    assert found == [completion.token_ids for request in requests for completion in engine.complete([request])]
+    assert all(pool.used == 0 for pool in one.cache.pools)
 
 
-def test_who_leads_may_leave(engine, batch):
-    """Rows that wait for another's pages compute them themselves when it is taken out, or has to wait for room."""
-    from modellink.infer.request import Answer
-    head = [7 + place % 50 for place in range(130)]
-    requests = engine.requests([[*head, 8 + number] for number in range(3)], max_new_tokens=6, ignore_eos=True)
-    alone = [engine.answer([request])[0].token_ids for request in requests]
-    crowd = batch(4096)
-    answers = [Answer.to(request, None) for request in requests]
-    for answer in answers:
-        crowd.add(answer)
-    crowd.step()
-    crowd.remove(answers[0])
-    while not crowd.idle:
-        crowd.step()
-    assert [answer.token_ids for answer in answers[1:]] == alone[1:]
+def test_sequences_that_wait_for_a_shared_page_continue_if_its_owner_leaves(engine, batch):
+    from modellink.infer.request import Completion
+    prefix = [7 + position % 50 for position in range(130)]
+    requests = engine.requests([[*prefix, 8 + number] for number in range(3)], max_new_tokens=6, ignore_eos=True)
+    expected = [engine.complete([request])[0].token_ids for request in requests]
+    one = batch(4096)
+    completions = [Completion.start(request, None) for request in requests]
+    for completion in completions:
+        one.add(completion)
+    one.step()
+    one.remove(completions[0])
+    while not one.idle:
+        one.step()
+    assert [completion.token_ids for completion in completions[1:]] == expected[1:]
 
 
-def test_a_window_in_every_layer_bounds_what_fits(folder):
-    """A cache smaller than what a window and a piece need holds only its pages; a larger one any length."""
+def test_a_window_in_every_layer_limits_the_sequence_only_in_a_small_cache(folder):
+    """A cache smaller than what the window and a chunk need holds that many tokens; a larger one holds any length."""
     from modellink.infer import load
-    from modellink.infer.batch import Batch
-    from modellink.infer.request import Answer
+    from modellink.infer.batch import ContinuousBatch
+    from modellink.infer.request import Completion
     engine = load(folder("mistral"), device="cpu")
-    rows = [[7 + (place * place + row) % 300 for place in range(150)] for row in range(3)]
-    requests = engine.requests(rows, max_new_tokens=20, ignore_eos=True)
-    small = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=160), rows=3, budget=64)
-    assert [pool.window for pool in small.cache.pools] == [40] and small.cache.tokens == 160
+
+    def batch(tokens: int) -> ContinuousBatch:
+        cache = engine.network.make_cache(max_sequences=3, max_chunk=64, tokens=tokens)
+        return ContinuousBatch(engine.network, cache, max_sequences=3, token_budget=64)
+    prompts = [[7 + (position * position + number) % 300 for position in range(150)] for number in range(3)]
+    requests = engine.requests(prompts, max_new_tokens=20, ignore_eos=True)
+    small = batch(160)
+    assert [pool.window for pool in small.cache.pools] == [40] and small.cache.max_sequence_tokens == 160
     with pytest.raises(ModelLinkError, match="170 tokens does not fit into a cache of 160"):
-        small.add(Answer.to(requests[0], None))
-    large = Batch(engine.network, engine.network.cache(rows=3, piece=64, tokens=192), rows=3, budget=64)  # for one at a time
-    assert large.cache.tokens > 1 << 40
-    assert finish(large, engine, requests) == [engine.answer([request])[0].token_ids for request in requests]
+        small.add(Completion.start(requests[0], None))
+    large = batch(192)  # enough for one sequence at a time
+    assert large.cache.max_sequence_tokens > 1 << 40
+    assert finish(large, engine, requests) == [engine.complete([request])[0].token_ids for request in requests]
 
 
-def test_a_request_that_will_never_fit_is_refused(engine, batch):
-    from modellink.infer.request import Answer
+def test_a_request_that_can_never_fit_is_refused(engine, batch):
+    from modellink.infer.request import Completion
     (request,) = engine.requests([5] * 60, max_new_tokens=10)
     with pytest.raises(ModelLinkError, match="70 tokens does not fit into a cache of 64"):
-        batch(64).add(Answer.to(request, None))
+        batch(64).add(Completion.start(request, None))
 
 
-def test_fork_shares_full_pages_and_copies_the_one_in_work(engine):
-    cache = engine.network.cache(rows=2, piece=64, tokens=8 * SIZE)
-    cache._keys[1].normal_()  # new memory may hold what is no number, which equals nothing
-    row = filled(cache.tables, list(range(SIZE + 3)))
-    other = cache.fork(row, [*row.tokens])
-    assert other.tables[0][0] == row.tables[0][0] and other.tables[0][1] != row.tables[0][1]
-    assert torch.equal(*(cache._keys[1][held.tables[0][1] * SIZE:][:3] for held in (row, other)))
+def test_fork_shares_full_pages_and_copies_the_last_one(engine):
+    cache = engine.network.make_cache(max_sequences=2, max_chunk=64, tokens=8 * PAGE_SIZE)
+    cache.keys[1].normal_()  # uninitialized memory may hold NaN, which equals nothing
+    one = filled(cache.tables, list(range(PAGE_SIZE + 3)))
+    other = cache.fork(one, [*one.tokens])
+    assert other.tables[0][0] == one.tables[0][0] and other.tables[0][1] != one.tables[0][1]
+    last = [cache.keys[1][sequence.tables[0][1] * PAGE_SIZE:][:3] for sequence in (one, other)]
+    assert torch.equal(*last)

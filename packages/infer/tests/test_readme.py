@@ -1,4 +1,4 @@
-"""What the README shows of the server is run: the lines with curl, and the program with the openai client."""
+"""Runs the examples of the README for the server: the curl commands and the program with the openai client."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ ADDRESS = "http://127.0.0.1:8000"
 
 @pytest.fixture(scope="module")
 def address(engine) -> Iterator[str]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     from modellink.infer.server.app import make_app
     from modellink.infer.server.service import Service
-    app = make_app(Service(engine, most_waiting=4), name="smollm2", api_key=None, largest_body=10_000)
+    app = make_app(Service(engine, max_waiting=4), name="smollm2", api_key=None, max_body=10_000)
     running = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -41,13 +41,13 @@ def blocks(kind: str, word: str) -> list[str]:
     return [block for block in found if word in block]
 
 
-def test_the_lines_with_curl(address):
+def test_the_curl_commands(address):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     (block,) = blocks("console", "curl")
-    whole, streamed = (subprocess.run([*shlex.split(line.replace(ADDRESS, address)), "-s"], capture_output=True, text=True).stdout
+    full, streamed = (subprocess.run([*shlex.split(line.replace(ADDRESS, address)), "-s"], capture_output=True, text=True).stdout
                        for line in block.replace("\\\n", " ").split("$ ")[1:])
-    assert json.loads(whole)["choices"][0]["message"]["content"]
+    assert json.loads(full)["choices"][0]["message"]["content"]
     assert streamed.startswith('data: {"id"') and streamed.rstrip().endswith("data: [DONE]")
 
 

@@ -1,4 +1,4 @@
-"""Replicas behind one server: who gets what, and what clients see when one dies."""
+"""Replicas behind one server: what clients get, also if one is killed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import concurrent.futures
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ LONG = {"prompt": "The", "max_tokens": 240, "temperature": 0, "ignore_eos": True
 
 @pytest.fixture(scope="module")
 def front(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
-    from modellink.core.processes import free_port
+    from modellink.core.launch import free_port
     port, errors = free_port(), tmp_path_factory.mktemp("front") / "stderr"
     with errors.open("w") as file:
         process = subprocess.Popen(
@@ -32,7 +33,7 @@ def front(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
              "--served-model-name", "tiny", "--replicas", "2"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
-            found = SimpleNamespace(client=client, process=process, errors=errors)
+            found = SimpleNamespace(client=client, process=process, errors=errors, port=port)
             wait_for(found, 2)
             yield found
     finally:
@@ -53,7 +54,7 @@ def wait_for(front: SimpleNamespace, ready: int) -> None:
 
 
 def samples(front: SimpleNamespace, name: str) -> dict[str, float]:
-    """A metric by replica."""
+    """Return the values of a metric by replica."""
     lines = [line for line in front.client.get("/metrics").text.splitlines() if line.startswith(f"{name}{{")]
     return {line.split('"')[1]: float(line.split(" ")[-1]) for line in lines}
 
@@ -67,17 +68,17 @@ def post(front: SimpleNamespace, **body: Any) -> Any:
     return front.client.post("/v1/completions", json=body)
 
 
-def test_requests_go_to_the_one_with_least_to_do(front, engine):
+def test_concurrent_requests_are_answered(front, engine):
     (expected,) = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)
     before = samples(front, "modellink_answers_total")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda _: post(front, **BODY), range(8)))
     assert {response.json()["choices"][0]["text"] for response in found} == {expected.text}
     after = samples(front, "modellink_answers_total")
-    assert all(after[index] - before[index] >= 2 for index in ("0", "1")), (before, after)
+    assert set(after) == {"0", "1"} and sum(after.values()) - sum(before.values()) == 8
 
 
-def test_streams_and_errors_come_through(front, engine):
+def test_streams_and_errors_are_forwarded(front, engine):
     (expected,) = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)
     with front.client.stream("POST", "/v1/completions", json={**BODY, "stream": True}) as response:
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -92,23 +93,21 @@ def test_streams_and_errors_come_through(front, engine):
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_goes_leaves_the_replica(front, streaming):
+def test_a_disconnect_cancels_the_completions_of_the_replica(front, streaming):
     before = sum(samples(front, "modellink_cancelled_total").values())
-    with httpx.Client(base_url=front.client.base_url, timeout=httpx.Timeout(30, read=0.1 if not streaming else 30)) as client:
-        if streaming:
-            with client.stream("POST", "/v1/completions", json={**LONG, "prompt": ["The"] * 4, "stream": True}) as response:
-                next(response.iter_lines())
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json={**LONG, "prompt": ["The"] * 24})
-    deadline = time.monotonic() + 30
+    content = json.dumps({**LONG, "prompt": ["The"] * 32, "stream": streaming}).encode()
+    with socket.create_connection(("127.0.0.1", front.port)) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+        deadline = time.monotonic() + 60
+        while not any(samples(front, "modellink_running").values()) and time.monotonic() < deadline:
+            time.sleep(0.005)
     while sum(samples(front, "modellink_cancelled_total").values()) == before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert sum(samples(front, "modellink_cancelled_total").values()) > before
     assert set(samples(front, "modellink_running").values()) == {0.0}
 
 
-def test_one_that_dies_harms_no_request_that_was_not_answered_yet(front, engine):
+def test_requests_are_retried_if_a_replica_is_killed(front, engine):
     (expected,) = engine.generate("The quick", max_new_tokens=30, ignore_eos=True)
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         found = [pool.submit(post, front, **BODY) for _ in range(10)]
@@ -118,23 +117,23 @@ def test_one_that_dies_harms_no_request_that_was_not_answered_yet(front, engine)
     while "ended with status -9" not in front.errors.read_text() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert "ended with status -9" in front.errors.read_text()
-    wait_for(front, 2)  # it was started again
+    wait_for(front, 2)  # it was restarted
 
 
-def test_a_stream_of_one_that_dies_says_so(front):
+def test_a_stream_of_a_killed_replica_ends_with_an_error(front):
     with front.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
         for pid in workers(front):
             os.kill(pid, signal.SIGKILL)
         rest = [line for line in lines if line]
-    assert json.loads(rest[-1][6:])["error"]["message"] == "the replica ended"
+    assert json.loads(rest[-1][6:])["error"]["message"] == "the replica exited"
     response = post(front, **BODY)
     assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"
     assert front.client.get("/health").status_code == 503
 
 
-def test_all_end_together(front):
+def test_the_replicas_stop_with_the_server(front):
     wait_for(front, 2)
     pids = workers(front)
     front.process.send_signal(signal.SIGTERM)

@@ -13,7 +13,7 @@ def random_ids(seed: int, length: int) -> list[int]:
 
 
 def pairs() -> list[tuple[list[int], list[int]]]:
-    """Of many lengths; the first five share a context."""
+    """Return pairs of different lengths; the first five share a context."""
     shared = random_ids(0, 30)
     return [*((shared, [token]) for token in (7, 8, 9)), (shared, [7, 8]), (shared[:20], shared[20:]),
             *((random_ids(seed, 1 + 9 * seed), random_ids(50 + seed, 1 + seed % 4)) for seed in range(1, 9))]
@@ -32,21 +32,21 @@ def check(engine, full_logits) -> None:
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
 
 
-def test_loglikelihoods_are_those_of_transformers(engine, full_logits):
+def test_loglikelihoods_equal_transformers(engine, full_logits):
     check(engine, full_logits)
 
 
-def test_also_where_the_logits_do_not_fit_into_one_pass(engine, full_logits, monkeypatch):
-    monkeypatch.setattr("modellink.infer.score.PASS_LOGITS", 379 * 4)
+def test_loglikelihoods_if_the_logits_do_not_fit_into_one_pass(engine, full_logits, monkeypatch):
+    monkeypatch.setattr("modellink.infer.score.MAX_PASS_LOGITS", 379 * 4)
     check(engine, full_logits)
 
 
-def test_also_one_row_at_a_time(engine, full_logits, monkeypatch):
-    monkeypatch.setattr("modellink.infer.score.PASS_TOKENS", 1)
+def test_loglikelihoods_one_token_at_a_time(engine, full_logits, monkeypatch):
+    monkeypatch.setattr("modellink.infer.score.MAX_PASS_TOKENS", 1)
     check(engine, full_logits)
 
 
-def test_what_greedy_decoding_produces_is_greedy(engine):
+def test_a_greedy_completion_is_greedy(engine):
     context = random_ids(3, 12)
     (answer,) = engine.generate(context, max_new_tokens=6, ignore_eos=True, logprobs=True)
     wrong = [*answer.token_ids[:-1], (answer.token_ids[-1] + 1) % 379]
@@ -55,7 +55,7 @@ def test_what_greedy_decoding_produces_is_greedy(engine):
     assert right == pytest.approx(sum(answer.logprobs), abs=1e-4)
 
 
-def test_score_is_the_loss_of_each_token_but_the_first(engine, full_logits):
+def test_score_is_the_loss_of_each_token_after_the_first(engine, full_logits):
     windows = [random_ids(seed, length) for seed, length in enumerate((2, 40, 17, 40))]
     for window, losses in zip(windows, engine.score(windows), strict=True):
         expected = -full_logits(window)[range(len(window) - 1), window[1:]]
@@ -65,25 +65,25 @@ def test_score_is_the_loss_of_each_token_but_the_first(engine, full_logits):
 def test_a_shared_context_is_computed_once(engine, monkeypatch):
     passes = []
     compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
-        passes.append(tuple(ids.shape)), compute(self, ids, state))[1])
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
+        passes.append(tuple(work.token_ids.shape)), compute(self, work))[1])
     engine.loglikelihood([([5, 6, 7], [token]) for token in (10, 11, 12, 13)])
     assert passes == [(1, 3)]
 
 
-def test_what_rows_begin_with_is_computed_once(engine, full_logits, monkeypatch):
+def test_a_common_prefix_is_computed_once(engine, full_logits, monkeypatch):
     head = random_ids(99, 150)
     asked = [(head + random_ids(seed, 5 + seed), [seed + 3, 7]) for seed in range(8)]
     computed = []
     compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, ids, state=None: (
-        computed.append(ids.numel()), compute(self, ids, state))[1])
+    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
+        computed.append(work.token_ids.numel()), compute(self, work))[1])
     found = engine.loglikelihood(asked)
     lengths = [len(context) + len(continuation) - 1 for context, continuation in asked]
     assert computed == [lengths[computed_first(asked)], sum(lengths) - lengths[computed_first(asked)] - 7 * 128]
     again = engine.loglikelihood(asked)
     assert [value for value, _ in again] == pytest.approx([value for value, _ in found], abs=1e-4)
-    assert sum(computed[2:]) <= sum(lengths) - 8 * 128  # a later call finds the pages of an earlier one
+    assert sum(computed[2:]) <= sum(lengths) - 8 * 128  # a later call shares the pages of an earlier one
     expected = [reference(full_logits, *pair) for pair in asked]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
 
@@ -92,7 +92,7 @@ def computed_first(asked) -> int:
     return min(range(len(asked)), key=lambda number: asked[number][0])
 
 
-def test_the_whole_length_of_the_model_can_be_scored(engine):
+def test_the_maximum_length_can_be_scored(engine):
     ids = random_ids(1, 257)
     assert len(engine.score([ids])[0]) == 256
     with pytest.raises(ModelLinkError, match="pair 0 has 258 tokens"):
@@ -101,6 +101,6 @@ def test_the_whole_length_of_the_model_can_be_scored(engine):
 
 @pytest.mark.parametrize(("pair", "message"), [(([], [5]), "context 0 has no tokens"), (([5], []), "continuation 0 has no"),
                                                (([379], [5]), "token id 379")])
-def test_what_cannot_be_scored_is_refused(engine, pair, message):
+def test_invalid_pairs_are_refused(engine, pair, message):
     with pytest.raises(ModelLinkError, match=message):
         engine.loglikelihood([pair])

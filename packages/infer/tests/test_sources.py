@@ -1,7 +1,8 @@
-"""Every kind of checkpoint answers alike, whatever layout it was written at."""
+"""Every checkpoint format gives the same tokens, whatever layout it was written at."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy
@@ -24,44 +25,59 @@ def legacy(source: Path, path: Path) -> Path:
 
 
 def trained(source: Path, path: Path) -> Path:
-    """A torch_dist checkpoint: what one step of training at learning rate 0 saves."""
+    """Write a torch-dist checkpoint by one training step with learning rate 0."""
     from modellink.core import processes
-    from modellink.core.run import prepare
-    from modellink.core.train.pretrain import pretrain
+    from modellink.core.api import train
+    from modellink.core.prepare.prepare import prepare
     from modellink.data_prep import IndexedWriter
     from modellink.kernels.options import Layer
     prefix = path.with_name("tokens")
     with IndexedWriter(prefix, numpy.dtype("uint16")) as writer:
         for start in range(40):
             writer.add_document(numpy.arange(start, start + 50))
-    run = prepare([Layer("test", {
+    run = prepare("pretrain", [Layer("test", {
         "load": str(source), "save": str(path), "data_path": (str(prefix),), "seq_length": 16, "micro_batch_size": 1,
         "global_batch_size": 1, "train_iters": 1, "lr": 0.0, "min_lr": 0.0, "eval_iters": 0, "split": "100,0,0",
         "device": "cpu"})], 1)
     processes.join(run.device, run.layout, run.optimizer.seed)
-    pretrain(run)
+    train(run)
     return path
 
 
 @pytest.mark.parametrize("make", [megatron, legacy, trained])
-def test_the_same_tokens_from_every_source(engine, llama, prompts, tmp_path, make):
+def test_every_format_gives_the_same_tokens(engine, llama, prompts, tmp_path, make):
     expected = engine.generate(prompts, max_new_tokens=20)
     other = load(make(llama, tmp_path / "checkpoint"), device="cpu")
-    assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy", trained: "torch_dist"}[make]
+    assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy", trained: "torch-dist"}[make]
     assert other.generate(prompts, max_new_tokens=20) == expected
+
+
+def test_an_earlier_iteration_can_be_loaded(engine, llama, prompts, tmp_path):
+    folder = megatron(llama, tmp_path / "checkpoint")
+    (first,) = folder.glob("iter_*")
+    shutil.copytree(first, folder / "iter_0000009")
+    for path in (folder / "iter_0000009").rglob("*.pt"):
+        path.write_bytes(b"")  # a damaged later iteration
+    (folder / "latest_checkpointed_iteration.txt").write_text("9")
+    number = int(first.name.removeprefix("iter_"))
+    assert load(folder, device="cpu", iteration=number).generate(prompts, max_new_tokens=5) == engine.generate(
+        prompts, max_new_tokens=5)
+    with pytest.raises(ModelLinkError, match="no iterations"):
+        load(llama, device="cpu", iteration=number)
 
 
 @pytest.mark.parametrize(("layout", "message", "fix"), [
     (ParallelLayout(tp=3), "does not divide the 2 query groups", "use 1 or 2"),
     (ParallelLayout(pp=2), "3 layers cannot be split evenly", "use 1 or 3 stages"),
-    (ParallelLayout(dp=2), "not at DP 2", "leave the others at 1"), (ParallelLayout(ep=2, dp=2), "not at EP 2 x DP 2", "at 1")])
-def test_a_layout_that_cannot_run_is_refused_with_one_that_can(llama, layout, message, fix):
+    (ParallelLayout(dp=2), "not at DP 2", "keep the other sizes at 1"),
+    (ParallelLayout(ep=2, dp=2), "not at EP 2 x DP 2", "at 1")])
+def test_an_unsupported_layout_is_refused_with_a_fix(llama, layout, message, fix):
     with pytest.raises(ModelLinkError, match=message) as refusal:
         load(llama, layout=layout, device="cpu")
     assert fix in str(refusal.value)
 
 
-def test_a_dtype_that_is_none_is_refused(llama):
+def test_an_unsupported_dtype_is_refused(llama):
     with pytest.raises(ModelLinkError, match="cannot run in int8"):
         load(llama, dtype="int8", device="cpu")
 

@@ -1,4 +1,4 @@
-"""Growing text: whole characters only, nothing of a stop string, the same text as decoding at once."""
+"""Incremental text: complete characters only, no part of a stop string, the same text as decoding at once."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_stop_string_ends_the_text_and_never_shows(tokenizer, words, stop):
 
 @settings(max_examples=200, deadline=None)
 @given(WORDS, st.text(alphabet="abc", min_size=2, max_size=4))
-def test_at_no_moment_a_beginning_of_a_stop_string_that_came_was_shown(tokenizer, words, stop):
+def test_no_part_of_a_stop_string_is_ever_shown(tokenizer, words, stop):
     text, shown = GrowingText(tokenizer, [stop]), ""
     for index in tokenizer.encode(words + stop):
         shown += text.push(index)

@@ -246,7 +246,10 @@ def start(device: Device) -> None:
                             category=FutureWarning)  # megatron-core calls them
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
     with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
-        from megatron.core.models.gpt import GPTModel  # noqa: F401
+        import megatron.core.distributed
+        import megatron.core.models.backends
+        import megatron.core.transformer.moe.moe_layer
+        import megatron.core.transformer.transformer_block  # noqa: F401
         _fix()
     _started = device.kind
 
@@ -260,7 +263,7 @@ def _fix() -> None:
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
 
-    from modellink.core.train.adam import Adam
+    from modellink.core.adam import Adam
 
     # 1. multi-latent attention believes Transformer Engine is there and asks isinstance(module, a mock)
     multi_latent_attention.HAVE_TE = False

@@ -1,6 +1,6 @@
-"""The processes of a run: start them on this machine, and join them into megatron-core's groups.
+"""Joins the processes of a run into megatron-core's process groups.
 
-Under torchrun (RANK in the environment) the processes are there already. Not here: how megatron-core gets on a device.
+Not here: starting them (launch.py) and putting megatron-core on a device (engine.py).
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ import contextlib
 import gc
 import io
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -20,89 +17,23 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from modellink.core import engine
+from modellink.core.launch import GRACE_AFTER_MISTAKE, LIFELINE, START, rank, under_launcher, world_size
 from modellink.kernels.device import Device
-from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE, InternalError, ModelLinkError
+from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
-LIFELINE = "MODELLINK_LIFELINE"
-START = "MODELLINK_START"
-"""Which start of a run with high availability this is; set by its agent."""
-GRACE, GRACE_OF_A_MISTAKE = 10.0, 1.5  # seconds that ranks have to speak when one has failed; by a mistake of the user
 COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
-
-
-def under_launcher() -> bool:
-    """Whether this process is one of several that torchrun or `spawn` started."""
-    return "RANK" in os.environ
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def keys(generation: int) -> str:
     """Prefix of the keys in the agent's store that belong to this start, and in it to the process groups made so many times."""
     return f"{os.environ[START]}/{generation}"
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[signal.Signals] = ()) -> int:
-    """Run `python -m module arguments` as `count` ranks on this machine and wait; the status of the first that failed.
-
-    Rank 0 keeps the terminal; what the others print as errors is shown when they fail and rank 0 does not. When one rank
-    dies the others are stopped, so that nobody waits for it. The signals of `forward` go to rank 0 instead of ending us.
-    """
-    threads = max(1, (os.cpu_count() or 1) // count)
-    environment = os.environ | {
-        "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
-    lifeline, ours = os.pipe()  # the ranks notice by its end that this process is gone, however it went
-    environment[LIFELINE] = str(lifeline)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, ours)
-        logs: list[IO[str] | None] = [None]
-        logs += [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count - 1)]
-        ranks = [subprocess.Popen([sys.executable, "-m", module, *arguments], stderr=log, pass_fds=(lifeline,),
-                                  env=environment | {"RANK": str(number), "LOCAL_RANK": str(number)})
-                 for number, log in enumerate(logs)]
-        os.close(lifeline)
-        for forwarded in forward:
-            signal.signal(forwarded, lambda number, _: ranks[0].send_signal(number))
-        try:
-            failed = _wait(ranks)
-        finally:
-            for process in ranks:
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        if failed is None:
-            return 0
-        codes = [process.returncode for process in ranks]
-        if USER_MISTAKE in codes:  # whoever found it has said all there is to say; the others only lost a peer
-            failed = codes.index(USER_MISTAKE)
-        for number, log in enumerate(logs):  # the cause may be another rank's: rank 0 then only says that it lost a peer
-            if log is not None and (number == failed or (codes[number] == OUR_FAULT and USER_MISTAKE not in codes)):
-                log.seek(0)
-                print(f"rank {number} failed:\n{log.read()[-4000:]}", file=sys.stderr)
-        status = codes[failed]
-        if status < 0:
-            print(f"rank {failed} was killed by {signal.Signals(-status).name}", file=sys.stderr)
-        return status if status > 0 else 1
 
 
 def lost_peer(error: Exception) -> bool:
@@ -119,7 +50,7 @@ def cause_first() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if lost_peer(error) and _has_launcher:
-            time.sleep(GRACE_OF_A_MISTAKE + 5)  # the peer may still be on its way out
+            time.sleep(GRACE_AFTER_MISTAKE + 5)  # the peer may still be on its way out
         raise
 
 
@@ -139,23 +70,6 @@ def _print_whole_lines() -> None:
     """Write a line and its end at once: the ranks share an output, and torchrun's `python -u` writes the end by itself."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
-
-
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int | None:
-    """Wait until all have ended well (None) or one has failed (its number); a moment's grace lets all speak."""
-    while True:
-        states = [process.poll() for process in ranks]
-        bad = [number for number, state in enumerate(states) if state not in (None, 0)]
-        if bad:
-            since = time.monotonic()
-            while None in (codes := [process.poll() for process in ranks]):
-                if time.monotonic() - since > (GRACE_OF_A_MISTAKE if USER_MISTAKE in codes else GRACE):
-                    break
-                time.sleep(0.05)
-            return 0 if ranks[0].poll() not in (None, 0) else bad[0]
-        if all(state == 0 for state in states):
-            return None
-        time.sleep(0.05)
 
 
 _groups_of: tuple[ParallelLayout, int] | None = None

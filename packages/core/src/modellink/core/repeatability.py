@@ -20,9 +20,9 @@ from typing import Any
 import click
 import torch.distributed as dist
 
-from modellink.core import processes
+from modellink.core import api, launch, processes
 from modellink.core.digests import compare
-from modellink.core.run import prepare
+from modellink.core.prepare.prepare import prepare
 from modellink.kernels.device import find
 from modellink.kernels.errors import InternalError, run_command
 from modellink.kernels.options import Layer
@@ -63,9 +63,9 @@ OF_THE_SAVE = (".metadata", "modellink.complete")
 
 def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
     """On a rank: run these configurations one after the other; each leaves its digests and its last checkpoint in FOLDER/NAME."""
-    processes.join(find(more.get("device", "auto"), processes.rank()), ParallelLayout(dp=processes.world_size()), seed=1)
+    processes.join(find(more.get("device", "auto"), launch.rank()), ParallelLayout(dp=launch.world_size()), seed=1)
     data = Path(folder) / "text_document"
-    if processes.rank() == 0:
+    if launch.rank() == 0:
         data.parent.mkdir(parents=True, exist_ok=True)
         write_documents(str(data))
     dist.barrier()
@@ -74,10 +74,9 @@ def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
         options = MODEL | RUN | CONFIGURATIONS[name][1] | {
             "data_path": (str(data),), "save": str(place / "save"), "log_digest": str(place / "digests"),
             "micro_batch_size": 1, "nproc_per_node": CONFIGURATIONS[name][0], **more}
-        run = prepare([Layer("modellink-train determinism", options)], processes.world_size(), processes.rank())
+        run = prepare("pretrain", [Layer("modellink-train determinism", options)], launch.world_size(), launch.rank())
         processes.join(run.device, run.layout, run.optimizer.seed)
-        from modellink.core.train.pretrain import pretrain
-        pretrain(run)
+        api.train(run)
 
 
 def write_documents(prefix: str) -> None:
@@ -120,7 +119,7 @@ def determinism(device: str, use_deter_comp: bool) -> None:
             for count in sorted({ranks for ranks, _ in CONFIGURATIONS.values() if ranks <= there}):
                 names = [name for name, (ranks, _) in CONFIGURATIONS.items() if ranks == count]
                 told = json.dumps([f"{work}/{attempt}/{count}", names, {"device": found.kind, "use_deter_comp": use_deter_comp}])
-                if processes.spawn(count, "modellink.core.repeatability", [told]):
+                if launch.spawn(count, "modellink.core.repeatability", [told]):
                     raise InternalError(f"a run on {count} ranks failed", where=", ".join(names))
                 done += names if attempt == "first" else []
         table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [

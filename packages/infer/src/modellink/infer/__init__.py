@@ -1,4 +1,4 @@
-"""Text generation and chat over the model that modellink-core trains, from any checkpoint modellink-ckpt-convert can read."""
+"""Text generation, chat and a server, from any checkpoint that modellink-ckpt-convert can read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Engine", "Generation", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """torch takes seconds to import: a command that only prints its help does without."""
+    """Import lazily: torch takes seconds to import, and help texts do not need it."""
     if name == "Generation":
         from modellink.infer.request import Generation
         return Generation

@@ -1,8 +1,8 @@
-"""Continuous batching: requests join and leave a running batch, a pass at a time.
+"""Continuous batching: requests join and leave a running batch, one pass at a time.
 
-A pass takes the newest token of every row that is being answered, and with what is left of its budget pieces of prompts. A row
-for which there are no pages any more goes back to the queue and is computed anew later. Every rank runs the same steps; the first
-one's choice of tokens, and its wishes to stop, hold for all. Not here: beams.
+A pass computes the newest token of every running sequence, and prefill chunks with the rest of its token budget. If the cache is
+full, the newest sequence is preempted: it returns to the queue and is recomputed later. All ranks run the same steps; the first
+rank's choice of tokens and its cancellations apply to all. Not here: beam search.
 """
 
 from __future__ import annotations
@@ -15,315 +15,342 @@ import torch
 from torch import Tensor
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.cache import SIZE, PagedCache, Piece, Row, moves
+from modellink.infer.cache import PagedCache, rotary_depends_on_length
 from modellink.infer.constraint import Constraint
-from modellink.infer.network import PASS_LOGITS, Network
-from modellink.infer.request import Answer, NoRoom, Request
-from modellink.infer.sampling import Chooser
+from modellink.infer.network import MAX_PASS_LOGITS, Network
+from modellink.infer.pages import PAGE_SIZE, CachedSequence, Chunk
+from modellink.infer.passes import Pass
+from modellink.infer.request import Completion, GenerationRequest, SequenceTooLong, TokenLogprobs
+from modellink.infer.sampler import Sampler
 from modellink.kernels.errors import ModelLinkError
 
-NONE = -1  # in the place of a token that could not be chosen
+NO_TOKEN = -1  # in place of a token that could not be chosen
 
 
-class TooLong(NoRoom):
-    """The cache will never hold a sequence."""
+class ExceedsCache(SequenceTooLong):
+    """The cache can never hold the sequence."""
 
 
 @dataclass(eq=False)
-class Member:
-    """An answer in the batch."""
+class BatchEntry:
+    """A completion in the batch.
 
-    answer: Answer
-    row: Row
-    chooser: Chooser
-    begun: bool = False  # a piece of it was computed since it joined
+    Attributes:
+        started: a chunk of it was computed since it joined.
+    """
+
+    completion: Completion
+    sequence: CachedSequence
+    sampler: Sampler
+    started: bool = False
 
     @property
-    def left(self) -> int:
-        """Tokens still to compute before the next one can be chosen."""
-        return len(self.row.tokens) - self.row.computed
+    def remaining(self) -> int:
+        """Number of tokens to compute before the next one can be chosen."""
+        return len(self.sequence.tokens) - self.sequence.computed
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one pass computes of a member. All of it is asked before the pass: afterwards the member is further on."""
+class ScheduledChunk:
+    """The chunk of an entry that a pass computes. Read its properties before the pass: they depend on the entry's progress.
 
-    member: Member
-    piece: Piece
-    begin: int  # where in the pass its first token stands
+    Attributes:
+        begin: index of its first token in the pass.
+    """
+
+    entry: BatchEntry
+    chunk: Chunk
+    begin: int
 
     @property
     def last(self) -> int:
-        """Where in the pass its last token stands."""
-        return self.begin + self.piece.count - 1
+        """Index of its last token in the pass."""
+        return self.begin + self.chunk.count - 1
 
     @property
-    def complete(self) -> bool:
-        """Whether all tokens of the row are then computed."""
-        return self.piece.count == self.member.left
+    def is_complete(self) -> bool:
+        """Whether all tokens of the sequence are computed after this chunk."""
+        return self.chunk.count == self.entry.remaining
 
     @property
-    def chooses(self) -> bool:
-        """Whether the answer then gets a token; one that is only asked about its prompt gets none."""
-        return self.complete and self.member.answer.request.max_new_tokens > 0
+    def yields_token(self) -> bool:
+        """Whether a token is chosen after this chunk; not if only the prompt is evaluated."""
+        return self.is_complete and self.entry.completion.request.max_new_tokens > 0
 
     @property
-    def asked(self) -> range:
-        """The tokens of the row after which the log-probability of the prompt's next one is wanted and not known yet."""
-        answer, piece = self.member.answer, self.piece
-        if not answer.prompt_left:
+    def prompt_positions(self) -> range:
+        """Positions of the sequence after which a prompt log-probability is requested and not known yet."""
+        completion, chunk = self.entry.completion, self.chunk
+        if not completion.missing_prompt_logprobs:
             return range(0)
-        known, last = len(answer.prompt_logprobs), len(answer.request.prompt) - 1
-        return range(max(piece.start, known), min(piece.start + piece.count, last))
+        known, last = len(completion.prompt_logprobs), len(completion.request.prompt) - 1
+        return range(max(chunk.start, known), min(chunk.end, last))
 
     @property
-    def asked_places(self) -> list[int]:
-        """Where in the pass those stand."""
-        return [self.begin + token - self.piece.start for token in self.asked]
+    def prompt_indices(self) -> list[int]:
+        """Indices of `prompt_positions` in the pass."""
+        return [self.begin + position - self.chunk.start for position in self.prompt_positions]
 
 
-class Batch:
-    """Answers that are computed together.
+class ContinuousBatch:
+    """Completions that are computed together.
 
     Args:
-        rows: how many at most.
-        budget: tokens of a pass at most, where prompts are computed; single new tokens of all rows always fit.
-        tokenizer: for answers that keep to a grammar.
+        max_sequences: the most completions that run at a time.
+        token_budget: the most tokens of a pass with prefill chunks; the decode steps of all sequences always fit.
+        tokenizer: needed for requests with a grammar.
+
+    Attributes:
+        waiting, running: entries in the order in which they joined.
     """
 
-    def __init__(self, network: Network, cache: PagedCache, *, rows: int, budget: int,
+    def __init__(self, network: Network, cache: PagedCache, *, max_sequences: int, token_budget: int,
                  tokenizer: Tokenizer | None = None) -> None:
-        self.network, self.cache, self.rows, self.budget = network, cache, rows, max(budget, rows)
-        self.tokenizer = tokenizer
-        self.waiting: deque[Member] = deque()
-        self.running: list[Member] = []
-        self._most_asked = max(1, PASS_LOGITS // network.spec.vocab_size)  # tokens of a prompt in a pass whose logits are kept
+        self.network, self.cache, self.tokenizer = network, cache, tokenizer
+        self.max_sequences, self.token_budget = max_sequences, max(token_budget, max_sequences)
+        self.waiting: deque[BatchEntry] = deque()
+        self.running: list[BatchEntry] = []
+        self._max_prompt_logits = max(1, MAX_PASS_LOGITS // network.spec.vocab_size)  # prompt tokens with logits in one pass
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, answer: Answer) -> None:
-        """Let an answer join at the next step.
+    def add(self, completion: Completion) -> None:
+        """Let a completion join at the next step.
 
         Raises:
-            ModelLinkError: the cache will never hold it.
+            ExceedsCache: the cache can never hold it.
         """
-        self.check(answer.request)
-        row = Row([*answer.request.prompt, *answer.token_ids])
-        chooser = Chooser(answer.request.sampling, self.network.device, answer.request.prompt, answer.token_ids,
-                          self._constraint(answer))
-        self.waiting.append(Member(answer, row, chooser))
+        self.check(completion.request)
+        sequence = CachedSequence([*completion.request.prompt, *completion.token_ids])
+        sampler = Sampler(completion.request.sampling, self.network.device, completion.request.prompt, completion.token_ids,
+                          self._constraint(completion))
+        self.waiting.append(BatchEntry(completion, sequence, sampler))
 
-    def _constraint(self, answer: Answer) -> Constraint | None:
-        if answer.request.grammar is None:
+    def _constraint(self, completion: Completion) -> Constraint | None:
+        if completion.request.grammar is None:
             return None
         assert self.tokenizer is not None
-        constraint = Constraint(self.tokenizer, answer.request.grammar, answer.request.stop_ids)
-        for token in answer.token_ids:
-            constraint.take(token)
+        constraint = Constraint(self.tokenizer, completion.request.grammar, completion.request.stop_ids)
+        for token in completion.token_ids:
+            constraint.accept(token)
         return constraint
 
-    def check(self, request: Request) -> None:
-        """Raise where the cache will never hold a request."""
+    def check(self, request: GenerationRequest) -> None:
+        """Raise ExceedsCache if the cache can never hold a request."""
         need = len(request.prompt) + request.max_new_tokens
-        if need > self.cache.tokens:
-            raise TooLong(f"a sequence of {need} tokens does not fit into a cache of {self.cache.tokens}",
-                          where="--cache-tokens", fix="make the cache larger, or the prompt or answer shorter")
+        capacity = self.cache.max_sequence_tokens
+        if need > capacity:
+            raise ExceedsCache(f"a sequence of {need} tokens does not fit into a cache of {capacity}", where="--cache-tokens",
+                               fix="use a larger cache, a shorter prompt or fewer new tokens")
 
-    def remove(self, answer: Answer) -> None:
-        """Take an answer out, finished or not."""
-        self.waiting = deque(member for member in self.waiting if member.answer is not answer)
-        for member in [member for member in self.running if member.answer is answer]:
-            self._leave(member)
+    def remove(self, completion: Completion) -> None:
+        """Take a completion out, finished or not."""
+        self.waiting = deque(entry for entry in self.waiting if entry.completion is not completion)
+        for entry in [entry for entry in self.running if entry.completion is completion]:
+            self._retire(entry)
 
     @torch.inference_mode()
-    def step(self) -> list[tuple[Answer, str]]:
-        """One pass; the answers that got a token or came to an end, each with the new piece of its text (which may be empty)."""
+    def step(self) -> list[tuple[Completion, str]]:
+        """Run one pass. Return the completions that got a token or finished, each with its new piece of text (may be empty)."""
         cancelled = self._drop_cancelled()
-        self._join()
-        shares = self._shares()
-        if not shares:
+        self._admit()
+        scheduled = self._schedule()
+        if not scheduled:
             if self.waiting and not self.running and not cancelled:
-                raise ModelLinkError("answers of other batches hold the pages this one needs", where="--cache-tokens",
-                                     fix="take the other streams to their end first, or make the cache larger")
+                raise ModelLinkError("other batches occupy the cache", where="--cache-tokens",
+                                     fix="finish the other streams first, or use a larger cache")
             return cancelled
-        chosen = [share for share in shares if share.chooses]
-        ended = [share.member for share in shares if share.complete and not share.chooses]
-        asked = [(share.member.answer, share.asked) for share in shares]
-        prompts = [place for share in shares for place in share.asked_places]
-        logits = self._logits([share.piece for share in shares], prompts + [share.last for share in chosen])
-        if prompts:
-            _note_prompts(asked, logits[:len(prompts)])
-        for member in ended:
-            self._leave(member)
-        told = cancelled + [(member.answer, member.answer.end("length")) for member in ended]
-        return told + (self._push([share.member for share in chosen], logits[len(prompts):]) if chosen else [])
+        choosing = [item for item in scheduled if item.yields_token]
+        finished = [item.entry for item in scheduled if item.is_complete and not item.yields_token]
+        prompts = [(item.entry.completion, item.prompt_positions) for item in scheduled]
+        prompt_indices = [index for item in scheduled for index in item.prompt_indices]
+        logits = self._run([item.chunk for item in scheduled], prompt_indices + [item.last for item in choosing])
+        if prompt_indices:
+            _add_prompt_logprobs(prompts, logits[:len(prompt_indices)])
+        for entry in finished:
+            self._retire(entry)
+        updates = cancelled + [(entry.completion, entry.completion.end("length")) for entry in finished]
+        if choosing:
+            updates += self._push([item.entry for item in choosing], logits[len(prompt_indices):])
+        return updates
 
-    def _logits(self, pieces: Sequence[Piece], places: Sequence[int]) -> Tensor:
-        """Compute a pass over pieces: logits [places, vocabulary] after those tokens of it."""
-        ids = [token for piece in pieces for token in piece.row.tokens[piece.start:piece.start + piece.count]]
-        logits = self.network.logits(torch.tensor([ids]), self.cache.state(pieces, places))[0]
-        for piece in pieces:
-            self.cache.tables.advance(piece.row, piece.count, shared=not self._moving(piece.row))
+    def _run(self, chunks: Sequence[Chunk], wanted: Sequence[int]) -> Tensor:
+        """Run a pass over chunks and return its logits [wanted, vocabulary]."""
+        logits = self.network.logits(Pass(self.cache, chunks, wanted))
+        for chunk in chunks:
+            self.cache.tables.advance(chunk.sequence, chunk.count, shared=self._is_cacheable(chunk.sequence))
         return logits
 
-    def _moving(self, row: Row) -> bool:
-        return moves(self.network.spec, len(row.tokens))
+    def _is_cacheable(self, sequence: CachedSequence) -> bool:
+        """Whether the cached keys of a sequence stay valid for later passes and other sequences."""
+        return not rotary_depends_on_length(self.network.spec, len(sequence.tokens))
 
-    def _drop_cancelled(self) -> list[tuple[Answer, str]]:
-        """End the answers that the first rank does not want any more, also those whose prompt is still computed."""
-        members = [*self.running, *self.waiting]
-        wishes = self.network.agree([int(member.answer.cancelled) for member in members]) if members else []
-        dropped = [member.answer for member, wish in zip(members, wishes, strict=True) if wish]
-        for answer in dropped:
-            self.remove(answer)
-        return [(answer, answer.end("cancelled")) for answer in dropped]
+    def _drop_cancelled(self) -> list[tuple[Completion, str]]:
+        """Finish the completions that the first rank has cancelled, including those whose prompt is still computed."""
+        entries = [*self.running, *self.waiting]
+        flags = self.network.broadcast_ints([int(entry.completion.cancelled) for entry in entries]) if entries else []
+        dropped = [entry.completion for entry, flag in zip(entries, flags, strict=True) if flag]
+        for completion in dropped:
+            self.remove(completion)
+        return [(completion, completion.end("cancelled")) for completion in dropped]
 
-    def _join(self) -> None:
-        """Let those that wait join, in their order, as long as there is room for their prompts."""
-        while self.waiting and len(self.running) < self.rows:
-            member = self.waiting[0]
-            length = len(member.row.tokens) + 1
-            if self.running and any(self.cache.pages_of(pool, length) > pool.available for pool in self.cache.pools):
+    def _admit(self) -> None:
+        """Move waiting entries to the running ones, first come first served, while the cache has pages for their prompts."""
+        while self.waiting and len(self.running) < self.max_sequences:
+            entry = self.waiting[0]
+            length = len(entry.sequence.tokens) + 1
+            if self.running and any(self.cache.max_pages(pool, length) > pool.available for pool in self.cache.pools):
                 return
-            self.cache.tables.admit(member.row, shared=self._may_share(member))
-            member.begun = False
+            self.cache.tables.admit(entry.sequence, shared=self._may_share(entry))
+            entry.started = False
             self.running.append(self.waiting.popleft())
 
-    def _may_share(self, member: Member) -> bool:
-        """Whether a row may begin with what others computed, of which there are no logits any more."""
-        return not self._moving(member.row) and not member.answer.prompt_left
+    def _may_share(self, entry: BatchEntry) -> bool:
+        """Whether an entry can start from a cached prefix, for which no logits are computed."""
+        return self._is_cacheable(entry.sequence) and not entry.completion.missing_prompt_logprobs
 
-    def _look_again(self, member: Member) -> None:
-        """Let a row of which nothing was computed yet begin with what others computed since it joined."""
-        self.cache.tables.release(member.row)
-        self.cache.tables.admit(member.row, shared=True)
+    def _refresh_prefix(self, entry: BatchEntry) -> None:
+        """Let an entry that has not started use what others have computed since it joined."""
+        self.cache.tables.release(entry.sequence)
+        self.cache.tables.admit(entry.sequence, shared=True)
 
-    def _waits(self, member: Member, earlier: Sequence[Member]) -> bool:
-        """Whether a row that joined earlier computes the next page of this one too: a pass later it is there."""
-        row, page = member.row, member.row.computed // SIZE
-        end = (page + 1) * SIZE
-        if end >= len(row.tokens):  # its last token is computed in any case
+    def _should_wait(self, entry: BatchEntry, earlier: Sequence[BatchEntry]) -> bool:
+        """Whether an earlier entry is about to compute the next page of this one, so that it can be shared a pass later."""
+        sequence, page = entry.sequence, entry.sequence.computed // PAGE_SIZE
+        end = (page + 1) * PAGE_SIZE
+        if end >= len(sequence.tokens):  # the last token is never shared
             return False
-        return any(other.row.computed < end <= len(other.row.tokens) and not self._moving(other.row)
-                   and other.row.digest(page) == row.digest(page) for other in earlier)
+        return any(other.sequence.computed < end <= len(other.sequence.tokens) and self._is_cacheable(other.sequence)
+                   and other.sequence.digest(page) == sequence.digest(page) for other in earlier)
 
-    def _ready(self) -> list[Member]:
-        """The rows that the next pass may compute something of, those with a single token first."""
-        found = []
-        for place, member in enumerate(self.running):
-            if not member.begun and self._may_share(member):
-                self._look_again(member)
-                if self._waits(member, self.running[:place]):
+    def _ready(self) -> list[BatchEntry]:
+        """Return the entries that the next pass may compute, decode steps first."""
+        ready = []
+        for index, entry in enumerate(self.running):
+            if not entry.started and self._may_share(entry):
+                self._refresh_prefix(entry)
+                if self._should_wait(entry, self.running[:index]):
                     continue
-            found.append(member)
-        return sorted(found, key=lambda member: member.left > 1)
+            ready.append(entry)
+        return sorted(ready, key=lambda entry: entry.remaining > 1)
 
-    def _shares(self) -> list[Share]:
-        """What the next pass computes: single tokens, of the longest rows first, which the cache likes; then prompts."""
-        budget, room = self.budget, self._most_asked
-        pieces: list[tuple[Member, Piece]] = []
-        for member in self._ready():
-            count = min(member.left, budget, self.cache.piece, room if member.answer.prompt_left else budget)
-            if count == 0 or member not in self.running or not self._room(member, count):
+    def _schedule(self) -> list[ScheduledChunk]:
+        """Return what the next pass computes: decode steps, longest sequence first as `Pass` prefers, then prefill chunks."""
+        budget, prompt_budget = self.token_budget, self._max_prompt_logits
+        chunks: list[tuple[BatchEntry, Chunk]] = []
+        for entry in self._ready():
+            needs_prompt_logits = entry.completion.missing_prompt_logprobs > 0
+            count = min(entry.remaining, budget, self.cache.max_chunk)
+            if needs_prompt_logits:
+                count = min(count, prompt_budget)
+            if count == 0 or entry not in self.running or not self._allocate(entry, count):
                 continue
-            member.begun = True
-            budget, room = budget - count, room - (count if member.answer.prompt_left else 0)
-            pieces.append((member, Piece(member.row, member.row.computed, count)))
-        found: list[Share] = []
-        for member, piece in sorted(pieces, key=lambda pair: (1, 0) if pair[1].count > 1 else (0, -pair[1].start)):
-            if member in self.running:  # another one did not need its pages
-                found.append(Share(member, piece, found[-1].last + 1 if found else 0))
-        return found
+            entry.started = True
+            budget -= count
+            if needs_prompt_logits:
+                prompt_budget -= count
+            chunks.append((entry, Chunk(entry.sequence, entry.sequence.computed, count)))
+        scheduled: list[ScheduledChunk] = []
+        for entry, chunk in sorted(chunks, key=lambda pair: (1, 0) if pair[1].count > 1 else (0, -pair[1].start)):
+            if entry in self.running:  # not preempted for another entry since
+                scheduled.append(ScheduledChunk(entry, chunk, scheduled[-1].last + 1 if scheduled else 0))
+        return scheduled
 
-    def _room(self, member: Member, count: int) -> bool:
-        """Pages for the next tokens of a row, at the cost of those that joined later; False where it was itself the last."""
-        while not self.cache.tables.grow(member.row, member.row.computed + count):
-            last = self.running[-1]
-            self._leave(last)
-            self.waiting.appendleft(last)
-            if last is member:
+    def _allocate(self, entry: BatchEntry, count: int) -> bool:
+        """Allocate pages for the next tokens, preempting the newest entries. Return False if that was the entry itself."""
+        while not self.cache.tables.grow(entry.sequence, entry.sequence.computed + count):
+            newest = self.running[-1]
+            self._retire(newest)
+            self.waiting.appendleft(newest)
+            if newest is entry:
                 return False
         return True
 
-    def _leave(self, member: Member) -> None:
-        self.running.remove(member)
-        self.cache.tables.release(member.row)
+    def _retire(self, entry: BatchEntry) -> None:
+        self.running.remove(entry)
+        self.cache.tables.release(entry.sequence)
 
-    def _push(self, members: Sequence[Member], logits: Tensor) -> list[tuple[Answer, str]]:
-        """Choose a token for each of them."""
-        chosen = self.network.agree(choose(logits, members))
-        details = _logprobs(logits, chosen, [member.answer for member in members])
-        pieces = []
-        for member, token, (logprob, top) in zip(members, chosen, details, strict=True):
-            answer = member.answer
+    def _push(self, entries: Sequence[BatchEntry], logits: Tensor) -> list[tuple[Completion, str]]:
+        """Choose a token for each entry and return each completion with its new piece of text."""
+        chosen = self.network.broadcast_ints(choose(logits, entries))
+        details = _logprobs(logits, chosen, [entry.completion for entry in entries])
+        updates = []
+        for entry, token, (logprob, top) in zip(entries, chosen, details, strict=True):
+            completion = entry.completion
             try:
-                piece = _say(member, token, logprob, top)
-            except Exception as fault:  # of this answer; the others are to go on
-                piece = answer.fail(fault)
-            pieces.append((answer, piece))
-            member.row.tokens.append(token)
-            if answer.finish_reason is not None:
-                self._leave(member)
-            elif self._moving(member.row):
-                self.cache.tables.release(member.row)
-                self.cache.tables.admit(member.row, shared=False)
-        return pieces
+                piece = _add_token(entry, token, logprob, top)
+            except Exception as error:  # concerns this completion only; the others continue
+                piece = completion.fail(error)
+            updates.append((completion, piece))
+            entry.sequence.tokens.append(token)
+            if completion.finish_reason is not None:
+                self._retire(entry)
+            elif not self._is_cacheable(entry.sequence):
+                self.cache.tables.release(entry.sequence)
+                self.cache.tables.admit(entry.sequence, shared=False)
+        return updates
 
 
-def choose(logits: Tensor, members: Sequence[Member]) -> list[int]:
-    """Logits [n, vocabulary] -> a token for each row; NONE where its chooser failed, which its answer then says."""
-    best: list[int] = logits.argmax(-1).tolist()
-    for place, member in enumerate(members):
-        if not member.chooser.plain:
+def choose(logits: Tensor, entries: Sequence[BatchEntry]) -> list[int]:
+    """Return a token for each row of logits [n, vocabulary]; NO_TOKEN if the sampler failed, with the error in the completion."""
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for index, entry in enumerate(entries):
+        if not entry.sampler.is_argmax:
             try:
-                best[place] = member.chooser(logits[place])
-            except Exception as fault:
-                best[place], member.answer.fault = NONE, fault
-    return best
+                tokens[index] = entry.sampler(logits[index])
+            except Exception as error:
+                tokens[index], entry.completion.error = NO_TOKEN, error
+    return tokens
 
 
-def _say(member: Member, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> str:
-    """Let an answer have its next token; the piece of text that became certain."""
-    answer, constraint = member.answer, member.chooser.constraint
-    if token == NONE:
-        raise answer.fault or RuntimeError("the first rank could not choose a token")
-    answer.fault = None  # of this rank alone; the first one's choice holds
+def _add_token(entry: BatchEntry, token: int, logprob: float | None, top: Sequence[tuple[int, float]]) -> str:
+    """Add the chosen token to a completion and return the new piece of text."""
+    completion, constraint = entry.completion, entry.sampler.constraint
+    if token == NO_TOKEN:
+        raise completion.error or RuntimeError("the first rank could not choose a token")
+    completion.error = None  # an error on this rank only: the first rank's choice counts
     if constraint is None:
-        return answer.push(token, logprob, top)
+        return completion.push(token, logprob, top)
     if constraint.stuck:
-        return answer.end("stuck")
-    piece = answer.push(token, logprob, top)
-    constraint.take(token)
-    if constraint.done and answer.finish_reason is None:
-        piece += answer.end("stop")
+        return completion.end("stuck")
+    piece = completion.push(token, logprob, top)
+    constraint.accept(token)
+    if constraint.done and completion.finish_reason is None:
+        piece += completion.end("stop")
     return piece
 
 
-def _note_prompts(asked: Sequence[tuple[Answer, range]], logits: Tensor) -> None:
-    """Logits [n, vocabulary] after tokens of prompts, those of one answer after the other, become log-probabilities."""
-    totals, place = logits.logsumexp(-1, keepdim=True), 0  # not log_softmax: that is a second tensor of this size
-    for answer, places in asked:
-        rows, total, place = logits[place:place + len(places)], totals[place:place + len(places)], place + len(places)
-        if not places:
+def _add_prompt_logprobs(prompts: Sequence[tuple[Completion, range]], logits: Tensor) -> None:
+    """Add prompt log-probabilities to completions, from the logits [n, vocabulary] after the given positions of each."""
+    totals = logits.logsumexp(-1, keepdim=True)  # log_softmax would make a second tensor of the size of the logits
+    begin = 0
+    for completion, positions in prompts:
+        if not positions:
             continue
-        targets = torch.tensor([answer.request.prompt[before + 1] for before in places], device=rows.device)
-        values, ids = rows.topk(min(answer.request.top_logprobs, rows.size(1)))
-        answer.prompt_top_logprobs += [list(zip(*pair, strict=True)) for pair in zip(
-            ids.tolist(), (values - total).tolist(), strict=True)]
-        answer.prompt_logprobs += (rows.gather(-1, targets[:, None]) - total)[:, 0].tolist()
+        rows = slice(begin, begin + len(positions))
+        begin = rows.stop
+        targets = torch.tensor([completion.request.prompt[position + 1] for position in positions], device=logits.device)
+        values, ids = logits[rows].topk(min(completion.request.top_logprobs, logits.size(1)))
+        completion.prompt_top_logprobs += _pairs(ids, values - totals[rows])
+        completion.prompt_logprobs += (logits[rows].gather(-1, targets[:, None]) - totals[rows])[:, 0].tolist()
 
 
-def _logprobs(logits: Tensor, tokens: Sequence[int], answers: Sequence[Answer],
-              ) -> list[tuple[float | None, list[tuple[int, float]]]]:
-    """For each row the log-probability of its token and of the most likely ones, as far as they were asked for."""
-    found: list[tuple[float | None, list[tuple[int, float]]]] = [(None, [])] * len(tokens)
-    rows = [row for row, answer in enumerate(answers) if answer.request.logprobs]
+def _logprobs(logits: Tensor, tokens: Sequence[int], completions: Sequence[Completion],
+              ) -> list[tuple[float | None, TokenLogprobs]]:
+    """Return, as far as requested, the log-probability of each token and of the most likely alternatives."""
+    found: list[tuple[float | None, TokenLogprobs]] = [(None, [])] * len(tokens)
+    rows = [row for row, completion in enumerate(completions) if completion.request.logprobs]
     if not rows:
         return found
     logprobs = logits[rows].log_softmax(-1)
-    for place, row in enumerate(rows):
-        values, ids = logprobs[place].topk(min(answers[row].request.top_logprobs, logprobs.size(1)))
-        found[row] = logprobs[place, tokens[row]].item(), list(zip(ids.tolist(), values.tolist(), strict=True))
+    for index, row in enumerate(rows):
+        values, ids = logprobs[index:index + 1].topk(min(completions[row].request.top_logprobs, logprobs.size(1)))
+        found[row] = logprobs[index, tokens[row]].item(), _pairs(ids, values)[0]
     return found
+
+
+def _pairs(ids: Tensor, values: Tensor) -> list[TokenLogprobs]:
+    """Return [n, k] ids and values as n lists of k (id, value)."""
+    return [list(zip(row, numbers, strict=True)) for row, numbers in zip(ids.tolist(), values.tolist(), strict=True)]

@@ -1,8 +1,8 @@
-"""A conversation, and the loop that holds one on a terminal.
+"""A conversation, and the loop that holds it on a terminal.
 
-`/clear` forgets what was said, `/quit` or the end of the input leaves; so do the original's words, `clear` and `new`, and `q`,
-`quit` and `exit`, alone on a line. Ctrl-C stops an answer and not the program. On a terminal lines can be edited and earlier ones
-come back with the arrow keys.
+`/clear` forgets the conversation; `/quit` or the end of the input exits. The original's words work too, on a line of their own:
+`clear` and `new`, `q`, `quit` and `exit`. Ctrl-C stops the current answer, not the program. On a terminal, lines can be edited
+and recalled with the arrow keys.
 """
 
 from __future__ import annotations
@@ -17,126 +17,127 @@ from typing import Any
 
 from modellink.infer.engine import Engine, Stream
 from modellink.infer.prompts import DEFAULT_NEW_TOKENS
-from modellink.infer.request import NoRoom
+from modellink.infer.request import SequenceTooLong
 from modellink.kernels.errors import ModelLinkError
 
 QUIT, CLEAR = ("/quit", "/exit", "q", "quit", "exit"), ("/clear", "clear", "new")
-YOU, MODEL = "You >> ", "ModelLink:"
+USER_PROMPT, MODEL_HEADING = "You >> ", "ModelLink:"
 IDLE_SECONDS = 30.0
 
 
 @dataclass
 class Conversation:
-    """What was said so far, of which the model sees the last `history_turns` questions and answers.
+    """The messages so far; the prompt contains the last `history_turns` turns.
 
-    `template` says whether a template is put around them, or the texts are joined as they are.
+    Attributes:
+        use_template: apply the chat template, else join the texts.
     """
 
     system: str | None = None
     history_turns: int = 3
-    template: bool = True
+    use_template: bool = True
     messages: list[dict[str, str]] = field(default_factory=list)
 
-    def ask(self, text: str) -> list[dict[str, str]] | str:
-        """The next prompt."""
-        head = [{"role": "system", "content": self.system}] if self.system is not None else []
+    def prompt(self, text: str) -> list[dict[str, str]] | str:
+        """Return the prompt for the next user message; drops turns beyond the history."""
+        system = [{"role": "system", "content": self.system}] if self.system is not None else []
         self.messages = self.messages[-2 * self.history_turns:] if self.history_turns else []
-        said = [*head, *self.messages, {"role": "user", "content": text}]
-        return said if self.template else "".join(message["content"] for message in said)
+        messages = [*system, *self.messages, {"role": "user", "content": text}]
+        return messages if self.use_template else "".join(message["content"] for message in messages)
 
-    def forget_oldest(self) -> None:
+    def drop_oldest(self) -> None:
         """Drop the oldest turn."""
         self.messages = self.messages[2:]
 
-    def note(self, text: str, answer: str) -> None:
+    def add(self, text: str, answer: str) -> None:
+        """Add a turn."""
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
 
     def clear(self) -> None:
         self.messages.clear()
 
 
-def talk(engine: Engine, conversation: Conversation, *, first_rank: bool, **options: Any) -> None:
-    """Read questions from stdin and print answers until there are no more. Every rank calls it, the first reads and prints."""
+def chat_loop(engine: Engine, conversation: Conversation, *, first_rank: bool, **arguments: Any) -> None:
+    """Read user messages from stdin and print answers until the input ends. Every rank calls it; the first reads and prints."""
     if first_rank and sys.stdin.isatty():
-        with suppress(ImportError):  # a Python that was built without it
-            import readline  # noqa: F401  input() edits lines with it
-    while (line := engine.network.share(_read(engine) if first_rank else None)) is not None:
+        with suppress(ImportError):  # Python may be built without it
+            import readline  # noqa: F401  input() uses it to edit lines
+    while (line := engine.network.broadcast(_read(engine) if first_rank else None)) is not None:
         text = line.strip()
         if text in QUIT:
-            _say(first_rank, f"{text}: the conversation ends")
+            _report(first_rank, f"{text}: the conversation ends")
             return
         if text in CLEAR:
             conversation.clear()
-            _say(first_rank, f"{text}: the conversation is forgotten")
+            _report(first_rank, f"{text}: the conversation is cleared")
         elif text:
             try:
-                stream = _stream(engine, conversation, text, options)
-            except ModelLinkError as error:  # too long a question, for one
-                if first_rank:
-                    print(f"error: {error}", file=sys.stderr, flush=True)
+                stream = _stream(engine, conversation, text, arguments)
+            except ModelLinkError as error:  # for example, the message is too long
+                _report(first_rank, f"error: {error}")
                 continue
             _show(stream, first_rank)
-            conversation.note(text, stream.generation.text)
+            conversation.add(text, stream.generation.text)
 
 
-def _stream(engine: Engine, conversation: Conversation, text: str, options: dict[str, Any]) -> Stream:
-    """The answer, after as much of the conversation as leaves room for a whole one; a question that gets none changes nothing."""
-    kept, length = conversation.messages, options.get("max_new_tokens") or DEFAULT_NEW_TOKENS
+def _stream(engine: Engine, conversation: Conversation, text: str, arguments: dict[str, Any]) -> Stream:
+    """Return the answer to a message. Drops old turns until an answer of full length fits; on an error drops none."""
+    kept, length = conversation.messages, arguments.get("max_new_tokens") or DEFAULT_NEW_TOKENS
     while conversation.messages:
         try:
-            return engine.stream(conversation.ask(text), **options | {"max_new_tokens": length})
-        except NoRoom:
-            conversation.forget_oldest()
+            return engine.stream(conversation.prompt(text), **arguments | {"max_new_tokens": length})
+        except SequenceTooLong:
+            conversation.drop_oldest()
     try:
-        return engine.stream(conversation.ask(text), **options)
+        return engine.stream(conversation.prompt(text), **arguments)
     except ModelLinkError:
         conversation.messages = kept
         raise
 
 
-def _say(first_rank: bool, words: str) -> None:
-    """On stderr: stdout holds the conversation alone."""
+def _report(first_rank: bool, text: str) -> None:
+    """Print to stderr, so that stdout holds only the conversation."""
     if first_rank:
-        print(words, file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def _read(engine: Engine) -> str | None:
-    """A line from the user; the empty one after Ctrl-C, None at the end of the input."""
+    """Return a line from the user; an empty one after Ctrl-C, None at the end of the input."""
     try:
-        with _others_wait(engine):
-            return input(YOU)
+        with _keep_ranks_alive(engine):
+            return input(USER_PROMPT)
     except EOFError:
         print()
         return None
     except KeyboardInterrupt:
-        print("\n(/quit leaves)")
+        print("\n(/quit exits)")
         return ""
 
 
 @contextmanager
-def _others_wait(engine: Engine) -> Iterator[None]:
-    """While the block runs, tell the other ranks every so often that nothing was said: no collective waits for hours."""
-    over = threading.Event()
+def _keep_ranks_alive(engine: Engine) -> Iterator[None]:
+    """Send the other ranks an empty message at intervals while the block runs, so that no collective times out."""
+    done = threading.Event()
 
-    def tell() -> None:
-        while not over.wait(IDLE_SECONDS):
-            engine.network.share("")
+    def send() -> None:
+        while not done.wait(IDLE_SECONDS):
+            engine.network.broadcast("")
     if engine.network.layout.world_size == 1:
         yield
         return
-    teller = threading.Thread(target=tell, daemon=True)
-    teller.start()
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
     try:
         yield
     finally:
-        over.set()
-        teller.join()
+        done.set()
+        sender.join()
 
 
 def _show(stream: Stream, first_rank: bool) -> None:
-    with _interrupt(stream):
+    with _interruptible(stream):
         if first_rank:
-            print(MODEL)
+            print(MODEL_HEADING)
         for piece in stream:
             if first_rank:
                 print(piece, end="", flush=True)
@@ -146,8 +147,8 @@ def _show(stream: Stream, first_rank: bool) -> None:
 
 
 @contextmanager
-def _interrupt(stream: Stream) -> Iterator[None]:
-    """Ctrl-C cancels the stream while the block runs."""
+def _interruptible(stream: Stream) -> Iterator[None]:
+    """Let Ctrl-C cancel the stream while the block runs."""
     before = signal.signal(signal.SIGINT, lambda *_: stream.cancel())
     try:
         yield

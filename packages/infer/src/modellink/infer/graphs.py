@@ -1,9 +1,9 @@
-"""Passes of single tokens from captured graphs, for devices on which kernels end sooner than the next ones are started.
+"""Decode passes replayed from captured graphs, for devices where launching the kernels takes longer than running them.
 
-A graph is made for a number of rows and a number of keys, both rounded up to powers of two. What changes from pass to pass lies
-in buffers that are filled before the graph is replayed; rows beyond those there are write to a slot that no sequence owns. What
-cannot be captured runs as it is, and why is printed once. Not here: passes with pieces of prompts, several ranks, mixtures of
-experts (their shapes follow the data).
+A graph is captured for a number of sequences and a number of keys, both rounded up to powers of two. What changes between passes
+is in buffers that are filled before the replay; padding sequences write to a slot that belongs to no page. If a model cannot be
+captured, it runs without graphs and the reason is printed once. Not here: passes with prefill chunks, several ranks, mixtures of
+experts (their shapes depend on the data).
 """
 
 from __future__ import annotations
@@ -18,81 +18,86 @@ from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.state import SequenceState
-from modellink.infer.cache import PagedCache, Plan
+from modellink.infer.attention import PassPlan, PlannedAttention
+from modellink.infer.cache import PagedCache
+from modellink.infer.passes import Pass
 from modellink.kernels.device import Device
 from modellink.kernels.parallel import ParallelLayout
 
-FEWEST_KEYS = 128
+MIN_KEYS = 128
 
 
-def refusal(spec: ModelSpec, layout: ParallelLayout) -> str | None:
-    """Why a model is not captured, None where it can be."""
+def unsupported_reason(spec: ModelSpec, layout: ParallelLayout) -> str | None:
+    """Return why a model cannot be captured, None if it can."""
     if layout.world_size > 1:
-        return "several ranks exchange tensors in the middle of it"
+        return "the layout has several ranks, which communicate within a pass"
     if spec.num_experts is not None:
-        return "the shapes of a mixture of experts follow the data"
-    return "dynamic rotary scaling computes whole sequences anew" if spec.rope_scaling_type == "dynamic" else None
+        return "the tensor shapes of a mixture of experts depend on the data"
+    if spec.rope_scaling_type == "dynamic":
+        return "dynamic rotary scaling recomputes the full sequence for each token"
+    return None
 
 
-def rounded(number: int, least: int = 1) -> int:
-    """The next power of two."""
-    return max(least, 1 << (number - 1).bit_length())
+def round_up(number: int, minimum: int = 1) -> int:
+    """Return the next power of two, at least `minimum`."""
+    return max(minimum, 1 << (number - 1).bit_length())
 
 
 @dataclass(frozen=True)
 class _Graph:
-    """A pass with its buffers: token ids and positions [1, rows], and where the layers of each pool find their keys."""
+    """A captured pass and its buffers: token ids and positions [1, sequences], and one plan per pool."""
 
     ids: Tensor
     positions: Tensor
-    plans: list[Plan]
+    plans: list[PassPlan]
     replay: Callable[[], Tensor]
 
 
-class Graphs:
-    """The graphs of one model, which are captured when a pass of their size comes first.
+class DecodeGraphs:
+    """The graphs of one model, each captured when a pass of its size first occurs.
 
     Attributes:
-        failed: no graph can be captured here.
+        failed: a capture failed; no further one is tried.
     """
 
     def __init__(self, model: Any, spec: ModelSpec, device: Device) -> None:
         self._model, self._spec, self._device = model, spec, device
-        self._made: dict[tuple[int, int], _Graph] = {}
+        self._captured: dict[tuple[int, int], _Graph] = {}
         self._cache: PagedCache | None = None
         self.failed = False
 
-    def logits(self, ids: Tensor, positions: Tensor, cache: PagedCache) -> Tensor | None:
-        """Token ids and positions [n] of the pass of single tokens that `cache.state` was told about -> logits
-        [at least n, vocabulary], which the next pass writes over; None where it has to be computed without a graph."""
-        if self.failed:
-            return None
-        if cache is not self._cache:  # its tensors are part of the graphs
-            self._cache, self._made = cache, {}
-        size = rounded(len(ids)), rounded(cache.longest, FEWEST_KEYS)
-        plans = cache.padded(*size)
-        graph = self._made.get(size)
-        try:
-            graph = self._made[size] = graph or self._capture(size[0], plans, cache)
-        except RuntimeError as error:
-            self.failed, self._made = True, {}
-            print(f"note: no graph could be captured, single tokens are computed without: {str(error).splitlines()[0]}",
-                  file=sys.stderr)
-            return None
-        graph.ids[0, :len(ids)] = ids.to(graph.ids.device)
-        graph.positions[0, :len(positions)] = positions
+    def supports(self, work: Pass) -> bool:
+        return work.is_decode and not self.failed
+
+    def logits(self, work: Pass) -> Tensor | None:
+        """Return the wanted logits [wanted, vocabulary] of a decode pass; None if its graph cannot be captured."""
+        if work.cache is not self._cache:  # the graphs refer to its tensors
+            self._cache, self._captured = work.cache, {}
+        count = len(work.chunks)
+        size = round_up(count), round_up(work.length, MIN_KEYS)
+        plans = work.padded_plans(*size)
+        graph = self._captured.get(size)
+        if graph is None:
+            try:
+                graph = self._captured[size] = self._capture(size[0], plans, work.cache)
+            except RuntimeError as error:
+                self.failed, self._captured = True, {}
+                print(f"note: decoding runs without graphs, capturing one failed: {str(error).splitlines()[0]}", file=sys.stderr)
+                return None
+        graph.ids[0, :count] = work.token_ids[0].to(graph.ids.device)
+        graph.positions[0, :count] = work.positions
         for held, new in zip(graph.plans, plans, strict=True):
-            held.take(new)
-        return graph.replay()
+            held.overwrite(new)
+        return graph.replay()[list(work.wanted)]
 
-    def _capture(self, rows: int, plans: list[Plan], cache: PagedCache) -> _Graph:
-        held = torch.zeros(2, 1, rows, dtype=torch.long, device=self._device.torch)
+    def _capture(self, sequences: int, plans: list[PassPlan], cache: PagedCache) -> _Graph:
+        buffers = torch.zeros(2, 1, sequences, dtype=torch.long, device=self._device.torch)
         plans = [plan.copy(self._device.torch) for plan in plans]
+        attention = PlannedAttention(cache, plans)
 
-        def work() -> Tensor:
-            # with the longest length, so that tables by position are made once, before the capture
-            state = SequenceState(positions=held[1], length=self._spec.max_position_embeddings, cache=cache)
-            cache.plan(plans)
-            output: Tensor = self._model(held[0], state)[0, :, :self._spec.vocab_size].float()
+        def run() -> Tensor:
+            # the maximum length, so that tables by position are computed before the capture and never grow
+            state = SequenceState(positions=buffers[1], length=self._spec.max_position_embeddings, cache=attention)
+            output: Tensor = self._model(buffers[0], state)[0, :, :self._spec.vocab_size].float()
             return output
-        return _Graph(held[0], held[1], plans, self._device.capture(work))
+        return _Graph(buffers[0], buffers[1], plans, self._device.capture(run))

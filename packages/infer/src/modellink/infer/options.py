@@ -1,4 +1,4 @@
-"""The options of the commands. Reading them imports no torch, so that help and mistakes come at once."""
+"""The options of the commands. Importing this module imports no torch, so that help texts and mistakes appear at once."""
 
 from __future__ import annotations
 
@@ -7,98 +7,105 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from modellink.infer.arguments import GenerationArguments, check_arguments
 from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.model_options import RunModelOptions
 from modellink.kernels.options import option
 
-if TYPE_CHECKING:
-    from modellink.infer.plan import Plan
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(RunModelOptions):
-    """Which model, and where it runs."""
+    """Which model to load, and where to run it."""
 
-    load: Path = option(doc="Checkpoint: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch_dist, written at any "
-                        "layout.")
-    cache_tokens: int | None = option(None, "Tokens the cache holds, over all prompts and answers that run together; where "
-                                      "nothing is said as many as can be used and half of the free memory has room for.",
-                                      unit="tokens", minimum=1)
-    native: bool | None = option(None, "On a CPU, compute passes of few tokens by a compiled function, where it takes the model "
-                                 "(RMSNorm, rotary positions, gated feed-forward; one rank) and there is a C compiler; where "
-                                 "nothing is said, if it is faster, which is measured when the model is loaded.")
-    int8: bool = option(False, "With that function, hold the weights in int8, with a scale for each row; the error is printed.")
-    graphs: bool | None = option(None, "Compute passes of single tokens from captured graphs; where nothing is said on CUDA and "
-                                 "NPUs, for models on one rank without experts.")
-    hf_chat_template: bool | None = option(None, "The tokenizer's own template, whatever the checkpoint was trained with; chat "
-                                           "takes --no-hf-chat-template, which joins texts as they are, for a model that knows "
-                                           "no chat.")
+    load: Path = option(doc="Checkpoint to load: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch-dist, written at "
+                        "any layout.")
+    ckpt_step: int | None = option(None, "Iteration of --load to read. Default: the last complete one.", alias="--iteration",
+                                   minimum=0)
+    cache_tokens: int | None = option(None, "Capacity of the cache over all sequences. Default: --batch-size sequences of the "
+                                      "maximum length, or what fits into half of the free memory.", unit="tokens", minimum=1)
+    native: bool | None = option(None, "On a CPU, run passes over few tokens with a compiled function. Needs a C compiler and a "
+                                 "model with RMSNorm, rotary positions and a gated feed-forward on one rank. Default: on if it "
+                                 "is measured to be faster when the model is loaded.")
+    int8: bool = option(False, "With the compiled function, store the weights in int8 with a scale per row, and print the "
+                        "quantization error.")
+    graphs: bool | None = option(None, "Run decode passes from captured graphs. Default: on for CUDA and NPUs, for models on one "
+                                 "rank without experts.")
+    hf_chat_template: bool | None = option(None, "Use the tokenizer's own chat template, whichever the checkpoint was trained "
+                                           "with. chat also accepts --no-hf-chat-template, which joins the messages without a "
+                                           "template, for a base model.")
 
     def check(self) -> None:
         if self.prompt_type and self.hf_chat_template is not None:
-            raise ModelLinkError("they contradict each other", where="--prompt-type, --hf-chat-template", fix="give one of them")
+            raise ModelLinkError("the options contradict each other", where="--prompt-type, --hf-chat-template",
+                                 fix="remove one of them")
         if self.int8 and self.native is False:
-            raise ModelLinkError("int8 weights are read by the compiled function", where="--int8, --no-native",
-                                 fix="give one of them")
+            raise ModelLinkError("int8 weights need the compiled function", where="--int8, --no-native",
+                                 fix="remove one of them")
 
-    def plan(self, index: int) -> Plan:
-        """Open and check the checkpoint; imports torch."""
-        from modellink.infer.plan import make_plan
-        return make_plan(self.load, layout=self.layout(), device=self.device, index=index, dtype=self.dtype,
-                         family=self.model_type_hf, tokenizer=self.tokenizer_name_or_path,
-                         prompt_type=HF_CHAT_TEMPLATE if self.hf_chat_template else self.prompt_type)
+    @property
+    def template(self) -> str | None:
+        """The prompt type that the options name, None for the checkpoint's."""
+        return HF_CHAT_TEMPLATE if self.hf_chat_template else self.prompt_type
 
 
 @dataclass(frozen=True)
-class AnswerOptions:
-    """How the model answers."""
+class GenerationOptions:
+    """How to generate."""
 
-    max_new_tokens: int | None = option(None, "Longest answer; where nothing is said 128, or what the model has room for.",
-                                        unit="tokens", minimum=1)
-    max_length: int | None = option(None, "Longest prompt and answer together, in the place of --max-new-tokens.", unit="tokens",
-                                    minimum=1)
-    do_sample: bool | None = option(None, "Draw tokens instead of taking the most likely one; on by itself in chat, and "
-                                    "when --temperature, --top-k or --top-p is given.")
-    temperature: float = option(0.7, "Drawing: the logits are divided by it; 0 takes the most likely token.", minimum=0)
-    top_k: int = option(50, "Drawing: only among that many most likely tokens; 0 for all.", minimum=0)
-    top_p: float = option(0.95, "Drawing: only among the most likely tokens that have this probability together.", minimum=0,
+    max_new_tokens: int | None = option(None, "Maximum length of a completion. Default: 128, or less if the model's maximum "
+                                        "length is reached.", unit="tokens", minimum=1)
+    max_length: int | None = option(None, "Maximum length of prompt and completion together, instead of --max-new-tokens.",
+                                    unit="tokens", minimum=1)
+    do_sample: bool | None = option(None, "Sample tokens instead of taking the most likely one. Default: on in chat, and if "
+                                    "--temperature, --top-k, --top-p or --min-p is given.")
+    temperature: float = option(0.7, "Sampling: divides the logits; 0 takes the most likely token.", minimum=0)
+    top_k: int = option(50, "Sampling: keep only this many of the most likely tokens; 0 keeps all.", minimum=0)
+    top_p: float = option(0.95, "Sampling: keep only the most likely tokens that together have this probability.", minimum=0,
                           maximum=1)
-    min_p: float = option(0.0, "Drawing: only tokens that have this share of the most likely one's probability.", minimum=0,
-                          maximum=1)
-    repetition_penalty: float = option(1.0, "Logits of tokens in prompt and answer are divided by it (multiplied, below 0).")
-    presence_penalty: float = option(0.0, "Taken from the logit of tokens that the answer holds already.")
-    frequency_penalty: float = option(0.0, "The same, times how often it holds them.")
-    seed: int | None = option(None, "Drawing: the same seed draws the same tokens; another one each time where nothing is said.",
-                              minimum=0)
-    stop: tuple[str, ...] = option((), "Texts that end an answer and are not part of it.", alias="--add-eos-token")
-    json_schema: str | None = option(None, "JSON schema that the answer keeps to: a file, or the JSON itself.")
-    regex: str | None = option(None, "Regular expression that the whole answer keeps to.")
-    num_beams: int = option(1, "Texts that grow side by side; the best as a whole is the answer.", minimum=1)
-    length_penalty: float = option(1.0, "Beams: scores are divided by tokens ^ this.")
-    num_return_sequences: int = option(1, "Answers to each prompt: the best beams, or so many draws.", minimum=1)
+    min_p: float = option(0.0, "Sampling: keep only tokens with at least this fraction of the most likely one's probability.",
+                          minimum=0, maximum=1)
+    repetition_penalty: float = option(1.0, "Divides the positive logits, and multiplies the negative ones, of tokens in the "
+                                       "prompt and the completion.")
+    presence_penalty: float = option(0.0, "Subtracted from the logits of tokens in the completion.")
+    frequency_penalty: float = option(0.0, "Subtracted from the logits of tokens in the completion, times their count.")
+    seed: int | None = option(None, "Random seed of sampling. Default: a different one each time.", minimum=0)
+    stop: tuple[str, ...] = option((), "Strings that end a completion and are not part of it.", alias="--add-eos-token")
+    json_schema: str | None = option(None, "JSON schema that the completion must match: a file, or the JSON text.")
+    regex: str | None = option(None, "Regular expression that the completion must match.")
+    num_beams: int = option(1, "Number of beams of beam search.", minimum=1)
+    length_penalty: float = option(1.0, "Beam search: scores are divided by tokens ^ length penalty.")
+    num_return_sequences: int = option(1, "Completions per prompt: the best beams, or several samples.", minimum=1)
 
-    def arguments(self, given: set[str], *, draws: bool) -> dict[str, Any]:
-        """For `Engine.generate`. `given` are the names that stood on the command line; `draws` what is done when nothing is said.
+    def arguments(self, given: set[str], *, sample: bool) -> GenerationArguments:
+        """Return the checked arguments of `Engine.generate`.
+
+        Args:
+            given: names of the options on the command line.
+            sample: whether to sample if no option decides it.
 
         Raises:
-            ModelLinkError: an option that would do nothing.
+            ModelLinkError: options contradict each other, or one would have no effect.
         """
-        drawing = sorted({"temperature", "top_k", "top_p", "min_p", "seed"} & given)
-        sample = self.do_sample if self.do_sample is not None else draws or bool(set(drawing) - {"seed"})
-        if drawing and not sample:
-            raise ModelLinkError(f"--{drawing[0].replace('_', '-')} is for drawing tokens, but the most likely one is taken",
-                                 where="command line", fix="add --do-sample, or leave it out")
+        filters = [name for name in ("temperature", "top_k", "top_p", "min_p") if name in given]
+        sample = self.do_sample if self.do_sample is not None else sample or bool(filters)
+        unused = [*filters, *(["seed"] if "seed" in given else [])]
+        if unused and not sample:
+            name = "--" + unused[0].replace("_", "-")
+            raise ModelLinkError(f"{name} has no effect without sampling", where=name, fix=f"add --do-sample, or remove {name}")
         if self.num_return_sequences > 1 and not sample and self.num_beams == 1:
-            raise ModelLinkError(f"the most likely token gives one answer, not {self.num_return_sequences}",
-                                 where="--num-return-sequences", fix="add --do-sample, or beams with --num-beams")
-        values = {name: getattr(self, name) for name in (
-            "max_new_tokens", "max_length", "seed", "stop", "repetition_penalty", "presence_penalty", "frequency_penalty",
-            "num_beams", "length_penalty", "num_return_sequences")}
-        drawn = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "min_p")} if sample else {}
-        return {**values, **drawn, "do_sample": sample, "regex": self.regex, "json_schema": self._schema()}
+            raise ModelLinkError("several completions need sampling or beam search", where="--num-return-sequences",
+                                 fix="add --do-sample or --num-beams")
+        arguments = GenerationArguments(
+            do_sample=sample, max_new_tokens=self.max_new_tokens, max_length=self.max_length, seed=self.seed, stop=self.stop,
+            repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty, num_beams=self.num_beams, length_penalty=self.length_penalty,
+            num_return_sequences=self.num_return_sequences, regex=self.regex, json_schema=self._schema())
+        if sample:
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        check_arguments(arguments)
+        return arguments
 
     def _schema(self) -> str | None:
         if self.json_schema is None or self.json_schema.lstrip().startswith("{"):
@@ -111,61 +118,63 @@ class AnswerOptions:
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """What is asked, and how the answer is shown."""
+    """Prompts and output."""
 
-    prompt: tuple[str, ...] = option((), "One or several prompts.")
-    prompt_file: Path | None = option(None, "A file that is one prompt (without its last line end); with the ending .jsonl one "
-                                      'prompt a line, a text or an object with "prompt" or "messages".')
-    chat: bool = option(False, "A prompt is what a user says, and a template is put around it; so with --prompt-type and "
-                        "--hf-chat-template too.")
-    system: str | None = option(None, "System message before it (with --chat).")
-    stream: bool = option(False, "Show the answer as it is made.")
-    json: bool = option(False, "Print a JSON object a line: prompt, text, token_ids, finish_reason.")
-    logprobs: bool = option(False, "In it the log-probability of each token too (with --json).")
-    batch_size: int = option(16, "How many prompts are computed together at most.", minimum=1)
+    prompt: tuple[str, ...] = option((), "One or more prompts.")
+    prompt_file: Path | None = option(None, "File with one prompt (a final newline is removed), or a .jsonl file with one prompt "
+                                      'per line: a string, or an object with "prompt" or "messages".')
+    chat: bool = option(False, "Treat prompts as user messages and apply the chat template. Implied by --prompt-type and "
+                        "--hf-chat-template.")
+    system: str | None = option(None, "System message (with --chat).")
+    stream: bool = option(False, "Print the completion as it is generated.")
+    json: bool = option(False, "Print one JSON object per completion: prompt, text, token_ids, finish_reason.")
+    logprobs: bool = option(False, "Add the log-probability of each token to the JSON object (with --json).")
+    batch_size: int = option(16, "Maximum number of prompts computed together.", minimum=1)
 
     def check(self) -> None:
         if self.prompt and self.prompt_file:
-            raise ModelLinkError("prompts come from the command line or from a file, not from both",
-                                 where="--prompt, --prompt-file")
+            raise ModelLinkError("prompts come from the command line or from a file, not both", where="--prompt, --prompt-file",
+                                 fix="remove one of them")
         if self.logprobs and not self.json:
-            raise ModelLinkError("log-probabilities are printed as JSON", where="--logprobs", fix="add --json")
+            raise ModelLinkError("log-probabilities are printed as JSON only", where="--logprobs", fix="add --json")
         if self.stream and self.json:
-            raise ModelLinkError("an answer is streamed as text or printed as JSON, not both", where="--stream, --json")
+            raise ModelLinkError("output is streamed as text or printed as JSON, not both", where="--stream, --json",
+                                 fix="remove one of them")
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """The conversation."""
+    """Conversation."""
 
-    system: str | None = option(None, "System message at its beginning.")
-    history_turns: int = option(3, "How many earlier questions and answers the model sees again.", unit="turns", minimum=0)
+    system: str | None = option(None, "System message.")
+    history_turns: int = option(3, "Number of earlier turns (a question and its answer) in the prompt.", unit="turns", minimum=0)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """The server."""
+    """Server."""
 
-    host: str = option("127.0.0.1", "Address to listen at; 0.0.0.0 lets other machines in.")
-    port: int = option(8000, "Port to listen at.", minimum=1, maximum=65535)
-    served_model_name: str | None = option(None, "What the model is called in requests; the name of its folder where nothing is "
-                                           "said.")
-    api_key: str | None = option(None, "Requests must carry it as Authorization: Bearer KEY; MODELLINK_API_KEY in the "
-                                 "environment says the same.")
-    replicas: int = option(1, "Processes (with --tp groups of them) that have the model each, behind this one address; each has "
-                           "its share of the accelerators.", minimum=1)
-    replica_url: tuple[str, ...] = option((), "Servers of the model that run already, on this machine or others, as "
-                                          "http://HOST:PORT; this one stands in front of them and takes no --load.")
-    batch_size: int = option(16, "Answers computed together at most, of each replica.", minimum=1)
-    max_waiting: int = option(256, "Answers under way or waiting at most; a request beyond them gets status 429.", minimum=1)
-    max_body: int = option(2 << 20, "Largest body of a request.", unit="bytes", minimum=1)
+    host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    port: int = option(8000, "Port to listen on.", minimum=1, maximum=65535)
+    served_model_name: str | None = option(None, "Name of the model in the API. Default: the name of the checkpoint's folder.")
+    api_key: str | None = option(None, "Key that requests must send as Authorization: Bearer KEY. Default: the environment "
+                                 "variable MODELLINK_API_KEY.")
+    replicas: int = option(1, "Number of replicas of the model behind this address. Each is a process (with --tp a group of "
+                           "processes) and uses its share of the accelerators.", minimum=1)
+    replica_url: tuple[str, ...] = option((), "Addresses of running servers, as http://HOST:PORT. This server then only forwards "
+                                          "requests to them, and takes no --load.")
+    batch_size: int = option(16, "Maximum number of completions computed together, per replica.", minimum=1)
+    max_waiting: int = option(256, "Maximum number of completions running or waiting; further requests get status 429.",
+                              minimum=1)
+    max_body: int = option(2 << 20, "Maximum size of a request body.", unit="bytes", minimum=1)
 
     def check(self) -> None:
         for url in self.replica_url:
             if not re.fullmatch(r"https?://[^/\s]+/?", url):
-                raise ModelLinkError(f"{url!r} is no address of a server", where="--replica-url", fix="write it as http://HOST:PORT")
+                raise ModelLinkError(f"{url!r} is not the address of a server", where="--replica-url",
+                                     fix="write it as http://HOST:PORT")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key and not self.replica_url:
-            print(f"note: listening at {self.host} without an API key: everybody who reaches it can use the model",
+            print(f"note: listening on {self.host} without an API key: everybody who can reach it can use the model",
                   file=sys.stderr)
 
     @property

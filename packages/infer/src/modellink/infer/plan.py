@@ -1,4 +1,4 @@
-"""What is settled and checked before a model is built, and before any process starts. Imports no megatron-core."""
+"""What is decided and checked before a model is built and before any process starts. Imports no megatron-core."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from modellink.ckpt_convert import ModelSpec, open_checkpoint
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.data_prep import Tokenizer
-from modellink.infer.template import named_format
+from modellink.infer.template import find_format
 from modellink.kernels.device import Device, find
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -20,35 +20,40 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checkpoint and how it is to run."""
+class LoadPlan:
+    """A checkpoint and how to load it.
+
+    Attributes:
+        tokenizer: None if the checkpoint has none.
+        prompt_type: the template for chats; None: the tokenizer's own.
+    """
 
     source: Checkpoint
     tokenizer: Tokenizer | None
     layout: ParallelLayout
     device: Device
     dtype: torch.dtype
-    prompt_type: str | None = None  # the template around chats; None is the tokenizer's own
+    prompt_type: str | None = None
 
     @property
     def spec(self) -> ModelSpec:
         return self.source.spec
 
 
-def make_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
-              device: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0,
-              dtype: torch.dtype | str | None = None, family: str | None = None, tokenizer: Path | str | None = None,
-              prompt_type: str | None = None) -> Plan:
-    """Open a checkpoint and check that it can run that way; see `engine.load` for the arguments."""
-    source = open_checkpoint(path, family=family, hf=tokenizer)
+def make_load_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
+                   device: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0,
+                   dtype: torch.dtype | str | None = None, family: str | None = None, tokenizer: Path | str | None = None,
+                   prompt_type: str | None = None, iteration: int | None = None) -> LoadPlan:
+    """Open a checkpoint and check that it can run in this way; see `engine.load` for the arguments."""
+    source = open_checkpoint(path, family=family, hf=tokenizer, iteration=iteration)
     check_layout(source.spec, layout)
     folder = Path(tokenizer) if tokenizer else source.companions
-    carried = tokenizer is not None or (folder / "tokenizer.json").is_file()
-    loaded = Tokenizer.from_folder(folder) if carried else None
+    has_tokenizer = tokenizer is not None or (folder / "tokenizer.json").is_file()
+    loaded = Tokenizer.from_folder(folder) if has_tokenizer else None
     if loaded is not None:
-        named_format(loaded, prompt_type)  # what was asked for has to be there; what was recorded, when a chat comes
-    return Plan(source, loaded, layout, find(device, index), _dtype(dtype) or source.main_dtype,
-                prompt_type or source.prompt_type)
+        find_format(loaded, prompt_type)  # check the requested template now, the recorded one only when a chat comes
+    return LoadPlan(source, loaded, layout, find(device, index), _dtype(dtype) or source.main_dtype,
+                    prompt_type or source.prompt_type)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
@@ -59,10 +64,10 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
-    """Raise unless the layout is one that generation runs at and that fits the model."""
+    """Raise unless generation supports the layout and it fits the model."""
     if layout.cp > 1 or layout.vpp > 1 or layout.dp != layout.ep or (layout.ep > 1 and spec.num_experts is None):
-        raise ModelLinkError(f"generation runs at tensor, pipeline and (for mixtures) expert parallel sizes, not at {layout}",
-                             where="--tp, --pp, --ep", fix="leave the others at 1, whatever the layout the checkpoint was "
-                             "written at")
+        raise ModelLinkError(f"generation supports tensor, pipeline and (for mixtures of experts) expert parallelism, not "
+                             f"{layout}", where="--tp, --pp, --ep",
+                             fix="keep the other sizes at 1, whatever layout the checkpoint was written at")
     spec.check_layout(layout)
     layout.check_layers(spec.num_layers)

@@ -1,39 +1,41 @@
-"""One prompt on its way to an answer: what was asked, what came so far, what is given back."""
+"""A request, the completion that grows for it, and the result."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.sampling import Sampling
+from modellink.infer.sampling import Sampling, out_of_range
 from modellink.infer.text import GrowingText
 from modellink.kernels.errors import ModelLinkError
 
 FinishReason = Literal["stop", "length", "cancelled", "stuck", "failed"]
+TokenLogprobs = list[tuple[int, float]]
+"""(token id, log-probability) of the most likely tokens at one position, most likely first."""
 
 
-class NoRoom(ModelLinkError):
-    """A prompt with its answer is longer than the model's sequences, or than the cache."""
+class SequenceTooLong(ModelLinkError):
+    """The prompt and its completion exceed the maximum length of the model or the capacity of the cache."""
 
 
 @dataclass(frozen=True)
 class Generation:
-    """An answer.
+    """A finished completion.
 
     Attributes:
-        text: what was generated, without special tokens and without the stop string that ended it; empty where the
-            checkpoint has no tokenizer.
-        token_ids: all tokens that were generated, with the one that ended the text.
-        finish_reason: `stop` (an end token, a stop string or stop id, or the end of what a schema allows), `length`
-            (`max_new_tokens`), `cancelled`, or `stuck` (a schema or expression that became too complex to follow).
-        logprobs: natural log of the probability of each token under the model, before temperature and filters; None
-            unless they were asked for.
-        prompt_tokens: how many tokens the prompt has.
-        top_logprobs: for each token the most likely ones in its place, as (token id, log-probability), where asked for.
-        score: of a beam: the sum of its log-probabilities over (its tokens ^ length penalty).
-        prompt_logprobs: of the prompt's tokens but the first, each given those before it, where asked for.
+        text: the generated text, without special tokens and without the stop string that ended it; empty if the checkpoint has
+            no tokenizer.
+        token_ids: all generated tokens, including the one that ended the completion.
+        finish_reason: `stop` (end token, stop string, stop id, or the grammar is complete), `length` (`max_new_tokens`),
+            `cancelled`, or `stuck` (the grammar became too complex to follow).
+        logprobs: log-probability of each token in nats, before temperature and filters; None unless requested.
+        prompt_tokens: number of tokens in the prompt.
+        top_logprobs: the most likely tokens at each position, if requested.
+        score: of a beam: sum of the log-probabilities / (tokens ^ length penalty).
+        prompt_logprobs: of each prompt token after the first, given those before it, if requested.
     """
 
     text: str
@@ -41,62 +43,94 @@ class Generation:
     finish_reason: FinishReason
     logprobs: list[float] | None = None
     prompt_tokens: int = 0
-    top_logprobs: list[list[tuple[int, float]]] | None = None
+    top_logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
     prompt_logprobs: list[float] | None = None
 
 
 @dataclass(frozen=True)
-class Beams:
-    """Beam search: `beams` texts grow side by side and the best `count` are given back."""
+class BeamSearch:
+    """Beam search with `beams` hypotheses that returns the best `count`.
+
+    Raises:
+        ModelLinkError: a value is out of range.
+    """
 
     beams: int
     count: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise out_of_range("num_beams", self.beams, "at least 1")
+        if self.count > self.beams:
+            raise ModelLinkError(f"{self.beams} beams cannot return {self.count} completions", where="--num-return-sequences",
+                                 fix=f"use at most {self.beams}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ModelLinkError(f"early_stopping is {self.early_stopping!r}, it must be True, False or 'never'",
+                                 where="early_stopping")
+        if not math.isfinite(self.length_penalty):
+            raise out_of_range("length_penalty", self.length_penalty, "finite")
+
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked; checked against the model already."""
+class GenerationRequest:
+    """A request that has been checked against the model.
+
+    Attributes:
+        prompt: token ids.
+        max_new_tokens: 0 if only the prompt is evaluated.
+        top_logprobs: number of alternatives to report per token, with `logprobs` or `prompt_logprobs`.
+        text_prefix: what the text of the completion begins with: the prompt, if it is echoed.
+        grammar: what the completion must match; see grammar.py.
+    """
 
     prompt: Sequence[int]
-    max_new_tokens: int  # 0 for those who only ask about the prompt
+    max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop_ids: frozenset[int] = frozenset()
     stop_strings: tuple[str, ...] = ()
     logprobs: bool = False
-    top_logprobs: int = 0  # how many alternatives to report for each token, with `logprobs` or `prompt_logprobs`
-    beams: Beams | None = None
-    before: str = ""  # what the text of the answer begins with: the prompt, where it is to be shown too
+    top_logprobs: int = 0
+    beams: BeamSearch | None = None
+    text_prefix: str = ""
     detokenize: bool = True
-    grammar: str | None = None  # what the answer keeps to, see constraint.py
+    grammar: str | None = None
     prompt_logprobs: bool = False
 
 
 @dataclass
-class Answer:
-    """What came so far; `push` is the only way it grows, so that it ends by the same rules wherever it is computed."""
+class Completion:
+    """The tokens generated so far for a request. It grows only by `push`, so that all callers share the rules for its end.
 
-    request: Request
+    Attributes:
+        offsets: length of the text before each token, in characters.
+        prompt_logprobs: of the prompt tokens from the second on, as far as computed.
+        cancelled: cancellation is requested; on several ranks the first rank's value counts.
+        error: why the completion `failed`: an error that concerns it only.
+    """
+
+    request: GenerationRequest
     text: GrowingText
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)  # characters of the text before each token
-    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens from the second, as far as computed
-    prompt_top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    cancelled: bool = False  # a wish; of several ranks the first one's counts
+    top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: list[float] = field(default_factory=list)
+    prompt_top_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    cancelled: bool = False
     finish_reason: FinishReason | None = None
-    fault: Exception | None = None  # why it `failed`: a fault of ours that met this answer alone
+    error: Exception | None = None
 
     @classmethod
-    def to(cls, request: Request, tokenizer: Tokenizer | None) -> Answer:
-        wanted = request.detokenize or request.stop_strings
-        return cls(request, GrowingText(tokenizer if wanted else None, request.stop_strings))
+    def start(cls, request: GenerationRequest, tokenizer: Tokenizer | None) -> Completion:
+        """Return the empty completion of a request."""
+        needs_text = request.detokenize or request.stop_strings
+        return cls(request, GrowingText(tokenizer if needs_text else None, request.stop_strings))
 
     def push(self, token_id: int, logprob: float | None = None, top: Sequence[tuple[int, float]] = ()) -> str:
-        """Add a token; the piece of text that became certain. Sets `finish_reason` when it was the last one."""
+        """Add a token and return the new piece of text. Sets `finish_reason` if it was the last token."""
         self.offsets.append(self.text.length)
         self.token_ids.append(token_id)
         if logprob is not None:
@@ -110,27 +144,28 @@ class Answer:
         return piece
 
     @property
-    def prompt_left(self) -> int:
-        """How many tokens of the prompt have no log-probability yet, of those that are to have one."""
+    def missing_prompt_logprobs(self) -> int:
+        """Number of requested prompt log-probabilities that are not computed yet."""
         return len(self.request.prompt) - 1 - len(self.prompt_logprobs) if self.request.prompt_logprobs else 0
 
     def end(self, reason: FinishReason) -> str:
-        """No token comes any more; the text that was held back."""
+        """Finish the completion and return the text that was held back."""
         piece = self.text.finish()
         self.finish_reason = "stop" if self.text.stopped else reason
         return piece
 
-    def fail(self, fault: Exception) -> str:
-        """It cannot go on; `generation` raises the fault."""
-        self.fault, self.finish_reason = fault, "failed"
+    def fail(self, error: Exception) -> str:
+        """Finish the completion with an error, which `generation` raises."""
+        self.error, self.finish_reason = error, "failed"
         return ""
 
     def generation(self, score: float | None = None) -> Generation:
+        """Return the result of a finished completion."""
         assert self.finish_reason is not None
-        if self.fault is not None:
-            raise self.fault
-        asked = self.request
-        return Generation(asked.before + self.text.text, self.token_ids, self.finish_reason,
-                          self.logprobs if asked.logprobs else None, len(asked.prompt),
-                          self.top_logprobs if asked.logprobs and asked.top_logprobs else None,
-                          score, self.prompt_logprobs if asked.prompt_logprobs else None)
+        if self.error is not None:
+            raise self.error
+        request = self.request
+        return Generation(request.text_prefix + self.text.text, self.token_ids, self.finish_reason,
+                          self.logprobs if request.logprobs else None, len(request.prompt),
+                          self.top_logprobs if request.logprobs and request.top_logprobs else None,
+                          score, self.prompt_logprobs if request.prompt_logprobs else None)

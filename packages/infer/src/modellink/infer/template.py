@@ -1,7 +1,7 @@
-"""How a conversation becomes the token ids a model reads: the ones it was trained with, because data-prep makes both.
+"""Renders a conversation to token ids, by the same templates that data-prep uses for training data.
 
-A prompt type is a name of data-prep's templates, a JSON file of the same form, or `hf-chat-template`, the tokenizer's own. Not
-here: what is said; see chat.py.
+A prompt type is the name of one of data-prep's templates, a JSON file in the same format, or `hf-chat-template`, the tokenizer's
+own. Not here: the conversation itself; see chat.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from modellink.kernels.errors import ModelLinkError
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation that is to be answered.
+    """A conversation that the model is to continue.
 
     Attributes:
         messages: with role and content, first to last.
         tools: JSON schemas of functions the model may call.
-        variables: further names the tokenizer's own template knows, e.g. `enable_thinking`.
+        variables: additional variables of the tokenizer's own template, e.g. `enable_thinking`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -30,32 +30,32 @@ class Chat:
     variables: Mapping[str, Any] = field(default_factory=dict)
 
 
-def named_format(tokenizer: Tokenizer, prompt_type: str | None) -> ChatFormat | None:
-    """The template of a prompt type; None for the tokenizer's own.
+def find_format(tokenizer: Tokenizer, prompt_type: str | None) -> ChatFormat | None:
+    """Return the format of a prompt type; None for the tokenizer's own template.
 
     Raises:
-        ModelLinkError: there is no such template, or the tokenizer lacks one of its tokens.
+        ModelLinkError: the template does not exist, or the tokenizer lacks one of its tokens.
     """
     if prompt_type in (None, HF_CHAT_TEMPLATE):
         return None
     return chat_format(tokenizer, prompt_type)
 
 
-def encode_prompt(tokenizer: Tokenizer, chat: Chat, prompt_type: str | None = None) -> tuple[list[int], tuple[int, ...]]:
-    """Token ids up to where the model speaks, and the ids that end what it says beside the checkpoint's end tokens.
+def encode_chat_prompt(tokenizer: Tokenizer, chat: Chat, prompt_type: str | None = None) -> tuple[list[int], tuple[int, ...]]:
+    """Return the token ids up to the model's turn, and the ids that end the turn in addition to the checkpoint's end tokens.
 
     Raises:
-        ModelLinkError: no template, or one that does not take these messages.
+        ModelLinkError: there is no template, or it does not accept these messages.
     """
-    form = named_format(tokenizer, prompt_type)
-    if form is None:
-        extra = {"tools": chat.tools} if chat.tools else {}
-        return encode_chat(tokenizer, chat.messages, add_generation_prompt=True, **extra, **chat.variables), ()
+    chosen = find_format(tokenizer, prompt_type)
+    if chosen is None:
+        tools = {"tools": chat.tools} if chat.tools else {}
+        return encode_chat(tokenizer, chat.messages, add_generation_prompt=True, **tools, **chat.variables), ()
     if chat.variables:
-        raise ModelLinkError(f"the prompt type {form.name} knows no variables ({', '.join(chat.variables)})",
-                             where="chat_template_kwargs", fix="leave them out, or use the tokenizer's own template")
+        raise ModelLinkError(f"the prompt type {chosen.name} has no variables, but {', '.join(chat.variables)} is set",
+                             where="chat_template_kwargs", fix="remove them, or use the tokenizer's own template")
     conversation = from_messages(chat.messages, chat.tools)
     if not conversation.ends_with_question:
-        raise ModelLinkError("the conversation does not end with something to answer", where="messages",
-                             fix="end it with a message of the user")
-    return form.encode(conversation).ids, form.stop_token_ids
+        raise ModelLinkError("the last message is not one that the model can answer", where="messages",
+                             fix="end the conversation with a user message")
+    return chosen.encode(conversation).ids, chosen.stop_token_ids

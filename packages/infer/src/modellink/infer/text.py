@@ -1,7 +1,7 @@
-"""A text that grows token by token, and the words that end it.
+"""Incremental detokenization, and stop strings.
 
-Pieces never split a character and never hold a part of a stop string: what could be the beginning of one is held back until
-it is known whether it goes on.
+Pieces never split a character and never contain a part of a stop string: text that could be the beginning of one is held back
+until more text decides it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from modellink.data_prep import StreamDecoder, Tokenizer
 
 
 class GrowingText:
-    """The text of one answer.
+    """The text of one completion.
 
     Args:
-        tokenizer: None where a checkpoint has none; the text is then empty.
+        tokenizer: None if the checkpoint has none; the text then stays empty.
         stops: strings that end the text and are not part of it.
 
     Attributes:
-        text: what is certain so far.
-        stopped: a stop string came; nothing is added any more.
+        text: the text so far, without what is held back.
+        stopped: a stop string occurred; nothing is added any more.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()) -> None:
@@ -31,27 +31,28 @@ class GrowingText:
 
     @property
     def length(self) -> int:
-        """Characters so far, with those that are held back."""
+        """Characters so far, including those held back."""
         return len(self.text) + len(self._held)
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token, possibly empty."""
-        return self._take(self._decoder.push(token_id)) if self._decoder else ""
+        """Add a token and return the new piece of text, which may be empty."""
+        return self._add(self._decoder.push(token_id)) if self._decoder else ""
 
     def finish(self) -> str:
-        """What was held back, when no token comes any more."""
+        """Return the text that was held back, after the last token."""
         if self._decoder is None or self.stopped:
             return ""
-        piece = self._take(self._decoder.finish())
-        rest, self._held = ("" if self.stopped else self._held), ""
+        piece = self._add(self._decoder.finish())
+        rest = "" if self.stopped else self._held
+        self._held = ""
         self.text += rest
         return piece + rest
 
-    def _take(self, new: str) -> str:
+    def _add(self, new: str) -> str:
         if self.stopped:
             return ""
         text = self._held + new
-        ends = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        ends = [position for stop in self._stops if (position := text.find(stop)) >= 0]
         if ends:
             self.stopped, self._held, piece = True, "", text[:min(ends)]
         else:
@@ -62,5 +63,5 @@ class GrowingText:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` could be the beginning of `stop`."""
+    """Return how many characters at the end of `text` could be the beginning of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

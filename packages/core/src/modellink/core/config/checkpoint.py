@@ -22,6 +22,8 @@ class CheckpointConfig(ModelPathOptions):
     auto_resume: bool = option(False, "Continue the run that --save holds, if it holds one, whatever --load says.")
     ckpt_step: int | None = option(None, "Start from this iteration of --load; the last complete one where nothing is said.",
                                    minimum=0)
+    ref_load: Path | None = option(None, "Checkpoint of the frozen reference model, for methods that compare with one. "
+                                   "Default: --load at the start of the run.")
     finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
     load_optim: bool = option(True, "Of a run that is continued, take the optimizer's state too.")
     load_rng: bool = option(True, "Of a run that is continued, take the random state too.")

@@ -53,12 +53,9 @@ class DataConfig:
             raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
 
-    def files(self) -> list[Path]:
-        """What lies under the prefixes."""
-        prefixes = self.blend()[0]
-        if self.is_instruction_dataset:
-            prefixes = [f"{prefix}_packed_{field}_document" for prefix in prefixes for field in INSTRUCTION_FIELDS]
-        return [Path(prefix + suffix) for prefix in prefixes for suffix in (".idx", ".bin")]
+    def indexed_files(self) -> list[Path]:
+        """The .idx and .bin files under the prefixes."""
+        return [Path(prefix + suffix) for prefix in self.blend()[0] for suffix in (".idx", ".bin")]
 
     def num_microbatches(self, dp: int, consumed: int | None = None) -> int:
         """Forward passes on each rank of the iteration that begins with sample `consumed`; None: of one past the ramp-up."""
@@ -124,11 +121,6 @@ class DataConfig:
         if not self.data_path:
             raise ModelLinkError("there is no data", where="--data-path",
                                  fix="make some with modellink-preprocess, and give its output prefix with _text_document")
-        for file in self.files():
-            if not file.is_file():
-                example = "alpaca" if self.is_instruction_dataset else "enwiki_text_document"
-                raise ModelLinkError(f"{file} is missing", where="--data-path",
-                                     fix=f"give the prefix without suffix, e.g. data/{example}")
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from math import gcd
 from typing import ClassVar, Literal
 
-import torch
-
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 from modellink.kernels.parallel import ParallelLayout
@@ -121,8 +119,18 @@ class MemoryConfig:
         """How many layers model chunks have."""
         return {len(layout.layers(num_layers, stage, 0)) for stage in range(layout.pp)}
 
-    def check_precision(self, dtype: torch.dtype) -> None:
-        """Raise when there are no bf16 weights to be halves of anything."""
-        if self.reuse_fp32_param and dtype != torch.bfloat16:
-            raise ModelLinkError(f"a weight of {str(dtype).removeprefix('torch.')} is not the upper half of an fp32 one",
+    def check_precision(self, dtype: str) -> None:
+        """Raise if the weights are not bfloat16, the upper halves of fp32 numbers."""
+        if self.reuse_fp32_param and dtype != "bfloat16":
+            raise ModelLinkError(f"a {dtype} weight is not the upper half of an fp32 one",
                                  where="--reuse-fp32-param, --bf16", fix="add --bf16")
+
+    def layers_of_chunk(self, count: int, chunk: int, chunks: int) -> int:
+        """How many of `count` layers belong to a model chunk; counted per chunk or over all chunks of a stage."""
+        return max(0, -(-(count - chunk) // chunks)) if self.enable_recompute_layers_per_pp_rank else count
+
+    def recomputed_in_full(self, chunk: int, chunks: int) -> int | None:
+        """How many of the first layers of a chunk (block) or of each group of layers (uniform) are recomputed in full."""
+        if self.recompute_num_layers is None or self.recompute_granularity != "full":
+            return None
+        return self.layers_of_chunk(self.recompute_num_layers, chunk, chunks)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,18 @@ class OptimizerConfig:
     seed: int = option(1234, "Of random weights, dropout and the order of the data.")
 
     @property
+    def dtype_name(self) -> Literal["bfloat16", "float16", "float32"]:
+        """Precision of weights and activations, as torch names it."""
+        if self.bf16:
+            return "bfloat16"
+        return "float16" if self.fp16 else "float32"
+
+    @property
     def dtype(self) -> torch.dtype:
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+        """The same as torch's object."""
+        import torch  # only the ranks need it
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @property
     def by_samples(self) -> bool:

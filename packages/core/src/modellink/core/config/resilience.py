@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modellink.core.resilience.faults import read_faults
+from modellink.core.config.faults import read_faults
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 

@@ -25,9 +25,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from modellink.core.config import DataConfig, InstructionConfig
 from modellink.core.config.data import INSTRUCTION_FIELDS
+from modellink.core.data.batch import Batch
 from modellink.core.data.documents import starts_by_number
 from modellink.core.data.mixture import Mixture, Samples
-from modellink.core.data.pretrain import Batch
 from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
 from modellink.core.config import DataConfig
+from modellink.core.data.batch import Batch
 from modellink.core.data.documents import starts_after
-from modellink.core.processes import rank
+from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -44,30 +44,6 @@ class Texts(GPTDataset):
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
         return 1 if num_tokens_per_epoch == 0 else int(super()._get_num_epochs(num_tokens_per_epoch))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples of one forward pass, all [micro batch, seq].
-
-    Attributes:
-        tokens, labels: int64.
-        loss_mask: fp32, 1 where a label counts.
-        starts: int64, where in its sample the document of each token begins; None: a sample is one document to attention.
-        restart: positions count from there.
-        divisor: scalar; the loss is the sum over labels by it. None: by how many labels count.
-    """
-
-    tokens: Tensor
-    labels: Tensor
-    loss_mask: Tensor
-    starts: Tensor | None = None
-    restart: bool = False
-    divisor: Tensor | None = None
-
-    def to(self, device: torch.device) -> Batch:
-        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -153,7 +129,7 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
 
 def _fingerprint(config: DataConfig) -> str:
     """Changes with the data, which megatron-core's names for what it keeps do not."""
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.files()]
+    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
     told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
     if dist.is_initialized():
         dist.broadcast_object_list(told)  # copies on other machines may have other times

@@ -15,24 +15,12 @@ from modellink.core.config.memory import MemoryConfig
 from modellink.core.model.feed_forward import FeedForward
 
 
-def in_full(memory: MemoryConfig, chunk: int, chunks: int) -> int | None:
-    """How many of the first layers of a chunk (block) or of each group (uniform) are recomputed in full."""
-    if memory.recompute_num_layers is None or memory.recompute_granularity != "full":
-        return None
-    return _of_chunk(memory.recompute_num_layers, memory, chunk, chunks)
-
-
-def _of_chunk(count: int, memory: MemoryConfig, chunk: int, chunks: int) -> int:
-    """How many of `count` layers are the chunk's: they are counted for each chunk, or over all chunks of a stage."""
-    return max(0, -(-(count - chunk) // chunks)) if memory.enable_recompute_layers_per_pp_rank else count
-
-
 def feed_forwards(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
     """Mark the layers of which the feed-forward part alone is recomputed: the first ones, beside --swap-attention."""
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):
-            layer.recompute_mlp = number < _of_chunk(memory.feed_forwards_recomputed, memory, chunk, len(models))
+            layer.recompute_mlp = number < memory.layers_of_chunk(memory.feed_forwards_recomputed, chunk, len(models))
 
 
 def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
@@ -44,7 +32,7 @@ def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):
-            place, full = number * chunks + chunk, number < (in_full(memory, chunk, chunks) or 0)
+            place, full = number * chunks + chunk, number < (memory.recomputed_in_full(chunk, chunks) or 0)
             if not full and not layer.recompute_mlp and (count is None or place < everywhere + count):
                 for module in layer.modules():
                     if isinstance(module, FeedForward):

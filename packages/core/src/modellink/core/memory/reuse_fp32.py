@@ -21,6 +21,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor
 
+from modellink.core.model.specialize import specialize
 from modellink.kernels.errors import InternalError
 
 SLICE = 1 << 20  # numbers that are whole at a time
@@ -58,7 +59,7 @@ def share(optimizer: Any) -> None:
             continue
         if type(part) not in KINDS:
             raise InternalError(f"{type(part).__name__} has no fp32 parameters beside bf16 ones")
-        part.__class__ = KINDS[type(part)]
+        specialize(part, KINDS[type(part)])
         _replace(part)
 
 

@@ -19,7 +19,6 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from modellink.core import engine
 from modellink.core.config.memory import MemoryConfig
-from modellink.core.memory.recompute import in_full
 
 SMALLEST = 1 << 16  # bytes; on an accelerator less is not worth a copy
 Observer = Callable[[str, int, torch.UntypedStorage], None]
@@ -182,7 +181,7 @@ def swap(models: Sequence[nn.Module], memory: MemoryConfig, observe: Observer | 
     lane = _Lane(engine.current_device())
     for chunk, model in enumerate(models):
         decoder: Any = model.get_submodule("decoder")
-        chain, whole = _Chain(decoder), in_full(memory, chunk, len(models)) or 0
+        chain, whole = _Chain(decoder), memory.recomputed_in_full(chunk, len(models)) or 0
         for number, layer in enumerate(decoder.layers):
             if number >= whole:
                 kept = _Layer(layer, number, chain, lane, observe)

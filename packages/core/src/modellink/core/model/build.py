@@ -14,11 +14,9 @@ from torch import Tensor
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import engine
 from modellink.core.config import MemoryConfig, MoEConfig
-from modellink.core.memory.recompute import activations, feed_forwards, in_full
-from modellink.core.memory.swap import swap
 from modellink.core.model.feed_forward import ACTIVATIONS
-from modellink.core.model.gpt import Model
 from modellink.core.model.layers import block_spec
+from modellink.core.model.model import Model
 from modellink.core.parallel.attention import SequenceCut
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
@@ -37,7 +35,7 @@ class BuildSettings:
     moe: MoEConfig = MoEConfig()
     sequence_cut: SequenceCut | None = None
     memory: MemoryConfig = MemoryConfig()
-    initialise: bool = True
+    initialize: bool = True
     variable_seq_lengths: bool = False
     use_mc2: bool = False
 
@@ -71,9 +69,9 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0)
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         sequence_parallel=settings.sequence_parallel, pipeline_model_parallel_layout=_stages(layout),
-        context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep, perform_initialization=settings.initialise,
+        context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep, perform_initialization=settings.initialize,
         recompute_granularity=settings.memory.recompute_granularity, recompute_method=settings.memory.method_in_full,
-        recompute_num_layers=in_full(settings.memory, chunk, layout.vpp),
+        recompute_num_layers=settings.memory.recomputed_in_full(chunk, layout.vpp),
         **_experts(spec, settings.moe),
         # batched point-to-point gives wrong gradients, silently, with interleaved stages on two ranks; without it it is right
         overlap_p2p_comm=layout.vpp > 1, batch_p2p_comm=layout.vpp == 1,
@@ -124,15 +122,10 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
     for chunk in range(layout.vpp):
         config = transformer_config(spec, settings, chunk)
         model = Model(
-            config, block_spec(spec, layout.layers(spec.num_layers, stage, chunk), grouped=settings.moe.moe_grouped_gemm),
-            spec=spec,
+            config, spec, block_spec(spec, layout.layers(spec.num_layers, stage, chunk), grouped=settings.moe.moe_grouped_gemm),
             vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, settings.make_vocab_size_divisible_by),
             pre_process=stage == 0 and chunk == 0, post_process=stage == layout.pp - 1 and chunk == layout.vpp - 1,
             vp_stage=chunk if layout.vpp > 1 else None)
         model.to(engine.current_device())  # norms and other parts of our own are made on the CPU
-        model.model_type = None  # the schedules ask for it, decoders need none
         models.append(HalfPrecision(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
-    bare = [model.module if isinstance(model, Float16Module) else model for model in models]
-    for hold_less in (feed_forwards, activations, swap):
-        hold_less(bare, settings.memory)
     return models

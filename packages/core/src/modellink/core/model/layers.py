@@ -24,7 +24,8 @@ from modellink.core.model.latent import LatentAttention
 from modellink.core.model.linear import BiasedRowLinear, ColumnLinear, RowLinear
 from modellink.core.model.norm import Norm
 from modellink.core.model.router import Router
-from modellink.core.parallel.experts import send_together
+from modellink.core.model.specialize import specialize
+from modellink.core.parallel.experts import OVERLAPPED
 
 
 class Layer(TransformerLayer):
@@ -33,7 +34,7 @@ class Layer(TransformerLayer):
     def __init__(self, config: Any, submodules: Any, *args: Any, spec: ModelSpec, **kwargs: Any) -> None:
         super().__init__(config, submodules, *args, **kwargs)
         if isinstance(self.mlp, MoELayer) and config.balance.moe_permutation_async_comm:
-            send_together(self.mlp)
+            specialize(self.mlp.token_dispatcher, OVERLAPPED[type(self.mlp.token_dispatcher)])
         scale = 1.0 if spec.scale_depth is None else spec.scale_depth / math.sqrt(spec.num_layers)
         norms: list[Norm | None] = [None, None]
         if spec.post_norm:

@@ -84,10 +84,5 @@ class _AllToAll(MoEAlltoAllTokenDispatcher):
         return hidden_states, probs
 
 
-KINDS: dict[type, type] = {MoEAllGatherTokenDispatcher: _AllGather, MoEAlltoAllTokenDispatcher: _AllToAll}
-
-
-def send_together(mixture: Any) -> None:
-    """Let a mixture layer's dispatcher have all its transfers under way together."""
-    dispatcher = mixture.token_dispatcher
-    dispatcher.__class__ = KINDS[type(dispatcher)]
+OVERLAPPED: dict[type, type] = {MoEAllGatherTokenDispatcher: _AllGather, MoEAlltoAllTokenDispatcher: _AllToAll}
+"""megatron-core's dispatcher -> the same with overlapped transfers."""

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from modellink.core import processes
+from modellink.core import launch, processes
 from modellink.core.resilience.watch import GASPED, SAVING, WATCHED, Failure, report, wait_for
 from modellink.core.run import Run
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
@@ -52,7 +52,7 @@ class Agent(LocalElasticAgent):
         shared, own = self._keys(), group.store
         if group.group_rank == 0:
             own.set("start", str(shared.add("starts", 1)))
-        os.environ[processes.START] = own.get("start").decode()
+        os.environ[launch.START] = own.get("start").decode()
 
     def _keys(self, prefix: str = "") -> Any:
         group: Any = self._worker_group
@@ -132,13 +132,13 @@ def _told(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
 
-def launch(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int], int | None],
+def run_agent(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int], int | None],
            saved: Callable[[], object]) -> int:
     """Run `python -m module arguments` as the ranks of this machine until they end well; the exit status."""
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said here
     low, high = run.resilience.nodes
     count = run.parallel.nproc_per_node or run.parallel.processes()
-    endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{processes.free_port()}"
+    endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{launch.free_port()}"
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     with tempfile.TemporaryDirectory() as logs:

@@ -13,17 +13,13 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from modellink.core.train.optimizer import inner_optimizers
+
 Phase = Literal["begun", "ready", "applying"]
 
 
-class Undone(Exception):
+class StepAborted(Exception):
     """A rank is not well; no rank has changed anything, and all know it."""
-
-
-def inner_optimizers(optimizer: Any) -> list[Any]:
-    """Of megatron-core's optimizer, the parts that hold parameters."""
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if not part.is_stub_optimizer]
 
 
 class Commit:
@@ -54,7 +50,7 @@ class Commit:
         self._phase = "ready"
         dist.all_reduce(unwell, op=dist.ReduceOp.MAX)
         if unwell.item():
-            raise Undone
+            raise StepAborted
         self._phase = "applying"
         return bool(self._change())
 

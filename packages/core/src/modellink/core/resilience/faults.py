@@ -1,6 +1,6 @@
-"""Faults for trials: what fails, on which rank, in which step, and where in it (`--inject-fault`).
+"""Injects the faults of `--inject-fault` into a running training.
 
-Each strikes once in the life of a run: that it did is noted where restarts do not reach, in the agent's store.
+Each fault strikes once in the life of a run: the agent's store, which survives restarts, records that it has.
 """
 
 from __future__ import annotations
@@ -12,59 +12,18 @@ import signal
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
-from modellink.kernels.errors import ModelLinkError
+from modellink.core.config.faults import Fault
 
-KINDS = ("exception", "kill", "hang", "nan", "corrupt", "memory", "disk", "slow")
-PLACES = ("start", "update", "end", "repair", "random")
-SLOW, LATEST = 2.0, 1.0  # seconds a slow rank rests; after which a fault at a random place has struck
+SLOW = 2.0  # seconds that a slow rank sleeps
+LATEST = 1.0  # seconds after the start of a step within which a fault at a random moment has struck
 
 
 class RepairableFault(RuntimeError):
     """The memory of a device lost something, and the device goes on."""
-
-
-@dataclass(frozen=True)
-class Fault:
-    """`when`: as the step starts, before it changes weights, behind it, as it is made anew after another fault, or at a random
-    moment; `probability` with `seed` decides once."""
-
-    kind: str
-    step: int
-    rank: int
-    when: str = "start"
-    probability: float = 1.0
-    seed: int = 0
-
-    def chosen(self) -> bool:
-        return random.Random(f"{self.seed} {self.step} {self.rank} {self.kind}").random() < self.probability
-
-
-def read_faults(text: str | None) -> list[Fault]:
-    """`kind=kill,step=3,rank=1;...` as faults.
-
-    Raises:
-        ModelLinkError: it does not say one.
-    """
-    return [_read(part) for part in (text or "").split(";") if part.strip()]
-
-
-def _read(part: str) -> Fault:
-    given = dict(item.strip().partition("=")[::2] for item in part.split(","))
-    kinds: dict[str, Any] = {"step": int, "rank": int, "probability": float, "seed": int}
-    try:
-        fault = Fault(**{name: kinds.get(name, str)(value) for name, value in given.items()})
-    except (TypeError, ValueError):
-        raise ModelLinkError(f"{part!r} does not say a fault", where="--inject-fault", fix="name=value with commas between, of "
-                             + ", ".join(field.name for field in fields(Fault)) + "; kind, step and rank are needed") from None
-    for value, known, name in ((fault.kind, KINDS, "kind"), (fault.when, PLACES, "when")):
-        if value not in known:
-            raise ModelLinkError(f"{value!r} is no {name} of fault", where="--inject-fault", fix=f"one of {', '.join(known)}")
-    return fault
 
 
 class Faults:

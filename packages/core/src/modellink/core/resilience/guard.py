@@ -10,58 +10,25 @@ import resource
 import traceback
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Protocol
 
 import torch.distributed as dist
 
 from modellink.core import processes
-from modellink.core.resilience import gasp
-from modellink.core.resilience.commit import Commit, Undone
-from modellink.core.resilience.faults import Faults, RepairableFault, read_faults
+from modellink.core.config.faults import read_faults
+from modellink.core.resilience import survivors
+from modellink.core.resilience.commit import Commit, StepAborted
+from modellink.core.resilience.faults import Faults, RepairableFault
 from modellink.core.resilience.rebuild import rebuild, take
 from modellink.core.resilience.replay import LocalCopy
 from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end_with, leave, report, wait_for
 from modellink.core.run import Run
-from modellink.core.train.checkpoint import Training
-from modellink.core.train.guard import NotFinite
+from modellink.core.train.finite import NotFinite
+from modellink.core.train.guard import Guard, GuardFactory, NoGuard
 from modellink.core.train.random_state import random_state, set_random_state
+from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
 
 NOTICED = 30.0  # seconds within which a failure elsewhere is known
-
-
-class Guard(Protocol):
-    def __enter__(self) -> Guard: ...
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /) -> None: ...
-
-    def attempt(self, step: Callable[[], None]) -> None:
-        """Do a step, once or as often as it takes."""
-
-    def beat(self) -> None:
-        """This rank goes on, though no step is under way."""
-
-    def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around a save; `last`: there will be no other."""
-
-    def finishing(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around what completes a save that was begun."""
-
-
-class NoGuard:
-    def __enter__(self) -> Guard:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def attempt(self, step: Callable[[], None]) -> None:
-        step()
-
-    def beat(self) -> None: ...
-
-    def saving(self, *, last: bool) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    finishing = saving
 
 
 class HighAvailability:
@@ -110,7 +77,7 @@ class HighAvailability:
             try:
                 self._faults.strike(number, "start", self._training.models)
                 step()
-            except Undone:
+            except StepAborted:
                 if again:
                     raise
                 again = True
@@ -182,11 +149,11 @@ class HighAvailability:
             self._watch.failed.wait(NOTICED)
         traceback.clear_frames(error.__traceback__)  # they hold activations
         run, training = self._run, self._training
-        dp = gasp.fewest(run.layout, run.optimizer_instances, distributed=run.parallel.use_distributed_optimizer)
-        state = gasp.State(training.iteration, self._commit.phase(training.iteration), gasp.place(),
+        dp = survivors.fewest(run.layout, run.optimizer_instances, distributed=run.parallel.use_distributed_optimizer)
+        state = survivors.RankState(training.iteration, self._commit.phase(training.iteration), survivors.place(),
                            inside and self._copy is not None)
-        patience = min(run.resilience.hang_timeout, gasp.PATIENCE)
-        plan = gasp.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
+        patience = min(run.resilience.hang_timeout, survivors.PATIENCE)
+        plan = survivors.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":
             self._store.set("over", "yes")
             leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
@@ -226,4 +193,5 @@ class HighAvailability:
 
 
 def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
-    return HighAvailability(run, training, save, advance) if run.resilience.enable_high_availability else NoGuard()
+    kind: GuardFactory = HighAvailability if run.resilience.enable_high_availability else NoGuard
+    return kind(run, training, save, advance)

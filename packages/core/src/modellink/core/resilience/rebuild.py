@@ -15,11 +15,10 @@ from torch import Tensor
 
 from modellink.core import processes
 from modellink.core.model.load import bare
-from modellink.core.resilience.commit import inner_optimizers
 from modellink.core.run import Run
-from modellink.core.train.checkpoint import Training
-from modellink.core.train.optimizer import let_go
+from modellink.core.train.optimizer import inner_optimizers, let_go
 from modellink.core.train.setup import set_up
+from modellink.core.train.training import Training
 
 
 @dataclass
@@ -100,16 +99,23 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     Returns:
         The run as it is then.
     """
+    reference = [{name: _host(parameter) for name, parameter in chunk.named_parameters()} for chunk in training.reference]
     let_go(training.models)
     training.models.clear()
+    training.reference.clear()
     training.optimizer = training.schedule = None
     gc.collect()
     layout = replace(run.layout, dp=dp)
     instances = run.optimizer_instances if dp == run.layout.dp else 1
     again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, source=run.source if run.lora.on else None)
     processes.rejoin(run.device, layout, ranks, prefix, instances, run.parallel.distributed_timeout_minutes)
-    made = set_up(again)
+    made = set_up(again, reference=bool(reference))
     training.models.extend(made.models)
+    training.reference.extend(made.reference)
+    with torch.no_grad():
+        for chunk, weights in zip(training.reference, reference, strict=True):
+            for name, parameter in chunk.named_parameters():
+                parameter.copy_(weights[name])
     training.optimizer, training.schedule = made.optimizer, made.schedule
     training.layout = layout
     fill(training, snapshot)

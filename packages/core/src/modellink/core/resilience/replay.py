@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from modellink.core.model.load import bare
-from modellink.core.resilience.commit import inner_optimizers
 from modellink.core.resilience.rebuild import Optimized, optimized, put_back
-from modellink.core.train.checkpoint import Training
+from modellink.core.train.optimizer import inner_optimizers
+from modellink.core.train.training import Training
 
 
 class LocalCopy:

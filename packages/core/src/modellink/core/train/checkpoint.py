@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +31,10 @@ from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
 from modellink.core.train.random_state import random_state, set_random_state
-from modellink.core.train.writer import Writer, together
+from modellink.core.train.training import Training
+from modellink.core.train.writer import Writer, on_all_ranks
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
-from modellink.kernels.parallel import ParallelLayout
-
-
-@dataclass
-class Training:
-    """What changes while a run goes: the model chunks of this rank, the optimizer, the schedule, and how far it is."""
-
-    models: list[Any]
-    optimizer: Any
-    schedule: Any
-    layout: ParallelLayout
-    distributed_optimizer: bool
-    by_samples: bool = False
-    instruction: bool = False
-    order: dict[str, Any] = field(default_factory=dict)
-    global_batch_size: int | None = None
-    iteration: int = 0
-    consumed_samples: int = 0
-    ordered: tuple[int, ...] = ()
-
-    @property
-    def device(self) -> torch.device:
-        parameter: torch.nn.Parameter = next(self.models[0].parameters())
-        return parameter.device
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
@@ -87,9 +63,9 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
             temporary.mkdir(parents=True)
             write_companions(folder, manifest, companions, tokenizer_alone=tokenizer_alone)
 
-    together(begin, temporary)
+    on_all_ranks(begin, temporary)
     progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
-                        training.by_samples, training.ordered, training.instruction, training.order,
+                        training.by_samples, training.ordered, training.method, training.order,
                         training.global_batch_size)
 
     def complete() -> None:
@@ -107,7 +83,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         if beside is not None:
             beside(temporary)
         dist.barrier()
-        together(complete, temporary)
+        on_all_ranks(complete, temporary)
 
     with whole_parameters(training.models):
         state = _weights(training)

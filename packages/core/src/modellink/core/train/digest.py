@@ -21,8 +21,8 @@ from modellink.ckpt_convert.weights import stage_names
 from modellink.core.digests import read
 from modellink.core.model.load import bare
 from modellink.core.run import Run
-from modellink.core.train.checkpoint import Training
 from modellink.core.train.optimizer import whole_parameters
+from modellink.core.train.training import Training
 from modellink.kernels.files import atomic_write
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from modellink.core.processes import rank
+from modellink.core.launch import rank
 from modellink.core.train.curve import draw
 from modellink.core.train.tracker import Tracker
 from modellink.kernels.device import Device
@@ -39,24 +39,9 @@ class Step:
     num_zeros: int | None = None
     """Of the gradient, with --log-num-zeros-in-grad."""
     balance: dict[str, float] = field(default_factory=dict)
-    """Losses of a mixture's router, by name, without their coefficients."""
-
-
-@dataclass(frozen=True)
-class Throughput:
-    """Tokens and floating point operations that a sample is on one rank, and how many of these the device could do a second."""
-
-    tokens: float
-    flops: float
-    peak: float | None
-
-    def told(self, steps: Sequence[Step]) -> list[str]:
-        """Of these iterations, for the log line."""
-        rate = sum(step.global_batch_size for step in steps) / sum(step.seconds for step in steps)
-        told = [f"throughput per GPU (TFLOP/s/GPU): {rate * self.flops / 1e12:.1f}",
-                f"tokens per second per GPU: {rate * self.tokens:.1f}"]
-        return told if self.peak is None else [
-            *told, f"MFU: {rate * self.flops / self.peak:.1%} of {self.peak / 1e12:g} TFLOP/s"]
+    """Balance losses of the routers of experts, by name, without their coefficients."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Further metrics of the training method, by name."""
 
 
 class Metrics:
@@ -71,7 +56,8 @@ class Metrics:
     """
 
     def __init__(self, *, active: bool, reports_memory: bool, device: Device, train_iters: int, log_interval: int,
-                 folder: Path | None, tensorboard_dir: Path | None, throughput: Throughput | None, resumed: int,
+                 folder: Path | None, tensorboard_dir: Path | None, resumed: int,
+                 throughput: Callable[[Sequence[Step]], list[str]] | None = None,
                  tracker: Callable[[], Tracker] | None = None) -> None:
         self.active, self.reports_memory, self.device = active, reports_memory, device
         self.train_iters, self.log_interval = train_iters, log_interval
@@ -121,7 +107,7 @@ class Metrics:
             self._journal.append(step.__dict__)
         self._draw({"lm loss": step.loss, "learning-rate": step.learning_rate, "grad-norm": step.grad_norm,
                     "loss-scale": step.loss_scale, "iteration-time": step.seconds, "batch-size": step.global_batch_size,
-                    "num-zeros": step.num_zeros, **step.balance}, step.iteration)
+                    "num-zeros": step.num_zeros, **step.balance, **step.metrics}, step.iteration)
         if due:
             self._print()
 
@@ -143,11 +129,12 @@ class Metrics:
                  f"consumed samples: {last.consumed_samples:12d}",
                  f"elapsed time per iteration (ms): {seconds * 1000:.1f}"]
         if self.throughput is not None:
-            parts += self.throughput.told(steps)
+            parts += self.throughput(steps)
         parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
         if good:
             parts.append(f"lm loss: {sum(good) / len(good):.6E}")
         parts += [f"{name}: {sum(step.balance[name] for step in steps) / len(steps):.6E}" for name in last.balance]
+        parts += [f"{name}: {sum(step.metrics[name] for step in steps) / len(steps):.6E}" for name in last.metrics]
         parts.append(f"loss scale: {last.loss_scale:.1f}")
         if last.grad_norm is not None:
             parts.append(f"grad norm: {last.grad_norm:.3f}")
@@ -163,14 +150,17 @@ class Metrics:
         megabytes = [f"{name}: {value / 2**20:.1f}" for name, value in self.device.memory_report().items()]
         print(f"[Rank {rank()}] (after {iterations} iterations) memory (MB) | {' | '.join(megabytes)}", flush=True)
 
-    def evaluation(self, where: str, loss: float, iteration: int) -> None:
-        """Print a validation or test loss in the original's frame."""
+    def evaluation(self, where: str, means: Mapping[str, float], iteration: int) -> None:
+        """Print the means of an evaluation in the original's frame; the first is the loss."""
         if not self.active:
             return
+        (_, loss), *others = means.items()
         line = (f" validation loss at {where} | lm loss value: {loss:.6E} | "
                 f"lm loss PPL: {math.exp(min(20.0, loss)):.6E} | ")
+        line += "".join(f"{name}: {value:.6E} | " for name, value in others)
         print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
-        self._draw({"lm loss test" if where.endswith("test set") else "lm loss validation": loss}, iteration)
+        share = "test" if where.endswith("test set") else "validation"
+        self._draw({f"lm loss {share}": loss} | {f"{name} {share}": value for name, value in others}, iteration)
 
     def close(self, curve: Path | None) -> None:
         """Flush everything; draw the loss where a picture is wanted."""

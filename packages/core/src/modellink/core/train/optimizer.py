@@ -57,6 +57,12 @@ def make_optimizer(models: Sequence[Any], config: OptimizerConfig, parallel: Par
     return optimizer
 
 
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """The parts of megatron-core's optimizer that hold parameters."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if not part.is_stub_optimizer]
+
+
 def let_go(models: Sequence[Any]) -> None:
     """After a run: untie what its models and its optimizer hold of each other; the models are of no use then.
 

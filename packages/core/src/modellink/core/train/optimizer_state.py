@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 
-from modellink.core.resilience.commit import inner_optimizers
+from modellink.core.train.optimizer import inner_optimizers
 
 Path = tuple[Any, ...]
 METADATA = {"chained_optim_avoid_prefix": True}

@@ -21,8 +21,8 @@ class Progress:
     """Whether its schedules count samples."""
     ordered: tuple[int, ...] = ()
     """Samples of each part of the order of the data: a run that was made longer has its first order, then another."""
-    instruction: bool = False
-    """Whether it is fine-tuned on instruction data."""
+    method: str = "pretrain"
+    """Name of the training method."""
     order: dict[str, Any] = field(default_factory=dict)
     """By name, the settings that the order of the data comes from."""
     global_batch_size: int | None = None
@@ -38,4 +38,6 @@ def read_progress(folder: Path) -> Progress | None:
     if not (folder / FILE).is_file():
         return None
     values = read_json(folder / FILE)
+    if "instruction" in values:  # files of version 0.1: whether the run was fine-tuned on instruction data
+        values["method"] = "sft" if values.pop("instruction") else "pretrain"
     return Progress(**values | {"ordered": tuple(values.get("ordered", ()))})

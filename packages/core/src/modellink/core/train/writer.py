@@ -118,7 +118,7 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> Any:
     return outcome
 
 
-def together(work: Callable[[], None], where: Path) -> None:
+def on_all_ranks(work: Callable[[], None], where: Path) -> None:
     """Every rank does its part of a save, which calls no other rank; what the system refuses one of them is raised on all."""
     errors: list[BaseException] = []
     try:

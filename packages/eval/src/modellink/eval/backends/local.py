@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modellink.eval.backends.backend import Likelihood, Request, Writing, Written
+from modellink.eval.backends.backend import Completion, GenerationRequest, Likelihood, LikelihoodRequest
 from modellink.eval.backends.fingerprint import fingerprint
 from modellink.eval.backends.tokens import Encoder
 from modellink.kernels.errors import ModelLinkError
@@ -52,9 +52,10 @@ class LocalBackend:
                  dtype: Literal["float32", "bfloat16", "float16"] | None = None, tokenizer: Path | str | None = None,
                  family: str | None = None, chat: str | None = None, batch_size: int = 16) -> None:
         require_infer()
-        from modellink.infer.plan import make_plan
+        from modellink.infer.plan import make_load_plan
         index = int(os.environ.get("LOCAL_RANK", "0"))
-        self._plan = make_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family, tokenizer=tokenizer)
+        self._plan = make_load_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family,
+                                    tokenizer=tokenizer)
         if self._plan.tokenizer is None:
             raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
                                  fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
@@ -72,19 +73,19 @@ class LocalBackend:
                 "fingerprint": fingerprint({*source.files(), *companions}, dtype),
                 "versions": {"modellink-infer": modellink.infer.__version__} | {name: version(name) for name in LIBRARIES}}
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
         pairs = self.encode.pairs(requests)
         found = self._compute("likelihoods", [pair[:2] for pair in pairs])
         return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
 
-    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         prompts = [self.encode.prompt(request) for request in requests]
         asked = [(ids, {"max_new_tokens": request.max_tokens, "stop": [*request.until, *self.encode.stop_ids],
                         **({"temperature": request.temperature, "top_p": request.top_p, "top_k": 0, "seed": request.seed}
                            if request.temperature else {"do_sample": False})})
                  for (ids, _), request in zip(prompts, requests, strict=True)]
         for number, text in self._compute("texts", asked):
-            yield number, Written(text, prompts[number][1])
+            yield number, Completion(text, prompts[number][1])
 
     def rolling(self, text: str) -> float:
         """The log-probability of a whole text, in windows of the longest sequence, one after the other."""
@@ -124,15 +125,15 @@ class LocalBackend:
 
 def _texts(engine: Engine, asked: list[Any]) -> Iterator[tuple[int, str]]:
     """Each text with its number, as it is finished; the next one begins in its place."""
-    from modellink.infer.request import Answer
+    from modellink.infer.request import Completion
     batch = engine.batch()
-    under_way: dict[int, tuple[int, Answer]] = {}  # by identity: answers are compared by what they hold
+    under_way: dict[int, tuple[int, Completion]] = {}  # by identity: answers are compared by what they hold
     left = iter(enumerate(asked))
     try:
         while True:
             for number, (ids, options) in islice(left, engine.batch_size - len(under_way)):
                 (request,) = engine.requests(ids, **options)
-                answer = Answer.to(request, engine.tokenizer)
+                answer = Completion.start(request, engine.tokenizer)
                 under_way[id(answer)] = number, answer
                 batch.add(answer)
             if not under_way:

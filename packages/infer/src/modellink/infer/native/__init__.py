@@ -1,2 +1,5 @@
-"""A pass over a few tokens in one compiled function, for CPUs: step.c the function, compiled.py how it is built, view.py which
-models and passes it takes, int8.py smaller weights for it. Everything else runs core's model."""
+"""A compiled function for passes over a few tokens on a CPU.
+
+step.c is the function, compiled.py builds it, model.py says which models and passes it supports and runs it, int8.py quantizes
+the weights for it, measure.py compares its speed with core's model. All other passes run core's model.
+"""

@@ -1,7 +1,6 @@
-"""Builds step.c with the C compiler of the machine, once for each processor and compiler, and loads it.
+"""Builds step.c with the system's C compiler, once per processor and compiler, and loads it.
 
-The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler there is none, and the model
-runs as it is.
+The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler, core's model runs all passes.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ class Model(ctypes.Structure):
 
 @cache
 def step() -> ctypes.CDLL | None:
-    """The compiled step; None where there is no compiler, or MODELLINK_NATIVE=0 says that none is wanted."""
+    """Return the compiled step; None if there is no compiler or MODELLINK_NATIVE=0 is set."""
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None or os.environ.get("MODELLINK_NATIVE") == "0":
         return None
     try:
         path = _build(compiler)
-        found = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: a user without a home
+        library = ctypes.CDLL(str(path))
+    except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: the user has no home folder
         return None
-    found.step.argtypes = [ctypes.POINTER(Model), I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, PTR, I64]
-    found.step.restype = None
-    return found
+    library.step.argtypes = [ctypes.POINTER(Model), I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, PTR, I64]
+    library.step.restype = None
+    return library
 
 
 def _build(compiler: str) -> Path:
@@ -65,7 +64,7 @@ def _build(compiler: str) -> Path:
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            # the OpenMP library that torch brings: a second one would be a second set of threads on the same cores
+            # link the OpenMP library of torch: another one would start a second set of threads on the same cores
             torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
             subprocess.run([compiler, *FLAGS, "-fopenmp", torch_libraries, str(SOURCE), "-o", file.name, "-lm"],
                            capture_output=True, check=True, timeout=300)
@@ -73,7 +72,7 @@ def _build(compiler: str) -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on."""
+    """Return a text that identifies what `-march=native` depends on."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             return next((line for line in file if line.startswith(("flags", "Features"))), platform.machine())

@@ -1,7 +1,7 @@
-"""Matrices in int8, with a scale for each row: half or a quarter of the memory, and of the time that reading them takes.
+"""Weight matrices in int8 with a scale per row: half or a quarter of the memory, and of the time to read them.
 
-The compiled step computes with the values themselves. core's model, which takes passes of many tokens, is lent each matrix as
-long as it multiplies by it; beside so many tokens, making it costs little.
+The compiled step computes with the int8 values. core's model, which runs passes over many tokens, gets each matrix dequantized
+for the duration of the product; over so many tokens this costs little.
 """
 
 from __future__ import annotations
@@ -15,36 +15,36 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Int8:
-    """A matrix [out, in] as int8 values and a scale [out] for each row, such that values x scale is the nearest there is."""
+class Int8Matrix:
+    """A matrix [out, in] as int8 values and a scale [out] per row; values x scale approximates it."""
 
     values: Tensor
     scale: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> Int8:
+    def quantize(cls, weight: Tensor) -> Int8Matrix:
         exact = weight.detach().float()
         scale = exact.abs().amax(1).clamp(min=1e-12) / 127
         return cls((exact / scale[:, None]).round().to(torch.int8), scale)
 
-    def matrix(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         return (self.values * self.scale[:, None]).to(dtype)
 
 
-def lend(module: nn.Module, parameter: nn.Parameter, weight: Int8) -> None:
-    """Let a parameter hold the matrix of `weight` while a module computes, and what it holds now at other times."""
-    held = parameter.data
+def dequantize_in_forward(module: nn.Module, parameter: nn.Parameter, weight: Int8Matrix) -> None:
+    """Let a parameter hold the dequantized matrix during the module's forward pass, and its present data otherwise."""
+    data = parameter.data
 
-    def give(*_: object) -> None:
-        parameter.data = weight.matrix(held.dtype)
+    def fill(*_: object) -> None:
+        parameter.data = weight.dequantize(data.dtype)
 
-    def take(*_: object) -> None:
-        parameter.data = held
-    module.register_forward_pre_hook(give)
-    module.register_forward_hook(take, always_call=True)
+    def restore(*_: object) -> None:
+        parameter.data = data
+    module.register_forward_pre_hook(fill)
+    module.register_forward_hook(restore, always_call=True)
 
 
-def give_back() -> None:
-    """Let the system have the memory of what was freed, which the C library would keep (Linux)."""
+def trim_heap() -> None:
+    """Return freed memory to the system, which the C library would keep (Linux)."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,43 +1,40 @@
-"""Whether the compiled step pays on this machine: a few tokens are computed both ways when a model is loaded."""
+"""Measures whether the compiled step is faster than core's model on this machine, when a model is loaded."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from modellink.infer.cache import SIZE, Piece, Row
+from modellink.infer.cache import PagedCache
+from modellink.infer.pages import PAGE_SIZE, CachedSequence, Chunk
+from modellink.infer.passes import Pass
 
-if TYPE_CHECKING:
-    from modellink.infer.network import Network
-
-PASSES = 3  # the first of which is warmer for neither
+PASSES = 3  # the first one warms up
+CACHE_TOKENS = 2 * PAGE_SIZE  # what the cache for the measurement must hold
 
 
-def pays(network: Network) -> tuple[bool, str]:
-    """Whether the step of a network is faster than its model at single tokens, and that in words."""
-    step = network.step
-    assert step is not None
-    compiled = seconds_a_token(network)
-    network.step = None
-    model = seconds_a_token(network)
-    network.step = step
-    return compiled < model, f"{1e3 * compiled:.1f} ms a token compiled, {1e3 * model:.1f} ms as it is"
+def is_faster(compiled: Callable[[Pass], Tensor], model: Callable[[Pass], Tensor], cache: PagedCache) -> tuple[bool, str]:
+    """Return whether the compiled step decodes faster than the model, and the two times as text."""
+    compiled_seconds, model_seconds = (seconds_per_token(run, cache) for run in (compiled, model))
+    text = f"{1e3 * compiled_seconds:.1f} ms per token compiled, {1e3 * model_seconds:.1f} ms with the model"
+    return compiled_seconds < model_seconds, text
 
 
 @torch.inference_mode()
-def seconds_a_token(network: Network) -> float:
-    """The best of some passes of one token."""
-    cache = network.cache(rows=1, piece=SIZE, tokens=2 * SIZE)
-    row = Row([0] * PASSES)
-    cache.tables.admit(row, shared=False)
-    cache.tables.grow(row, PASSES)
-    found = []
+def seconds_per_token(run: Callable[[Pass], Tensor], cache: PagedCache) -> float:
+    """Return the shortest time of a few decode passes, in seconds."""
+    sequence = CachedSequence([0] * PASSES)
+    cache.tables.admit(sequence, shared=False)
+    cache.tables.grow(sequence, PASSES)
+    seconds = []
     for position in range(PASSES):
-        state = cache.state([Piece(row, position, 1)], [0])
+        work = Pass(cache, [Chunk(sequence, position, 1)], [0])
         start = time.perf_counter()
-        network.logits(torch.tensor([[0]]), state)
-        found.append(time.perf_counter() - start)
-        cache.tables.advance(row, 1, shared=False)
-    return min(found)
+        run(work)
+        seconds.append(time.perf_counter() - start)
+        cache.tables.advance(sequence, 1, shared=False)
+    cache.tables.release(sequence)
+    return min(seconds)

@@ -1,7 +1,7 @@
 /* A pass of a decoder over a few tokens: hidden states in, logits out, over a paged cache.
  *
- * At a handful of tokens a pass is as fast as weights are read, so every weight is read once, in rows, by all threads, and what
- * is computed between stays in fp32. The models: RMSNorm, rotary positions, grouped queries, gated feed-forward. GCC or clang.
+ * With few tokens the speed is limited by reading the weights, so each weight is read once, by rows that are split across the
+ * threads; activations are fp32. Models: RMSNorm, rotary positions, grouped queries, gated feed-forward. GCC or clang.
  */
 #include <math.h>
 #include <stdint.h>
@@ -15,7 +15,7 @@ typedef int32_t i16 __attribute__((vector_size(64)));
 
 enum { F32, BF16, INT8 };
 
-typedef struct { const void *data; const float *scale; } Matrix; /* scale: of each row of an INT8 matrix */
+typedef struct { const void *data; const float *scale; } Matrix; /* scale: one per row of an INT8 matrix */
 typedef struct {
     const float *norm1, *norm2, *bias; /* bias [qkv rows] or NULL */
     Matrix qkv, proj, fc1, fc2;
@@ -36,8 +36,8 @@ INLINE v16 load_bf16(const uint16_t *p) {
     return (v16)w;
 }
 
-/* 64 numbers of a row as four vectors. Narrow ones are unpacked in their 32-bit words, which is much faster than widening them:
- * vector i holds numbers i, i + 2, ... (bf16) or i, i + 4, ... (int8) of its words, and inputs are put in that order first. */
+/* Load 64 numbers of a row as four vectors. bf16 and int8 are unpacked within their 32-bit words, which is much faster than
+ * widening them: vector i holds numbers i, i + 2, ... (bf16) or i, i + 4, ... (int8), and `order` permutes the inputs to match. */
 INLINE void unpack_f32(const float *p, v16 *w) { for (int i = 0; i < 4; i++) w[i] = load_f32(p + 16 * i); }
 INLINE void unpack_bf16(const uint16_t *p, v16 *w) {
     for (int i = 0; i < 2; i++) {
@@ -67,7 +67,7 @@ INLINE uint16_t to_bf16(float f) {
     return (uint16_t)((w + 0x7fff + ((w >> 16) & 1)) >> 16);
 }
 
-/* R rows of a matrix times N inputs with A sums for each: y[n][r] */
+/* y[n][r] for R rows of a matrix and N inputs, with A accumulators for each */
 #define TILE(kind, type)                                                                                               \
     INLINE void tile_##kind(const type *w, const float *scale, const float *x, float *y, int64_t cols, int64_t rows,   \
                             const int R, const int N, const int A) {                                                   \
@@ -109,7 +109,7 @@ TILE(f32, float)
 TILE(bf16, uint16_t)
 TILE(int8, int8_t)
 
-/* y[n][rows] = x[n][cols] w^T, the rows dealt to the threads; ends with a barrier. ordered: room for the inputs */
+/* y[n][rows] = x[n][cols] w^T, rows split across the threads; ends with a barrier. ordered: workspace for the inputs */
 static void linear(const Model *m, Matrix w, const float *x, float *y, int64_t cols, int64_t rows, int64_t tokens, float *ordered) {
     const int64_t chunk = 16, chunks = (rows + chunk - 1) / chunk;
     if (m->weights != F32) {
@@ -175,7 +175,7 @@ INLINE void add(const Model *m, const void *base, int64_t i, float p, float *out
     for (; d < m->dim; d++) out[d] += p * at_cache(m, base, i + d);
 }
 
-/* One query against the keys in slots[0 .. count): scores is room for count numbers */
+/* Attention of one query to the keys in slots[0 .. count); scores: workspace for count numbers */
 static void attend(const Model *m, const Layer *l, int64_t group, const float *q, const int64_t *slots, int64_t count, float *scores,
                    float *out) {
     float most = -INFINITY, total = 0;
@@ -198,14 +198,14 @@ static float activate(const Model *m, float x) {
     return x / (1 + expf(-x));
 }
 
-/* x [tokens, hidden] becomes the hidden states after the last layer; logits [wanted, vocab] are of the tokens in `last`.
- * Token n stores its key in slot[n] and sees slots[begin[n] .. begin[n] + count[n]).
- * room: tokens x (2 hidden + qkv rows + heads x dim + 3 ffn + widest of the three), then threads x longest count. */
+/* Overwrites x [tokens, hidden] with the hidden states after the last layer; logits [wanted, vocab] are those of the tokens `last`.
+ * Token n writes its key and value to slot[n] and attends to slots[begin[n] .. begin[n] + count[n]).
+ * workspace: tokens x (2 hidden + qkv rows + heads x dim + 3 ffn + widest of the three), then threads x longest count. */
 void step(const Model *m, int64_t tokens, float *x, const float *cos, const float *sin, const int64_t *slot, const int64_t *slots,
-          const int64_t *begin, const int64_t *count, int64_t longest, float *room, int64_t wanted, const int64_t *last,
+          const int64_t *begin, const int64_t *count, int64_t longest, float *workspace, int64_t wanted, const int64_t *last,
           float *logits, int64_t threads) {
     const int64_t per = m->heads / m->groups, rows = m->groups * (per + 2) * m->dim, wide = m->heads * m->dim;
-    float *normed = room, *added = normed + tokens * m->hidden, *qkv = added + tokens * m->hidden, *context = qkv + tokens * rows;
+    float *normed = workspace, *added = normed + tokens * m->hidden, *qkv = added + tokens * m->hidden, *context = qkv + tokens * rows;
     float *up = context + tokens * wide, *gated = up + tokens * 2 * m->ffn;
     const int64_t widest = m->ffn > wide ? (m->ffn > m->hidden ? m->ffn : m->hidden) : (wide > m->hidden ? wide : m->hidden);
     float *ordered = gated + tokens * m->ffn, *scores = ordered + tokens * widest;

@@ -1,6 +1,6 @@
-"""An HTTP server that speaks OpenAI's protocol.
+"""An HTTP server with OpenAI's API.
 
-app.py holds the endpoints, body.py and messages.py what they read, protocol.py what they write; service.py is the thread that
-computes, metrics.py what it counts, replicas.py several servers behind one (exchange.py is what it has in common with app.py),
-page.html a page to chat with.
+app.py holds the endpoints; body.py and messages.py read requests, protocol.py writes responses; service.py is the thread that
+runs the batch, metrics.py counts; replicas.py puts several servers behind one address; http.py is what both kinds of server
+share; page.html is a chat page.
 """

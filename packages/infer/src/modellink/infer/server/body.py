@@ -1,34 +1,36 @@
-"""What a body of OpenAI's API asks for, checked field by field. Plain dicts in, requests out; nothing here waits or computes.
+"""Reads and checks the body of a request of OpenAI's API, field by field. Plain dicts in, requests out; nothing here computes.
 
-What an error is about is said in the API's words, with the name of the field. Not here: messages and tools (messages.py), and
-fields that would change the answer and are not there (`NEUTRAL`), which are refused by name.
+Errors name the field. Not here: messages and tools (messages.py). Fields that would change the result and are not supported
+(`UNSUPPORTED`) are refused by name.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modellink.ckpt_convert.spec import ModelSpec
 from modellink.data_prep import Tokenizer
-from modellink.infer.prompts import Options, check_stop_ids, check_text, longest, make_requests
-from modellink.infer.request import Request
+from modellink.infer.arguments import GenerationArguments
+from modellink.infer.prompts import check_stop_ids, check_text, make_requests, max_sequence_tokens
+from modellink.infer.request import GenerationRequest
 from modellink.infer.server.fields import field
 from modellink.infer.server.messages import read_chat
 from modellink.kernels.errors import ModelLinkError
 
+if TYPE_CHECKING:
+    from modellink.ckpt_convert.spec import ModelSpec
+
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-WHOLE = ("seed", "top_k")
-MOST_ANSWERS = 128  # of one request
-MOST_STOPS = 64
-MOST_ALTERNATIVES = 20
-# Fields of the API, and of other servers, that would change the answer and are not there; each with what asks for nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+INTEGERS = ("seed", "top_k")
+MAX_COMPLETIONS = 128  # of one request
+MAX_STOPS = 64
+MAX_ALTERNATIVES = 20
+# Fields of the API and of other servers that would change the result and are not supported, with the values that have no effect.
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "allowed_token_ids": (), "audio": (), "bad_words": ([],), "best_of": (1,), "chat_template": ("",),
     "continue_final_message": (False,), "documents": ([],), "early_stopping": (False,), "function_call": ("none",),
     "functions": ([],), "guided_choice": ([],), "guided_grammar": ("",), "include_stop_str_in_output": (False,),
@@ -37,21 +39,28 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "reasoning_effort": (), "skip_special_tokens": (True,), "spaces_between_special_tokens": (True,),
     "structural_tag": (), "suffix": ("",), "truncate_prompt_tokens": (), "typical_p": (1,), "use_beam_search": (False,),
     "verbosity": ("medium",), "web_search_options": ()}
-OF_CHATS = {"add_generation_prompt": (True,), "add_special_tokens": (False,), "echo": (False,), "prompt": ()}
-OF_TEXTS = {"add_special_tokens": (True,), "messages": (), "tools": ([],), "tool_choice": ("none",), "top_logprobs": ()}
-FLAGS = {"max-length": "max_tokens", "num-return-sequences": "n", "json-schema": "response_format", "regex": "response_format",
-         "cache-tokens": "max_tokens"}
-"""What options of the library are called here, where it is not their own name with `_`."""
+UNSUPPORTED_IN_CHATS = {"add_generation_prompt": (True,), "add_special_tokens": (False,), "echo": (False,), "prompt": ()}
+UNSUPPORTED_IN_TEXTS = {"add_special_tokens": (True,), "messages": (), "tools": ([],), "tool_choice": ("none",),
+                        "top_logprobs": ()}
+FIELDS = {"max_length": "max_tokens", "cache_tokens": "max_tokens", "num_return_sequences": "n", "json_schema": "response_format",
+          "regex": "response_format"}
+"""Fields of options of the library that have another name here."""
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A body, read."""
+class CompletionCall:
+    """A request body, parsed.
 
-    requests: list[Request]
+    Attributes:
+        requests: one per completion.
+        usage: whether the stream ends with a chunk about the token counts.
+        prompts: number of prompts.
+    """
+
+    requests: list[GenerationRequest]
     chat: bool
     stream: bool
-    usage: bool  # an additional chunk at the end of a stream says how many tokens there were
+    usage: bool
     model: str
     id: str
     prompts: int
@@ -59,80 +68,96 @@ class Asked:
 
 
 def read_body(content: bytes) -> dict[str, Any]:
+    """Return the JSON object of a body.
+
+    Raises:
+        ModelLinkError: it is not a JSON object, or contains a lone surrogate.
+    """
     try:
-        body = json.loads(content, parse_constant=_no_number)
+        body = json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ModelLinkError(f"the body is not JSON: {error or 'it is nested too deeply'}") from None
     if not isinstance(body, dict):
         raise ModelLinkError("the body is not a JSON object")
-    if b"\\u" in content:  # the only way to write half a character
+    if b"\\u" in content:  # the only way to write a lone surrogate
         check_text(json.dumps(body, ensure_ascii=False))
     return body
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is not a number of JSON")
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a JSON number")
 
 
-def read_asked(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str,
-               most: int, prompt_type: str | None = None, most_answers: int = MOST_ANSWERS) -> Asked:
-    """What a body asks for, checked; there is room for sequences of `most` tokens, `prompt_type` is the template of chats.
-    `most_answers` may be under way at all: who asks for more would wait for ever.
+def parse_call(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenizer: Tokenizer | None, model: str,
+               max_tokens: int, prompt_type: str | None = None, max_completions: int = MAX_COMPLETIONS) -> CompletionCall:
+    """Return what a body asks for, checked.
+
+    Args:
+        max_tokens: the longest sequence that fits into the cache.
+        prompt_type: the template for chats.
+        max_completions: the most completions that may run or wait; a request for more could never start.
 
     Raises:
-        ModelLinkError: something in it is wrong; `where` is the field.
+        ModelLinkError: something in the body is wrong; `where` is the field.
     """
-    for name, nothing in (NEUTRAL | (OF_CHATS if chat else OF_TEXTS)).items():
-        value = body.get(name)
-        if value is not None and not any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in nothing):
-            raise ModelLinkError(f"{name} is not supported", where=name, fix="leave it out")
-    options: Options = {**_drawing(body), **_ends(body, spec), **_form(body), **_told(body, chat)}  # type: ignore[typeddict-item]
-    if chat and options["max_new_tokens"] is None:
-        options["max_length"] = int(min(longest(spec), most))
+    _refuse_unsupported(body, chat)
+    arguments: GenerationArguments = {**_sampling(body), **_stops(body, spec), **_constraint(body),  # type: ignore[typeddict-item]
+                                      **_lengths(body, chat)}
+    if chat and arguments["max_new_tokens"] is None:
+        arguments["max_length"] = int(min(max_sequence_tokens(spec), max_tokens))
     count = field(body, "n", int, 1)
     prompts: list[Any] = [read_chat(body, tokenizer)] if chat else _prompts(body)
-    most_answers = min(most_answers, MOST_ANSWERS)
-    if not 1 <= count * len(prompts) <= most_answers:
-        raise ModelLinkError(f"{count} answers to {len(prompts)} prompts were asked for, {most_answers} is the most", where="n")
-    options |= {"num_return_sequences": count, "prompt_type": prompt_type}
+    max_completions = min(max_completions, MAX_COMPLETIONS)
+    if not 1 <= count * len(prompts) <= max_completions:
+        raise ModelLinkError(f"n is {count} for {len(prompts)} prompts, a request may have 1 to {max_completions} completions",
+                             where="n")
+    arguments |= {"num_return_sequences": count, "prompt_type": prompt_type}
     try:
-        requests = make_requests(prompts, spec, tokenizer, **options)
+        requests = make_requests(prompts, spec, tokenizer, **arguments)
     except ModelLinkError as error:
-        raise in_api_words(error, body, chat=chat) from None
-    streaming = field(body, "stream", bool, False)
+        raise name_field(error, body, chat=chat) from None
+    stream = field(body, "stream", bool, False)
     usage = field(field(body, "stream_options", dict, {}), "include_usage", bool, False)
-    return Asked(requests, chat, streaming, usage and streaming, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-                 len(prompts), int(time.time()))
+    return CompletionCall(requests, chat, stream, usage and stream, model, f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+                          len(prompts), int(time.time()))
 
 
-def in_api_words(error: ModelLinkError, body: Mapping[str, Any], *, chat: bool) -> ModelLinkError:
-    """An error of the library, which names flags and options, as one about a field of the body."""
-    tokens = "max_completion_tokens" if chat and body.get("max_completion_tokens") is not None else "max_tokens"
-    names = FLAGS | {"max-new-tokens": tokens, "top-logprobs": "top_logprobs" if chat else "logprobs"}
-
-    def field_of(flag: str) -> str:
-        return names.get(flag, flag.replace("-", "_"))
-
-    def rename(found: re.Match[str]) -> str:
-        known = found[1] in FLAGS or found[1].replace("-", "_") in Options.__annotations__
-        return field_of(found[1]) if known else found[0]
-    what, fix = (text and re.sub(r"(?<![\w-])(?:--)?([a-z]+(?:-[a-z]+)+)(?![\w-])", rename, text)
-                 for text in (error.what, error.fix))
-    prompt, flag = "messages" if chat else "prompt", str(error.where).split(", ")[0]
-    if flag.startswith("--") and flag != "--tokenizer-name-or-path":
-        where = field_of(flag.removeprefix("--"))
-    else:  # of the prompt, or a place in its template
-        where = flag if flag in body else prompt
-    return ModelLinkError(str(what), where=where, fix=fix)
+def _refuse_unsupported(body: Mapping[str, Any], chat: bool) -> None:
+    for name, neutral in (UNSUPPORTED | (UNSUPPORTED_IN_CHATS if chat else UNSUPPORTED_IN_TEXTS)).items():
+        value = body.get(name)
+        if value is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral):
+            continue
+        raise ModelLinkError(f"{name} is not supported", where=name, fix="remove it")
 
 
-def _drawing(body: Mapping[str, Any]) -> dict[str, Any]:
-    """How tokens are drawn: from all of them at temperature 1, unless the body says otherwise."""
+def name_field(error: ModelLinkError, body: Mapping[str, Any], *, chat: bool) -> ModelLinkError:
+    """Return an error of the library, which is about an option or the prompt, as one about a field of the body."""
+    where, what = str(error.where), error.what
+    if error.option is not None and error.option != "tokenizer_name_or_path":
+        where = _field_of(error.option, body, chat)
+        what = f"{where}: {what}"
+    elif where not in body:  # about the prompt, or a place in its template
+        where = "messages" if chat else "prompt"
+    return ModelLinkError(what, where=where, fix=error.fix)
+
+
+def _field_of(option: str, body: Mapping[str, Any], chat: bool) -> str:
+    """Return the field of the body that sets an option of the library."""
+    if option == "top_logprobs":
+        return "top_logprobs" if chat else "logprobs"
+    name = "max_tokens" if option == "max_new_tokens" else FIELDS.get(option, option)
+    if name == "max_tokens" and chat and body.get("max_completion_tokens") is not None:
+        return "max_completion_tokens"
+    return name
+
+
+def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling arguments. Default: sample from all tokens at temperature 1."""
     found: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "do_sample": True}
     for name in NUMBERS:
         if (value := field(body, name, (int, float))) is not None:
             found[name] = _float(value, name)
-    for name in WHOLE:
+    for name in INTEGERS:
         if (value := field(body, name, int)) is not None:
             found[name] = value
     if found["top_k"] == -1:  # what other servers write for all tokens
@@ -147,22 +172,22 @@ def _float(value: int | float, name: str) -> float:
         raise ModelLinkError(f"{name} has {len(str(value))} digits", where=name) from None
 
 
-def _ends(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
-    """What ends an answer."""
+def _stops(body: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
+    """Return what ends a completion."""
     stop, ids = field(body, "stop", (str, list), []), field(body, "stop_token_ids", list, [])
     stops = [stop] if isinstance(stop, str) else stop
     if not all(isinstance(item, str) for item in stops):
-        raise ModelLinkError("stop holds something that is no text", where="stop")
-    if not all(map(_is_id, ids)):
-        raise ModelLinkError("stop_token_ids holds something that is no token id", where="stop_token_ids")
+        raise ModelLinkError("stop contains something that is not a string", where="stop")
+    if not all(map(_is_token_id, ids)):
+        raise ModelLinkError("stop_token_ids contains something that is not a token id", where="stop_token_ids")
     check_stop_ids(ids, spec, "stop_token_ids")
-    if len(stops) + len(ids) > MOST_STOPS:
-        raise ModelLinkError(f"{len(stops) + len(ids)} stops were asked for, {MOST_STOPS} is the most", where="stop")
+    if len(stops) + len(ids) > MAX_STOPS:
+        raise ModelLinkError(f"there are {len(stops) + len(ids)} stops, at most {MAX_STOPS} are allowed", where="stop")
     return {"stop": [*stops, *ids], "ignore_eos": field(body, "ignore_eos", bool, False)}
 
 
-def _told(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
-    """How long an answer may be, and what is told about its tokens and the prompt's."""
+def _lengths(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
+    """Return the maximum length, and which log-probabilities to report."""
     if chat:
         tokens = field(body, "max_completion_tokens", int)
         tokens = field(body, "max_tokens", int) if tokens is None else tokens
@@ -172,32 +197,33 @@ def _told(body: Mapping[str, Any], chat: bool) -> dict[str, Any]:
         echo = False
     else:
         tokens = field(body, "max_tokens", int, 16)
-        logprobs = field(body, "logprobs", (int, bool), False)  # how many alternatives; 0 is the tokens' own alone
+        logprobs = field(body, "logprobs", (int, bool), False)  # number of alternatives; 0: only those of the tokens
         wanted, top = logprobs is not False, int(logprobs)
         echo = field(body, "echo", bool, False)
-    if not 0 <= top <= MOST_ALTERNATIVES:
-        raise ModelLinkError(f"{top} alternatives were asked for, {MOST_ALTERNATIVES} is the most",
-                             where="top_logprobs" if chat else "logprobs")
+    if not 0 <= top <= MAX_ALTERNATIVES:
+        name = "top_logprobs" if chat else "logprobs"
+        raise ModelLinkError(f"{name} is {top}, it must be between 0 and {MAX_ALTERNATIVES}", where=name)
     return {"max_new_tokens": tokens, "logprobs": wanted, "top_logprobs": top, "include_input": echo,
             "prompt_logprobs": echo and (wanted or tokens == 0)}
 
 
-def _form(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the answer keeps to: `response_format` of the API, its type `regex`, or the fields of other servers."""
+def _constraint(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the completion must match: `response_format` of the API, its type `regex`, or the fields of other servers."""
     found = _response_format(body)
     others = {"json_schema": field(body, "guided_json", (dict, str)), "regex": field(body, "guided_regex", str)}
     structured = field(body, "structured_outputs", dict, {})
     if unknown := next((name for name in structured if name not in ("json", "regex") and structured[name] is not None), None):
         raise ModelLinkError(f"{unknown} in structured_outputs is not supported", where="structured_outputs",
                              fix="use json or regex")
-    for name, theirs in (("json_schema", "json"), ("regex", "regex")):
-        value = field(structured, theirs, (dict, str) if theirs == "json" else str)
-        others[name] = value if others[name] is None else others[name]
+    if others["json_schema"] is None:
+        others["json_schema"] = field(structured, "json", (dict, str))
+    if others["regex"] is None:
+        others["regex"] = field(structured, "regex", str)
     for name, value in others.items():
         if value is not None:
             if found:
-                raise ModelLinkError("an answer keeps to one schema or expression", where="response_format",
-                                     fix="give one of response_format, guided_json, guided_regex and structured_outputs")
+                raise ModelLinkError("a completion can match only one schema or expression", where="response_format",
+                                     fix="use one of response_format, guided_json, guided_regex and structured_outputs")
             found = {name: value}
     return found
 
@@ -214,23 +240,23 @@ def _response_format(body: Mapping[str, Any]) -> dict[str, Any]:
         return {"json_schema": field(named, "schema", dict, {})}
     if kind == "regex" and (expression := field(wanted, "regex", str)):
         return {"regex": expression}
-    raise ModelLinkError("response_format is none of text, json_object, json_schema and regex (with the expression as regex)",
+    raise ModelLinkError("response_format must have the type text, json_object, json_schema or regex (with the field regex)",
                          where="response_format")
 
 
 def _prompts(body: Mapping[str, Any]) -> list[Any]:
-    """Texts or lists of token ids."""
+    """Return texts or lists of token ids."""
     prompt = field(body, "prompt", (str, list))
     if prompt is None or prompt == []:
         raise ModelLinkError("there is no prompt", where="prompt")
     if isinstance(prompt, str):
         return [prompt]
-    if all(_is_id(item) for item in prompt):
+    if all(_is_token_id(item) for item in prompt):
         return [prompt]
-    if all(isinstance(item, str) or (isinstance(item, list) and item and all(map(_is_id, item))) for item in prompt):
+    if all(isinstance(item, str) or (isinstance(item, list) and item and all(map(_is_token_id, item))) for item in prompt):
         return list(prompt)
-    raise ModelLinkError("a prompt is a text, a list of token ids, or a list of these", where="prompt")
+    raise ModelLinkError("a prompt must be a string, a list of token ids, or a list of these", where="prompt")
 
 
-def _is_id(value: Any) -> bool:
+def _is_token_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

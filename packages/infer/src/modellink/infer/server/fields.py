@@ -1,4 +1,4 @@
-"""A field of a JSON object, with its type looked at."""
+"""Reads a field of a JSON object and checks its type."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ NAMES = {dict: "object", list: "array", str: "string", int: "integer", float: "n
 
 
 def field(body: Mapping[str, Any], name: str, kinds: type | tuple[type, ...], default: Any = None) -> Any:
-    """A field of an object, null standing for its absence.
+    """Return a field of an object, or `default` if it is missing or null.
 
     Raises:
-        ModelLinkError: it is of another kind.
+        ModelLinkError: the value has another type; `where` is the name of the field.
     """
     value = body.get(name)
     if value is None:

@@ -1,4 +1,4 @@
-"""What the server counts, in the text format of Prometheus."""
+"""Counters and histograms of the server, in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from collections.abc import Mapping
 
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 COUNTERS = {
-    "answers": "Answers that came to their end.", "failed": "Answers that failed.", "cancelled": "Answers nobody waited for.",
-    "prompt_tokens": "Tokens of the prompts of finished answers.", "generated_tokens": "Tokens generated.",
-    "refused": "Requests refused because too many were under way."}
-TIMES = {"time_to_first_token_seconds": "From a request to its first token.",
-         "answer_seconds": "From a request to the end of its answer."}
+    "answers": "Completions that finished.", "failed": "Completions that failed.",
+    "cancelled": "Completions whose client disconnected.", "prompt_tokens": "Prompt tokens of finished completions.",
+    "generated_tokens": "Generated tokens.", "refused": "Requests refused because too many were running or waiting."}
+TIMES = {"time_to_first_token_seconds": "Time from a request to its first token.",
+         "answer_seconds": "Time from a request to the end of its completion."}
 
 
 class Metrics:
+    """Thread-safe counts; metric names start with `modellink_`."""
+
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts: Counter[str] = Counter()
@@ -49,7 +51,7 @@ class Metrics:
         self._sums[name] += seconds
 
     def text(self, gauges: Mapping[str, tuple[str, float]]) -> str:
-        """Everything, and `gauges`: name to (what it is, value now)."""
+        """Return all metrics as text. `gauges` maps further names to (help text, current value)."""
         lines = []
         with self._lock:
             for name, meaning in COUNTERS.items():

@@ -34,30 +34,11 @@ from modellink.ckpt_convert.megatron.distributed import STACKED, refuse_unknown_
 from modellink.ckpt_convert.peft_files import is_peft
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import EXPERTS, Weight, weights
+from modellink.ckpt_convert.weights import EXPERTS, Weight
+from modellink.core.adapters.targets import targets
 from modellink.core.config import LoraConfig
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json, write_json
-
-
-def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
-    """The weights that get an adapter.
-
-    Raises:
-        ModelLinkError: the model has no such linear.
-    """
-    linears = {name: weight for name, weight in weights(spec).items() if ".linear_" in name and name.endswith(".weight")}
-    known = sorted({linear(name) for name in linears})
-    for module in lora.modules:
-        if module not in known:
-            raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules",
-                                 fix=f"it has {', '.join(known)}")
-    return {name: weight for name, weight in linears.items() if linear(name) in lora.modules}
-
-
-def linear(name: str) -> str:
-    """The name of a weight's linear inside its layer."""
-    return name.split(".")[-2]
 
 
 def tensors_of(spec: ModelSpec, lora: LoraConfig, given: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Weight, Tensor]]:
@@ -131,7 +112,7 @@ def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:
         theirs = read_json(folder / SAVED_FILE)
     else:
         raise ModelLinkError("the folder holds no adapters", where=f"--lora-load {folder}",
-                             fix=f"give a peft folder, or the --save folder of a run with adapters (it has {SAVED_FILE})")
+                             fix=f"give the --save folder of a LoRA run, which contains {SAVED_FILE}, or a PEFT folder")
     ours = _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules)
     flags = {"r": "--lora-r", "alpha": "--lora-alpha", "use_rslora": "--lora-use-rslora",
              "target_modules": "--lora-target-modules"}

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from modellink.ckpt_convert.families import NO_FORM, family_names, family_of
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.core.adapters.targets import targets
 from modellink.core.config import (
     CheckpointConfig,
     DataConfig,
@@ -15,10 +16,7 @@ from modellink.core.config import (
     OptimizerConfig,
     ParallelConfig,
 )
-from modellink.core.posttrain import adapters
-from modellink.core.train import rank_files
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.options import fields_of
 from modellink.kernels.parallel import ParallelLayout
 
 if TYPE_CHECKING:
@@ -29,11 +27,11 @@ def check(run: Run) -> None:
     """Raise where settings of a run do not go together."""
     run.memory.check_layers(run.layout, run.spec.num_layers)
     run.profile.check_ranks(run.layout.world_size)
-    run.memory.check_precision(run.optimizer.dtype)
+    run.memory.check_precision(run.optimizer.dtype_name)
     _layout(run.spec, run.layout, run.parallel, run.data, run.optimizer)
-    adapters.targets(run.spec, run.lora)
+    targets(run.spec, run.lora)
     _experts(run.spec, run.moe, run.lora)
-    _instruction(run.spec, run.data, run.instruction, run.moe)
+    _lengths(run.spec, run.instruction, run.moe)
     if run.resilience.enable_high_availability:
         _resilience(run)
     if run.source is None and run.checkpoint.save is not None:
@@ -84,19 +82,9 @@ def _experts(spec: ModelSpec, moe: MoEConfig, lora: LoraConfig) -> None:
                              where="--moe-grouped-gemm, --lora-target-modules", fix="leave out --moe-grouped-gemm")
 
 
-def _instruction(spec: ModelSpec, data: DataConfig, instruction: InstructionConfig, moe: MoEConfig) -> None:
-    """Settings of instruction data belong to it; and lengths that differ between ranks."""
-    if not data.is_instruction_dataset:
-        for field in fields_of(InstructionConfig):
-            if getattr(instruction, field.name) != field.default and field.name != "prompt_type":
-                raise ModelLinkError(f"{field.flag} is about instruction data, and this trains on plain text", where=field.flag,
-                                     fix="use modellink-train sft, or leave it out")
-    for flag, given in (("--reset-attention-mask", data.reset_attention_mask), ("--eod-mask-loss", data.eod_mask_loss)):
-        if data.is_instruction_dataset and given:
-            raise ModelLinkError("instruction data says itself what is learned and which tokens are one sample", where=flag,
-                                 fix="leave it out; --reset-position-ids keeps the samples of a packed row apart")
+def _lengths(spec: ModelSpec, instruction: InstructionConfig, moe: MoEConfig) -> None:
     if instruction.variable_seq_lengths and spec.num_experts and moe.moe_token_dispatcher_type == "allgather":
-        raise ModelLinkError("experts gather as many tokens of every rank, and the lengths differ",
+        raise ModelLinkError("the allgather dispatcher needs the same number of tokens on every rank, and lengths differ",
                              where="--variable-seq-lengths, --moe-token-dispatcher-type",
                              fix="use --moe-token-dispatcher-type alltoall")
 
@@ -138,5 +126,6 @@ def _save_format(run: Run) -> None:
         raise ModelLinkError(f"adapters alone are saved, and {form} files would hold the whole model",
                              where="--save-format, --lora-target-modules",
                              fix="leave it out, and merge or convert SAVE/iter_N/peft with modellink-convert")
-    rank_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by,
+    from modellink.core.train import megatron_files  # imports torch
+    megatron_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by,
                     run.moe.moe_grouped_gemm)

@@ -1,7 +1,8 @@
-"""Ranks for tests: processes that start megatron once and then run one function after the other.
+"""Ranks for tests: processes that import megatron once and then run one function after another.
 
-Starting megatron costs seconds, a task milliseconds, so one set of ranks a world size serves a whole test run. A task is a
-function of a file; every rank loads the file by its path and calls the function. Not here: anything a run needs.
+Importing megatron takes seconds and a task milliseconds, so one set of ranks per world size serves a whole test run. A task is
+a function in a file; every rank loads the file by its path and calls the function. pytest finds this module through
+`pythonpath` in pyproject.toml, ranks through PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from modellink.core.processes import free_port
+from modellink.core.launch import free_port
 
-SECONDS = 120  # for one task
-THREADS = 300  # of one rank; megatron's distributed optimizer keeps what it was made for, with process groups and their threads
+HERE = Path(__file__).resolve()
+SECONDS = 120  # that one task may take
+THREADS = 300  # of one rank: megatron's distributed optimizer keeps old process groups alive, with their threads
 
 
 def beside(file: str, name: str) -> ModuleType:
-    """The module `name`.py in the folder of `file`: tests are no importable package, and this finds their common parts."""
+    """The module `name`.py in the folder of `file`: test folders are not packages, so shared parts are loaded by path."""
     path = Path(file).with_name(f"{name}.py")
     key = f"{name}@{path}"
     if key not in sys.modules:
@@ -39,13 +41,13 @@ def beside(file: str, name: str) -> ModuleType:
 
 
 class Ranks:
-    """`ranks(function, **kwargs)` calls a function on every rank; the results in the order of the ranks.
+    """`ranks(function, **kwargs)` calls a function on every rank and returns the results in the order of the ranks.
 
     Arguments and results are pickled. When a rank fails or hangs, AssertionError carries its trace, and the next call
     starts new ranks. `command` is what a rank runs: this module, or a script that calls `serve`.
     """
 
-    def __init__(self, world_size: int, command: Sequence[str] = ("-m", "modellink.core.testing")) -> None:
+    def __init__(self, world_size: int, command: Sequence[str] = (str(HERE),)) -> None:
         self.world_size, self.command = world_size, command
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
@@ -54,7 +56,8 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "ranks")) as listener:
             environment = os.environ | {
                 "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                "RANKS_ADDRESS": str(listener.address), "OMP_NUM_THREADS": "1"}
+                "RANKS_ADDRESS": str(listener.address), "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))}
             self._processes = [subprocess.Popen([sys.executable, *self.command],
                                                 env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
                                for rank in range(self.world_size)]
@@ -93,7 +96,7 @@ class Ranks:
 
 
 def threads_of(processes: list[subprocess.Popen[bytes]]) -> int:
-    """How many threads they have; 0 where the system does not say."""
+    """How many threads they have; 0 if the system does not tell."""
     return sum(len(list(tasks.iterdir())) for process in processes if (tasks := Path(f"/proc/{process.pid}/task")).is_dir())
 
 
@@ -108,7 +111,7 @@ def _module(path: str) -> ModuleType:
 
 
 def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
-    """The life of a rank, on a device of this kind."""
+    """Run tasks on a device of this kind until the test run ends."""
     import torch
     import torch.distributed as dist
 
@@ -132,7 +135,7 @@ def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
             except BaseException:
                 answer = (False, traceback.format_exc())
             connection.send_bytes(pickle.dumps(answer))
-    os._exit(0)  # without goodbye: a task that failed may have left others waiting in a collective
+    os._exit(0)  # a failed task may have left other ranks waiting in a collective
 
 
 if __name__ == "__main__":

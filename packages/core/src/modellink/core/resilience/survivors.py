@@ -23,7 +23,7 @@ PATIENCE = 60.0  # seconds for a rank that is not known to be dead
 
 
 @dataclass(frozen=True)
-class State:
+class RankState:
     """Of one rank: finished iterations, the phase of the next, its place, and whether it could go back to the step's start."""
 
     iteration: int
@@ -33,7 +33,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecoveryPlan:
     """`ranks` make the groups that `action` needs, in that order; all are to have finished `iteration`."""
 
     action: Literal["save", "replay", "lost"]
@@ -55,7 +55,8 @@ def fewest(layout: ParallelLayout, instances: int, *, distributed: bool) -> int:
     return layout.dp // instances if distributed else layout.ep // gcd(layout.ep, layout.cp)
 
 
-def agree(store: dist.Store, rank: int, world_size: int, mine: State, layout: ParallelLayout, dp: int, patience: float) -> Plan:
+def agree(store: dist.Store, rank: int, world_size: int, mine: RankState, layout: ParallelLayout, dp: int,
+          patience: float) -> RecoveryPlan:
     """What all ranks that are left do next; each calls it.
 
     Args:
@@ -72,21 +73,22 @@ def agree(store: dist.Store, rank: int, world_size: int, mine: State, layout: Pa
             if here >= set(range(world_size)) - set(failure.dead) or time.monotonic() > deadline:
                 break
             time.sleep(0.05)
-        states = {number: State(**json.loads(store.get(f"here/{number}"))) for number in sorted(here)}
+        states = {number: RankState(**json.loads(store.get(f"here/{number}"))) for number in sorted(here)}
         store.set("plan", json.dumps(asdict(decide(states, failure, world_size, layout, dp))))
-    return Plan(**json.loads(store.get("plan")))
+    return RecoveryPlan(**json.loads(store.get("plan")))
 
 
-def decide(states: Mapping[int, State], failure: Failure, world_size: int, layout: ParallelLayout, dp: int) -> Plan:
+def decide(states: Mapping[int, RankState], failure: Failure, world_size: int, layout: ParallelLayout, dp: int) -> RecoveryPlan:
     """By rank, how far the survivors are -> what they do."""
     iteration = max(state.iteration + (state.phase == "applying") for state in states.values())
     if failure.repairable and len(states) == world_size and all(state.copied for state in states.values()):
-        return Plan("replay", iteration, list(range(world_size)), layout.dp, failure.what)
+        return RecoveryPlan("replay", iteration, list(range(world_size)), layout.dp, failure.what)
     ranks = []
     for wanted in ((t, c, p, d) for p in range(layout.pp) for d in range(dp) for c in range(layout.cp) for t in range(layout.tp)):
         holders = [number for number, state in states.items() if (*state.place[:3], state.place[3] % dp) == wanted]
         if not holders:
-            return Plan("lost", iteration, [], dp, f"{failure.what}; nobody who is left holds the part of tensor-parallel rank "
-                        f"{wanted[0]}, context-parallel rank {wanted[1]}, stage {wanted[2]}, shard {wanted[3]}")
+            part = (f"tensor-parallel rank {wanted[0]}, context-parallel rank {wanted[1]}, stage {wanted[2]}, "
+                    f"shard {wanted[3]}")
+            return RecoveryPlan("lost", iteration, [], dp, f"{failure.what}; no remaining rank holds the part of {part}")
         ranks.append(holders[0])
-    return Plan("save", iteration, ranks, dp, failure.what)
+    return RecoveryPlan("save", iteration, ranks, dp, failure.what)

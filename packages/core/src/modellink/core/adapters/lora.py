@@ -37,10 +37,11 @@ from torch.nn import functional as F
 from modellink.ckpt_convert.lora import A, B
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import Weight, shard_pieces, stage_names
+from modellink.core.adapters.saved import tensors_of
 from modellink.core.config import LoraConfig
 from modellink.core.model.linear import ReplicatedLinear
 from modellink.core.model.load import bare
-from modellink.core.posttrain.adapters import tensors_of
+from modellink.core.model.specialize import specialize
 from modellink.kernels.parallel import ParallelLayout
 
 
@@ -162,7 +163,7 @@ def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraCon
         factor.weight.allreduce = getattr(module.weight, "allreduce", True)  # type: ignore[attr-defined]
         setattr(module, f"lora_{letter}", factor)
     kind: Any = type(module)
-    module.__class__ = _adapted(kind)
+    specialize(module, _adapted(kind))
 
 
 def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from modellink.core.model.load import bare
+from modellink.core.model.specialize import specialize
 
 Form = Literal["nf4", "int8"]
 NF4_BLOCK, INT8_BLOCK = 64, 256  # numbers that share a scale
@@ -33,7 +34,7 @@ def library() -> Any:
 
 
 @dataclass(frozen=True)
-class Held:
+class QuantizedWeight:
     """A matrix as it is held: `packed` numbers and the `state` that makes them whole."""
 
     packed: Tensor
@@ -55,19 +56,19 @@ class Held:
         return int(self.packed.nbytes + self.state.absmax.nbytes + nested)
 
 
-def hold(weight: Tensor, form: Form) -> Held:
+def hold(weight: Tensor, form: Form) -> QuantizedWeight:
     """`weight` rounded to the form."""
     f = library()
     made = f.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=True) if form == "nf4" else (
         f.quantize_blockwise(weight, blocksize=INT8_BLOCK))
     packed, state = made
-    return Held(packed, state, form, weight.shape)
+    return QuantizedWeight(packed, state, form, weight.shape)
 
 
 class Quantized(nn.Module):
     """What the quantised form of every linear shares: its weight is there during `forward` alone."""
 
-    held: Held
+    held: QuantizedWeight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self.weight = self.held.whole()
@@ -103,4 +104,4 @@ def quantize(models: Sequence[nn.Module], form: Form) -> None:
                 linear.held = hold(linear.weight.data, form)
                 del linear.weight
                 kind: Any = type(linear)
-                linear.__class__ = _quantized(kind)
+                specialize(linear, _quantized(kind))

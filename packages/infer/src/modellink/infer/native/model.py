@@ -1,8 +1,8 @@
-"""The compiled step over a model's own parameters: which models it takes, and a pass of few tokens through it.
+"""Runs the compiled step over a model's own parameters, and says which models and passes it supports.
 
-A model is taken when it is RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU rank, in fp32 or
-bf16; what a family adds beyond that (experts, latent attention, caps, ALiBi, post norms) is not. Weights may be int8 (int8.py).
-Between weights everything is fp32, whatever their precision.
+Supported are models with RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU rank, in fp32 or bf16,
+and nothing that a family adds to that (experts, latent attention, caps, ALiBi, post norms). Weights may be int8 (int8.py).
+Activations are fp32, whatever the precision of the weights.
 """
 
 from __future__ import annotations
@@ -20,40 +20,41 @@ from modellink.core.model.load import bare
 from modellink.core.model.rotary import RotaryTable
 from modellink.infer.cache import PagedCache
 from modellink.infer.native import compiled
-from modellink.infer.native.int8 import Int8, give_back, lend
+from modellink.infer.native.int8 import Int8Matrix, dequantize_in_forward, trim_heap
+from modellink.infer.passes import Pass
 from modellink.kernels.parallel import ParallelLayout
 
-FEW_TOKENS = 16  # of a pass over pieces of prompts; beyond, torch's matrix products are faster
-FEW_ROWS = 64  # of a pass over single tokens, whose attention costs torch more
+MAX_TOKENS = 16  # of a pass with prefill chunks; beyond, torch's matrix products are faster
+MAX_DECODE_TOKENS = 64  # of a decode pass, whose attention costs torch more
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-# Fields that the step knows, or that do not matter to it; of the others each must say that the model does not have it.
+# Fields that the step implements or does not depend on. All other fields must have their default.
 KNOWN = {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "ffn_hidden_size", "num_query_groups", "kv_channels",
          "max_position_embeddings", "norm_epsilon", "activation_func", "add_qkv_bias", "untie_embeddings_and_output_weights",
          "query_pre_attn_scalar", "layernorm_zero_centered_gamma", "embedding_multiplier_scale", "sliding_window"}
 ROTARY = ("rotary", "rope", "original_max", "low_freq", "high_freq")
 
 
-def takes(spec: ModelSpec, layout: ParallelLayout, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the step computes this model, and there is one."""
+def supports(spec: ModelSpec, layout: ParallelLayout, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the compiled step exists and supports this model."""
     plain = all(getattr(spec, field.name) == field.default for field in fields(spec)
                 if field.name not in KNOWN and not field.name.startswith(ROTARY))
     return (plain and spec.rope_scaling_type != "dynamic" and layout.world_size == 1 and device.type == "cpu"
             and dtype in (torch.float32, torch.bfloat16) and compiled.step() is not None)
 
 
-class Step:
-    """A model as the compiled step sees it. Keep it as long as the model: it points into its parameters.
+class CompiledStep:
+    """A model in the form of the compiled step, which points into the model's parameters.
 
     Args:
-        int8: keep the matrices in int8, with a scale for each row. The model's own are freed (but the embedding, whose rows are
-            looked up), and made from these whenever the model computes.
+        int8: store the matrices in int8 with a scale per row. The model's own matrices are freed, except the embedding, and
+            dequantized from these whenever the model runs.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, dtype: torch.dtype, *, int8: bool = False) -> None:
         self._spec, self._dtype, self._int8 = spec, dtype, int8
         self._held: list[Tensor] = []
-        self._lost = self._whole = 0.0
+        self._squared_error = self._squared_norm = 0.0
         self._model = cast(Any, bare(model))
         self._table = RotaryTable(spec)
         self._library = compiled.step()
@@ -68,7 +69,7 @@ class Step:
             spec.norm_epsilon, (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
             self._gain(self._model.decoder.final_layernorm), self._matrix(self._model.output_layer, head, spec.vocab_size))
         if int8:
-            give_back()
+            trim_heap()
 
     def _layer(self, layer: Any) -> compiled.Layer:
         attention, mlp = layer.self_attention, layer.mlp
@@ -87,49 +88,56 @@ class Step:
         return self._held[-1].data_ptr()
 
     def _matrix(self, linear: nn.Module, weight: nn.Parameter, rows: int) -> compiled.Matrix:
-        """The first rows of a linear's matrix as the step reads it."""
+        """Return the first rows of a linear layer's matrix in the form of the step."""
         if not self._int8:
             return compiled.Matrix(self._hold(weight[:rows]), None)
-        narrow = Int8.of(weight[:rows])
-        self._lost += (narrow.matrix(torch.float32) - weight[:rows].float()).square().sum().item()
-        self._whole += weight[:rows].float().square().sum().item()
+        quantized = Int8Matrix.quantize(weight[:rows])
+        self._squared_error += (quantized.dequantize(torch.float32) - weight[:rows].float()).square().sum().item()
+        self._squared_norm += weight[:rows].float().square().sum().item()
         if weight is not self._model.embedding.word_embeddings.weight:
             weight.data = weight.data.new_empty(0)
-        lend(linear, weight, narrow)
-        return compiled.Matrix(self._hold(narrow.values), self._hold(narrow.scale))
+        dequantize_in_forward(linear, weight, quantized)
+        return compiled.Matrix(self._hold(quantized.values), self._hold(quantized.scale))
 
     @property
     def error(self) -> float:
-        """How far int8 weights are from the true ones: the root of the mean square over that of the weights."""
-        return math.sqrt(self._lost / self._whole) if self._whole else 0.0
+        """Root mean square error of int8 weights, relative to the root mean square of the weights."""
+        return math.sqrt(self._squared_error / self._squared_norm) if self._squared_norm else 0.0
 
-    def takes(self, cache: PagedCache, tokens: int) -> bool:
-        """Whether it computes the pass that `cache.state` was told about."""
-        return tokens <= FEW_TOKENS or (tokens <= FEW_ROWS and cache.singles)
+    def supports(self, work: Pass) -> bool:
+        """Return whether the step runs a pass."""
+        return work.token_ids.size(1) <= (MAX_DECODE_TOKENS if work.is_decode else MAX_TOKENS)
 
-    def logits(self, ids: Tensor, cache: PagedCache, positions: Tensor, wanted: Tensor) -> Tensor:
-        """Token ids [tokens] of the pass that `cache.state` was told about -> logits [wanted, vocabulary]."""
-        self._point_at(cache)
-        flat, spec = cache.flat(), self._spec
+    def logits(self, work: Pass) -> Tensor:
+        """Return the wanted logits [wanted, vocabulary] of a pass, in fp32."""
+        self._point_at(work.cache)
+        flat, spec, ids = work.flat(), self._spec, work.token_ids[0]
         hidden = nn.functional.embedding(ids, self._model.embedding.word_embeddings.weight).float()
         if spec.embedding_multiplier_scale != 1.0:
             hidden = hidden * torch.tensor(spec.embedding_multiplier_scale, dtype=self._dtype).float()
         cos, sin = (side.reshape(len(ids), -1) for side in self._table(
-            int(positions.max()) + 1, positions[None], ids.device, torch.float32))
-        rows = spec.groups * (spec.num_attention_heads // spec.groups + 2) * spec.head_dim
+            work.length, work.positions[None], ids.device, torch.float32))
         threads, longest = torch.get_num_threads(), int(flat.count.max())
-        wide = spec.num_attention_heads * spec.head_dim
-        room = torch.empty(len(ids) * (2 * spec.hidden_size + rows + wide + 3 * spec.ffn + max(spec.hidden_size, wide, spec.ffn))
-                           + threads * longest)
+        workspace = torch.empty(self._workspace_size(len(ids)) + threads * longest)
+        wanted = torch.tensor(work.wanted, dtype=torch.long)
         out = torch.empty(len(wanted), spec.vocab_size)
         pointers = [tensor.contiguous() for tensor in (hidden, cos, sin, flat.slot, flat.slots, flat.begin, flat.count)]
         assert self._library is not None
-        self._library.step(ctypes.byref(self._c), len(ids), *(tensor.data_ptr() for tensor in pointers), longest, room.data_ptr(),
-                           len(wanted), wanted.data_ptr(), out.data_ptr(), threads)
+        self._library.step(ctypes.byref(self._c), len(ids), *(tensor.data_ptr() for tensor in pointers), longest,
+                           workspace.data_ptr(), len(wanted), wanted.data_ptr(), out.data_ptr(), threads)
         return out
 
+    def _workspace_size(self, tokens: int) -> int:
+        """Return the floats of workspace that step.c needs for so many tokens, without the attention scores."""
+        spec = self._spec
+        qkv = spec.groups * (spec.num_attention_heads // spec.groups + 2) * spec.head_dim
+        context = spec.num_attention_heads * spec.head_dim
+        widest = max(spec.hidden_size, context, spec.ffn)
+        return tokens * (2 * spec.hidden_size + qkv + context + 3 * spec.ffn + widest)
+
     def _point_at(self, cache: PagedCache) -> None:
-        if cache is not self._cache:
-            self._cache = cache
-            for number, (keys, values) in enumerate(cache.memory()):
-                self._layers[number].keys, self._layers[number].values = keys.data_ptr(), values.data_ptr()
+        if cache is self._cache:
+            return
+        self._cache = cache
+        for layer, keys, values in zip(self._layers, cache.keys.values(), cache.values.values(), strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()

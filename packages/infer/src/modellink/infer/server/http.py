@@ -1,6 +1,6 @@
-"""What the server with the model and the one in front do alike: read a body, notice that a client goes, and write an error.
+"""What the server with the model and the server in front of replicas share: read a body, detect a disconnect, write an error.
 
-Nothing here needs the model, so that the one in front, which has none, is small and starts at once.
+Imports nothing of the model, so that a server that only forwards requests is small and starts at once.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 
-async def read_content(request: Request, largest: int) -> bytes | None:
-    """The body; None where it is too large, without reading on."""
-    if int(request.headers.get("content-length") or 0) > largest:
+async def read_content(request: Request, max_body: int) -> bytes | None:
+    """Return the body; None, without reading the rest, if it is larger than `max_body` bytes."""
+    if int(request.headers.get("content-length") or 0) > max_body:
         return None
     content = bytearray()
     async for part in request.stream():
         content += part
-        if len(content) > largest:
+        if len(content) > max_body:
             return None
     return bytes(content)
 
 
 class Stream(StreamingResponse):
-    """Pieces as they come, then `closed`; a `finally` of theirs would not run where the client goes before the first one."""
+    """A streamed response that always calls `on_close`; a `finally` in `pieces` would not run if the client disconnects first."""
 
-    def __init__(self, pieces: AsyncIterator[str | bytes], closed: Callable[[], Awaitable[None]], status: int = 200,
+    def __init__(self, pieces: AsyncIterator[str | bytes], on_close: Callable[[], Awaitable[None]], status: int = 200,
                  headers: Mapping[str, str] | None = None, media_type: str | None = None) -> None:
         super().__init__(pieces, status, headers, media_type)
-        self._closed = closed
+        self._on_close = on_close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._closed()
+            await self._on_close()
 
 
-async def gone(request: Request) -> None:
-    """Wait until the client goes."""
+async def disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def error_object(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
-    """The object of OpenAI's API that says what went wrong."""
+    """Return the error object of OpenAI's API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": None}}
 
 
-def failure(status: int, message: str, kind: str, param: str | None = None, *,
-            headers: dict[str, str] | None = None) -> Response:
+def error_response(status: int, message: str, kind: str, param: str | None = None, *,
+                   headers: dict[str, str] | None = None) -> Response:
     return JSONResponse(error_object(message, kind, param), status, headers=headers)

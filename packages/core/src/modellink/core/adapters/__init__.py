@@ -1,0 +1,1 @@
+"""Low-rank adapters and quantized base weights: changes to a built model, below the training loop."""

@@ -1,0 +1,1 @@
+"""The training methods of this package, one file each; registered by name as entry points (see train/method.py)."""

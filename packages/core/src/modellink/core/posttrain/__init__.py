@@ -1,1 +1,0 @@
-"""What follows pretraining: fine-tuning on instructions, adapters."""

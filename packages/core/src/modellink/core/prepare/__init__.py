@@ -1,0 +1,1 @@
+"""From option values to a checked `Run`, before any process starts."""

@@ -1,0 +1,58 @@
+"""A loss or gradient that is not finite ends the run before it reaches the weights, and leaves the batch that made it.
+
+Not here: fp16, whose optimizer skips such a step and lowers the loss scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from modellink.core.data.batch import Batch
+from modellink.kernels.errors import ModelLinkError
+
+
+class NotFinite(ModelLinkError):
+    """A loss or a gradient; no weight has changed."""
+
+
+def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Callable[[], str]) -> None:
+    """Raise on every rank when the loss, or a gradient on any rank, is NaN or infinite.
+
+    Args:
+        where: which iteration and samples.
+        leave: keeps the batch and says where.
+    """
+    total = torch.zeros((), device=loss.device)
+    for model in models:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
+            total += buffer.grad_data.sum()  # one pass: NaN and infinity survive a sum
+    bad = (~torch.isfinite(torch.stack([loss, total]))).int()
+    dist.all_reduce(bad, op=dist.ReduceOp.MAX)
+    of_loss, of_gradient = bad.tolist()
+    if of_loss or of_gradient:
+        what = f"the loss is {loss.item()}" if of_loss else "the loss is finite and a gradient is not"
+        raise NotFinite(f"{what}; the last checkpoint is as it was, {leave()}", where=where,
+                             fix="look at these samples and at the learning rate; --no-check-for-nan-in-loss-and-grad goes on")
+
+
+def keep_batch(folder: Path, batches: Iterable[Batch], count: int) -> str:
+    """Write the `count` micro batches of each data-parallel rank into `folder`: (samples, seq) arrays of tokens, labels, mask."""
+    if all(rank == 0 for rank in (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank(),
+                                  parallel_state.get_pipeline_model_parallel_rank())):
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = list(islice(batches, count))
+        for name in ("tokens", "labels", "loss_mask"):
+            rows = [row for batch in taken for row in getattr(batch, name).cpu().numpy()]
+            longest = max(map(len, rows))
+            filled = np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
+            np.save(folder / f"{name}_dp{parallel_state.get_data_parallel_rank()}.npy", filled)
+    return f"and the batch is in {folder}"
