@@ -23,9 +23,9 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
+from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.core.model.load import bare
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
@@ -140,8 +140,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     if same and load_rng:
         _set_random_state(training, state)
     elif load_rng and dist.get_rank() == 0:
-        print(f"note: saved at {progress.layout}, resumed at {training.layout}: the random state is initialized
-        again", flush=True)
+        print(f"note: saved at {progress.layout}, resumed at {training.layout}: the random state is initialized again",
+              flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
     training.ordered = progress.ordered
     if dist.get_rank() == 0:
