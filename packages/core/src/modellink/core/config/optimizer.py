@@ -126,5 +126,5 @@ class OptimizerConfig:
         ends = (self.start_weight_decay, self.end_weight_decay)
         if (self.weight_decay_incr_style == "constant") == (ends != (None, None)) or ends.count(None) == 1:
             raise ModelLinkError(f"a {self.weight_decay_incr_style} weight decay needs "
-                                 + ("no start and end" if self.weight_decay_incr_style == "constant" else "a start and an end"),
+                                 + ("no ends" if self.weight_decay_incr_style == "constant" else "both ends"),
                                  where="--weight-decay-incr-style, --start-weight-decay, --end-weight-decay")

@@ -61,7 +61,7 @@ class ParallelConfig(VirtualLayoutOptions):
                                  fix="remove it, or use --pipeline-model-parallel-size 2 or more")
         cp, degree, hybrid = self.context_parallel_size, self.ulysses_degree_in_cp, self.context_parallel_algo == "hybrid_cp_algo"
         if hybrid and cp > 1 and (degree is None or cp % degree or degree == cp):
-            raise ModelLinkError(f"context parallel size {cp} cannot be split into Ulysses groups of {degree or 'unknown'} ranks",
+            raise ModelLinkError(f"context parallel size {cp} cannot be split into Ulysses groups of {degree} ranks",
                                  where="--ulysses-degree-in-cp, --context-parallel-size",
                                  fix="use a smaller divisor of the context parallel size")
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
