@@ -48,7 +48,7 @@ def trained(source: Path, path: Path) -> Path:
 def test_every_format_gives_the_same_tokens(engine, llama, prompts, tmp_path, make):
     expected = engine.generate(prompts, max_new_tokens=20)
     other = load(make(llama, tmp_path / "checkpoint"), device="cpu")
-    assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy", trained: "torch_dist"}[make]
+    assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy", trained: "torch-dist"}[make]
     assert other.generate(prompts, max_new_tokens=20) == expected
 
 

@@ -27,11 +27,11 @@ from torch import Tensor
 from modellink.ckpt_convert import peft
 from modellink.ckpt_convert.adapter import SAVED_FILE, SAVED_FOLDER, AdapterConfig
 from modellink.ckpt_convert.families import NO_FORM
-from modellink.ckpt_convert.formats.peft import is_peft
-from modellink.ckpt_convert.formats.torch_dist import STACKED, refuse_unknown_names
 from modellink.ckpt_convert.iterations import last_complete
 from modellink.ckpt_convert.lora import A, B, adapter_weights
 from modellink.ckpt_convert.manifest import Manifest
+from modellink.ckpt_convert.megatron.distributed import STACKED, refuse_unknown_names
+from modellink.ckpt_convert.peft_files import is_peft
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import EXPERTS, Weight

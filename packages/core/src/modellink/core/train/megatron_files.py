@@ -15,11 +15,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modellink.ckpt_convert.formats import torch_dist, writing
-from modellink.ckpt_convert.formats.rank_state import Style
+from modellink.ckpt_convert.formats.megatron import plan_megatron
 from modellink.ckpt_convert.manifest import Manifest
-from modellink.ckpt_convert.plan import Plan, plan_megatron
+from modellink.ckpt_convert.megatron import distributed
+from modellink.ckpt_convert.megatron.rank_state import Style
+from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.storage import writing
 from modellink.core.config.checkpoint import SaveFormat
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write
@@ -27,15 +29,15 @@ from modellink.kernels.parallel import ParallelLayout
 
 
 def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool,
-         iteration: Path | None = None) -> Plan:
+         iteration: Path | None = None) -> ConversionPlan:
     """All files of an iteration; without its folder only whether they can be made.
 
     Raises:
         ModelLinkError: the form has no place for a weight of the model.
     """
-    tensors = {} if iteration is None else torch_dist.read(iteration, manifest.spec)
+    tensors = {} if iteration is None else distributed.read(iteration, manifest.spec)
     number = 1 if iteration is None else int(iteration.name.removeprefix("iter_").removesuffix(".tmp"))
-    source = Checkpoint("torch_dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
+    source = Checkpoint("torch-dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
     cut = ParallelLayout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, num_layer_list=layout.num_layer_list)
     style = Style(form == "megatron-legacy", "modellink-1.0", grouped, divisible_by)
     try:
