@@ -117,7 +117,7 @@ def test_where_two_runs_part_is_named(pools, straight, tmp_path, where, iteratio
     assert pools(2)(spoilt, options=given, where=where, iteration=iteration, name=name) == [True] * 2
     assert compare(folder, tmp_path) == (5, 2, Parting(iteration, 1, where, name, 0))
     said = CliRunner().invoke(digests, [str(folder), str(tmp_path)])
-    assert (said.exit_code, said.stdout) == (1, f"the runs part at iteration {iteration}, rank 1: {where} of {name}\n")
+    assert (said.exit_code, said.stdout) == (1, f"the runs diverge at iteration {iteration}, rank 1: {where} of {name}\n")
 
 
 def test_a_run_that_is_continued_has_the_digests_of_one_that_was_not(pools, straight, tmp_path):

@@ -245,11 +245,11 @@ def test_merged_logits_are_those_of_the_adapters(pools, made, case, tp, modules)
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
     ({"lora_target_modules": ("linear_vqk",)}, "the model has no linear linear_vqk", "linear_fc1, linear_fc2"),
-    ({"lora_target_modules": (), "lora_load": "."}, "no linears that have one", "--lora-target-modules"),
+    ({"lora_target_modules": (), "lora_load": "."}, "--lora-load needs --lora-target-modules", "repeat"),
     ({"lora_load": "nowhere"}, "the adapters to load are missing", "nowhere"),
     ({"lora_load": "."}, "the folder holds no adapters", "lora.json"),
     ({"load": None, "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "ffn_hidden_size": 9,
-      "max_position_embeddings": 24}, "there are none", "--load"),
+      "max_position_embeddings": 24}, "LoRA needs a base model", "--load"),
 ])
 def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     with pytest.raises(ModelLinkError) as caught:
