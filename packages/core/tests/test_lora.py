@@ -184,7 +184,7 @@ def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     assert weights["decoder.layers.3.self_attention.linear_qkv.lora_A.weight"] == (4, 48)
     assert weights["decoder.layers.0.mlp.linear_fc1.lora_B.weight"] == (224, 4)
     assert len([name for name in names if "exp_avg" in name]) == 2 * len(weights)
-    with pytest.raises(ModelLinkError, match="holds adapters alone"):
+    with pytest.raises(ModelLinkError, match="holds only adapters"):
         prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})])
     with pytest.raises(ModelLinkError, match="--lora-r is 8 and 4 in the adapters"):
         prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),), "lora_r": 8,
