@@ -35,6 +35,7 @@ nox.options.sessions = [
 CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
+PHRASES_LATER = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval", "root")  # their texts are not rewritten yet
 HARNESS = "lm-eval[hf]"  # the peer of modellink-eval
 
 
@@ -97,9 +98,12 @@ def session(name: str, shared: str | None = None) -> Callable[[Callable[[Env], N
 
 @session("lint")
 def lint(env: Env) -> None:
-    """Ruff over the whole repository."""
+    """Ruff over the whole repository; the phrases that texts may not contain (tools/phrases.py)."""
     env.pip("ruff")
     env.python("-m", "ruff", "check", *(env.session.posargs or ["."]))
+    checked = [name for name in (*PACKAGES, "root") if name not in PHRASES_LATER]
+    if checked:
+        env.python("tools/phrases.py", *(part for name in checked for part in ("--package", name)))
 
 
 @session("types", shared="all")

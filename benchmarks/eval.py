@@ -36,9 +36,9 @@ LONGEST = 96  # tokens of a compared text
 
 def questions(task: str, data: Path, count: int, subjects: int | None = None) -> list[Any]:
     """The first questions of each subject (or of the first `subjects`), `count` together, as a run would ask them."""
-    from modellink.eval import Asking
+    from modellink.eval import EvalSettings
     from modellink.eval.job import prepare
-    (job,) = prepare(task, data, Asking("lm-eval"))
+    (job,) = prepare(task, data, EvalSettings("lm-eval"))
     chosen = job.subjects[:subjects]
     each = -(-count // len(chosen))
     return [question for subject in chosen for question in
@@ -52,17 +52,18 @@ class Ours:
         self.backend.load()
 
     def likelihoods(self, pairs: Sequence[tuple[str, str]], batch: int) -> list[float]:
-        from modellink.eval import Request
+        from modellink.eval import LikelihoodRequest
         assert self.backend._engine is not None
         self.backend._engine.forget()  # or the pages of an earlier round would be found again
         found = []
         for start in range(0, len(pairs), batch):
-            found += [one.logprob for one in self.backend.loglikelihood([Request(*pair) for pair in pairs[start:start + batch]])]
+            requests = [LikelihoodRequest(*pair) for pair in pairs[start:start + batch]]
+            found += [one.logprob for one in self.backend.loglikelihood(requests)]
         return found
 
     def texts(self, asked: Sequence[tuple[str, tuple[str, ...]]]) -> list[str]:
-        from modellink.eval import Writing
-        found = dict(self.backend.generate([Writing(context, until, LONGEST) for context, until in asked]))
+        from modellink.eval import GenerationRequest
+        found = dict(self.backend.generate([GenerationRequest(context, until, LONGEST) for context, until in asked]))
         return [found[number].text for number in range(len(asked))]
 
 

@@ -10,7 +10,7 @@ Each run has a process of its own, so that the memory is its own; times are thos
 imports, with the loading of the tokenizer and of all workers. `--growth` are inputs of that many MB whose peak memory is to be
 the same: a row compares the largest with the smallest. A tokenizer that gigatoken refuses has no row of it. The documents are
 texts of `--data` where it has any, else Python's own help topics, over and over with a number before each: about 4 MB of them
-differ, which favours who remembers words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
+differ, which favors who remembers words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
 """
 
 from __future__ import annotations

@@ -109,8 +109,8 @@ def theirs(folder: Path, kind: str, padding: str, samples: int) -> float:
         chosen = data[first:first + BATCH]
         longest = LONGEST if padding == "fixed" else -(-max(len(ids) for ids, _ in chosen) // 8) * 8
         ids, labels, mask = (torch.full((len(chosen), longest), fill) for fill in (0, -100, 0))
-        for row, (own, learnt) in enumerate(chosen):
-            ids[row, :len(own)], labels[row, :len(own)] = torch.from_numpy(own), torch.from_numpy(learnt)
+        for row, (own, learned) in enumerate(chosen):
+            ids[row, :len(own)], labels[row, :len(own)] = torch.from_numpy(own), torch.from_numpy(learned)
             mask[row, :len(own)] = 1
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tests.test_eval_local import DATA, folder
 
-from modellink.eval import Asking, Request, Writing
+from modellink.eval import EvalSettings, GenerationRequest, LikelihoodRequest
 from modellink.eval.backends.local import LocalBackend
 from modellink.eval.job import prepare
 
@@ -37,17 +37,17 @@ def asked(kind: str, *args: object):
 
 def test_likelihoods_are_the_harness_ones(models):
     theirs, ours = models
-    jobs = prepare(["mmlu", "boolq"], DATA, Asking("lm-eval"), 6)
+    jobs = prepare(["mmlu", "boolq"], DATA, EvalSettings("lm-eval"), 6)
     pairs = [(question.context, choice) for job in jobs for question in job.questions for choice in question.choices]
     # of a prompt that is too long the harness also cuts the token that the tokenizer puts first; we keep it
-    pairs = [pair for pair in pairs if not ours.backend.encode(Request(*pair)).dropped]
+    pairs = [pair for pair in pairs if not ours.backend.encode(LikelihoodRequest(*pair)).dropped]
     assert len({len(choice) for _, choice in pairs}) > 1 and len(pairs) > 20
     pairs.append(("a context with a blank at its end ", "and more"))
     expected = theirs.loglikelihood(asked("loglikelihood", *pairs), disable_tqdm=True)
     found = ours.loglikelihood(asked("loglikelihood", *pairs))
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    direct = ours.backend.loglikelihood([Request(*pair) for pair in pairs[:8]])
+    direct = ours.backend.loglikelihood([LikelihoodRequest(*pair) for pair in pairs[:8]])
     assert [one.logprob for one in direct] == pytest.approx([value for value, _ in expected[:8]], abs=1e-3)
 
 
@@ -60,11 +60,11 @@ def test_rolling_likelihoods_are_the_harness_ones(models):
 
 def test_texts_are_the_harness_ones(models):
     theirs, ours = models
-    questions = [question for job in prepare("boolq", DATA, Asking("lm-eval"), 3) for question in job.questions]
+    questions = [question for job in prepare("boolq", DATA, EvalSettings("lm-eval"), 3) for question in job.questions]
     options = {"until": ["\n", "th"], "max_gen_toks": 24, "do_sample": False}
     args = [(question.context, options) for question in questions]
     expected = theirs.generate_until(asked("generate_until", *args), disable_tqdm=True)
     assert ours.generate_until(asked("generate_until", *args)) == expected
     backend: LocalBackend = ours.backend
-    found = dict(backend.generate([Writing(context, ("\n", "th"), 24) for context, _ in args]))
+    found = dict(backend.generate([GenerationRequest(context, ("\n", "th"), 24) for context, _ in args]))
     assert [found[number].text for number in range(len(args))] == expected

@@ -22,7 +22,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from modellink.eval import Asking, cli
+from modellink.eval import EvalSettings, cli
 from modellink.eval.job import prepare
 
 torch = pytest.importorskip("torch")
@@ -138,7 +138,7 @@ def test_likelihoods_are_those_of_transformers(folder: Path, evaluated: tuple[st
     style, out, _ = evaluated
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    (job,) = prepare(task, DATA, Asking(style))
+    (job,) = prepare(task, DATA, EvalSettings(style))
     found = journal(out, task)
     assert len(found) == 20
     right = 0
@@ -254,14 +254,14 @@ def test_our_server_gives_what_the_model_gives_here(folder: Path, served: str, t
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_texts_are_written_by_the_compiled_step_where_it_is_the_model(folder: Path, dtype: Any) -> None:
-    from modellink.eval import Writing
+    from modellink.eval import GenerationRequest
     from modellink.eval.backends.local import LocalBackend
     from modellink.infer.native import compiled
     backend = LocalBackend(folder, device="cpu", dtype=dtype, batch_size=2)
     backend.load()
     network = backend._engine.network
     assert bool(network.fast_paths) == (dtype == "float32" and compiled.step() is not None)
-    asked = [Writing(f"word {number} " * (number + 1), (), 6 + number) for number in range(5)]
+    asked = [GenerationRequest(f"word {number} " * (number + 1), (), 6 + number) for number in range(5)]
     found = dict(backend.generate(asked))
     assert sorted(found) == list(range(5)) and next(iter(backend.generate(asked)))[0] == 0  # the shortest, before the others
     network.fast_paths = []

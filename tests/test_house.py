@@ -6,6 +6,7 @@ Not covered: style within a file (ruff) and types (mypy), which have sessions of
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+
+from phrases import findings  # noqa: E402
+
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
 FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", ".ci")
 MAX_LINES = 600
@@ -83,7 +88,7 @@ def test_every_dependency_has_a_tested_version() -> None:
         table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))
         wanted = [*table["project"]["dependencies"], *table["dependency-groups"]["test"]]
         missing = {name(line) for line in wanted} - tested - {f"modellink-{other}" for other in PACKAGES}
-        assert not missing, f"constraints.txt does not say which {sorted(missing)} was tested with {package}"
+        assert not missing, f"constraints.txt lacks {sorted(missing)}, which {package} needs"
 
 
 def name(requirement: str) -> str:
@@ -131,3 +136,14 @@ def test_the_table_of_models_is_whole() -> None:
                for name in yaml.safe_load(path.read_text(encoding="utf-8"))["presets"]]
     assert sorted(names) == sorted(presets)
     assert not re.findall(r"FAILED|no test|none alike", "\n".join(table))
+
+
+def test_dialect_is_found_across_lines_and_in_names(tmp_path: Path) -> None:
+    """Written in pieces so that this file does not find itself."""
+    path = tmp_path / "module.py"
+    path.write_text('A = option("Width; where noth' 'ing "\n           "is sa' 'id.")\n# It starts\n# an' 'ew.\n'
+                    'def tokeni' 'se(): "Return the ids of a text."\n')
+    assert [(found.line, found.words) for found in findings(path)] == [
+        (1, "where noth" "ing is"), (2, "is sa" "id"), (4, "an" "ew"), (5, "tokeni" "se")]
+    path.write_text("def tokenize():\n    'Return the ids of a text. Default: the text column, a whole sample.'\n")
+    assert list(findings(path)) == []

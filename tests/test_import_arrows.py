@@ -73,7 +73,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "inspection | preprocess",
         "cluster | merge | packing | plan",
         "options | parts",
-        "tokenise",
+        "pieces",
         "handlers | detokenize",
         "inputs | templates",
         "readers | tokenizer",

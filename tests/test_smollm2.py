@@ -15,7 +15,7 @@ TP3, TP3PP2 = ParallelLayout(tp=3), ParallelLayout(tp=3, pp=2)
 # without special tokens; computed once with transformers from the weights that examples/quickstart/weights.py makes.
 LIKELIHOOD = {"wikitext-2-valid": 2.97058, "tinyshakespeare": 3.84136}
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,",
-           "Water boils at a temperature of", "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n"]
+           "Water boils at a temperature of", "<|im_start|>user\nName three colors.<|im_end|>\n<|im_start|>assistant\n"]
 
 
 @pytest.fixture(scope="module")

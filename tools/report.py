@@ -6,7 +6,7 @@ never say "0 failed" while nox exits with 1. nox prints its own summary after th
 the process ends (`atexit`): the closing line stays the last.
 A share is compared with the minutes after installation, which belong to the network and to whichever session filled a shared
 environment; the total is compared with everything.
-Not here: any judgement. A session over its share is marked; it does not fail.
+Not here: any judgment. A session over its share is marked; it does not fail.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def test_without_the_extra_tokenizers_is_used(run, monkeypatch):
 def test_conversations_do_not_use_gigatoken(run, tmp_path, write_lines):
     path = write_lines(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
     summary = run(input=(str(path),), handler_name="AlpacaStyleInstructionHandler", prompt_type="qwen")
-    assert summary.backend_why == "conversations are tokenised part by part"
+    assert summary.backend_why == "conversations are tokenized part by part"
 
 
 def test_another_library_is_another_run(run, monkeypatch, tmp_path):

@@ -152,15 +152,15 @@ def test_a_piece_is_tried_again_where_its_process_died(two_nodes, corpus, byte_f
         import os
         from pathlib import Path
 
-        from modellink.data_prep.tokenise import tokenise_piece
+        from modellink.data_prep.pieces import tokenize_piece
 
         if piece.index == 1 and not (mark := Path(folder) / "died").exists():
             mark.touch()
             os._exit(1)
-        return tokenise_piece(job, piece)
+        return tokenize_piece(job, piece)
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("modellink.data_prep.cluster._tokenise_there", dies_once)
+    monkeypatch.setattr("modellink.data_prep.cluster._tokenize_there", dies_once)
     preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True, piece_size=0.1,
                                  output_prefix=tmp_path / "out" / "set", executor="ray"), show=False)
     assert (tmp_path / "died").exists() and snapshot(tmp_path / "out") == expected

@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from modellink.eval import Likelihood, Written, evaluate
+from modellink.eval import Completion, Likelihood, evaluate
 
 TEXT = " ".join(pydoc_data.topics.topics[name] for name in ("assert", "with", "yield", "numbers"))
 ALPHABET = 256  # characters a smoothed count is spread over
@@ -43,7 +43,7 @@ class NgramBackend:
         for number, request in reversed(list(enumerate(requests))):  # in an order of its own
             time.sleep(self.pause)
             length = len(request.context)
-            yield number, Written(f" {length % 7} so the answer is {length % 3}. The answer is {length % 5}."
+            yield number, Completion(f" {length % 7} so the answer is {length % 3}. The answer is {length % 5}."
                                   if length % 4 else " no idea")
 
     def _one(self, request, learned):

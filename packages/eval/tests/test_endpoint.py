@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from modellink.eval import Asking, Request, Turn, Writing, evaluate
+from modellink.eval import EvalSettings, GenerationRequest, LikelihoodRequest, Turn, evaluate
 from modellink.eval.backends.endpoint import Endpoint
 from modellink.kernels.errors import ModelLinkError
 
@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
         elif body.get("echo"):
             self.give({"choices": [{"text": body["prompt"], "logprobs": self.logprobs(body["prompt"] + "!")}]})
         else:
-            ((_, written),) = self.server.model.generate([Writing(body["prompt"], (), 8)])
+            ((_, written),) = self.server.model.generate([GenerationRequest(body["prompt"], (), 8)])
             self.give({"choices": [{"text": written.text}]})
 
     def logprobs(self, text):
@@ -84,13 +84,13 @@ def endpoint(server):
 
 
 def test_a_likelihood_is_the_sum_over_the_continuation(endpoint, server):
-    (found,) = endpoint.loglikelihood([Request("What is it? Answer:", " A")])
+    (found,) = endpoint.loglikelihood([LikelihoodRequest("What is it? Answer:", " A")])
     values = Handler.logprobs(type("", (), {"server": server}), "What is it? Answer: A!")["token_logprobs"]
     assert found.logprob == pytest.approx(sum(values[-3:-1])) and found.greedy == all(value >= -1.5 for value in values[-3:-1])
 
 
 def test_a_beginning_token_that_counts_as_text_shifts_nothing(endpoint, server):
-    request = Request("What is it? Answer:", " A")
+    request = LikelihoodRequest("What is it? Answer:", " A")
     (plain,) = endpoint.loglikelihood([request])
     server.mode = "bos"
     assert endpoint.loglikelihood([request]) == [plain]
@@ -101,12 +101,12 @@ def test_the_bytes_of_a_character_all_belong_to_the_choice(endpoint, server, mon
     told = {"text_offset": [0, 1, 2, 2, 2, 3], "token_logprobs": [None, -1.0, -2.0, -3.0, -4.0, -9.0],
             "top_logprobs": [None, *({"x": -1.0} for _ in range(5))]}
     monkeypatch.setattr(Handler, "logprobs", lambda self, text: told)
-    assert endpoint.loglikelihood([Request("a:", "机")])[0].logprob == -9.0
+    assert endpoint.loglikelihood([LikelihoodRequest("a:", "机")])[0].logprob == -9.0
 
 
 def test_texts_and_chats_end_at_the_stops_also_those_not_sent(endpoint, server):
     until = ("#", "@", "^", "~", "is")
-    request = Writing("seven ", until, 8)
+    request = GenerationRequest("seven ", until, 8)
     ((_, direct),) = server.model.generate([request])
     assert "is" in direct.text and dict(endpoint.generate([request]))[0].text == direct.text.split("is")[0]
     path, body, _ = server.asked[-1]
@@ -119,18 +119,18 @@ def test_a_run_over_http_scores_as_one_without(data, server, endpoint, backend, 
     assert found["tasks"]["gsm8k"]["micro"]["unparsed"] == expected["tasks"]["gsm8k"]["micro"]["unparsed"] > 0
     assert found["tasks"]["gsm8k"]["accuracy"] == expected["tasks"]["gsm8k"]["accuracy"]
     assert evaluate("mmlu", data, endpoint, prompt_style="lm-eval")["tasks"]["mmlu"]["micro"]["questions"] == 23
-    evaluate("gsm8k", data, endpoint, asking=Asking(chat="hf-chat-template"))
+    evaluate("gsm8k", data, endpoint, settings=EvalSettings(chat="hf-chat-template"))
     assert server.asked[-1][0].endswith("chat/completions") and server.asked[-1][1]["messages"][0]["role"] == "user"
 
 
 def test_a_server_that_is_busy_is_asked_again(endpoint, server):
     server.mode = "busy"
-    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+    assert list(endpoint.generate([GenerationRequest("x", (), 8)])) and len(server.asked) == 2
 
 
 def test_a_connection_that_breaks_is_made_again(endpoint, server):
     server.mode = "breaks"
-    assert list(endpoint.generate([Writing("x", (), 8)])) and len(server.asked) == 2
+    assert list(endpoint.generate([GenerationRequest("x", (), 8)])) and len(server.asked) == 2
 
 
 def test_a_server_that_goes_away_is_named_in_the_end(endpoint, server, monkeypatch):
@@ -138,12 +138,12 @@ def test_a_server_that_goes_away_is_named_in_the_end(endpoint, server, monkeypat
     server.shutdown()
     server.server_close()
     with pytest.raises(ModelLinkError, match="cannot be asked"):
-        list(endpoint.generate([Writing("x", (), 8)]))
+        list(endpoint.generate([GenerationRequest("x", (), 8)]))
 
 
 def test_newer_models_call_the_longest_answer_otherwise(endpoint, server):
     server.mode = "new"
-    asked = [Writing((Turn("user", text),), (), 8) for text in ("one", "two")]
+    asked = [GenerationRequest((Turn("user", text),), (), 8) for text in ("one", "two")]
     found = [dict(endpoint.generate([request]))[0].text for request in asked]
     assert found == ["one", "two"]
     assert ["max_tokens" in body for _, body, _ in server.asked] == [True, False, False]
@@ -158,7 +158,7 @@ def test_another_address_is_another_model(endpoint):
 def test_a_server_without_likelihoods_is_named(endpoint, server, mode, message):
     server.mode = mode
     with pytest.raises(ModelLinkError, match=message):
-        endpoint.loglikelihood([Request("a", " b")])
+        endpoint.loglikelihood([LikelihoodRequest("a", " b")])
 
 
 def test_which_model(server, monkeypatch):
@@ -170,7 +170,7 @@ def test_which_model(server, monkeypatch):
     with pytest.raises(ModelLinkError, match="no model three"):
         Endpoint(address, "three")
     with Endpoint(address, "two") as endpoint:
-        list(endpoint.generate([Writing("x", (), 8)]))
+        list(endpoint.generate([GenerationRequest("x", (), 8)]))
     assert server.asked[-1][1]["model"] == "two" and server.asked[-1][2] == "Bearer key"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from modellink.eval import Likelihood, Written, evaluate
+from modellink.eval import Completion, Likelihood, evaluate
 from modellink.eval.cli import run_tasks
 from modellink.eval.report.terminal import print_results
 from modellink.eval.task import Examples, Extraction, Generate, Layout, Style, Task
@@ -33,7 +33,7 @@ class Knowing:
     def generate(self, requests):
         for number, one in enumerate(requests):
             assert "How many are left?\nAnswer: The answer is 3.\n\nQuestion: " in one.context
-            yield number, Written(" The answer is 5." if "Ann" in one.context else " 6 + 6 is 12.")
+            yield number, Completion(" The answer is 5." if "Ann" in one.context else " 6 + 6 is 12.")
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=["choices", "text"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from modellink.eval import Asking, Turn, load_task, task_names
+from modellink.eval import EvalSettings, Turn, load_task, task_names
 from modellink.eval.data import Subject
 from modellink.eval.prompts import make_questions
 from modellink.eval.rows import Row
@@ -25,7 +25,7 @@ def physics(tmp_path):
 
 def test_mmlu_original(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, Asking("original"), physics)
+    (question,) = make_questions(task, EvalSettings("original"), physics)
     assert question.prompt == (
         "The following are multiple choice questions (with answers) about  college physics.\n\n"
         "Question 1?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\n"
@@ -39,7 +39,7 @@ def test_mmlu_original(physics):
 
 def test_mmlu_lm_eval(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, Asking("lm-eval"), physics)
+    (question,) = make_questions(task, EvalSettings("lm-eval"), physics)
     assert question.prompt.startswith(
         "The following are multiple choice questions (with answers) about college physics.\n\n"
         "Question 1?\nA. w\nB. x\nC. y\nD. z\nAnswer: A\n\nQuestion 2?\n")
@@ -55,7 +55,7 @@ def passage(tmp_path):
 
 def test_boolq_original(passage):
     task = load_task("boolq")
-    first, second = make_questions(task, Asking("original"), passage)
+    first, second = make_questions(task, EvalSettings("original"), passage)
     assert first.prompt == second.prompt == "Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"
     assert first.choices == ("Yes", "No") and first.alone
     assert (first.golds, second.golds) == ((0,), (1,))
@@ -63,7 +63,7 @@ def test_boolq_original(passage):
 
 def test_boolq_lm_eval(passage):
     task = load_task("boolq")
-    first, second = make_questions(task, Asking("lm-eval"), passage)
+    first, second = make_questions(task, EvalSettings("lm-eval"), passage)
     assert first.prompt == "Honey -- Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"
     assert second.prompt == "Honey is sweet.\nQuestion: is honey sweet?\nAnswer:"  # a row without a title
     assert first.choices == (" no", " yes") and not first.alone
@@ -72,7 +72,7 @@ def test_boolq_lm_eval(passage):
 
 def test_a_key_changes_with_everything_an_answer_depends_on(physics):
     task = load_task("mmlu")
-    (question,) = make_questions(task, Asking("original"), physics)
+    (question,) = make_questions(task, EvalSettings("original"), physics)
     changes = [{"context": question.prompt + " "}, {"context": (Turn("user", question.prompt),)},
                {"choices": (" A", " B")}, {"alone": True}]
     keys = {type(question)(**vars(question) | change).key(task) for change in [{}, *changes]}
@@ -87,7 +87,7 @@ def test_a_template_cannot_reach_python_and_names_columns_that_are_there(physics
     task = load_task("mmlu")
     style = replace(task.style("original"), question=question)
     with pytest.raises(ModelLinkError, match=message):
-        list(make_questions(replace(task, styles={"original": (style,)}), Asking(), physics))
+        list(make_questions(replace(task, styles={"original": (style,)}), EvalSettings(), physics))
 
 
 YAML = """

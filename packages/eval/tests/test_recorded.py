@@ -17,7 +17,8 @@ def checkpoint(tmp_path):
 
 
 def chat(checkpoint, tmp_path, **more):
-    return RunOptions(task=("mmlu",), task_data_path=(tmp_path,), output=tmp_path / "out", load=checkpoint, **more).asking().chat
+    options = RunOptions(task=("mmlu",), task_data_path=(tmp_path,), output=tmp_path / "out", load=checkpoint, **more)
+    return options.settings().chat
 
 
 def test_it_is_taken_where_nothing_is_said(checkpoint, tmp_path):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from modellink.eval import Asking, load_task
+from modellink.eval import EvalSettings, load_task
 from modellink.eval.kinds import programs
 from modellink.eval.kinds.choices import choose, per_character
 from modellink.eval.kinds.programs import complete, pass_at_k
-from modellink.eval.score import Mark, accuracy, macro, summarise
+from modellink.eval.score import Mark, accuracy, macro, summarize
 
 
 def marks(*scores):
@@ -35,14 +35,14 @@ def test_accuracy_and_its_standard_error():
 
 def test_micro_counts_questions_and_macro_counts_subjects():
     task = load_task("mmlu")
-    found = summarise({"anatomy": marks(*[1] * 6, 0, 0), "virology": marks(0, 1)}, task)
+    found = summarize({"anatomy": marks(*[1] * 6, 0, 0), "virology": marks(0, 1)}, task)
     assert found["micro"]["accuracy"] == found["accuracy"] == 0.7
     assert found["micro"]["stderr"] == pytest.approx(math.sqrt(0.7 * 0.3 / 9))
     assert found["macro"]["accuracy"] == 0.625
     # (0.75 * 0.25 / 7 + 0.5 * 0.5 / 1) ** 0.5 / 2
     assert found["macro"]["stderr"] == pytest.approx(0.26305214)
     assert {name: score["questions"] for name, score in found["categories"].items()} == {"stem": 8, "other": 2}
-    assert summarise({"aqua-rat": marks(1, 0), "math": marks(0)}, load_task("agieval"))["accuracy"] == 0.25  # headline: macro
+    assert summarize({"aqua-rat": marks(1, 0), "math": marks(0)}, load_task("agieval"))["accuracy"] == 0.25  # headline: macro
 
 
 def test_macro_has_no_error_where_a_subject_has_one_question():
@@ -78,7 +78,7 @@ def test_pass_at_the_number_of_samples_is_always_there():
 
 
 def test_a_label_names_what_matters_to_the_task():
-    asking = Asking("lm-eval", max_new_tokens=9, samples=3, temperature=0.8)
-    assert asking.label(written=False, programs=False) == "lm-eval"
-    assert asking.label(written=True, programs=False) == "lm-eval, at most 9 tokens, temperature 0.8, top-p 1, seed 0"
-    assert "3 samples, temperature 0.8" in asking.label(written=True, programs=True)
+    settings = EvalSettings("lm-eval", max_new_tokens=9, samples=3, temperature=0.8)
+    assert settings.label(written=False, programs=False) == "lm-eval"
+    assert settings.label(written=True, programs=False) == "lm-eval, at most 9 tokens, temperature 0.8, top-p 1, seed 0"
+    assert "3 samples, temperature 0.8" in settings.label(written=True, programs=True)

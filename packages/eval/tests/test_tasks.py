@@ -7,14 +7,14 @@ import re
 
 import pytest
 
-from modellink.eval import Asking, Turn, Written, evaluate, load_task, task_names
+from modellink.eval import Completion, EvalSettings, Turn, evaluate, load_task, task_names
 from modellink.eval.job import prepare
 from modellink.eval.kinds import mathtext, texts
 from modellink.kernels.errors import ModelLinkError
 
 
 def questions(task, folder, style="original", **more):
-    (job,) = prepare(task, folder, Asking(style, **more))
+    (job,) = prepare(task, folder, EvalSettings(style, **more))
     return job.questions
 
 
@@ -206,7 +206,7 @@ def test_a_chat_is_another_way_to_ask(data, ngram, tmp_path):
     class Chatty(ngram.NgramBackend):
         def loglikelihood(self, requests):
             return super().loglikelihood([request._replace(context=request.context[-1].text) for request in requests])
-    found = evaluate("boolq", data, Chatty(), tmp_path / "out", asking=Asking(chat="qwen"))
+    found = evaluate("boolq", data, Chatty(), tmp_path / "out", settings=EvalSettings(chat="qwen"))
     assert found["tasks"]["boolq"]["style"] == "original, chat qwen en"
     with pytest.raises(ModelLinkError, match="prompt style original, chat qwen en"):
         evaluate("boolq", data, ngram.NgramBackend(), tmp_path / "out")
@@ -223,7 +223,7 @@ class Coder:
         return {"fingerprint": "coder"}
 
     def generate(self, requests):
-        return [(number, Written(f"    return {1 + request.seed % 2}\n")) for number, request in enumerate(requests)]
+        return [(number, Completion(f"    return {1 + request.seed % 2}\n")) for number, request in enumerate(requests)]
 
 
 def test_programs_are_run_only_where_that_is_allowed(tmp_path):
@@ -234,13 +234,13 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
         evaluate("humaneval", tmp_path, Coder(), tmp_path / "out")
     assert "--allow-code-execution" in str(caught.value) and not (tmp_path / "out").exists()
     found = evaluate("humaneval", tmp_path, Coder(), tmp_path / "out", sandbox=Sandbox("none"),
-                     asking=Asking("lm-eval", samples=4, temperature=0.8))["tasks"]["humaneval"]
+                     settings=EvalSettings("lm-eval", samples=4, temperature=0.8))["tasks"]["humaneval"]
     assert found["accuracy"] == 0.5 and found["micro"]["also"] == {"pass@1": 0.5, "pass@2": pytest.approx(1 - 1 / 6),
                                                                      "pass@4": 1}
     (line,) = (tmp_path / "out" / "humaneval.journal.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["outcomes"] == ["passed", "failed: AssertionError"] * 2
     with pytest.raises(ModelLinkError, match="one text 3 times"):
-        evaluate("humaneval", tmp_path, Coder(), asking=Asking(samples=3), sandbox=Sandbox("none"))
+        evaluate("humaneval", tmp_path, Coder(), settings=EvalSettings(samples=3), sandbox=Sandbox("none"))
 
 
 COUNTS = {"agieval": (8, 2925), "bbh": (27, 6511), "boolq": (1, 3270), "ceval": (5, 104), "gsm8k": (1, 1319),
@@ -250,7 +250,7 @@ COUNTS = {"agieval": (8, 2925), "bbh": (27, 6511), "boolq": (1, 3270), "ceval": 
 @pytest.mark.parametrize("style", ["original", "lm-eval"])
 def test_all_tasks_find_their_real_sets_in_one_folder(real_data, style):
     assert list(COUNTS) == task_names()
-    jobs = prepare("all", real_data, Asking(style))
+    jobs = prepare("all", real_data, EvalSettings(style))
     assert {job.task.name: (len(job.subjects), len(job.questions)) for job in jobs} == COUNTS
     for job in jobs:
         assert all(question.golds or question.target for question in job.questions)
@@ -260,7 +260,7 @@ def test_targets_are_right_by_their_own_rules(real_data):
     """A text that says what is right is marked right, in every question of the real sets."""
     say = {"gsm8k": "So. The answer is {}.", "bbh": "the answer is {}."}
     for style in ("original", "lm-eval"):
-        for job in prepare(["gsm8k", "bbh", "agieval"], real_data, Asking(style)):
+        for job in prepare(["gsm8k", "bbh", "agieval"], real_data, EvalSettings(style)):
             form = say[job.task.name] if (style, job.task.name) not in (("original", "bbh"),) and job.task.name in say else "{}"
             marks = [(question, texts.mark(question, {"texts": [form.format(question.target)]}))
                      for question in job.questions if question.generate]

@@ -7,7 +7,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from modellink.data_prep import Tokenizer
-from modellink.eval import Request, Writing
+from modellink.eval import GenerationRequest, LikelihoodRequest
 from modellink.eval.backends.fingerprint import SAMPLE_BYTES, SAMPLES, fingerprint
 from modellink.eval.backends.tokens import Encoder, leading_tokens
 from modellink.kernels.errors import ModelLinkError
@@ -48,36 +48,36 @@ def texts(tokenizer, ids):
 
 def test_what_stands_before_a_text_is_kept_and_what_stands_after_is_not(byte_level):
     assert texts(byte_level, leading_tokens(byte_level)) == ["<s>"]
-    pair = Encoder(byte_level, 100)(Request("Answer:", " A"))
+    pair = Encoder(byte_level, 100)(LikelihoodRequest("Answer:", " A"))
     assert texts(byte_level, pair.context)[0] == "<s>" and byte_level.decode(pair.context) == "Answer:"
     assert "</s>" not in texts(byte_level, pair.context)
 
 
 def test_the_continuation_owns_the_blank(byte_level, pieces):
-    assert texts(byte_level, Encoder(byte_level, 100)(Request("Answer:", " A")).continuation) == ["ĠA"]
-    assert texts(pieces, Encoder(pieces, 100)(Request("Answer:", " A")).continuation) == ["▁A"]
+    assert texts(byte_level, Encoder(byte_level, 100)(LikelihoodRequest("Answer:", " A")).continuation) == ["ĠA"]
+    assert texts(pieces, Encoder(pieces, 100)(LikelihoodRequest("Answer:", " A")).continuation) == ["▁A"]
 
 
 def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
     """A sentencepiece vocabulary has the blank in it, a byte-level one has not."""
     for tokenizer, wanted in ((byte_level, "Yes"), (pieces, "▁Yes")):
         own = tokenizer.encode("Yes", add_special_tokens=False)
-        pair = Encoder(tokenizer, 100)(Request("Answer:", "Yes", alone=True))
+        pair = Encoder(tokenizer, 100)(LikelihoodRequest("Answer:", "Yes", alone=True))
         assert pair.continuation == own[-1:] and wanted.endswith(tokenizer.id_to_token(own[-1]))
 
 
 def test_a_token_over_the_boundary_goes_to_neither_side(byte_level):
-    """Two halves of a word that is one token: the continuation is then tokenised by itself."""
+    """Two halves of a word that is one token: the continuation is then tokenized by itself."""
     words = [token for index in range(byte_level.vocab_size) if (token := byte_level.id_to_token(index)) and token.isalpha()]
     word = next(word for word in words if word.isascii() and len(word) > 3
                 and texts(byte_level, byte_level.encode(word, add_special_tokens=False)) == [word])
-    pair = Encoder(byte_level, 100)(Request(word[:2], word[2:]))
+    pair = Encoder(byte_level, 100)(LikelihoodRequest(word[:2], word[2:]))
     assert pair.context[1:] == byte_level.encode(word[:2], add_special_tokens=False)
     assert pair.continuation == byte_level.encode(word[2:], add_special_tokens=False) != []
 
 
 def test_a_context_too_long_loses_its_beginning_but_not_the_first_token(byte_level):
-    request = Request(TEXTS[0][:400], " A")
+    request = LikelihoodRequest(TEXTS[0][:400], " A")
     ids = byte_level.encode(request.context, add_special_tokens=False)
     whole = Encoder(byte_level, len(ids) + 1)(request)
     assert whole.dropped == 0 and whole.context == [*leading_tokens(byte_level), *ids]
@@ -109,15 +109,15 @@ def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
     encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
     assert encode.leading == [] and encode.tokenizer.bos_token_id is not None
     text = encode.tokenizer.encode("Yes No")
-    assert encode(Request("", "Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
-    assert encode(Request("", "<s>Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
-    assert encode.prompt(Writing("", (), 5)) == ([encode.tokenizer.bos_token_id], 0)
+    assert encode(LikelihoodRequest("", "Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
+    assert encode(LikelihoodRequest("", "<s>Yes No")) == ([encode.tokenizer.bos_token_id], text, 0)
+    assert encode.prompt(GenerationRequest("", (), 5)) == ([encode.tokenizer.bos_token_id], 0)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
-    assert texts(encode.tokenizer, encode(Request("", "Yes No")).context) == ["</s>"]
+    assert texts(encode.tokenizer, encode(LikelihoodRequest("", "Yes No")).context) == ["</s>"]
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ModelLinkError, match="neither a beginning nor an end token"):
-        Encoder(Tokenizer.from_folder(tmp_path), 100)(Request("", "Yes"))
+        Encoder(Tokenizer.from_folder(tmp_path), 100)(LikelihoodRequest("", "Yes"))
 
 
 def byte_level_text(tokenizer):

@@ -54,7 +54,7 @@ def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tupl
     if summary.packs:
         yield "packs", f"{summary.packs:,} of {options.seq_length:,} tokens, {summary.fill:.1%} filled"
     yield "text", f"{summary.text_bytes:,} bytes"
-    yield "tokenised by", f"{summary.backend}: {summary.backend_why}"
+    yield "tokenized by", f"{summary.backend}: {summary.backend_why}"
     yield "pieces", f"{summary.pieces:,}" + (f", {summary.pieces_found_done:,} found done" if summary.pieces_found_done else "")
     yield "seconds", f"{summary.seconds:,.1f}"
     yield "tokens a second", f"{summary.tokens_per_second:,.0f}"

@@ -13,14 +13,14 @@ from typing import Any
 
 from modellink.data_prep.handlers import Handler
 from modellink.data_prep.inputs import Piece
-from modellink.data_prep.tokenise import Done, Job, WorkerDied, tokenise_piece
+from modellink.data_prep.pieces import Done, Job, WorkerDied, tokenize_piece
 from modellink.kernels.errors import ModelLinkError
 
 AHEAD = 4  # pieces a processor that are handed out at a time
 RETRIES = 3  # of a piece whose node or process died: it is made again, byte for byte; a bad row is not tried again
 
 
-def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
+def tokenize_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
     """Work through pieces on all nodes, whatever `workers` is, each with a handler of its own; results come as they are ready.
 
     When a piece fails, those handed out are finished first and the error of the earliest is raised.
@@ -37,7 +37,7 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
     if started:
         ray.init(log_to_driver=False)
     try:
-        remote: Any = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD")(_tokenise_there)
+        remote: Any = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD")(_tokenize_there)
         todo, waiting, failed = list(reversed(pieces)), dict[Any, int](), dict[int, Exception]()
         ahead = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while todo or waiting:
@@ -62,11 +62,11 @@ def tokenise_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
             ray.shutdown()
 
 
-def _tokenise_there(folder: str, job: Job, piece: Piece) -> Done:
+def _tokenize_there(folder: str, job: Job, piece: Piece) -> Done:
     """On a node: paths are meant from where the command was given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of gigatoken; a task is one processor
     if not Path(folder).is_dir():
         raise ModelLinkError("this node does not see the folder", where=folder, fix="all nodes must see one disk")
     os.chdir(folder)
-    return tokenise_piece(job, piece)
+    return tokenize_piece(job, piece)

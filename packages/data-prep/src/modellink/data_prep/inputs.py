@@ -21,7 +21,7 @@ from modellink.kernels.errors import ModelLinkError, near
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive spans of the inputs: the unit that one worker tokenises and that is noted when it is done."""
+    """Consecutive spans of the inputs: the unit that one worker tokenizes and that is noted when it is done."""
 
     index: int
     spans: tuple[tuple[Path, Span], ...]

@@ -20,11 +20,11 @@ class PreprocessOptions:
     output_prefix: Path = option(doc="where results go: PREFIX_KEY_document.bin and .idx; the folder is made")
     tokenizer_name_or_path: Path = option(doc="folder with tokenizer.json, tokenizer.model or a .tiktoken file")
     tokenizer_type: Literal["PretrainedFromHF"] = option("PretrainedFromHF", "kind of tokenizer")
-    tokenizer_backend: Choice = option("auto", "library that tokenises; auto is gigatoken where it is installed and gives the "
+    tokenizer_backend: Choice = option("auto", "library that tokenizes; auto is gigatoken where it is installed and gives the "
                                        "same ids, else what the folder's files need")
     verify_tokenizer: bool = option(False, "compare gigatoken's ids with those of tokenizers for every document")
     handler_name: str = option("GeneralPretrainHandler", "how rows are read")
-    json_keys: tuple[str, ...] = option(("text",), "columns to tokenise, each into a dataset of its own", alias="--json-key")
+    json_keys: tuple[str, ...] = option(("text",), "columns to tokenize, each into a dataset of its own", alias="--json-key")
     map_keys: str | None = option(None, "JSON of what the columns of an instruction set are called, e.g. "
                                   "'{\"prompt\": \"question\", \"tags\": {\"role_tag\": \"role\"}}'")
     dataset_dir: Path | None = option(None, "folder of dataset_info.json")
@@ -40,7 +40,7 @@ class PreprocessOptions:
     pack: bool = option(False, "put several samples into one of exactly --seq-length tokens")
     neat_pack: bool = option(False, "the later original's name for --pack; the same here")
     append_eod: bool = option(False, "end each document or sample with the end token (eos)")
-    workers: int = option(1, "processes; one alone tokenises on all cores too, but reads and writes on one", minimum=1)
+    workers: int = option(1, "processes; one alone tokenizes on all cores too, but reads and writes on one", minimum=1)
     piece: str | None = option(None, "i/N: do only the i-th of N shares (from 0), for jobs on several machines with one disk; "
                                "the command without it, run last, joins them")
     executor: Literal["local", "ray"] = option("local", "where the work runs: on this machine, or on a Ray cluster with one disk")
@@ -86,8 +86,8 @@ class Summary:
         packs, fill: number of packs, and the part of them that is not padding.
         text_bytes: UTF-8 bytes of the texts used.
         dtype: of the tokens on disk.
-        backend: library and version that tokenised; `backend_why` why it was chosen.
-        seconds: of this run; `tokens_per_second` counts what this run tokenised, not what it found done.
+        backend: library and version that tokenized; `backend_why` why it was chosen.
+        seconds: of this run; `tokens_per_second` counts what this run tokenized, not what it found done.
         pieces, pieces_found_done: of the work, all and those an earlier run had finished.
     """
 

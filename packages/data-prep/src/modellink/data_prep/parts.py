@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modellink.data_prep.indexed import checksum
-from modellink.data_prep.tokenise import Done, Job
+from modellink.data_prep.pieces import Done, Job
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
 from modellink.kernels.progress import Work

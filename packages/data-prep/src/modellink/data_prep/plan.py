@@ -22,8 +22,8 @@ from modellink.data_prep.handlers import Handler, Reading, Rows, choose_maps, ma
 from modellink.data_prep.indexed import existing, token_dtype
 from modellink.data_prep.options import PreprocessOptions
 from modellink.data_prep.parts import date_before
+from modellink.data_prep.pieces import Around, Job
 from modellink.data_prep.rows import BadRow, Source, Span
-from modellink.data_prep.tokenise import Around, Job
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
@@ -33,13 +33,13 @@ SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpu
 
 
 @dataclass
-class Plan:
+class PreprocessPlan:
     """The work, checked.
 
     Attributes:
         handler: what reads and encodes here; other processes make their own.
         made_from: what the parts depend on; parts made from something else are not used.
-        why: why this library tokenises.
+        why: why this library tokenizes.
     """
 
     job: Job
@@ -51,7 +51,8 @@ class Plan:
     why: str
 
 
-def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lambda pieces: None, show: bool = True) -> Plan:
+def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lambda pieces: None,
+              show: bool = True) -> PreprocessPlan:
     """Check everything and cut the work into pieces.
 
     Args:
@@ -84,10 +85,10 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     if reading.hf_chat_template and "strftime_now" in handler.wording:  # one day for all pieces, however long the work takes
         reading = replace(reading, date=date_before(parts, made_from) or date.today().isoformat())
         handler, made_from["date"] = make_handler(tokenizer, reading), reading.date
-    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # else it is tokenizers that tokenises
+    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # else it is tokenizers that tokenizes
     job = Job(tokenizer.folder.resolve(), backend, verify, reading, dtype, options.on_bad_row == "skip",
               options.vocab_size, parts, _around(engine, tokenizer) if not verify else None)
-    plan = Plan(job, handler, pieces,
+    plan = PreprocessPlan(job, handler, pieces,
                 {name: Path(f"{options.output_prefix}_{name}_document") for name in handler.outputs},
                 made_from, tokenizer.backend, why)
     if not (options.overwrite or parts.exists()):
@@ -151,14 +152,14 @@ def _before_check(choice: Choice) -> Choice:
 
 
 def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, sources: list[Source]) -> tuple[Engine, str]:
-    """What tokenises, and why."""
+    """What tokenizes, and why."""
     asked = options.tokenizer_backend
     if asked not in ("auto", "gigatoken"):
         return tokenizer.engine, "--tokenizer-backend asks for it"
     if not isinstance(tokenizer.engine, HuggingFace):
         return tokenizer.engine, tokenizer.engine.why
     if trains_on_chats(options.handler_name):
-        why = "conversations are tokenised part by part"
+        why = "conversations are tokenized part by part"
     elif find_spec("gigatoken") is None:
         why = "gigatoken is not installed"
     else:

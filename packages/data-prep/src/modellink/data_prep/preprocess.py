@@ -1,4 +1,4 @@
-"""From text files to Megatron datasets, in pieces: each is tokenised, noted when done, and at the end all are joined in order.
+"""From text files to Megatron datasets, in pieces: each is tokenized, noted when done, and at the end all are joined in order.
 
 `PREFIX.parts/` holds what is finished: a run that was killed continues from there and ends with the same bytes, and so does any
 number of workers, of shares on several machines, or a Ray cluster. The parts of a run with other input or options are not used.
@@ -22,8 +22,8 @@ from modellink.data_prep.merge import merge
 from modellink.data_prep.options import PreprocessOptions, Summary
 from modellink.data_prep.packing import Packed, pack
 from modellink.data_prep.parts import alone, clear, entries_of_shares, finished, noted, open_journal
-from modellink.data_prep.plan import Plan, make_plan, output_exists
-from modellink.data_prep.tokenise import Done, Workers, part_prefix, tokenise
+from modellink.data_prep.pieces import Done, Workers, part_prefix, tokenize
+from modellink.data_prep.plan import PreprocessPlan, make_plan, output_exists
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal, kill_point
 from modellink.kernels.progress import Work
@@ -34,7 +34,7 @@ NAMED = 20  # bad rows in the summary
 
 
 def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
-    """Tokenise the inputs into `{output_prefix}_{key}_document.bin` and `.idx`; with `options.piece`, do a share of the work.
+    """Tokenize the inputs into `{output_prefix}_{key}_document.bin` and `.idx`; with `options.piece`, do a share of the work.
 
     Args:
         show: progress on stderr.
@@ -70,14 +70,15 @@ def _preprocess(options: PreprocessOptions, workers: Workers, *, show: bool) -> 
             with suppress(OSError):  # finished parts are in it, or other things by now
                 folder.rmdir()
         raise
-    return _summarise(plan, found, done, packed, time.monotonic() - start)
+    return _summarize(plan, found, done, packed, time.monotonic() - start)
 
 
 Pieces = dict[int, Done]
 
 
-def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool) -> tuple[Pieces, Pieces, Packed | None]:
-    """Do what is left to do. Returns the pieces that were found finished, all, and what packing made."""
+def _run(plan: PreprocessPlan, options: PreprocessOptions, workers: Workers, *,
+         show: bool) -> tuple[Pieces, Pieces, Packed | None]:
+    """Do the remaining work; return the pieces an earlier run had finished, all pieces, and the result of packing."""
     parts, share = plan.job.parts, options.share
     with open_journal(parts, share, plan.made_from, overwrite=options.overwrite, show=show) as journal:
         entries = [*([] if share else entries_of_shares(parts, plan.made_from)), *journal.entries]
@@ -103,14 +104,14 @@ def _run(plan: Plan, options: PreprocessOptions, workers: Workers, *, show: bool
     return found, done, made
 
 
-def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOptions, workers: Workers, *,
+def _work(plan: PreprocessPlan, todo: list[Piece], journal: Journal, options: PreprocessOptions, workers: Workers, *,
           show: bool) -> Pieces:
     done: Pieces = {}
     count = len(plan.pieces) - len(todo)
-    what = "tokenising" + (f", {count} of {len(plan.pieces)} pieces were done or are of others" if count else "")
-    run: Callable[..., Iterator[Done]] = partial(tokenise, started=workers)
+    what = "tokenizing" + (f", {count} of {len(plan.pieces)} pieces were done or are of others" if count else "")
+    run: Callable[..., Iterator[Done]] = partial(tokenize, started=workers)
     if options.executor == "ray":
-        from modellink.data_prep.cluster import tokenise_on_ray as run
+        from modellink.data_prep.cluster import tokenize_on_ray as run
     with Work(what, sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:
         for item in run(plan.job, todo, min(options.workers, len(todo)), plan.handler):
             journal.append(asdict(item))
@@ -120,7 +121,7 @@ def _work(plan: Plan, todo: list[Piece], journal: Journal, options: PreprocessOp
     return done
 
 
-def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -> Packed | None:
+def _join(plan: PreprocessPlan, done: Pieces, options: PreprocessOptions, *, show: bool) -> Packed | None:
     """Make the outputs out of the parts."""
     kill_point("before-merge")
     for name in plan.outputs:
@@ -142,7 +143,7 @@ def _join(plan: Plan, done: Pieces, options: PreprocessOptions, *, show: bool) -
     return None
 
 
-def _summarise(plan: Plan, found: Pieces, done: Pieces, packed: Packed | None, seconds: float) -> Summary:
+def _summarize(plan: PreprocessPlan, found: Pieces, done: Pieces, packed: Packed | None, seconds: float) -> Summary:
     items = [done[index] for index in sorted(done)]
     new = sum(sum(item.tokens.values()) for item in items if item.piece not in found)
     documents = {name: sum(item.documents[name] for item in items) for name in plan.outputs}

@@ -32,7 +32,7 @@ class Tokenizer:
         eos_token_ids: everything that ends a generation: `eos_token_id` first, then those of `generation_config.json`.
         chat_templates: name to Jinja text; a folder with one template calls it `default`.
         fingerprint: SHA-256 of the vocabulary's files.
-        backend: library and version that tokenises.
+        backend: library and version that tokenizes.
         control_tokens: texts that stand for a control token, with their ids.
     """
 
@@ -75,18 +75,6 @@ class Tokenizer:
     def eod_token_id(self) -> int | None:
         """The token that ends a document: the eos token."""
         return self.eos_token_id
-
-    @property
-    def bos_token(self) -> str | None:
-        return self._text_of(self.bos_token_id)
-
-    @property
-    def eos_token(self) -> str | None:
-        return self._text_of(self.eos_token_id)
-
-    @property
-    def pad_token(self) -> str | None:
-        return self._text_of(self.pad_token_id)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text; `add_special_tokens` adds what tokenizer.json says belongs around a text (often bos)."""
@@ -147,9 +135,6 @@ class Tokenizer:
         if name in self.special_tokens and (index := self.token_to_id(self.special_tokens[name])) is not None:
             return index
         return next((index for index in _ids(model.get(f"{name}_id")) if self.id_to_token(index) is not None), None)
-
-    def _text_of(self, index: int | None) -> str | None:
-        return None if index is None else self.id_to_token(index)
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

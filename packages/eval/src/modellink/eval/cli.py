@@ -39,13 +39,13 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     """Answer the questions of one benchmark or several and print the scores."""
     options = resolve([RunOptions], *([yaml_layer(config)] if config else []), given)[RunOptions]
     options.check()
-    asking = options.asking()
-    jobs = prepare(options.task, options.task_data_path, asking, options.max_eval_samples)
+    settings = options.settings()
+    jobs = prepare(options.task, options.task_data_path, settings, options.max_eval_samples)
     rank = os.environ.get("RANK")
     first = rank in (None, "0")
     starts = rank is None and options.layout().world_size > 1  # ranks, the first of which speaks
-    if first and not starts and asking.chat and not (options.prompt_type or options.hf_chat_template):
-        print(f"note: asking in chats, in the template {asking.chat} that the checkpoint was trained with; --no-chat-template "
+    if first and not starts and settings.chat and not (options.prompt_type or options.hf_chat_template):
+        print(f"note: asking in chats, in the template {settings.chat} that the checkpoint was trained with; --no-chat-template "
               "asks with plain text", file=sys.stderr)
     wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
     sandbox = Sandbox(options.isolation) if wanted else None
@@ -60,7 +60,7 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     from modellink.eval.backends.local import LocalBackend
     assert options.load is not None
     backend = LocalBackend(options.load, layout=options.layout(), device=options.device, dtype=options.dtype,
-                           tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf, chat=asking.chat,
+                           tokenizer=options.tokenizer_name_or_path, family=options.model_type_hf, chat=settings.chat,
                            batch_size=min(options.evaluation_batch_size, 32))
     if not first:
         backend.follow()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.eval.data import Subject, read_subjects
-from modellink.eval.prompts import Asking, Question, make_questions
+from modellink.eval.prompts import EvalSettings, Question, make_questions
 from modellink.eval.task import Task
 from modellink.eval.taskfile import load_task, task_names
 from modellink.kernels.errors import ModelLinkError
@@ -22,7 +22,7 @@ class Job:
     """A task whose data is read and whose prompts are made."""
 
     task: Task
-    asking: Asking
+    settings: EvalSettings
     subjects: Sequence[Subject]
     questions: Sequence[Question]
 
@@ -33,7 +33,7 @@ class Job:
     @property
     def style(self) -> str:
         """How it is asked, in a few words."""
-        return self.asking.label(written=any(question.generate for question in self.questions), programs=self.runs_code)
+        return self.settings.label(written=any(question.generate for question in self.questions), programs=self.runs_code)
 
     def header(self, model: Mapping[str, Any]) -> dict[str, Any]:
         """The first line of its journal."""
@@ -41,7 +41,7 @@ class Job:
                 "model": dict(model)}
 
 
-def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence[Path | str], asking: Asking,
+def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence[Path | str], settings: EvalSettings,
             max_samples: int | None = None) -> list[Job]:
     """Read tasks and data and make the prompts.
 
@@ -54,8 +54,8 @@ def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence
         raise ModelLinkError("a task and a folder with its data are needed", where="--task, --task-data-path")
     if max_samples is not None and max_samples < 1:
         raise ModelLinkError(f"{max_samples} questions of each subject were asked for", where="--max-eval-samples")
-    if asking.samples > 1 and not asking.temperature:
-        raise ModelLinkError(f"{asking.samples} samples of the most likely text are one text {asking.samples} times",
+    if settings.samples > 1 and not settings.temperature:
+        raise ModelLinkError(f"{settings.samples} samples of the most likely text are one text {settings.samples} times",
                              where="--num-samples", fix="give a --temperature, the paper's is 0.8 for many samples")
     if names == ["all"]:
         names = list(task_names())
@@ -63,13 +63,13 @@ def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence
     if len({item.name for item in tasks}) < len(tasks):
         raise ModelLinkError("a task is named twice", where="--task")
     for item in tasks:
-        item.style(asking.style)
-        if asking.chat:
-            item.chat_style(asking.language)
+        item.style(settings.style)
+        if settings.chat:
+            item.chat_style(settings.language)
     jobs = []
     for item in tasks:
-        shots = functools.partial(item.shown, asking.style, language=asking.chat_language)
+        shots = functools.partial(item.shown, settings.style, language=settings.chat_language)
         subjects = read_subjects(item, folders, max_samples, shots)
-        questions = [question for subject in subjects for question in make_questions(item, asking, subject)]
-        jobs.append(Job(item, asking, subjects, questions))
+        questions = [question for subject in subjects for question in make_questions(item, settings, subject)]
+        jobs.append(Job(item, settings, subjects, questions))
     return jobs

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from modellink.eval.prompts import Asking
+from modellink.eval.prompts import EvalSettings
 from modellink.eval.recorded import recorded_chat
 from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
@@ -63,10 +63,10 @@ class RunOptions(RunModelOptions):
         if self.endpoint is None and self.endpoint_model is not None:
             raise ModelLinkError("--endpoint-model is for a server", where="--endpoint-model", fix="leave it out")
 
-    def asking(self) -> Asking:
+    def settings(self) -> EvalSettings:
         """How the questions are asked: in the template that is named, else in the one the checkpoint was trained with."""
         chat = HF_CHAT_TEMPLATE if self.hf_chat_template else self.prompt_type
         if chat is None and self.load is not None and not self.no_chat_template:
             chat = recorded_chat(self.load)
-        return Asking(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,
+        return EvalSettings(self.prompt_style, chat, self.eval_language, self.max_new_tokens, self.num_samples, self.temperature,
                       self.top_p, self.seed)

@@ -24,7 +24,7 @@ from modellink.kernels.errors import ModelLinkError
 
 
 @dataclass(frozen=True)
-class Asking:
+class EvalSettings:
     """How questions are asked, whatever the task.
 
     Attributes:
@@ -73,7 +73,7 @@ class Question:
         context: what the model is given: a text, or the turns of a chat.
         choices: the texts whose likelihoods are compared; none where an answer is generated.
         golds: the indices of the right ones.
-        alone: see `Request.alone`.
+        alone: see `LikelihoodRequest.alone`.
         generate: how an answer is generated and judged.
         target: the right answer as a text, or the program that tests one.
         program: what a generated program begins with; entry: the function in it that is tested.
@@ -106,17 +106,17 @@ class Question:
         return _digest(parts)
 
 
-def make_questions(task: Task, asking: Asking, subject: Subject) -> Iterator[Question]:
+def make_questions(task: Task, settings: EvalSettings, subject: Subject) -> Iterator[Question]:
     """The questions of a subject in the order of its file.
 
     Raises:
         ModelLinkError: a style the task does not have, a template that does not work, a right answer that is no choice.
     """
-    chat = task.chat_style(asking.language) if asking.chat else None
-    writer = _Writer(task, task.way(asking.style, subject.name, asking.chat_language), subject)
+    chat = task.chat_style(settings.language) if settings.chat else None
+    writer = _Writer(task, task.way(settings.style, subject.name, settings.chat_language), subject)
     for row in subject.rows:
-        question = writer.question(row, asking)
-        if asking.chat:
+        question = writer.question(row, settings)
+        if settings.chat:
             turns = writer.turns(row) if chat else (Turn("user", str(question.context)),)
             # a chat's answer begins after a header of its own: the blank before a choice belongs to plain text
             question = replace(question, context=turns, choices=tuple(choice.strip() for choice in question.choices))
@@ -134,13 +134,13 @@ class _Writer:
                       for number, values in enumerate(subject.examples, 1)]
         self.head = self.opening + "".join(question + answer + style.separator for question, answer in self.asked)
 
-    def question(self, row: Row, asking: Asking) -> Question:
+    def question(self, row: Row, settings: EvalSettings) -> Question:
         context = self.head + self._ask(row)
         found = Question(self.subject.name, row.number, _digest(row.values), context)
         style = self.style
         if style.generate is not None:
-            generate = style.generate if asking.max_new_tokens is None else replace(
-                style.generate, max_tokens=asking.max_new_tokens)
+            generate = style.generate if settings.max_new_tokens is None else replace(
+                style.generate, max_tokens=settings.max_new_tokens)
             target, program, entry = (self._render(template, row.values) for template in (
                 generate.target or generate.test, generate.prompt, generate.entry))
             if not target.strip():

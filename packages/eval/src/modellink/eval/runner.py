@@ -1,4 +1,4 @@
-"""Asking the questions, noting every answer, and writing the results.
+"""EvalSettings the questions, noting every answer, and writing the results.
 
 Results are made of the journals alone, so they hold the same scores however often a run was interrupted.
 
@@ -18,11 +18,11 @@ from modellink.eval.backends.backend import Backend
 from modellink.eval.job import Job, prepare
 from modellink.eval.journal import RESULTS, check_output, open_journal
 from modellink.eval.kinds import kind_of
-from modellink.eval.prompts import Asking, Question
+from modellink.eval.prompts import EvalSettings, Question
 from modellink.eval.recorded import recorded_chat
 from modellink.eval.report.write import write_reports
 from modellink.eval.sandbox import Sandbox
-from modellink.eval.score import Mark, summarise
+from modellink.eval.score import Mark, summarize
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import kill_point, read_json, write_json
 from modellink.kernels.progress import Work
@@ -31,7 +31,7 @@ BATCH = 32
 
 
 def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequence[Path | str], model: Backend | Path | str,
-             output: Path | str | None = None, *, prompt_style: str = "original", asking: Asking | None = None,
+             output: Path | str | None = None, *, prompt_style: str = "original", settings: EvalSettings | None = None,
              batch_size: int = BATCH, max_samples: int | None = None, sandbox: Sandbox | None = None,
              show: bool = False) -> dict[str, Any]:
     """Score a model on one benchmark or several.
@@ -41,8 +41,8 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
         data: folders in which each task looks for its files.
         model: a checkpoint, which needs modellink-infer and runs in this process; or any Backend.
         output: folder for journals and results; with none nothing is written and nothing can be continued.
-        prompt_style: `original` or `lm-eval`; `asking` says it and more. Without `asking` a checkpoint that was trained with a
-            template is asked in chats.
+        prompt_style: `original` or `lm-eval`; overridden by `settings`. Without `settings`, a checkpoint that was trained
+            with a chat template is evaluated in chats.
         batch_size: questions whose choices are compared together; written answers are noted one by one.
         max_samples: the first rows of each subject only.
         sandbox: where programs a model wrote are run; without one, tasks that need it are refused.
@@ -54,12 +54,12 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
     Raises:
         ModelLinkError: see `prepare` and `check_output`; a likelihood that is no number.
     """
-    if asking is None:
-        asking = Asking(prompt_style, recorded_chat(Path(model)) if isinstance(model, (str, Path)) else None)
-    jobs = prepare(task, data, asking, max_samples)
+    if settings is None:
+        settings = EvalSettings(prompt_style, recorded_chat(Path(model)) if isinstance(model, (str, Path)) else None)
+    jobs = prepare(task, data, settings, max_samples)
     if isinstance(model, (str, Path)):
         from modellink.eval.backends.local import LocalBackend
-        model = LocalBackend(model, chat=asking.chat)
+        model = LocalBackend(model, chat=settings.chat)
         if output is not None:
             check_output(jobs, model.describe(), Path(output))
         model.load()
@@ -116,7 +116,7 @@ def _answer(job: Job, backend: Backend, model: Mapping[str, Any], output: Path |
         with Work(f"answering {job.task.name}", len(todo), unit="questions", show=show) as work:
             for batch in _batches(todo, batch_size):
                 kind = kind_of(batch[0][1])
-                found = kind.ask(backend, [question for _, question in batch], job.asking, sandbox)
+                found = kind.ask(backend, [question for _, question in batch], job.settings, sandbox)
                 for part in [list(found)] if kind.TOGETHER else ([one] for one in found):
                     lines = [_line(*batch[number], answer) for number, answer in part]
                     if journal is not None:
@@ -158,7 +158,7 @@ def _result(job: Job, answers: Mapping[str, Any], marks: Sequence[Mark]) -> dict
     return {"version": job.task.version, "style": job.style,
             "shots": max(len(subject.examples) for subject in job.subjects),
             "score": ", ".join(sorted({kind_of(question).NAME for question in job.questions})),
-            **summarise(by_subject, job.task),
+            **summarize(by_subject, job.task),
             "prompts_cut": sum(answers[question.key(job.task)]["dropped"] > 0 for question in job.questions),
             "files": {subject.name: str(subject.path) for subject in job.subjects},
             "example": {"prompt": example.prompt, "choices": list(example.choices), "right": marks[0].right}}

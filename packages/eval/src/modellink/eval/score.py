@@ -73,7 +73,7 @@ def macro(subjects: Sequence[Accuracy]) -> tuple[float, float | None]:
     return mean, math.sqrt(sum(error * error for error in known)) / len(errors) if len(known) == len(errors) else None
 
 
-def summarise(marks: Mapping[str, Sequence[Mark]], task: Task) -> dict[str, Any]:
+def summarize(marks: Mapping[str, Sequence[Mark]], task: Task) -> dict[str, Any]:
     """The numbers of a task, from the marks of each subject, as JSON holds them. A category counts each question the same."""
     subjects = {name: accuracy(found) for name, found in marks.items()}
     micro = accuracy([mark for found in marks.values() for mark in found])

@@ -38,7 +38,7 @@ class Engine(Protocol):
     raw_bytes: frozenset[int]
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
-        """Ids of each text; control tokens in it are recognised, `wrap` adds what belongs around a text (often bos)."""
+        """Ids of each text; control tokens in it are recognized, `wrap` adds what belongs around a text (often bos)."""
 
     def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
         """`encode_batch` as one array."""

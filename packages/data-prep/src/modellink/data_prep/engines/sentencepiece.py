@@ -63,7 +63,7 @@ class SentencePiece:
         return None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Control and added tokens are spelt out between the texts around them; the library knows of neither."""
+        """Control and added tokens are spelled out between the texts around them; the library knows of neither."""
         skipped = set(self.control.values())
         apart = skipped | set(self._texts)
         if not apart & set(ids):

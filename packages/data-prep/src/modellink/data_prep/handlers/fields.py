@@ -1,7 +1,7 @@
 """Which column means what: the defaults of each style, `--map-keys` over them, and the handlers' own in `handlers.json`.
 
 Columns of the style `alpaca`: prompt, query, response, history, system, chosen, rejected; of `sharegpt`: messages, system, tools,
-chosen, rejected. A name mapped to "" is not read. `tags` says how messages are spelt; what it leaves out keeps its default.
+chosen, rejected. A name mapped to "" is not read. `tags` says how messages are spelled; what it leaves out keeps its default.
 """
 
 from __future__ import annotations

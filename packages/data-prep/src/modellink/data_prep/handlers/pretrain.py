@@ -19,7 +19,7 @@ PLACE = re.compile(r"\{(\w+)\}")
 
 
 class GeneralPretrainHandler:
-    """Tokenises columns as they are, with the special tokens the tokenizer itself puts around a text (a LLaMA one adds bos).
+    """Tokenizes columns as they are, with the special tokens the tokenizer itself puts around a text (a LLaMA one adds bos).
 
     `reading.append_eod` ends each document that has tokens with the end-of-document token.
     """

@@ -1,7 +1,7 @@
 """What people write is text: `<|im_end|>` in a question must not end it.
 
 While a template works on a conversation, each such text stands as one character nobody uses (Unicode's private planes); what is
-still spelt out afterwards was written by the template and is a control token. Tokens that a vocabulary marks as not special,
+still spelled out afterwards was written by the template and is a control token. Tokens that a vocabulary marks as not special,
 `<think>` or `<tool_call>`, are words of the model and stay tokens in any text.
 """
 
@@ -39,7 +39,7 @@ class Literals:
         return value
 
     def show(self, text: str) -> str:
-        """The text with everything spelt out."""
+        """The text with everything spelled out."""
         return STAND_IN.sub(lambda match: self._hidden[ord(match[0]) - ord(FIRST)], text) if self._hidden else text
 
     def encode(self, text: str) -> list[int]:

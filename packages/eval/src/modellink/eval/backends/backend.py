@@ -17,14 +17,14 @@ Context = str | tuple[Turn, ...]
 """What a model is given: a text, or the turns of a chat, which the backend puts into a template."""
 
 
-class Request(NamedTuple):
+class LikelihoodRequest(NamedTuple):
     """A text and a continuation of it.
 
     Attributes:
         context: what stands before; a text does not end with white space.
         continuation: what follows. It owns the blank between the two: " A" after "Answer:".
-        alone: the continuation is tokenised by itself, and only its last token counts. Else its tokens are those that follow
-            the context's when both are tokenised as one text.
+        alone: the continuation is tokenized by itself, and only its last token counts. Else its tokens are those that follow
+            the context's when both are tokenized as one text.
     """
 
     context: Context
@@ -46,7 +46,7 @@ class Likelihood(NamedTuple):
     dropped: int = 0
 
 
-class Writing(NamedTuple):
+class GenerationRequest(NamedTuple):
     """A text to be written.
 
     Attributes:
@@ -64,7 +64,7 @@ class Writing(NamedTuple):
     seed: int = 0
 
 
-class Written(NamedTuple):
+class Completion(NamedTuple):
     """What a model wrote; `dropped` tokens were cut from the beginning of a context too long for it."""
 
     text: str
@@ -82,7 +82,7 @@ class Backend(Protocol):
         """
         ...
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
         """The likelihood of each continuation after its context, in the order of the requests.
 
         The choices of one question come one after the other and share their context. What an answer is must not depend on the
@@ -90,7 +90,7 @@ class Backend(Protocol):
         """
         ...
 
-    def generate(self, requests: Sequence[Writing]) -> Iterable[tuple[int, Written]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterable[tuple[int, Completion]]:
         """A text for each request, as it is finished, with the number of the request; none must depend on the others.
 
         All that is to be written is asked for at once, so that the backend can begin the next text when one has ended.

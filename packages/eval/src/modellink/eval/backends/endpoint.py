@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from modellink.eval.backends.backend import Likelihood, Request, Writing, Written
+from modellink.eval.backends.backend import Completion, GenerationRequest, Likelihood, LikelihoodRequest
 from modellink.kernels.errors import ModelLinkError
 
 STOPS = 4  # more than that many stop strings are refused by some servers; the others are looked for here
@@ -69,10 +69,10 @@ class Endpoint:
         """A server does not say which weights it has: the fingerprint is its address and its model's name."""
         return {"endpoint": self.address, "served model": self.model, "fingerprint": f"endpoint {self.address} {self.model}"}
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
         return list(self._pool.map(self._likelihood, requests))
 
-    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         asked = {self._pool.submit(self._write, request): number for number, request in enumerate(requests)}
         try:
             for done in as_completed(asked):
@@ -81,7 +81,7 @@ class Endpoint:
             for future in asked:  # of a run that ends early
                 future.cancel()
 
-    def _write(self, request: Writing) -> Written:
+    def _write(self, request: GenerationRequest) -> Completion:
         body: dict[str, Any] = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
         if request.temperature:
             body["seed"] = request.seed
@@ -96,7 +96,7 @@ class Endpoint:
         except (KeyError, TypeError, IndexError):
             raise self._strange("completions") from None
         ends = [place for stop in request.until if (place := (text or "").find(stop)) >= 0]
-        return Written((text or "")[:min(ends, default=None)])
+        return Completion((text or "")[:min(ends, default=None)])
 
     def _chat(self, body: dict[str, Any]) -> Any:
         """Ask in a chat, with the name of the longest answer that the model takes."""
@@ -109,7 +109,7 @@ class Endpoint:
         self._length = LENGTHS[1]
         return self._chat(body)
 
-    def _likelihood(self, request: Request) -> Likelihood:
+    def _likelihood(self, request: LikelihoodRequest) -> Likelihood:
         if not isinstance(request.context, str) or request.alone:
             raise ModelLinkError("a server does not say how likely a choice is " + (
                 "by its last token alone" if request.alone else "in a chat"), where="--endpoint",

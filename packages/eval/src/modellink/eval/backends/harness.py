@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from modellink.eval.backends.backend import Request, Writing
+from modellink.eval.backends.backend import GenerationRequest, LikelihoodRequest
 from modellink.eval.backends.local import LocalBackend
 from modellink.kernels.errors import ModelLinkError, run_command
 
@@ -65,19 +65,19 @@ def harness_model() -> type:
     return ModelLinkLM
 
 
-def _request(context: str, continuation: str) -> Request:
+def _request(context: str, continuation: str) -> LikelihoodRequest:
     """The harness moves blanks at a context's end to the continuation, as it does for models of its own."""
     kept = context.rstrip()
-    return Request(kept, context[len(kept):] + continuation)
+    return LikelihoodRequest(kept, context[len(kept):] + continuation)
 
 
-def _writing(context: str, options: dict[str, Any]) -> Writing:
+def _writing(context: str, options: dict[str, Any]) -> GenerationRequest:
     until = options.get("until") or []
     temperature = float(options.get("temperature") or 0.0)
     if not options.get("do_sample", temperature > 0):
         temperature = 0.0
     longest = options.get("max_gen_toks") or options.get("max_new_tokens") or UNSAID["max_gen_toks"]
-    return Writing(context, tuple([until] if isinstance(until, str) else until), int(longest), temperature,
+    return GenerationRequest(context, tuple([until] if isinstance(until, str) else until), int(longest), temperature,
                    float(options.get("top_p") or 1.0))
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modellink.eval.backends.backend import Likelihood, Request, Writing, Written
+from modellink.eval.backends.backend import Completion, GenerationRequest, Likelihood, LikelihoodRequest
 from modellink.eval.backends.fingerprint import fingerprint
 from modellink.eval.backends.tokens import Encoder
 from modellink.kernels.errors import ModelLinkError
@@ -73,19 +73,19 @@ class LocalBackend:
                 "fingerprint": fingerprint({*source.files(), *companions}, dtype),
                 "versions": {"modellink-infer": modellink.infer.__version__} | {name: version(name) for name in LIBRARIES}}
 
-    def loglikelihood(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
         pairs = self.encode.pairs(requests)
         found = self._compute("likelihoods", [pair[:2] for pair in pairs])
         return [Likelihood(logprob, greedy, pair.dropped) for (logprob, greedy), pair in zip(found, pairs, strict=True)]
 
-    def generate(self, requests: Sequence[Writing]) -> Iterator[tuple[int, Written]]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> Iterator[tuple[int, Completion]]:
         prompts = [self.encode.prompt(request) for request in requests]
         asked = [(ids, {"max_new_tokens": request.max_tokens, "stop": [*request.until, *self.encode.stop_ids],
                         **({"temperature": request.temperature, "top_p": request.top_p, "top_k": 0, "seed": request.seed}
                            if request.temperature else {"do_sample": False})})
                  for (ids, _), request in zip(prompts, requests, strict=True)]
         for number, text in self._compute("texts", asked):
-            yield number, Written(text, prompts[number][1])
+            yield number, Completion(text, prompts[number][1])
 
     def rolling(self, text: str) -> float:
         """The log-probability of a whole text, in windows of the longest sequence, one after the other."""

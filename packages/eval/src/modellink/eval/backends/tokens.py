@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from modellink.data_prep import ChatFormat, Tokenizer, chat_format, from_messages
-from modellink.eval.backends.backend import Context, Request, Writing
+from modellink.eval.backends.backend import Context, GenerationRequest, LikelihoodRequest
 from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 
@@ -40,10 +40,10 @@ class Encoder:
         self.stop_ids = self._chat.stop_token_ids if self._chat else ()
         self._last: tuple[Context, list[int]] | None = None  # the choices of a question share their context
 
-    def pairs(self, requests: Sequence[Request]) -> list[Pair]:
+    def pairs(self, requests: Sequence[LikelihoodRequest]) -> list[Pair]:
         return [self(request) for request in requests]
 
-    def __call__(self, request: Request) -> Pair:
+    def __call__(self, request: LikelihoodRequest) -> Pair:
         context = self._context(request.context)
         continuation = self._continuation(request, context)
         if not context and not self.leading and len(continuation) > 1 and continuation[:1] == self._before_all():
@@ -51,7 +51,7 @@ class Encoder:
         kept, dropped = self._cut(context, self.longest + 1 - len(continuation), request.context)
         return Pair(kept, continuation, dropped)
 
-    def prompt(self, request: Writing) -> tuple[list[int], int]:
+    def prompt(self, request: GenerationRequest) -> tuple[list[int], int]:
         """The ids of a context with room for what is to be written, and how many were cut from it."""
         room = self.longest - request.max_tokens
         if room < 1:
@@ -99,13 +99,13 @@ class Encoder:
             raise ModelLinkError("chats need a template", where="--prompt-type", fix="name one, or pass --hf-chat-template")
         return self._chat.encode(from_messages([{"role": turn.role, "content": turn.text} for turn in context])).ids
 
-    def _continuation(self, request: Request, context: list[int]) -> list[int]:
+    def _continuation(self, request: LikelihoodRequest, context: list[int]) -> list[int]:
         if not request.alone and isinstance(request.context, str):
             whole = self.tokenizer.encode(request.context + request.continuation, add_special_tokens=False)
             if len(whole) > len(context) and whole[:len(context)] == context:
                 return whole[len(context):]
         own = self.tokenizer.encode(request.continuation, add_special_tokens=False)
-        # A token that reaches over the boundary belongs to neither side: then the continuation is tokenised by itself.
+        # A token that reaches over the boundary belongs to neither side: then the continuation is tokenized by itself.
         return own[-1:] if request.alone else own
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from modellink.eval.backends.backend import Backend, Request
-from modellink.eval.prompts import Asking, Question
+from modellink.eval.backends.backend import Backend, LikelihoodRequest
+from modellink.eval.prompts import EvalSettings, Question
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark
 from modellink.kernels.errors import ModelLinkError
@@ -16,10 +16,10 @@ NAME = "likelihood of choices"
 TOGETHER = True
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings, sandbox: Sandbox | None,
         ) -> Iterator[tuple[int, dict[str, Any]]]:
     found = iter(backend.loglikelihood([
-        Request(question.context, choice, question.alone) for question in questions for choice in question.choices]))
+        LikelihoodRequest(question.context, choice, question.alone) for question in questions for choice in question.choices]))
     for number, question in enumerate(questions):
         mine = [next(found) for _ in question.choices]
         if not all(math.isfinite(one.logprob) for one in mine):

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from modellink.eval.backends.backend import Backend
 from modellink.eval.kinds import choices, programs, texts
-from modellink.eval.prompts import Asking, Question
+from modellink.eval.prompts import EvalSettings, Question
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark
 
@@ -18,7 +18,7 @@ class Kind(Protocol):
     NAME: str
     TOGETHER: bool  # whether questions are answered a batch at a time; else all at once are begun, and end one by one
 
-    def ask(self, backend: Backend, questions: Sequence[Question], asking: Asking,
+    def ask(self, backend: Backend, questions: Sequence[Question], settings: EvalSettings,
             sandbox: Sandbox | None) -> Iterator[tuple[int, dict[str, Any]]]:
         """The number of each question and its answer as JSON holds it, with `dropped` tokens of its context, as it is there."""
         ...

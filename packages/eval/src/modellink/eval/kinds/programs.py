@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from math import comb
 from typing import Any
 
-from modellink.eval.backends.backend import Backend, Written
+from modellink.eval.backends.backend import Backend, Completion
 from modellink.eval.kinds.texts import write
-from modellink.eval.prompts import Asking, Question
+from modellink.eval.prompts import EvalSettings, Question
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark
 from modellink.kernels.errors import ModelLinkError
@@ -26,15 +26,15 @@ BLOCK = re.compile(r"```(?:python|py)?\s*\n(.*?)(?:\n```|\Z)", re.DOTALL)
 PASSED = "passed"
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings, sandbox: Sandbox | None,
         ) -> Iterator[tuple[int, dict[str, Any]]]:
     if sandbox is None:
         raise ModelLinkError("these answers are programs, and running them was not allowed", where="--allow-code-execution")
-    running: list[tuple[int, list[Written], list[Future[str]]]] = []
+    running: list[tuple[int, list[Completion], list[Future[str]]]] = []
     with ThreadPoolExecutor(sandbox.workers) as pool:  # programs run while others are written
-        for number, texts in write(backend, questions, asking, asking.samples):
+        for number, texts in write(backend, questions, settings, settings.samples):
             question = questions[number]
-            programs = [complete(question.program, text.text, chat=asking.chat is not None) for text in texts]
+            programs = [complete(question.program, text.text, chat=settings.chat is not None) for text in texts]
             running.append((number, texts, [
                 pool.submit(sandbox.passes, question.program, program, question.target, question.entry) for program in programs]))
             for one in [one for one in running if all(outcome.done() for outcome in one[2])]:
@@ -44,7 +44,7 @@ def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox
             yield _answer(*one)
 
 
-def _answer(number: int, texts: Sequence[Written], outcomes: Sequence[Future[str]]) -> tuple[int, dict[str, Any]]:
+def _answer(number: int, texts: Sequence[Completion], outcomes: Sequence[Future[str]]) -> tuple[int, dict[str, Any]]:
     return number, {"texts": [text.text for text in texts], "outcomes": [outcome.result() for outcome in outcomes],
                     "dropped": max(text.dropped for text in texts)}
 

@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from modellink.eval.backends.backend import Backend, Writing, Written
+from modellink.eval.backends.backend import Backend, Completion, GenerationRequest
 from modellink.eval.kinds import mathtext
-from modellink.eval.prompts import Asking, Question
+from modellink.eval.prompts import EvalSettings, Question
 from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark
 from modellink.eval.task import Extraction, Generate
@@ -20,13 +20,14 @@ TOGETHER = False
 SHOWN = 200  # characters of a text in which nothing was found
 
 
-def ask(backend: Backend, questions: Sequence[Question], asking: Asking, sandbox: Sandbox | None,
+def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings, sandbox: Sandbox | None,
         ) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, (text,) in write(backend, questions, asking, 1):
+    for number, (text,) in write(backend, questions, settings, 1):
         yield number, {"texts": [text.text], "dropped": text.dropped}
 
 
-def write(backend: Backend, questions: Sequence[Question], asking: Asking, samples: int) -> Iterator[tuple[int, list[Written]]]:
+def write(backend: Backend, questions: Sequence[Question], settings: EvalSettings,
+          samples: int) -> Iterator[tuple[int, list[Completion]]]:
     """The number of each question and `samples` texts for it, once all of them are there.
 
     Raises:
@@ -35,9 +36,10 @@ def write(backend: Backend, questions: Sequence[Question], asking: Asking, sampl
     requests = []
     for question in questions:
         assert question.generate is not None
-        requests += [Writing(question.context, question.generate.until, question.generate.max_tokens, asking.temperature,
-                             asking.top_p, asking.seed + number) for number in range(samples)]
-    found: dict[int, dict[int, Written]] = {number: {} for number in range(len(questions))}
+        requests += [
+            GenerationRequest(question.context, question.generate.until, question.generate.max_tokens, settings.temperature,
+                              settings.top_p, settings.seed + number) for number in range(samples)]
+    found: dict[int, dict[int, Completion]] = {number: {} for number in range(len(questions))}
     for place, written in backend.generate(requests):
         number, sample = divmod(place, samples)
         found[number][sample] = written

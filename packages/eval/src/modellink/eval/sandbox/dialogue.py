@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from typing import Any
 
 LONGEST = 16 << 20  # bytes of one message
-SIMPLE = (bool, int, str, type(None))
 SHOWN = 200
 
 

@@ -33,7 +33,6 @@ class Confined:
                  tool: str, folder: str) -> None:
         self.limits = limits
         self._group = cgroup.make(limits)
-        self.bounded = self._group is not None
         held = os.memfd_create("part")
         os.write(held, json.dumps(data).encode())
         os.lseek(held, 0, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""The work on one piece of the input: read its rows, tokenise them, write them as a dataset of its own.
+"""The work on one piece of the input: read its rows, tokenize them, write them as a dataset of its own.
 
 A part is a function of the piece and the job alone; which process makes it, and when, changes no byte.
 """
@@ -32,7 +32,7 @@ from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError
 from modellink.kernels.files import kill_point
 
-BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text: what is tokenised in one call
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text: what is tokenized in one call
 NAMED = 5  # bad rows of a piece that are noted
 
 
@@ -44,7 +44,7 @@ class WorkerDied(ModelLinkError):
 
 @dataclass(frozen=True)
 class Around:
-    """The ids around a text and after it, where `gigatoken` alone tokenises; see `Fast`."""
+    """The ids around a text and after it, where `gigatoken` alone tokenizes; see `Fast`."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -94,7 +94,7 @@ def part_prefix(parts: Path, piece: int, output: str) -> Path:
     return parts / f"{piece:06d}_{output}"
 
 
-def tokenise_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Done:
+def tokenize_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Done:
     """Make the part of a piece and say what is in it.
 
     Raises:
@@ -188,7 +188,7 @@ def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
 
 
 class Workers:
-    """Processes that tokenise, as a context manager. They start while the parent still checks what else there is to check."""
+    """Processes that tokenize, as a context manager. They start while the parent still checks what else there is to check."""
 
     def __init__(self) -> None:
         self.pool: ProcessPoolExecutor | None = None
@@ -209,7 +209,7 @@ class Workers:
                 self.pool.submit(_warm_up)
 
 
-def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None,
+def tokenize(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None,
              started: Workers | None = None) -> Iterator[Done]:
     """Work through pieces, here (with `handler`) or in `workers` processes; results come as they are ready.
 
@@ -217,7 +217,7 @@ def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
     gives the same message for any number of workers.
     """
     if workers <= 1:
-        yield from (tokenise_piece(job, piece, handler) for piece in pieces)
+        yield from (tokenize_piece(job, piece, handler) for piece in pieces)
         return
     todo = iter(pieces)
     waiting: dict[Future[Done], int] = {}
@@ -228,7 +228,7 @@ def tokenise(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
         while True:
             for piece in islice(todo, 0 if failed else 2 * workers - len(waiting)):
                 try:
-                    waiting[processes.pool.submit(tokenise_piece, job, piece)] = piece.index
+                    waiting[processes.pool.submit(tokenize_piece, job, piece)] = piece.index
                 except BrokenProcessPool as broken:
                     failed[piece.index] = broken
                     break
