@@ -28,16 +28,6 @@ def test_greedy_tokens_equal_transformers(folder, family, prompts):
     assert len({tuple(ids) for ids in expected}) == len(prompts)  # else the test would prove little
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_a_batch_gives_the_same_tokens_as_single_requests(engine, seed):
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, 60, (5,), generator=generator).tolist()
-    sequences = [torch.randint(3, 379, (length,), generator=generator).tolist() for length in lengths]
-    batched = engine.generate(sequences, max_new_tokens=25)
-    expected = [engine.generate(sequence, max_new_tokens=25)[0].token_ids for sequence in sequences]
-    assert [one.token_ids for one in batched] == expected
-
-
 def test_sequences_that_end_early_do_not_affect_others(engine, prompts):
     single = [engine.generate(prompt, max_new_tokens=30, ignore_eos=True)[0].token_ids for prompt in prompts]
     stop = single[1][4]
@@ -59,14 +49,6 @@ def test_more_prompts_than_fit_into_a_batch(engine, prompts, monkeypatch):
     expected = engine.generate(prompts, max_new_tokens=5)
     monkeypatch.setattr(engine, "batch_size", 4)
     assert engine.generate(prompts, max_new_tokens=5) == expected
-
-
-def test_the_cache_does_not_change_the_tokens(engine):
-    ids = [5, 300, 17, 42]
-    for token in engine.generate(ids, max_new_tokens=20, ignore_eos=True)[0].token_ids:
-        with torch.inference_mode():
-            assert int(engine.network.run_model(torch.tensor([ids]))[0, -1].argmax()) == token
-        ids.append(token)
 
 
 def test_logprobs_equal_one_pass_over_the_full_sequence(engine, prompts, full_logits):

@@ -31,7 +31,7 @@ def engine(llama):
 
 
 @pytest.mark.parametrize(("compiled_seconds", "model_seconds"), [(1.0, 2.0), (2.0, 1.0)])
-def test_it_is_used_if_it_is_faster(llama, monkeypatch, capsys, compiled_seconds, model_seconds):
+def test_it_is_used_if_it_is_faster(engine, llama, monkeypatch, capsys, compiled_seconds, model_seconds):
     from modellink.infer.native import measure
     seconds = iter([compiled_seconds, model_seconds])
     monkeypatch.setattr(measure, "seconds_per_token", lambda run, cache: next(seconds))
