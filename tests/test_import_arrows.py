@@ -38,7 +38,8 @@ NEVER = {
     "infer": {"transformers"},
     "eval": {"megatron", "transformers"},
 }
-NOT_AT_IMPORT = {name: {"torch_npu", *({"torch"} if name in ("data_prep", "eval") else ())} for name in ARROWS}
+NOT_AT_IMPORT = {name: {"torch_npu", *({"torch"} if name in ("ckpt_convert", "data_prep", "eval") else ())}
+                 for name in ARROWS}
 # What one module may import in a function, because an extra brings it.
 EXTRAS = {"modellink.ckpt_convert.verify_model": {"transformers"}}
 # In kernels only these import torch at import time; whoever imports them at import time needs torch as well.
@@ -50,7 +51,29 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 # own `__init__` and command line are on the roof. A package that is missing here is reported as skipped.
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
-                "constants | errors"),
+                "constants | errors | svg"),
+    "ckpt_convert": (
+        "__main__",
+        "cli",
+        "convert",
+        "verify_model",
+        "streams",
+        "inspect | open | options",
+        "formats",
+        "format",
+        "peft | plan | verify",
+        "lora_targets | peft_files",
+        "megatron",
+        "lora",
+        "blocks",
+        "source",
+        "families",
+        "family",
+        "hf_config | manifest | rules",
+        "weights",
+        "spec",
+        "adapter | iterations | layer | storage",
+    ),
     "core": (
         "cli | models | repeatability",
         "api",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modellink.ckpt_convert import ModelSpec, families, open_checkpoint
-from modellink.ckpt_convert.families import family_names, family_of, read_spec
+from modellink.ckpt_convert.families import family_of, read_spec
 from modellink.ckpt_convert.hf_config import Config
-from modellink.ckpt_convert.rules import Piece, inverse
+from modellink.ckpt_convert.rules import HFRows, inverse
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import InternalError, ModelLinkError
 
@@ -66,8 +64,8 @@ def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str
 
 
 def test_an_unknown_model_type_names_near_ones() -> None:
-    with pytest.raises(ModelLinkError, match=r"'qwen3' is not known[\s\S]*did you mean qwen or qwen2\?"):
-        spec_of("llama", model_type="qwen3")  # though `architectures` names a class that is known
+    with pytest.raises(ModelLinkError, match=r"unknown model type 'qwenn2'[\s\S]*did you mean qwen2 or"):
+        spec_of("llama", model_type="qwenn2")  # though `architectures` names a class that is known
 
 
 def test_a_missing_key_names_the_families_that_would_do() -> None:
@@ -114,7 +112,7 @@ def test_rules_that_are_not_total_are_caught(damage: str) -> None:
     elif damage == "twice":
         rules[name] = rules["decoder.final_layernorm.weight"]
     else:
-        rules[name] = [Piece("model.layers.0.mlp.down_proj.weight", range(1, 21))]
+        rules[name] = [HFRows("model.layers.0.mlp.down_proj.weight", range(1, 21))]
     with pytest.raises(InternalError):
         inverse(SPEC, rules)
 
@@ -153,36 +151,11 @@ def test_a_tied_model_that_carries_its_embedding_twice(make_model: Make) -> None
         open_checkpoint(folder)
 
 
-def test_quantised_weights_are_refused(make_model: Make) -> None:
+def test_quantized_weights_are_refused(make_model: Make) -> None:
     folder = make_model("llama")
     change(folder, model__norm__weight=torch.zeros(20, dtype=torch.int8))
     with pytest.raises(ModelLinkError, match="stored as I8"):
         open_checkpoint(folder)
-
-
-@pytest.fixture
-def other_distribution(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A module of someone else that registers a family, found through an entry point."""
-    (tmp_path / "their_family.py").write_text(
-        "from modellink.ckpt_convert.families import register\nfrom modellink.ckpt_convert.families.llama import Llama\n"
-        "@register\nclass Theirs(Llama):\n    model_type = 'theirs'\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    points = [EntryPoint("theirs", "their_family", families.GROUP)]
-    monkeypatch.setattr(families, "entry_points", lambda group: points if group == families.GROUP else [])
-    families._discover.cache_clear()
-    yield
-    families._families.pop("theirs", None)
-    families._discover.cache_clear()
-    sys.modules.pop("their_family", None)
-
-
-@pytest.mark.usefixtures("other_distribution")
-def test_a_family_of_another_distribution(make_model: Make) -> None:
-    folder = make_model("llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "theirs"}))
-    assert "theirs" in family_names()
-    assert open_checkpoint(folder).family == "theirs"
 
 
 def test_families_stay_small() -> None:

@@ -54,9 +54,9 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
             open_checkpoint(tmp_path / "out.tmp")
     again = run([source, tmp_path / "out", *arguments])
     assert again.returncode == 0, again.stderr
-    assert ("going on after" in again.stderr) == (point != "after-write")
+    assert ("resuming after" in again.stderr) == (point != "after-write")
     if point == "after-file-4":
-        assert "going on after 4 finished files" in again.stderr
+        assert "resuming after 4 finished files" in again.stderr
     assert run([source, tmp_path / "straight", *arguments]).returncode == 0
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "straight"]
@@ -102,7 +102,7 @@ def test_a_changed_source_starts_anew(make_model: Make, run: Run, content: Conte
     run([source, tmp_path / "out", *TARGETS["megatron-core"]], MODELLINK_KILL_AT="after-file-2")
     shutil.copy(source / "model.safetensors", source / "copy")
     (source / "copy").rename(source / "model.safetensors")
-    assert "starting anew" in run([source, tmp_path / "out", *TARGETS["megatron-core"]]).stderr
+    assert "starting from scratch" in run([source, tmp_path / "out", *TARGETS["megatron-core"]]).stderr
 
 
 def test_overwriting_keeps_the_old_until_the_new_is_whole(make_model: Make, run: Run, content: Content, tmp_path: Path) -> None:

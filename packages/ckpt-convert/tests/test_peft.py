@@ -9,34 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_models import CONFIG, adapter_of, equal
 from safetensors.torch import load_file, save_file
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import iter_hf_tensors, open_checkpoint
 from modellink.ckpt_convert.adapter import AdapterConfig
-from modellink.ckpt_convert.lora import A, B, is_linear, merge_lora
+from modellink.ckpt_convert.lora import A, B, merge_lora
 from modellink.ckpt_convert.peft import read_peft, write_peft
-from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import OUTPUT, weights
+from modellink.ckpt_convert.weights import OUTPUT
 from modellink.kernels.errors import ModelLinkError
 
-CONFIG = AdapterConfig(r=4, alpha=6.0)
 QKV = "decoder.layers.1.self_attention.linear_qkv"
-
-
-def adapter_of(spec: ModelSpec, r: int = 4, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Random A and B of every linear layer but the router and the head."""
-    generator, found = torch.Generator().manual_seed(1), {}
-    for name, weight in weights(spec).items():
-        if is_linear(name, weight) and name != OUTPUT and "router" not in name:
-            module = name.removesuffix(".weight")
-            found[module + A] = scale * torch.randn(r, weight.shape[1], generator=generator)
-            found[module + B] = scale * torch.randn(weight.shape[0], r, generator=generator)
-    return found
-
-
-def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -146,9 +130,9 @@ def test_an_adapter_that_has_learned_nothing_keeps_all_modules(tmp_path: Path) -
 
 @pytest.mark.parametrize(("change", "message"), [
     ({"use_dora": True}, "use_dora is True"), ({"bias": "all"}, "bias is 'all'"), ({"modules_to_save": ["lm_head"]}, "lm_head"),
-    ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, "the configuration says rank 8"), ({"r": 0}, "r is 0"),
+    ({"init_lora_weights": "pissa"}, "pissa"), ({"r": 8}, "by the configuration the rank is 8"), ({"r": 0}, "r is 0"),
     ({"peft_type": "IA3"}, "peft_type is 'IA3'"), ({"alpha_pattern": {"k_proj": 12}}, "k_proj is scaled by 3"),
-    ({"rank_pattern": {"(.*)*x": 4}}, "is a pattern")])
+    ({"rank_pattern": {"(.*)*x": 4}}, "is a regular expression")])
 def test_what_is_not_understood_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     family, spec = spec_of("llama")
     folder_of(tmp_path / "theirs", llama_modules(), **change)

@@ -20,10 +20,10 @@ import pytest
 import torch
 import xxhash
 
-from modellink.ckpt_convert.formats import archive
-from modellink.ckpt_convert.formats.pickle import Inert, Reader, read_archive
-from modellink.ckpt_convert.formats.tensors import Stored, as_bytes
-from modellink.ckpt_convert.formats.writing import Planned, write
+from modellink.ckpt_convert.storage import archive
+from modellink.ckpt_convert.storage.pickle import Inert, Reader, read_archive
+from modellink.ckpt_convert.storage.tensors import Stored, as_bytes
+from modellink.ckpt_convert.storage.writing import Planned, write
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -78,7 +78,7 @@ def test_unknown_objects_become_inert(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "x.pt")
     args = read_archive(tmp_path / "x.pt")["args"]
     assert isinstance(args, Inert) and args.name == "argparse.Namespace"
-    assert args.state["layers"] == 3 and args.state["dtype"] == torch.bfloat16 and isinstance(args.state["kind"], Inert)
+    assert args.state["layers"] == 3 and args.state["dtype"] == "bfloat16" and isinstance(args.state["kind"], Inert)
 
 
 @pytest.mark.parametrize("function", [os.system, builtins.eval, builtins.exec, builtins.getattr, builtins.__import__, os.unlink])
@@ -131,7 +131,7 @@ def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> No
             return torch._utils._rebuild_tensor_v2, (storage, *arguments, False, collections.OrderedDict())
 
     torch.save(Lying(), tmp_path / "x.pt")
-    with pytest.raises(ModelLinkError, match=r"storage|row by row"):
+    with pytest.raises(ModelLinkError, match=r"storage|row-major"):
         read_archive(tmp_path / "x.pt")
 
 
@@ -150,7 +150,7 @@ def test_a_file_that_was_cut_off(keep: int, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(50)}, tmp_path / "x.pt")
     data = (tmp_path / "x.pt").read_bytes()
     (tmp_path / "x.pt").write_bytes(data[:keep])
-    with pytest.raises(ModelLinkError, match=r"not a whole torch.save archive"):
+    with pytest.raises(ModelLinkError, match=r"not a complete torch.save archive"):
         read_archive(tmp_path / "x.pt")
 
 
@@ -166,7 +166,7 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_pickle(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as made:
         made.writestr("archive/data.pkl", b"\x80\x02}q\x00(X\x01")
-    with pytest.raises(ModelLinkError, match="the pickle in it cannot be read"):
+    with pytest.raises(ModelLinkError, match="its pickle cannot be read"):
         read_archive(tmp_path / "x.pt")
 
 
@@ -204,5 +204,5 @@ def test_a_full_disk_is_an_error_before_anything_is_read(tmp_path: Path, monkeyp
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "no space")
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ModelLinkError, match="the disk has no room"):
+    with pytest.raises(ModelLinkError, match="the disk has no space"):
         save(tmp_path / "x.pt", planned(torch.zeros(4)))

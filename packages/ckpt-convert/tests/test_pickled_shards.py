@@ -77,7 +77,7 @@ def test_an_incomplete_shard(pickle_it: Any) -> None:
     folder, _ = pickle_it(3)
     path = folder / "pytorch_model-00002-of-00003.bin"
     path.write_bytes(path.read_bytes()[:-300])
-    with pytest.raises(ModelLinkError, match=r"not a whole torch.save archive[\s\S]*00002-of-00003"):
+    with pytest.raises(ModelLinkError, match=r"not a complete torch.save archive[\s\S]*00002-of-00003"):
         open_checkpoint(folder)
 
 

@@ -17,12 +17,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modellink.ckpt_convert.formats import megatron, torch_dist, writing
-from modellink.ckpt_convert.formats.rank_state import Style
-from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
-from modellink.ckpt_convert.plan import Plan, plan_megatron, plan_torch_dist
+from modellink.ckpt_convert.format import WriteRequest
+from modellink.ckpt_convert.formats import format_of
+from modellink.ckpt_convert.formats.megatron import plan_megatron
+from modellink.ckpt_convert.megatron import distributed, model
+from modellink.ckpt_convert.megatron.rank_state import Style
+from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.storage import writing
+from modellink.ckpt_convert.storage.tensors import Assembled, Part, Stored
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout, divisors
@@ -69,10 +73,10 @@ def layouts(draw: st.DrawFn, spec: ModelSpec) -> ParallelLayout:
 
 
 @st.composite
-def forms(draw: st.DrawFn, spec: ModelSpec) -> Callable[[Checkpoint], Plan]:
+def forms(draw: st.DrawFn, spec: ModelSpec) -> Callable[[Checkpoint], ConversionPlan]:
     """A way to write the model: a format, a layout, a dialect."""
     if draw(st.integers(0, 4)) == 0:
-        return lambda source: plan_torch_dist(source, shard_bytes=2000)
+        return lambda source: format_of("torch-dist").plan(source, WriteRequest(shard_bytes=2000))
     layout = draw(layouts(spec))
     style = Style(draw(st.booleans()) and legacy(spec), draw(st.sampled_from(["megatron-core", "modellink-1.0"])),
                   draw(st.booleans()) and grouped(spec), draw(st.sampled_from([1, 4])))
@@ -91,7 +95,7 @@ def numbered(spec: ModelSpec, folder: Path) -> Checkpoint:
     """A checkpoint in one raw file in which every number is its own position."""
     tensors, at = {}, 0
     for name, weight in weights(spec).items():
-        stored = Stored(folder / "raw", at * 4, torch.float32, weight.shape)
+        stored = Stored(folder / "raw", at * 4, "float32", weight.shape)
         part = Part(stored, range(weight.shape[0]), range(stored.columns), (0, 0))
         tensors[name] = Assembled(name, weight.shape, (part,))
         at += prod(weight.shape)
@@ -99,7 +103,7 @@ def numbered(spec: ModelSpec, folder: Path) -> Checkpoint:
     return Checkpoint("raw", folder, spec, "llama", folder, tensors)
 
 
-def written(plan: Plan, folder: Path) -> tuple[Checkpoint, dict[str, bytes]]:
+def written(plan: ConversionPlan, folder: Path) -> tuple[Checkpoint, dict[str, bytes]]:
     """(the checkpoint read again, the bytes of its files)."""
     with ThreadPoolExecutor(2) as pool:
         for file in plan.files:
@@ -108,10 +112,10 @@ def written(plan: Plan, folder: Path) -> tuple[Checkpoint, dict[str, bytes]]:
             with open(path, "wb") as handle:
                 writing.write(handle.fileno(), file.layout, pool, lambda count: None, path)
     root, spec = folder / "iter_0000001", plan.source.spec
-    if plan.to == "torch_dist":
-        tensors, layout = torch_dist.read(root, spec), ParallelLayout()
+    if plan.to == "torch-dist":
+        tensors, layout = distributed.read(root, spec), ParallelLayout()
     else:
-        found = megatron.read(root, spec)
+        found = model.read(root, spec)
         tensors, layout = found.tensors, found.layout
         assert layout == plan.layout
     content = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

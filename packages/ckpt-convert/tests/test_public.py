@@ -58,7 +58,7 @@ def test_its_tensors_are_those_of_another_source(name: str) -> None:
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_record_of_no_family_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelLinkError, match=f"'{REFUSED[name]}' is not known"):
+    with pytest.raises(ModelLinkError, match=f"unknown model type '{REFUSED[name]}'"):
         read_spec(config(name))
 
 

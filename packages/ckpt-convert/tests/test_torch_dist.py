@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.formats.torch_dist import refuse_unknown_names
 from modellink.ckpt_convert.manifest import Manifest, write_companions
+from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import mark_complete
@@ -201,11 +201,11 @@ def test_a_checkpoint_of_another_model(chunked: Path, make_model: Make) -> None:
 @pytest.mark.parametrize("model", ["llama tied", "gpt2", "mixtral", "qwen2_moe", "deepseek_v2"])
 def test_written_and_read_again(model: str, tmp_path: Path) -> None:
     before = make_folder(tmp_path / "hf", *spec_of(model))
-    convert(tmp_path / "hf", tmp_path / "dist", to="torch_dist", max_shard_bytes=50_000, verify=True)
+    convert(tmp_path / "hf", tmp_path / "dist", to="torch-dist", max_shard_bytes=50_000, verify=True)
     refuse_unknown_names(tmp_path / "dist/iter_0000001")
     assert len(list((tmp_path / "dist/iter_0000001").glob("__*_0.distcp"))) > 1
     convert(tmp_path / "dist", tmp_path / "mc", to="megatron-core", layout=ParallelLayout(tp=2))
-    convert(tmp_path / "mc", tmp_path / "again", to="torch_dist", max_shard_bytes=50_000)
+    convert(tmp_path / "mc", tmp_path / "again", to="torch-dist", max_shard_bytes=50_000)
     for path in (tmp_path / "dist/iter_0000001").glob("*.distcp"):
         assert path.read_bytes() == (tmp_path / "again/iter_0000001" / path.name).read_bytes()
     convert(tmp_path / "again", tmp_path / "back", to="hf")
@@ -218,7 +218,7 @@ def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
     for model, stacked, shape in [("mixtral", "decoder.layers.mlp.experts.experts.linear_fc2.weight", (4, 4, 20, 36)),
                                   ("deepseek_v2", "decoder.layers.3.mlp.experts.experts.linear_fc2.weight", (4, 24, 14))]:
         make_folder(tmp_path / f"{model}-hf", *spec_of(model))
-        convert(tmp_path / f"{model}-hf", tmp_path / model, to="torch_dist")
+        convert(tmp_path / f"{model}-hf", tmp_path / model, to="torch-dist")
         state = {stacked: torch.empty(shape, dtype=torch.bfloat16)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
-from test_lora import Run
-from test_peft import CONFIG, adapter_of
+from adapter_models import CONFIG, adapter_of
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, iter_hf_tensors, open_checkpoint, verify_model
@@ -17,6 +18,8 @@ from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.verify_model import check_model
 from modellink.kernels.errors import InternalError
 from modellink.kernels.parallel import ParallelLayout
+
+Run = Callable[..., CompletedProcess[str]]
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed; it is no need of this package")
 SQUARE = {"hidden_size": 48, "kv_channels": 6}
@@ -49,13 +52,13 @@ def test_families_transformers_does_not_have(name: str, tmp_path: Path) -> None:
 def test_what_differs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, target = both("llama", tmp_path, **SQUARE)
     merged = merge_lora(source, CONFIG, adapter_of(source.spec, scale=0.1))
-    with pytest.raises(InternalError, match=r"logits differ, by at most .*, first of token 0 at id"):
+    with pytest.raises(InternalError, match=r"logits differ, by at most .*, first at token 0, id"):
         check_model(merged, target)
     monkeypatch.setattr(verify_model, "SHARE", 0)
     assert "so no logits were compared" in check_model(merged, target)
     inverse = verify_model.inverse
     monkeypatch.setattr(verify_model, "inverse", lambda *told: inverse(*told) | {"model.more": inverse(*told)["lm_head.weight"]})
-    with pytest.raises(InternalError, match=r"model.more is \[131, 48\] here, and missing in LlamaForCausalLM"):
+    with pytest.raises(InternalError, match=r"model.more is \[131, 48\] in the output, but missing in LlamaForCausalLM"):
         check_model(source, target)
 
 

@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_tokens(engine, llama, prompts, tmp_path, ma
     expected = engine.generate(prompts, max_new_tokens=20)
     other = load(make(llama, tmp_path / "checkpoint"), device="cpu")
     assert other.plan.source.format == {megatron: "Megatron-Core", legacy: "Megatron-Legacy",
-                                        trained: "torch_dist"}[make]
+                                        trained: "torch-dist"}[make]
     assert other.generate(prompts, max_new_tokens=20) == expected
 
 

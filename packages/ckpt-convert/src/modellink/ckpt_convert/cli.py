@@ -1,4 +1,5 @@
-"""`modellink-convert` with its `inspect` and `diff`: a thin reading of options over the library."""
+"""`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +11,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import torch
 
 from modellink.ckpt_convert.convert import WORKERS, convert, free_bytes
-from modellink.ckpt_convert.formats.huggingface import GIGABYTE
-from modellink.ckpt_convert.formats.ranks import is_megatron
+from modellink.ckpt_convert.formats.huggingface import HuggingFace, is_huggingface
 from modellink.ckpt_convert.inspect import inspect, inspect_ranks, table
 from modellink.ckpt_convert.iterations import last_complete
-from modellink.ckpt_convert.lora import check_targets, merge_lora
+from modellink.ckpt_convert.lora import merge_lora
+from modellink.ckpt_convert.lora_targets import check_targets
 from modellink.ckpt_convert.manifest import FILE, FOLDER
+from modellink.ckpt_convert.megatron.ranks import is_megatron
 from modellink.ckpt_convert.open import open_adapter, open_checkpoint
 from modellink.ckpt_convert.options import ConvertOptions
 from modellink.ckpt_convert.plan import size
 from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.storage.tensors import torch_dtype
 from modellink.ckpt_convert.verify import differences
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
 from modellink.kernels.model_options import ModelPathOptions
@@ -30,7 +32,8 @@ from modellink.kernels.options import Layer, command, option, resolve
 from modellink.kernels.original import original_flags, translate
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+GIGABYTE = 10 ** 9
 
 
 @command(ConvertOptions, name="modellink-convert")
@@ -39,8 +42,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     """Convert the checkpoint SRC to the new folder DST.
 
-    SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch_dist checkpoint, found out by looking.
-    `modellink-convert inspect SRC` says what it is, `modellink-convert diff A B` compares two.
+    SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch-dist checkpoint; its format is detected.
+    `modellink-convert inspect SRC` describes a checkpoint, `modellink-convert diff A B` compares two.
     """
     options = resolve([ConvertOptions], given)[ConvertOptions]
     folder = _one("SRC", src, "--load-dir", options.load_dir)
@@ -52,15 +55,18 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     to = options.target()
     if options.save_dir is not None and to == "hf" and (target / "config.json").is_file():
         hf, target = hf or target, target / "mg2hf"
-        print(f"note: the output goes to {target}", file=sys.stderr)
+        print(f"note: the output is {target}", file=sys.stderr)
+    _check_source(folder, options)
     source = _opened(folder, hf, options)
-    _check(source, options)
+    if options.true_vocab_size not in (None, source.spec.vocab_size):
+        raise ModelLinkError(f"the vocabulary size of the model is {source.spec.vocab_size}", where="--true-vocab-size")
     workers = options.workers or WORKERS
+    dtype = torch_dtype(DTYPES[options.params_dtype]) if options.params_dtype else None
     done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers), overwrite=options.overwrite,
                    dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    verify_model=options.verify and options.verify_model,
-                   params_dtype=DTYPES[options.params_dtype] if options.params_dtype else None, dry_run=options.dry_run,
+                   params_dtype=dtype, dry_run=options.dry_run,
                    max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
     if options.dry_run:
         print(done.plan.describe(workers, free_bytes(target)))
@@ -73,48 +79,50 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
 
 
 def _opened(folder: Path, hf: Path | None, options: ConvertOptions) -> Checkpoint:
-    """The source, with the adapter of --lora-load merged into it."""
+    """Open the source, and merge the adapter of --lora-load into it."""
     r, alpha = options.lora_r, options.lora_alpha
     if options.lora_load is None:
         return open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration, lora_r=r,
                                lora_alpha=alpha, adapter=True)
     source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
     if source.merged:
-        raise ModelLinkError("the source has an adapter already, which is merged", where=f"{folder}, --lora-load",
-                             fix="leave out --lora-load")
+        raise ModelLinkError("the source already has an adapter, which is merged", where=f"{folder}, --lora-load",
+                             fix="remove --lora-load")
     adapter = open_adapter(options.lora_load, source, r=r, alpha=alpha)
-    check_targets(adapter.tensors, options.lora_targets)
+    check_targets(adapter.tensors, options.targets)
     assert adapter.adapter is not None
     merged = merge_lora(source, adapter.adapter, adapter.tensors)
     return replace(merged, prompt_type=adapter.prompt_type or source.prompt_type)
 
 
-def _check(source: Checkpoint, options: ConvertOptions) -> None:
-    """What the command line claims about the source must be so."""
-    if options.load_model_type is not None and (options.load_model_type == "hf") != (source.format == "Hugging Face"):
-        raise ModelLinkError(f"the source is a {source.format} checkpoint", where=f"{source.folder}, --load-model-type")
-    if options.true_vocab_size not in (None, source.spec.vocab_size):
-        raise ModelLinkError(f"the vocabulary of the model is {source.spec.vocab_size}", where="--true-vocab-size")
+def _check_source(folder: Path, options: ConvertOptions) -> None:
+    """Raise a ModelLinkError if the source is not what --load-model-type claims."""
+    if options.load_model_type is None or not folder.is_dir():
+        return
+    found = is_huggingface(folder)
+    if (options.load_model_type == "hf") != found:
+        what = f"a {HuggingFace.title}" if found else "not a Hugging Face"
+        raise ModelLinkError(f"the source is {what} checkpoint", where=f"{folder}, --load-model-type")
 
 
 def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Path:
     if argument is not None and option is not None:
         raise ModelLinkError(f"{name} is given twice", where=f"{name}, {flag}")
     if argument is None and option is None:
-        raise ModelLinkError(f"{name} must be given", where="command line", fix="modellink-convert SRC DST --to FORMAT")
+        raise ModelLinkError(f"{name} is required", where="command line", fix="modellink-convert SRC DST --to FORMAT")
     return option if argument is None else Path(argument)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class InspectOptions(ModelPathOptions):
-    iteration: int | None = option(None, "Iteration to read; the last complete one where nothing is said.", minimum=0)
-    json: bool = option(False, "As JSON.")
+    iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0, alias="--ckpt-step")
+    json: bool = option(False, "Print JSON.")
 
 
 @command(InspectOptions, name="modellink-convert inspect")
 @click.argument("path")
 def inspect_command(path: str, given: Layer) -> None:
-    """Say what the checkpoint PATH is: format, layout, model, tensors, sizes."""
+    """Describe the checkpoint PATH: format, layout, model, tensors, sizes."""
     options = resolve([InspectOptions], given)[InspectOptions]
     _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration, options.json)
 
@@ -135,7 +143,7 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
 @click.argument("first")
 @click.argument("second")
 def diff_command(first: str, second: str, given: Layer) -> None:
-    """Compare two checkpoints of any formats and layouts tensor by tensor; exit status 1 where they differ."""
+    """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ."""
     options = resolve([ModelPathOptions], given)[ModelPathOptions]
     one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path, adapter=True)
                   for path in (first, second))
@@ -152,9 +160,9 @@ def diff_command(first: str, second: str, given: Layer) -> None:
 
 
 def give_memory_back() -> None:
-    """Have glibc return blocks of 4 MB and more to the system when they are freed, and keep 16 MB of smaller ones a thread.
+    """Make glibc return freed blocks of 4 MB and more to the system, and keep 16 MB of smaller ones per thread.
 
-    Else it would keep large blocks for each thread, and have the system clear the pages of every small one anew.
+    Otherwise it keeps large blocks for each thread, and the system clears the pages of every small one again.
     """
     with contextlib.suppress(AttributeError, OSError):
         libc = ctypes.CDLL(None)

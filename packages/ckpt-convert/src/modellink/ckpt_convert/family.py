@@ -1,8 +1,8 @@
-"""What a model family is: tables from ModelSpec's fields to config keys, and from canonical modules to tensor names.
+"""`Family`: tables from ModelSpec's fields to config keys, and from canonical modules to Hugging Face tensor names.
 
-`Family` turns the tables into three answers: the ModelSpec of a config.json, a config.json for a ModelSpec, and the rules of the
-weights. A family file (families/) is a subclass with its own tables, over the family it is nearest to; where a config means
-something that no table can say, it overrides `read` and `write`.
+The tables give the ModelSpec of a config.json, a config.json for a ModelSpec, and the rules of the weights. A family
+file (families/) is a subclass with its own tables, based on the most similar family; if a table cannot express a
+config, it overrides `read` and `write`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ NEEDED: Any = object()
 class Key:
     """A key of config.json that holds a field of ModelSpec.
 
-    `default` stands in where the key is missing (None: ModelSpec's own default). `values` lists what the key may say and what
-    that means to ModelSpec; or `read` and `write` compute one from the other.
+    `default` is used if the key is missing (None: ModelSpec's default). `values` maps the allowed values of the key to those
+    of the field; or `read` and `write` compute one from the other.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Key:
 
 
 def inverted(name: str, default: bool) -> Key:
-    """A yes/no key that says the opposite of the field."""
+    """Return a boolean key that means the opposite of the field."""
     return Key(name, default, values={True: False, False: True})
 
 
@@ -66,35 +66,35 @@ T = TypeVar("T")
 
 
 def without(table: Mapping[str, T], *names: str) -> dict[str, T]:
-    """A table without some of its entries."""
+    """Return a table without some of its entries."""
     return {name: value for name, value in table.items() if name not in names}
 
 
 class Family:
-    """A decoder with Llama's config keys and tensor names; families override what is theirs."""
+    """A decoder with Llama's config keys and tensor names; families override what differs."""
 
     model_type: ClassVar[str]
     """`model_type` of its config.json."""
     architecture: ClassVar[str]
     """The class named in its `architectures`."""
     others: ClassVar[tuple[str, ...]] = ()
-    """Other model types and classes that mean the same, and the original's --model-type-hf."""
+    """Other model types and class names of the family, and the original's --model-type-hf."""
     keys: ClassVar[Mapping[str, Key]] = LLAMA_KEYS
     """ModelSpec field -> key."""
     features: ClassVar[Mapping[str, Any]] = {}
-    """ModelSpec fields that are the same in every model of the family and stand in no key."""
+    """ModelSpec fields that are the same in every model of the family and have no key."""
     fixed: ClassVar[Mapping[str, Any]] = {}
-    """Keys that are written with this value, and refused with another."""
+    """Keys that are written with this value; another value is refused."""
     prefix: ClassVar[str] = ""
-    """Beginning of tensor names that public files leave out."""
+    """Prefix of tensor names that some public files lack."""
     buffers: ClassVar[tuple[str, ...]] = ()
-    """Endings of names in public files that are no weights."""
+    """Endings of names in public files that are buffers, not weights."""
     layer: ClassVar[str] = "model.layers.{layer}."
     names: ClassVar[Mapping[str, Maker]] = LLAMA_NAMES
     """Canonical module -> tensors (see rules.rules_of)."""
 
     def read(self, config: Config) -> dict[str, Any]:
-        """The fields of ModelSpec.
+        """Return the fields of ModelSpec.
 
         Raises:
             ModelLinkError: a key is missing, or a feature is not supported.
@@ -117,11 +117,11 @@ class Family:
         return values | self.read_positions(config)
 
     def read_positions(self, config: Config) -> dict[str, Any]:
-        """The rotary fields."""
+        """Return the fields of the position embedding."""
         return read_rope(config)
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
-        """A config.json for a model that never had one.
+        """Return a config.json for a model that has none.
 
         Raises:
             ModelLinkError: the family has no such model.
@@ -139,16 +139,16 @@ class Family:
         return values | self.write_positions(spec)
 
     def write_positions(self, spec: ModelSpec) -> dict[str, Any]:
-        """The rotary keys."""
+        """Return the keys of the position embedding."""
         return write_rope(spec)
 
     def rules(self, spec: ModelSpec) -> Rules:
-        """Which Hugging Face rows make up each canonical weight."""
+        """Return the Hugging Face rows that each canonical weight is made of."""
         return rules_of(spec, self.names, self.layer, self.model_type)
 
 
 def config_of(family: Family, spec: ModelSpec) -> dict[str, Any]:
-    """A config.json that means exactly `spec`.
+    """Return a config.json that describes exactly `spec`.
 
     Raises:
         ModelLinkError: the family has no such model; the fields it cannot express are named.
@@ -157,7 +157,7 @@ def config_of(family: Family, spec: ModelSpec) -> dict[str, Any]:
     path = Path(f"a config.json of the family {family.model_type}")
     back = spec_from(family.read(Config(values, path)), str(path))
     if wrong := spec.differences(back):
-        told = ", ".join(f"{name} {mine} (the family has {theirs})" for name, (mine, theirs) in wrong.items())
-        raise ModelLinkError(f"the family {family.model_type} has no such model: {told}", where="--model-type-hf",
-                             fix="name the family the model belongs to")
+        reasons = ", ".join(f"{name} {mine} (the family has {theirs})" for name, (mine, theirs) in wrong.items())
+        raise ModelLinkError(f"the family {family.model_type} has no such model: {reasons}", where="--model-type-hf",
+                             fix="name the family that the model belongs to")
     return values

@@ -1,7 +1,7 @@
 """Reading a Hugging Face `config.json` in the spellings of transformers 4 and 5.
 
-Version 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; version 5 writes `dtype` and `rope_parameters`. Written is the
-version 4 spelling, which both read.
+Version 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; version 5 writes `dtype` and `rope_parameters`. We write the
+spelling of version 4, which both read.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from modellink.kernels.files import read_json
 
 
 class MissingKey(ModelLinkError):
-    """A key that the family needs is not in the config.json."""
+    """A key that the family requires is missing from config.json."""
 
 
 class Config:
-    """A config.json whose missing and unsupported keys are named in errors."""
+    """A config.json; errors name its missing and unsupported keys."""
 
     def __init__(self, values: Mapping[str, Any], path: Path) -> None:
         self.values, self.path = dict(values), path
 
     @classmethod
     def load(cls, folder: Path) -> Config:
-        """The config.json of a folder.
+        """Read the config.json of a folder.
 
         Raises:
             ModelLinkError: it is missing or is not a JSON object.
@@ -39,24 +39,26 @@ class Config:
         return cls(values, path)
 
     def need(self, key: str) -> Any:
+        """Return the value of a required key."""
         if self.values.get(key) is None:
             raise MissingKey(f"{key!r} is missing from the model's configuration", where=self.path,
                              fix=near(key, list(self.values)) or f"add {key!r} to it")
         return self.values[key]
 
     def count(self, key: str, default: int | None = None) -> int:
-        """A whole number above 0."""
+        """Return a whole number above 0."""
         value = self.need(key) if default is None else self.get(key, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelLinkError(f"{key!r} is {value!r}, it must be a whole number above 0", where=self.path)
         return value
 
     def get(self, key: str, default: Any = None) -> Any:
+        """Return the value of a key, or `default` if it is missing or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, *allowed: object) -> None:
-        """Raise where `key` is there and is none of the values that are converted."""
+        """Raise a ModelLinkError if `key` is present and its value is not one of those that are supported."""
         if (value := self.values.get(key)) is not None and value not in allowed:
             raise ModelLinkError(f"{key} = {value!r} is not supported", where=self.path,
                                  fix=f"supported: {', '.join(map(repr, allowed))}")
@@ -67,7 +69,7 @@ class Config:
 
 
 def _yarn(rope: Config) -> dict[str, Any]:
-    """`attention_factor` replaces the scale that the two mscale values give; only its default is converted."""
+    """`attention_factor` overrides the scale of the two mscale values; only its default is supported."""
     rope.refuse("attention_factor", None)
     rope.refuse("truncate", True)
     return {"rope_scaling_beta_fast": float(rope.get("beta_fast", 32)), "rope_scaling_beta_slow": float(rope.get("beta_slow", 1)),
@@ -76,10 +78,10 @@ def _yarn(rope: Config) -> dict[str, Any]:
 
 
 def read_rope(config: Config) -> dict[str, Any]:
-    """The rotary part of ModelSpec.
+    """Return the rotary fields of ModelSpec.
 
     Raises:
-        ModelLinkError: a kind of scaling that is not supported, or a key of it that is missing.
+        ModelLinkError: the kind of scaling is not supported, or one of its keys is missing.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -98,8 +100,9 @@ def read_rope(config: Config) -> dict[str, Any]:
         return values
     longest = config.get("max_position_embeddings")
     original = inner.get("original_max_position_embeddings", longest if kind == "dynamic" else None)
-    values["original_max_position_embeddings"] = int(
-        inner.need("original_max_position_embeddings") if original is None else original)
+    if original is None:
+        original = inner.need("original_max_position_embeddings")
+    values["original_max_position_embeddings"] = int(original)
     if kind == "llama3":
         values |= {"low_freq_factor": float(inner.need("low_freq_factor")),
                    "high_freq_factor": float(inner.need("high_freq_factor"))}
@@ -107,7 +110,7 @@ def read_rope(config: Config) -> dict[str, Any]:
 
 
 def write_rope(spec: ModelSpec) -> dict[str, Any]:
-    """The rotary part of a config.json."""
+    """Return the rotary keys of a config.json."""
     partial = {} if spec.rotary_percent == 1 else {"partial_rotary_factor": spec.rotary_percent}
     scaling: dict[str, Any] | None = None
     if spec.rope_scaling_type is not None:
@@ -121,5 +124,5 @@ def write_rope(spec: ModelSpec) -> dict[str, Any]:
         if (spec.rope_scaling_mscale, spec.rope_scaling_mscale_all_dim) != (1.0, 0.0):
             scaling |= {"mscale": spec.rope_scaling_mscale, "mscale_all_dim": spec.rope_scaling_mscale_all_dim}
     if scaling and spec.rope_scaling_type != "llama3":
-        scaling["type"] = spec.rope_scaling_type  # as it was called before
+        scaling["type"] = spec.rope_scaling_type  # the older name of rope_type
     return {"rope_theta": spec.rotary_base, "rope_scaling": scaling, **partial}

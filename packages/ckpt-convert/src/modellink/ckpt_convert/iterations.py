@@ -1,8 +1,8 @@
-"""Which iteration of a Megatron checkpoint folder counts.
+"""The iterations of a Megatron checkpoint folder, and which of them are complete.
 
-Ours are complete when the marker inside lists files that are all there (kernels.files). A checkpoint made by Megatron or
-by the original has no marker anywhere; there the tracker file decides. Anything else was not finished: it is passed over
-with a note, and the last complete iteration is used.
+An iteration of ours is complete if its marker lists files that are all present (kernels.files). Checkpoints of
+Megatron and of the original have no marker; the tracker file decides. Unfinished iterations are skipped with a note,
+and the last complete one is used.
 """
 
 from __future__ import annotations
@@ -19,29 +19,38 @@ FOLDER = re.compile(r"iter_(\d{7,})$")
 
 
 def iteration_folder(iteration: int) -> str:
+    """Return the name of an iteration's folder."""
     return f"iter_{iteration:07d}"
 
 
+def iteration_number(folder: Path) -> int | None:
+    """Return the iteration of such a folder; None for any other name."""
+    match = FOLDER.match(folder.name)
+    return int(match[1]) if match else None
+
+
 def tracked(root: Path) -> str | None:
-    """What the tracker says: a number, `release`, or None without a tracker."""
+    """Return the content of the tracker file: a number, `release`, or None without one."""
     tracker = root / TRACKER
-    return tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else None
+    if not tracker.is_file():
+        return None
+    return tracker.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def complete_iterations(root: Path) -> list[int]:
-    """The numbers of ours that are complete below `root`, which may not exist."""
-    return sorted(int(match[1]) for path in root.glob("iter_*")
-                  if (match := FOLDER.match(path.name)) and (path / MARKER).exists() and incomplete(path) is None)
+    """Return the numbers of our complete iterations in `root`, which may not exist."""
+    return sorted(number for path in root.glob("iter_*")
+                  if (number := iteration_number(path)) is not None and (path / MARKER).exists() and incomplete(path) is None)
 
 
 def last_complete(root: Path, iteration: int | None = None, *, ours: bool = False) -> Path:
-    """The folder of the last complete iteration below `root`, or of the one asked for.
+    """Return the folder of the last complete iteration in `root`, or of the requested one.
 
     Args:
-        ours: the checkpoint is known to be ours, so that a folder without a marker is not complete.
+        ours: the checkpoint is known to be ours, so a folder without a marker is not complete.
 
     Raises:
-        ModelLinkError: there is no complete iteration, or not the one asked for; it says why for each.
+        ModelLinkError: no iteration, or not the requested one, is complete; the reasons are listed.
     """
     found = {int(match[1]): path for path in root.glob("iter_*") if path.is_dir() and (match := FOLDER.match(path.name))}
     ours = ours or any((path / MARKER).exists() for path in found.values())
@@ -56,9 +65,9 @@ def last_complete(root: Path, iteration: int | None = None, *, ours: bool = Fals
         reason = None if foreign else incomplete(path)
         if reason is None:
             for note in reasons:
-                print(f"note: passed over {note}; using {path.name}", file=sys.stderr)
+                print(f"note: skipped {note}; using {path.name}", file=sys.stderr)
             return path
         reasons.append(f"{path.name}: {reason}")
     wanted = "complete iteration" if iteration is None else f"complete iteration {iteration}"
-    raise ModelLinkError(f"there is no {wanted}" + "".join(f"\n  {note}" for note in reasons), where=root,
-                         fix=None if named else f"a checkpoint made elsewhere needs its {TRACKER}, or --iteration")
+    raise ModelLinkError(f"no {wanted} was found" + "".join(f"\n  {note}" for note in reasons), where=root,
+                         fix=None if named else f"a checkpoint of another program needs its {TRACKER}, or --iteration")

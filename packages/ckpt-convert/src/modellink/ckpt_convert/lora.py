@@ -1,15 +1,15 @@
-"""LoRA adapters: their tensors under canonical names, and merging them into the weights they belong to.
+"""LoRA adapters: their tensors under canonical names, and merging them into the weights of the model.
 
-An adapter of a linear layer is A [rank, in] and B [out, rank]; with it the layer's weight W acts as W + scale x B A
-(https://arxiv.org/abs/2106.09685, 4.1). Canonical names are those of the layers:
+The adapter of a linear layer is A [rank, in] and B [out, rank]; the layer's weight W then acts as W + scale x B A
+(https://arxiv.org/abs/2106.09685, section 4.1). Canonical names are those of the layers:
 
     decoder.layers.0.self_attention.linear_qkv.lora_A.weight     and .lora_B.weight
     decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.lora_A.weight
 
-A layer's rank is the number of rows of its A; the scale is one for the whole adapter. Merging reads lazily: it gives a checkpoint
-that can be converted, compared and streamed as any other.
+The rank of a layer is the number of rows of its A; one scale holds for the whole adapter. Merging is lazy: the result is a
+checkpoint that can be converted, compared and streamed as any other.
 
-Not here: adapter folders of peft (peft.py) and Megatron checkpoints that hold adapters (formats/megatron.py).
+Not here: peft folders (peft.py) and Megatron checkpoints with adapters (megatron/model.py).
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from modellink.ckpt_convert.adapter import AdapterConfig
-from modellink.ckpt_convert.formats.legacy import MODULES
-from modellink.ckpt_convert.formats.tensors import Assembled
 from modellink.ckpt_convert.source import Checkpoint, refuse_left_over, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.storage.tensors import Assembled
 from modellink.ckpt_convert.weights import Weight, weights
 from modellink.kernels.errors import ModelLinkError
 
-A, B, LORA = ".lora_A.weight", ".lora_B.weight", ".lora_"
-TILE = 64  # rows that are multiplied at once, always the same ones, so that sums do not depend on how a matrix is cut
+if TYPE_CHECKING:
+    import torch
 
-Matrix = Assembled | torch.Tensor
-"""A tensor in a file or in memory."""
+    Matrix = Assembled | torch.Tensor
+    """A tensor in a file or in memory."""
+
+A, B, LORA = ".lora_A.weight", ".lora_B.weight", ".lora_"
+TILE = 64  # rows of a product computed together, always the same ones, so that rounding does not depend on the sharding
 
 
 def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], where: Path | str) -> dict[str, Weight]:
-    """The tensors of an adapter in the order of the forward pass, with their shapes and how tensor parallelism cuts them.
+    """Return the tensors of an adapter in the order of the forward pass, with shapes and how tensor parallelism splits them.
 
-    A layer whose columns are cut has its A cut likewise and B whole; others have A whole and B cut as their rows.
+    If a layer is split by columns, so is its A, and B is replicated; otherwise A is replicated and B is split by rows.
 
     Args:
         shapes: canonical name -> shape.
         where: for the error.
 
     Raises:
-        ModelLinkError: nothing of the model has that name, A or B is missing, or a shape does not fit.
+        ModelLinkError: the model has no layer of that name, A or B is missing, or a shape does not fit.
     """
     found: dict[str, Weight] = {}
     for name, weight in weights(spec).items():
@@ -55,40 +56,42 @@ def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], wher
             continue
         for one, other in ((first, second), (second, first)):
             if one not in shapes:
-                raise ModelLinkError(f"{one} is missing, {other} is there", where=where, fix="the adapter is incomplete")
+                raise ModelLinkError(f"{one} is missing, but {other} is present", where=where, fix="the adapter is incomplete")
         rank = shapes[first][0] if shapes[first] else 0
         found[first], found[second] = sides(weight, rank)
     refuse_left_over((name for name in shapes if name not in found), Path(where))
     for name, weight in found.items():
-        refuse_shape(name, weight, shapes[name], weight.shape, Path(where))
+        refuse_shape(name, shapes[name], weight.shape, Path(where))
     if not found:
-        raise ModelLinkError("there is no LoRA tensor in it", where=where)
+        raise ModelLinkError("it has no LoRA tensors", where=where)
     return found
 
 
 def on_disk(name: str) -> str:
-    """The name in a Megatron checkpoint, where the original has peft's name of the adapter, `default`, in it."""
+    """Return the name in a Megatron checkpoint, in which the original inserts peft's adapter name `default`."""
     return re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
 
 
 def sides(weight: Weight, rank: int) -> tuple[Weight, Weight]:
-    """A and B of a linear layer with that weight."""
-    rows = weight.split == "row"
-    return (Weight((rank, weight.shape[1]), "row" if rows else "replicated"),
-            Weight((weight.shape[0], rank), "replicated" if rows else weight.split))
+    """Return A and B of a linear layer with that weight."""
+    rows, columns = weight.shape
+    if weight.split == "row":
+        return Weight((rank, columns), "row"), Weight((rows, rank), "replicated")
+    return Weight((rank, columns), "replicated"), Weight((rows, rank), weight.split)
 
 
 def is_linear(name: str, weight: Weight) -> bool:
-    """Whether an adapter can belong to it: a matrix that is multiplied with, no embedding."""
+    """Return whether a weight can have an adapter: it is the matrix of a linear layer."""
     return len(weight.shape) == 2 and name.endswith(".weight") and not name.startswith("embedding.")
 
 
 def merge_lora(source: Checkpoint, config: AdapterConfig, tensors: Mapping[str, Matrix]) -> Checkpoint:
-    """The checkpoint whose weights are those of `source` with the adapter merged in: W + scale x B A, in fp32 (of an fp64 weight
-    in fp64), rounded once to the weight's own dtype.
+    """Return `source` with the adapter merged into its weights: W + scale x B A.
+
+    The sum is computed in fp32 (fp64 for fp64 weights) and rounded once to the weight's dtype.
 
     Args:
-        tensors: canonical name -> A or B, e.g. as `peft.read_peft` gives them.
+        tensors: canonical name -> A or B, e.g. from `peft.read_peft`.
 
     Raises:
         ModelLinkError: the adapter does not fit the model.
@@ -107,59 +110,50 @@ def merge_lora(source: Checkpoint, config: AdapterConfig, tensors: Mapping[str, 
 
 def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r: int | None, alpha: float | None,
               where: Path) -> AdapterConfig:
-    """The configuration of an adapter in a Megatron checkpoint: from its arguments, and what the user says.
+    """Return the configuration of an adapter in a Megatron checkpoint, from its arguments and the user's options.
 
     Raises:
-        ModelLinkError: they contradict each other or the tensors, or the scale is not said.
+        ModelLinkError: they contradict each other or the tensors, or the scale is unknown.
     """
-    told: dict[str, float | None] = {"lora_r": r, "lora_alpha": alpha}
-    for name, mine in told.items():
+    given: dict[str, float | None] = {"lora_r": r, "lora_alpha": alpha}
+    for name, mine in given.items():
         theirs = arguments.get(name)
         flag = "--" + name.replace("_", "-")
         if isinstance(theirs, (int, float)) and mine is not None and theirs != mine:
             raise ModelLinkError(f"{flag} is {mine:g} and {theirs:g} in the adapter's arguments", where=f"{flag}, {where}")
-        told[name] = mine if mine is not None else theirs if isinstance(theirs, (int, float)) else None
+        if mine is None and isinstance(theirs, (int, float)):
+            given[name] = theirs
     ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A)})
-    if told["lora_r"] is None and len(ranks) == 1:
-        told["lora_r"] = ranks[0]
-    if told["lora_r"] is None or told["lora_alpha"] is None:
-        raise ModelLinkError("the adapter does not say how it is scaled", where=where, fix="give --lora-r and --lora-alpha")
-    if told["lora_r"] < 1 or any(rank % told["lora_r"] for rank in ranks):
-        raise ModelLinkError(f"the rank is {told['lora_r']:g}, the adapter's matrices have {ranks}", where=f"--lora-r, {where}")
-    return AdapterConfig(int(told["lora_r"]), told["lora_alpha"])
+    if given["lora_r"] is None and len(ranks) == 1:
+        given["lora_r"] = ranks[0]
+    if given["lora_r"] is None or given["lora_alpha"] is None:
+        raise ModelLinkError("rank and alpha of the adapter are not recorded", where=where, fix="give --lora-r and --lora-alpha")
+    if given["lora_r"] < 1 or any(rank % given["lora_r"] for rank in ranks):
+        raise ModelLinkError(f"the rank is {given['lora_r']:g}, but the adapter's matrices have rank {ranks}",
+                             where=f"--lora-r, {where}", option="lora_r")
+    return AdapterConfig(int(given["lora_r"]), given["lora_alpha"])
 
 
-def check_targets(names: Iterable[str], told: str | None) -> None:
-    """Raise unless an adapter has exactly the modules that the user names (those of Megatron-Core or Megatron-Legacy).
-
-    Raises:
-        ModelLinkError: it has others.
-    """
-    if told is None:
-        return
-    found = {name.rpartition(LORA)[0].rpartition(".")[2] for name in names}
-    legacy = {theirs.rpartition(".")[2]: ours.rpartition(".")[2] for ours, theirs in MODULES.items()}
-    wanted = {legacy.get(name, name) for name in told.replace(",", " ").split()}
-    if found != wanted:
-        raise ModelLinkError(f"the adapter has {', '.join(sorted(found))}, not {', '.join(sorted(wanted))}",
-                             where="--lora-target-modules")
-
-
-def whole(matrix: Matrix) -> torch.Tensor:
+def full(matrix: Matrix) -> torch.Tensor:
+    """Return all rows of a matrix."""
     return rows_of(matrix, [range(matrix.shape[0])])
 
 
 def rows_of(matrix: Matrix, pieces: Sequence[range]) -> torch.Tensor:
-    """Rows of a matrix, joined in order."""
+    """Return rows of a matrix, concatenated in order."""
     if isinstance(matrix, Assembled):
         return matrix.read(pieces, 0)
+    import torch
+
     matrix = matrix.detach().cpu()
-    return matrix[pieces[0].start:pieces[0].stop] if len(pieces) == 1 else torch.cat([matrix[p.start:p.stop] for p in pieces])
+    if len(pieces) == 1:
+        return matrix[pieces[0].start:pieces[0].stop]
+    return torch.cat([matrix[piece.start:piece.stop] for piece in pieces])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Merged(Assembled):
-    """A weight and what an adapter adds to it."""
+    """A weight with an adapter added to it."""
 
     first: Matrix
     second: Matrix
@@ -170,11 +164,13 @@ class Merged(Assembled):
         return super().files().union(*adapters)
 
     def read(self, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
+        import torch
+
         base = super().read(pieces, dim, across)
         across = range(self.shape[1 - dim]) if across is None else across
         rows, columns = (pieces, [across]) if dim == 0 else ([across], pieces)
         dtype = torch.promote_types(base.dtype, torch.float32)
-        first, at = whole(self.first).to(dtype), 0
+        first, at = full(self.first).to(dtype), 0
         made = torch.empty_like(base)
         for piece in rows:
             for start, delta in self._products(piece, first, dtype):
@@ -185,7 +181,7 @@ class Merged(Assembled):
         return made
 
     def _products(self, piece: range, first: torch.Tensor, dtype: torch.dtype) -> Iterable[tuple[int, torch.Tensor]]:
-        """scale x B A for the rows `piece`, tile by tile, with the place of each from the start of `piece`."""
+        """Yield scale x B A for the rows `piece`, tile by tile, each with its offset from the start of `piece`."""
         for tile in range(piece.start // TILE * TILE, piece.stop, TILE):
             rows = range(tile, min(tile + TILE, self.shape[0]))
             product = (rows_of(self.second, [rows]).to(dtype) @ first).mul_(self.scale)

@@ -1,19 +1,20 @@
-"""What travels with weights: `modellink.json` and the folder `hf/` beside the iterations of every checkpoint we write.
+"""The files that travel with weights: `modellink.json`, and the folder `hf/` next to the iterations of every checkpoint
+of ours.
 
-`modellink.json` holds ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the original config.json,
-generation config, tokenizer files and chat template. Converting, training and serving pass both on unchanged, so that a
-checkpoint can become a Hugging Face folder again. Such a folder has `modellink.json` too where a prompt type is known, which is
-then all that is read of it: its config.json says the rest.
+`modellink.json` has ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the original
+config.json, generation config, tokenizer files and chat template. Converting, training and serving pass both on
+unchanged, so that a checkpoint can become a Hugging Face folder again. A Hugging Face folder has `modellink.json`
+only if a prompt type is known, and nothing else is read from it: its config.json tells the rest.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import modellink.ckpt_convert as package
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write, read_json, write_json
@@ -21,7 +22,7 @@ from modellink.kernels.files import atomic_write, read_json, write_json
 FILE, FOLDER, VERSION = "modellink.json", "hf", 1
 CARRIED = ("config.json", "generation_config.json", "chat_template.json", "*.jinja", "tokenizer*", "special_tokens_map.json",
            "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken", "LICENSE*", "NOTICE*")
-"""Names of the files of a Hugging Face folder that go along; never Python files."""
+"""Names of the files of a Hugging Face folder that travel with weights; never Python files."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class Manifest:
 
 
 def companion_files(folder: Path) -> list[Path]:
-    """The files of a Hugging Face folder that travel with weights."""
-    return [] if not folder.is_dir() else [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".py"
-            and any(fnmatch(path.name, pattern) for pattern in CARRIED)]
+    """Return the files of a Hugging Face folder that travel with weights."""
+    if not folder.is_dir():
+        return []
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and path.suffix != ".py"]
+    return [path for path in files if any(fnmatch(path.name, pattern) for pattern in CARRIED)]
 
 
 def copy_file(path: Path, target: Path) -> None:
-    """Copy a companion whole or not at all; one that is there already with the same content is left alone."""
+    """Copy a file atomically, unless the target has the same content already."""
     content = path.read_bytes()
     if not (target.is_file() and target.read_bytes() == content):
         with atomic_write(target) as file:
@@ -50,10 +53,10 @@ def copy_file(path: Path, target: Path) -> None:
 
 
 def write_companions(dst: Path | str, described: Manifest, companions: Path | None, *, tokenizer_alone: bool = False) -> None:
-    """Write `modellink.json` into the checkpoint folder `dst`, and into `hf/` the files that travel, from `companions`.
+    """Write `modellink.json` into the checkpoint folder `dst`, and copy the files that travel from `companions` into `hf/`.
 
     Args:
-        tokenizer_alone: `companions` is of another model, of which nothing but the tokenizer is taken.
+        tokenizer_alone: `companions` is of another model; do not copy its config.json.
     """
     dst = Path(dst)
     dst.mkdir(parents=True, exist_ok=True)
@@ -71,16 +74,16 @@ def write_manifest(folder: Path, described: Manifest) -> None:
     write_json(folder / FILE, {
         "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(), "dtype": described.dtype,
         "vocab_size": described.spec.vocab_size, "prompt_type": described.prompt_type,
-        "producer": described.producer or f"modellink-ckpt-convert {package.__version__}"})
+        "producer": described.producer or f"modellink-ckpt-convert {version('modellink-ckpt-convert')}"})
 
 
 def describes_itself(folder: Path) -> bool:
-    """Whether a checkpoint folder says which model it is, so that nobody has to."""
+    """Return whether a checkpoint folder has a manifest."""
     return (folder / FILE).is_file()
 
 
 def read_manifest(folder: Path | str) -> Manifest | None:
-    """The manifest of a checkpoint folder, or None where it has none.
+    """Return the manifest of a checkpoint folder, or None if it has none.
 
     Raises:
         ModelLinkError: it is damaged or of a newer version.
@@ -90,14 +93,14 @@ def read_manifest(folder: Path | str) -> Manifest | None:
         return None
     values: Any = read_json(path)
     try:
-        version, family, spec, dtype = (values[key] for key in ("format_version", "family", "spec", "dtype"))
-        if not isinstance(version, int) or not isinstance(spec, dict):
+        found, family, spec, dtype = (values[key] for key in ("format_version", "family", "spec", "dtype"))
+        if not isinstance(found, int) or not isinstance(spec, dict):
             raise TypeError
     except (KeyError, TypeError):
         raise ModelLinkError("the manifest lacks format_version, family, spec or dtype", where=path,
                              fix=f"remove it and give {HELP}") from None
-    if version > VERSION:
-        raise ModelLinkError(f"the manifest has version {version}, this program knows {VERSION}", where=path,
+    if found > VERSION:
+        raise ModelLinkError(f"the manifest has version {found}, this program reads up to {VERSION}", where=path,
                              fix="upgrade modellink-ckpt-convert")
     return Manifest(str(family), spec_from(spec, str(path)), str(dtype), values.get("prompt_type"), str(values.get("producer")))
 

@@ -1,7 +1,7 @@
-"""`Checkpoint`: an opened checkpoint of any format, as canonical tensors that are read when asked for.
+"""`Checkpoint`: an opened checkpoint of any format, as canonical tensors that are read on demand.
 
-Opening one reads names, shapes and sizes, checks that every weight of the model is there with the right shape and that no
-weight is left over, and reads no number. Not here: finding out which format a folder has (open.py).
+Opening one reads names, shapes and sizes, and checks that every weight of the model is present with its shape and
+that none is left over; it reads no data. Not here: detecting the format of a folder (open.py).
 """
 
 from __future__ import annotations
@@ -11,25 +11,31 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from modellink.ckpt_convert.adapter import AdapterConfig
-from modellink.ckpt_convert.formats.tensors import Assembled, Part
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import Weight, weights
+from modellink.ckpt_convert.storage.tensors import Assembled, Part, torch_dtype
+from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
 
 SHOWN = 8  # names in one message
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """See `weights.Source` for what it promises.
+    """An opened checkpoint; implements `weights.Source`.
 
-    `layout` and `iteration` are those of the files; a Hugging Face folder has one rank and no iteration. `adapter` is there
-    where the tensors are a LoRA adapter of the model and not its weights, `merged` where one is merged into them.
+    Attributes:
+        format: title of the format, for people.
+        layout: of the files; a Hugging Face folder has one rank.
+        iteration: of the files; None if the format has no iterations.
+        adapter: the configuration, if the tensors are a LoRA adapter of the model and not its weights.
+        merged: the configuration of a LoRA adapter that is merged into the weights.
     """
 
     format: str
@@ -56,34 +62,44 @@ class Checkpoint:
 
     @property
     def main_dtype(self) -> torch.dtype:
-        """The dtype most numbers have."""
-        sizes: Counter[torch.dtype] = Counter()
+        """The dtype of most parameters."""
+        return torch_dtype(self.main_kind)
+
+    @property
+    def main_kind(self) -> str:
+        """The name of the dtype of most parameters."""
+        sizes: Counter[str] = Counter()
         for tensor in self.tensors.values():
-            sizes[tensor.dtype] += prod(tensor.shape)
+            sizes[tensor.kind] += prod(tensor.shape)
         return sizes.most_common(1)[0][0]
 
     @property
     def lora(self) -> str | None:
-        """What it has to do with LoRA, for people."""
-        what = "merged with a LoRA adapter" if self.merged else "LoRA adapter"
+        """A description of its LoRA adapter, for people."""
         config = self.merged or self.adapter
-        return f"{what} of rank {config.r}, alpha {config.alpha:g}" if config else None
+        if config is None:
+            return None
+        what = "merged with a LoRA adapter" if self.merged else "LoRA adapter"
+        return f"{what} of rank {config.r}, alpha {config.alpha:g}"
 
     def describe(self) -> str:
-        where = "" if self.iteration is None else f", iteration {self.iteration}"
-        told = [self.format, str(self.layout), str(self.main_dtype).removeprefix("torch."), *filter(None, [self.lora])]
-        return ", ".join(told) + where
+        details = [self.format, str(self.layout), self.main_kind]
+        if self.lora:
+            details.append(self.lora)
+        if self.iteration is not None:
+            details.append(f"iteration {self.iteration}")
+        return ", ".join(details)
 
     def files(self) -> list[Path]:
-        """The files the weights lie in."""
+        """Return the files that hold the weights."""
         return sorted(set().union(*(tensor.files() for tensor in self.tensors.values())))
 
 
 def assemble(spec: ModelSpec, parts: Mapping[str, Sequence[Part]], folder: Path) -> dict[str, Assembled]:
-    """The canonical tensors of a model from parts by canonical name.
+    """Return the canonical tensors of a model, assembled from parts by canonical name.
 
     Raises:
-        ModelLinkError: a weight has no part or is not covered by its parts.
+        ModelLinkError: a weight has no parts or is not covered by them.
     """
     known = weights(spec)
     refuse_missing((name for name in known if name not in parts), folder)
@@ -94,22 +110,24 @@ def assemble(spec: ModelSpec, parts: Mapping[str, Sequence[Part]], folder: Path)
 
 
 def refuse_missing(names: Iterable[str], folder: Path) -> None:
+    """Raise a ModelLinkError if there are names: those of missing weights."""
     if missing := list(names):
         raise ModelLinkError(f"{_count(missing)} missing: {_some(missing)}", where=folder,
                              fix="the files are incomplete, or the configuration describes another model")
 
 
 def refuse_left_over(names: Iterable[str], folder: Path) -> None:
-    """Raise where a checkpoint holds weights that the model does not have (rotary frequencies and empty states aside)."""
+    """Raise a ModelLinkError if there are names: those of weights the model does not have, but for a few harmless buffers."""
     harmless = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "_extra_state")
     if unknown := [name for name in names if not name.endswith(harmless)]:
         raise ModelLinkError(f"{_count(unknown)} not part of this model: {_some(unknown)}", where=folder,
                              fix="the configuration describes another model, or the family does not support this feature")
 
 
-def refuse_shape(name: str, weight: Weight, found: tuple[int, ...], expected: tuple[int, ...], where: Path) -> None:
+def refuse_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], where: Path) -> None:
+    """Raise a ModelLinkError if a tensor does not have the expected shape."""
     if found != expected:
-        raise ModelLinkError(f"{name} has the shape {list(found)}; the configuration gives {list(expected)}", where=where,
+        raise ModelLinkError(f"{name} has the shape {list(found)}; by the configuration it is {list(expected)}", where=where,
                              fix="the configuration and the weights belong to different models")
 
 

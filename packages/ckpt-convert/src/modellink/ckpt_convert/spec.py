@@ -1,7 +1,8 @@
 """`ModelSpec`: the architecture of a model, in Megatron's terms.
 
-It is read from a Hugging Face config, a Megatron checkpoint, a preset, or the model options of a command. Everything that builds,
-splits or checks a model reads it and nothing else; `layer(number)` describes one layer. Fields and options have Megatron's names.
+It is read from a Hugging Face config, a Megatron checkpoint, a preset, or the model options of a command. Everything
+that builds, splits or checks a model reads it and nothing else; `layer(number)` describes one layer. Fields and
+options have Megatron's names.
 
 Not here: how a family spells its config (families/), which tensors a model has (weights.py), settings of a run (core).
 """

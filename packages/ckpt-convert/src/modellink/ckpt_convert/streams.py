@@ -1,7 +1,7 @@
-"""A conversion without files: tensors one after the other, for a program that has somewhere to put them.
+"""A conversion without files: tensors one by one, for a program that has a place for them.
 
-`iter_hf_tensors` gives a checkpoint of any format under Hugging Face names, whole; `iter_megatron_shards` gives what each rank of
-a layout holds. Nothing but the tensor handed out is in memory.
+`iter_hf_tensors` yields the full tensors of a checkpoint of any format under Hugging Face names;
+`iter_megatron_shards` yields what each rank of a layout holds. Only the tensor that is yielded is in memory.
 """
 
 from __future__ import annotations
@@ -10,23 +10,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from modellink.ckpt_convert import blocks
+from modellink.ckpt_convert.formats.huggingface import plan_huggingface
 from modellink.ckpt_convert.open import open_checkpoint
-from modellink.ckpt_convert.plan import plan_huggingface
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.weights import stage_names, weights
 from modellink.kernels.parallel import ParallelLayout
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Shard:
     """A tensor of one rank.
 
-    `name` is Megatron-Core's inside the model chunk (layers and experts numbered from 0), `canonical` that in the whole
-    model.
+    `name` is Megatron-Core's name in the model chunk (layers and experts numbered from 0), `canonical` the name in the model.
     """
 
     stage: int
@@ -40,15 +41,15 @@ class Shard:
 
 def iter_hf_tensors(path: Checkpoint | Path | str, *, dtype: torch.dtype | None = None, family: str | None = None,
                     hf: Path | str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Hugging Face name, tensor) of all weights of a checkpoint of any format and layout, in the order of the forward pass.
+    """Return an iterator over (Hugging Face name, tensor) of all weights, in the order of the forward pass.
 
     Args:
-        path: a folder, or an opened checkpoint.
-        dtype: of the tensors; each keeps its own where nothing is said.
+        path: a folder, or an opened checkpoint, of any format and layout.
+        dtype: of the tensors. Default: each keeps its dtype.
         family, hf: see `open_checkpoint`.
 
     Raises:
-        ModelLinkError: see `open_checkpoint`; before the first tensor.
+        ModelLinkError: see `open_checkpoint`; raised before the first tensor.
     """
     source = path if isinstance(path, Checkpoint) else open_checkpoint(path, family=family, hf=hf)
     plan = plan_huggingface(source, dtype=dtype)
@@ -58,17 +59,17 @@ def iter_hf_tensors(path: Checkpoint | Path | str, *, dtype: torch.dtype | None 
 def iter_megatron_shards(path: Checkpoint | Path | str, layout: ParallelLayout, *, dtype: torch.dtype | None = None,
                          make_vocab_size_divisible_by: int = 1, family: str | None = None,
                          hf: Path | str | None = None) -> Iterator[Shard]:
-    """What every rank of `layout` holds, rank by rank (by stage, then expert rank, then tensor rank).
+    """Return an iterator over the tensors of every rank, by stage, then expert rank, then tensor rank.
 
     Args:
         path: a folder, or an opened checkpoint, of any format and layout.
         layout: tp, pp, vpp, ep and num_layer_list of the ranks.
-        dtype: of the tensors; each keeps its own where nothing is said.
-        make_vocab_size_divisible_by: the vocabulary is padded to a multiple of this x tp.
+        dtype: of the tensors. Default: each keeps its dtype.
+        make_vocab_size_divisible_by: pad the vocabulary to a multiple of this x tp.
         family, hf: see `open_checkpoint`.
 
     Raises:
-        ModelLinkError: see `open_checkpoint`, or the layout does not divide the model; before the first shard.
+        ModelLinkError: see `open_checkpoint`, or the layout does not divide the model; raised before the first shard.
     """
     source = path if isinstance(path, Checkpoint) else open_checkpoint(path, family=family, hf=hf)
     source.spec.check_layout(layout)

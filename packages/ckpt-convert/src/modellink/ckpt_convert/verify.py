@@ -1,7 +1,7 @@
-"""Comparing two checkpoints tensor by tensor, whatever their formats and layouts.
+"""Comparing two checkpoints tensor by tensor, of any formats and layouts.
 
-`compare` is what `--verify` does: every bit of the target against the source. `differences` is `modellink-convert diff`: all that
-differs between two checkpoints of the same or of different models. Both read blocks of rows.
+`compare` is `--verify`: every bit of the output against the source. `differences` is `modellink-convert diff`: all differences
+between two checkpoints of the same or of different models. Both read blocks of rows.
 """
 
 from __future__ import annotations
@@ -9,21 +9,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from modellink.ckpt_convert.blocks import cast
-from modellink.ckpt_convert.formats.tensors import Assembled, as_bytes
 from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.storage.tensors import Assembled, as_bytes
 from modellink.kernels.errors import InternalError
 from modellink.kernels.progress import Work
+
+if TYPE_CHECKING:
+    import torch
 
 BLOCK = 16 << 20  # bytes compared at once
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A weight that is not the same; `what` says how, `file` holds the first differing number of the second checkpoint."""
+    """A weight that differs: how, and the file of the second checkpoint with the first differing value."""
 
     name: str
     what: str
@@ -34,22 +36,22 @@ class Difference:
 
 
 def compare(source: Checkpoint, target: Checkpoint, dtype: torch.dtype | None = None, *, show: bool = True) -> int:
-    """Compare every weight of `target` with that of `source` (as `dtype`); returns how many there are.
+    """Compare every weight of `target` with that of `source` (cast to `dtype`), and return their number.
 
     Raises:
-        InternalError: a weight differs; it names tensor, file of the rank and index.
+        InternalError: a weight differs; the error names tensor, file and index.
     """
     source.spec.refuse_contradiction(target.spec, str(source.folder), str(target.folder))
     with Work("verifying", len(source.tensors), unit="tensors", show=show) as work:
         for name in source.tensors:
-            if found := _numbers(source, target, name, dtype):
+            if found := _values(source, target, name, dtype):
                 raise InternalError(f"{name} differs: {found.what}", where=found.file or target.folder)
             work.advance()
     return len(source.tensors)
 
 
 def differences(first: Checkpoint, second: Checkpoint, *, show: bool = True) -> Iterator[Difference]:
-    """Every weight that only one of them has, or whose shape, dtype or numbers are not the same."""
+    """Yield every weight that only one of them has, or whose shape, dtype or values differ."""
     names = list(dict.fromkeys([*first.tensors, *second.tensors]))
     with Work("comparing", len(names), unit="tensors", show=show) as work:
         for name in names:
@@ -60,12 +62,14 @@ def differences(first: Checkpoint, second: Checkpoint, *, show: bool = True) -> 
             mine, theirs = first.tensors[name], second.tensors[name]
             if mine.shape != theirs.shape:
                 yield Difference(name, f"{list(mine.shape)} and {list(theirs.shape)}")
-            elif found := _numbers(first, second, name, None):
+            elif found := _values(first, second, name, None):
                 yield found
 
 
-def _numbers(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dtype | None) -> Difference | None:
-    """How the numbers of a weight differ, bit by bit."""
+def _values(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dtype | None) -> Difference | None:
+    """Return how the values of a weight differ, compared bit by bit; None if they do not."""
+    import torch
+
     wanted_dtype, found_dtype = dtype or source.dtype(name), target.dtype(name)
     kinds = "" if wanted_dtype == found_dtype else f"{wanted_dtype} and {found_dtype}, "
     shape, count, largest, first = source.tensors[name].shape, 0, 0.0, None
@@ -85,17 +89,19 @@ def _numbers(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dty
             first = first or (places[0][0] + start, *places[0][1:])
             largest = max(largest, (wanted.double() - found.double()).abs().nan_to_num(nan=torch.inf).max().item())
     if first is None:
-        return Difference(name, kinds + "the same numbers") if kinds else None
-    what = f"{count:,} numbers differ, by at most {largest:.3g}, first at {list(first)}"
+        return Difference(name, kinds + "equal values") if kinds else None
+    what = f"{count:,} values differ, by at most {largest:.3g}, first at {list(first)}"
     return Difference(name, kinds + what, file_of(target.tensors[name], first))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
     return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.dtype.itemsize])
 
 
 def file_of(tensor: Assembled, index: tuple[int, ...]) -> Path | None:
-    """The file that holds a number of a tensor."""
+    """Return the file that holds the value at an index of a tensor."""
     row, column = index[0], index[1] if len(index) > 1 else 0
     for part in tensor.parts:
         if 0 <= row - part.at[0] < len(part.rows) and 0 <= column - part.at[1] < len(part.columns):

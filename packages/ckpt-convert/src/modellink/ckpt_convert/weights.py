@@ -1,7 +1,7 @@
 """The weights of a ModelSpec, under Megatron-Core's names with global layer numbers, and how ranks hold them.
 
-All formats meet here: a reader offers these tensors unsharded (as if TP and PP were 1, the vocabulary not padded), a writer asks
-for the part that its rank holds.
+All formats meet here: a reader offers these tensors unsharded (as if TP and PP were 1, the vocabulary not padded), a
+writer asks for the part that its rank holds.
 
 Not here: Hugging Face names (rules.py, families/) and file layouts (formats/).
 """

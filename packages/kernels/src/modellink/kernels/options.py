@@ -46,10 +46,12 @@ class About:
     alias: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
+    choices: Callable[[], Sequence[str]] | None = None
 
 
 def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, alias: str | Sequence[str] = (),
-           minimum: float | None = None, maximum: float | None = None) -> Any:
+           minimum: float | None = None, maximum: float | None = None,
+           choices: Callable[[], Sequence[str]] | None = None) -> Any:
     """Declare a dataclass field that is also an option.
 
     Args:
@@ -59,9 +61,10 @@ def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, 
         alias: other spellings, e.g. `--tp`.
         minimum: smallest allowed number.
         maximum: largest allowed number.
+        choices: returns the allowed values, if they are registered and not listed in the field's type.
     """
     aliases = (alias,) if isinstance(alias, str) else tuple(alias)
-    return field(default=default, metadata={"about": About(doc, unit, aliases, minimum, maximum)})
+    return field(default=default, metadata={"about": About(doc, unit, aliases, minimum, maximum, choices)})
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Field:
             raise self._wrong(value, source)
         if self.many:
             parts = value if isinstance(value, (list, tuple)) else [value]
-            if self.kind is int:  # the original separates lists of numbers by commas
+            if self.kind in (int, float):  # the original separates lists of numbers by commas
                 parts = [number for part in parts for number in (part.split(",") if isinstance(part, str) else [part])]
             return tuple(self._one(part, source) for part in parts)
         return self._one(value, source)
@@ -99,7 +102,7 @@ class Field:
     def _one(self, value: Any, source: str) -> Any:
         kind = self.kind
         if isinstance(kind, tuple):
-            return self._choice(value, source)
+            return choose(value, kind, flag=self.flag, where=source, option=self.name)
         if kind is bool:
             if not isinstance(value, bool):
                 raise self._wrong(value, source)
@@ -117,26 +120,28 @@ class Field:
             raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source, option=self.name)
         return result
 
-    def _choice(self, value: Any, source: str) -> Any:
-        """Return the choice that `value` spells; `-` and `_` are interchangeable (`torch_dist` is `torch-dist`)."""
-        if value in self.kind:
-            return value
-        spelled = str(value).replace("_", "-")
-        for choice in self.kind:
-            if str(choice).replace("_", "-") == spelled:
-                return choice
-        raise self._wrong(value, source)
-
     def _wrong(self, value: Any, source: str) -> ModelLinkError:
-        fix = None
-        if isinstance(self.kind, tuple):
-            choices = list(map(str, self.kind))
-            wanted = f"one of {', '.join(choices)}"
-            meant = [choice for choice in SYNONYMS.get(str(value).lower().replace("_", "-"), ()) if choice in choices]
-            fix = f"did you mean {' or '.join(meant)}?" if meant else near(str(value).lower(), choices) or None
-        else:
-            wanted = KINDS.get(self.kind, str(self.kind))
-        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source, fix=fix, option=self.name)
+        wanted = KINDS.get(self.kind, str(self.kind))
+        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source, option=self.name)
+
+
+def choose(value: Any, choices: Sequence[Any], *, flag: str, where: object, option: str | None = None) -> Any:
+    """Return the choice that `value` spells; `-` and `_` are interchangeable (`torch_dist` is `torch-dist`).
+
+    Raises:
+        ModelLinkError: it is none of them; the message about `flag` lists them and suggests the nearest.
+    """
+    if value in choices:
+        return value
+    spelled = str(value).lower().replace("_", "-")
+    for choice in choices:
+        if str(choice).replace("_", "-") == str(value).replace("_", "-"):
+            return choice
+    names = list(map(str, choices))
+    meant = [choice for choice in SYNONYMS.get(spelled, ()) if choice in names]
+    fix = f"did you mean {' or '.join(meant)}?" if meant else near(spelled, names)
+    raise ModelLinkError(f"{flag} is {value!r}, it must be one of {', '.join(names)}", where=where, fix=fix or None,
+                         option=option)
 
 
 def fields_of(cls: type) -> list[Field]:
@@ -148,7 +153,8 @@ def fields_of(cls: type) -> list[Field]:
     own = inspect.get_annotations(cls)
     found = []
     for item in sorted(dataclasses.fields(cls), key=lambda item: item.name not in own):
-        if "about" not in item.metadata:
+        about: About | None = item.metadata.get("about")
+        if about is None:
             continue
         kind, optional, many = hints[item.name], False, False
         if typing.get_origin(kind) in (Union, types.UnionType):
@@ -158,7 +164,9 @@ def fields_of(cls: type) -> list[Field]:
             many, kind = True, typing.get_args(kind)[0]
         if typing.get_origin(kind) is Literal:
             kind = typing.get_args(kind)
-        found.append(Field(item.name, kind, many, optional, item.default, item.metadata["about"]))
+        if about.choices is not None:
+            kind = tuple(about.choices())
+        found.append(Field(item.name, kind, many, optional, item.default, about))
     return found
 
 

@@ -1,15 +1,15 @@
 """Command lines of the original: flags that are called otherwise here, mean nothing here, or ask for what is not done.
 
-Each package lists them in its `original_flags.yaml`; flags that have an option of the same name are not listed. Of a flag it says
-one of
+Each package lists them in its `original_flags.yaml`; flags that have an option of the same name are not listed. Of a
+flag it says one of
 
     as: words that take its place; `{}` is its value, or what `of` makes of it
     choices: for each value the words that take its place; they win over options of the same line
     ignored: why nothing is lost; said on stderr
     refused: what it would ask for, with `fix`: what to do
 
-and `values`: how many words follow it (none where nothing is said); `place`: first or last, where its words lose against all
-others or win; `of`: the value as a product, quotient or root of another flag's on the same line.
+and `values`: how many words follow it (none where nothing is said); `place`: first or last, where its words lose
+against all others or win; `of`: the value as a product, quotient or root of another flag's on the same line.
 """
 
 from __future__ import annotations

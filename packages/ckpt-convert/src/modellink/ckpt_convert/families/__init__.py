@@ -1,8 +1,7 @@
 """Model families: how a Hugging Face config and its tensor names map to ModelSpec and canonical weights.
 
-A family is one module with one class marked `@register`. The modules of this folder are found by being here; those of other
-distributions by an entry point of the group `modellink.families` whose value is the module. Adding a family touches no
-other file.
+A family is a module with a class marked `@register`. Modules in this folder are discovered; modules of other distributions are
+named by entry points of the group `modellink.families`. Adding a family changes no other file.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
-NO_FORM = "none"  # the family of a model that has no Hugging Face form
-ORIGINALS_BASE = "llama2"  # the original's family for everything with Llama's tensor names: Llama, Qwen2, Mistral ...
+NO_FORM = "none"  # the family of a model without a Hugging Face form
+ORIGINALS_BASE = "llama2"  # the original's family of all models with Llama's tensor names: Llama, Qwen2, Mistral ...
 
 
 _families: dict[str, Family] = {}
@@ -41,9 +40,9 @@ def _discover() -> None:
     for entry in entry_points(group=GROUP):
         try:
             entry.load()
-        except Exception as error:  # someone else's package; it must not take the others down
+        except Exception as error:  # another distribution; it must not break the others
             raise ModelLinkError(f"the family {entry.name} cannot be loaded: {type(error).__name__}: {error}",
-                                 where=entry.value, fix="mend or uninstall the distribution that brings it") from error
+                                 where=entry.value, fix="fix or uninstall the distribution that has it") from error
 
 
 def family_names() -> list[str]:
@@ -52,24 +51,25 @@ def family_names() -> list[str]:
 
 
 def family_of(model_type: str, where: object = None) -> Family:
-    """The family of a `model_type`, or of the class that `architectures` names.
+    """Return the family of a `model_type`, or of a class name from `architectures`.
 
     Raises:
-        ModelLinkError: nobody registered it; near names are listed.
+        ModelLinkError: it is not registered; similar names are suggested.
     """
     names = family_names()
     if model_type == NO_FORM:
-        raise ModelLinkError("the model has no Hugging Face form", where=where, fix="name its family, if it belongs to one")
+        raise ModelLinkError("the model has no Hugging Face form", where=where,
+                             fix="give --model-type-hf, if it belongs to a family")
     for family in _families.values():
         if model_type in (family.model_type, family.architecture, *family.others):
             return family
     hint = near(model_type, names)
-    raise ModelLinkError(f"the model type {model_type!r} is not known", where=where,
-                         fix=f"{hint + ' ' if hint else ''}known: {', '.join(names)}")
+    raise ModelLinkError(f"unknown model type {model_type!r}", where=where, option="model_type_hf",
+                         fix=f"{hint} known: {', '.join(names)}".strip())
 
 
 def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str]:
-    """(ModelSpec, family) of a config.json; `family` replaces a model type nobody knows.
+    """Return (ModelSpec, family) of a config.json; `family` replaces an unknown model type.
 
     Raises:
         ModelLinkError: unknown model type, missing key, unsupported feature, or `family` contradicts the config.
@@ -79,19 +79,21 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
         family = stated or "llama"
     if family and stated and family_of(family, "--model-type-hf").model_type != stated:
         raise ModelLinkError(f"the configuration is of the family {stated}, not {family}",
-                             where=f"{config.path}, --model-type-hf")
-    found = family_of(family, "--model-type-hf") if family else family_of(stated or config.model_type, config.path)
+                             where=f"{config.path}, --model-type-hf", option="model_type_hf")
+    if family:
+        found = family_of(family, "--model-type-hf")
+    else:
+        found = family_of(stated or config.model_type, config.path)
     try:
         return spec_from(found.read(config), str(config.path)), found.model_type
     except MissingKey as error:
         others = fitting(config)
-        near_ones = f"; families that find all their keys in it: {', '.join(others)}" if others else ""
-        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where,
-                             fix=f"{error.fix}{near_ones}") from None
+        hint = f"; families that have all their keys in it: {', '.join(others)}" if others else ""
+        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where, fix=f"{error.fix}{hint}") from None
 
 
 def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
-    """The families that accept this configuration and, where `names` are given, have exactly these tensors."""
+    """Return the families that accept this configuration and, if `names` are given, have exactly these tensors."""
     found = []
     for name in family_names():
         family = _families[name]
@@ -105,7 +107,7 @@ def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
 
 
 def _stated(config: Config) -> str | None:
-    """The family that a config.json names; early public ones name a class and no model type."""
+    """Return the family that a config.json names; early public ones have only a class name."""
     stated = config.get("model_type")
     for name in (stated,) if stated else config.get("architectures", ()):
         with contextlib.suppress(ModelLinkError):

@@ -1,165 +1,111 @@
-"""Megatron checkpoints of the `torch` kind, Core and Legacy: the files of all ranks as one model.
+"""Megatron-Core and Megatron-Legacy checkpoints of the `torch` kind: one file per rank in `iter_*/mp_rank_*`.
 
-Read at any tensor, pipeline, virtual pipeline and expert-parallel size; what is not an expert is in the folders of all
-expert-parallel ranks. The layout is found in folder names and tensor shapes, not believed from the arguments in the file.
-Weights only: optimizer and random states stay behind.
-
-Not here: folders (ranks.py), names (dialects.py, legacy.py), `torch_dist` (a module of its own), writing (rank_state.py).
+Both are read by the same code, which detects the dialect. Not here: the files themselves (megatron/).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from modellink.ckpt_convert.formats import dialects, pickle, ranks
-from modellink.ckpt_convert.formats.ranks import FILE, Ranks, rank_folder
-from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
-from modellink.ckpt_convert.lora import LORA, A, B, sides
-from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_missing, refuse_shape
-from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, weights
+from modellink.ckpt_convert import blocks, lora
+from modellink.ckpt_convert.format import Format, OpenRequest, WriteRequest, model_description
+from modellink.ckpt_convert.formats import register
+from modellink.ckpt_convert.iterations import TRACKER, iteration_folder, iteration_number
+from modellink.ckpt_convert.megatron import distributed, model, rank_state, ranks
+from modellink.ckpt_convert.megatron.rank_state import Style
+from modellink.ckpt_convert.plan import ConversionPlan, PlannedFile
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.storage import archive
+from modellink.ckpt_convert.storage.writing import Planned
+from modellink.ckpt_convert.weights import stage_names, weights
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.parallel import ParallelLayout, padded_vocab_size, shard_ranges
+from modellink.kernels.parallel import ParallelLayout
 
-COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-            "untie_embeddings_and_output_weights")
-"""Arguments in the file that must agree with the configuration; the original's converter leaves others at their defaults."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """The canonical tensors of an iteration folder, the layout they are stored in, and what wrote them.
-
-    `adapter` has the tensors of a LoRA adapter, `tensors` is empty where there is nothing else; `arguments` are the writer's.
-    """
-
-    kind: str
-    tensors: dict[str, Assembled]
-    layout: ParallelLayout
-    adapter: dict[str, Assembled]
-    arguments: Mapping[str, Any]
+if TYPE_CHECKING:
+    import torch
 
 
-def read(folder: Path, spec: ModelSpec) -> Found:
-    """All of an iteration folder.
+class RankFiles(Format):
+    """What Megatron-Core and Megatron-Legacy have in common."""
 
-    Raises:
-        ModelLinkError: a rank is missing or damaged, or the weights are not those of `spec`.
-    """
-    loaded = ranks.load(folder, spec.num_layers)
-    kind = dialects.kind_of(loaded.first.states[0], spec)
-    arguments = _arguments(loaded.first.arguments)
-    _refuse_other_model(arguments, spec, folder)
-    layout = _layout(spec, loaded, folder)
-    known = weights(spec)
-    parts: dict[str, list[Part]] = {}
-    adapter: dict[str, Assembled] = {}
-    alone = _is_adapter(loaded)
-    for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
-        names = stage_names(spec, layout, stage, chunk, expert_rank)
-        where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE
-        models = [dialects.taken_apart(loaded.contents[stage, expert_rank, rank].chunks[chunk], spec, layout.ep, where)
-                  for rank in range(layout.tp)]
-        adapter |= _adapter(names, known, models, where)
-        if alone:  # what else is there is copies of the base's embedding and head
-            continue
-        for model in models:
-            refuse_missing((name for name in names if name not in model), where)
-            refuse_left_over((name for name in model if name not in names), where)
-        for name, canonical in names.items():
-            if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                parts[canonical] = list(cut(name, known[canonical], [model[name] for model in models]))
-    return Found(kind, {} if alone else assemble(spec, parts, folder), layout, adapter, arguments)
+    iterations = True
+    sharded = True
+    adapters = True
+
+    def plan(self, source: Checkpoint, request: WriteRequest) -> ConversionPlan:
+        style = Style(self.name == MegatronLegacy.name, request.dialect, request.moe_grouped_gemm,
+                      request.make_vocab_size_divisible_by)
+        return plan_megatron(source, request.layout, style, dtype=request.dtype)
 
 
-def _is_adapter(loaded: Ranks) -> bool:
-    """Whether all that the layers hold is LoRA's."""
-    names = {name for content in loaded.contents.values() for chunk in content.chunks for name in chunk
-             if name.startswith(LAYERS)}
-    return bool(names) and all(LORA in name for name in names)
+@register
+class MegatronCore(RankFiles):
+    name = "megatron-core"
+    title = "Megatron-Core"
+    evidence = f"{TRACKER} or iter_* with mp_rank_* (Megatron)"
+
+    def recognize(self, folder: Path) -> bool:
+        """A folder with both kinds of files is a run's, whose distributed checkpoint is read."""
+        return ranks.is_megatron(folder) and not distributed.is_distributed(folder)
+
+    def open(self, request: OpenRequest) -> Checkpoint:
+        described = model_description(request)
+        found = model.read(request.folder, described.spec)
+        made = Checkpoint(found.kind, request.path, described.spec, described.family, described.companions, found.tensors,
+                          found.layout, iteration_number(request.folder), described.prompt_type)
+        if not found.adapter:
+            return made
+        if not (found.tensors or request.adapter):
+            raise no_model(request.path)
+        config = lora.config_of(found.arguments, found.adapter, request.lora_r, request.lora_alpha, request.path)
+        if found.tensors:
+            return lora.merge_lora(made, config, found.adapter)
+        return replace(made, tensors=found.adapter, adapter=config)
 
 
-def _adapter(names: Mapping[str, str], known: Mapping[str, Weight], models: list[dict[str, Stored]],
-             where: Path) -> dict[str, Assembled]:
-    """The LoRA tensors of a chunk, which are taken out of `models`, one of each rank."""
-    taken = [{name: model.pop(name) for name in list(model) if LORA in name} for model in models]
-    found: dict[str, Assembled] = {}
-    for name, canonical in names.items():
-        module, theirs = canonical.removesuffix(".weight"), name.removesuffix(".weight")
-        if theirs + A not in taken[0]:
-            continue
-        rank = next(iter(taken[0][theirs + A].shape), 0)
-        for side, weight in zip((A, B), sides(known[canonical], rank), strict=True):
-            refuse_missing((theirs + side for own in taken if theirs + side not in own), where)
-            shards = [own.pop(theirs + side) for own in taken]
-            found[module + side] = Assembled(module + side, weight.shape, tuple(cut(theirs + side, weight, shards)))
-            found[module + side].check()
-    refuse_left_over((name for own in taken for name in own), where)
-    return found
+@register
+class MegatronLegacy(RankFiles):
+    name = "megatron-legacy"
+    title = "Megatron-Legacy"
 
 
-def _arguments(args: object) -> Mapping[str, Any]:
-    return args.state if isinstance(args, pickle.Inert) and isinstance(args.state, dict) else {}
+def no_model(path: Path) -> ModelLinkError:
+    """Return the error about an adapter without the weights of its model."""
+    return ModelLinkError("this is a LoRA adapter without its model", where=path,
+                          fix="give the base model, and the adapter with --lora-load")
 
 
-def _refuse_other_model(values: Mapping[str, Any], spec: ModelSpec, folder: Path) -> None:
-    ours = spec.explicit()
-    for name in COMPARED:
-        theirs = values.get(name)
-        if name == "num_query_groups" and not values.get("group_query_attention"):
-            continue
-        if theirs is not None and theirs != ours[name]:
-            raise ModelLinkError(f"{name} is {theirs} in the checkpoint's arguments and {ours[name]} in the configuration",
-                                 where=folder, fix="the checkpoint and the configuration belong to different models")
-
-
-def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:
-    """Count the layers that each stage and chunk has."""
-    counts = []
-    for stage in range(loaded.pp):
-        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith(LAYERS)), default=-1)
-                       for chunk in loaded.contents[stage, 0, 0].chunks])
-    vpp, flat = len(counts[0]), [count for stage in counts for count in stage]
-    if sum(flat) != spec.num_layers or any(len(stage) != vpp for stage in counts):
-        raise ModelLinkError(f"the stages have {counts} layers, the configuration says {spec.num_layers} in all",
-                             where=folder)
-    even = len(set(flat)) == 1
-    layout = ParallelLayout(tp=loaded.tp, pp=loaded.pp, vpp=vpp, ep=loaded.ep,
-                            num_layer_list=None if even or vpp > 1 else tuple(flat))
-    layout.check_layers(spec.num_layers)
-    return layout
-
-
-def cut(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
-    """Where the tensor-parallel shards of a weight lie in the whole, in the order of ranks.
+def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *,
+                  dtype: torch.dtype | None = None) -> ConversionPlan:
+    """Plan a Megatron checkpoint of the `torch` kind from any source.
 
     Raises:
-        ModelLinkError: a shard has another shape than the model gives it.
+        ModelLinkError: the layout does not divide the model, or Megatron-Legacy cannot hold it.
     """
-    tp, dim, size = len(shards), weight.dim, weight.shape[weight.dim]
-    if tp > 1 and weight.split in ("column", "row", "gated") and all(shard.shape == weight.shape for shard in shards):
-        yield Part(shards[0], range(weight.shape[0]), range(shards[0].columns), (0, 0))  # the original copied some to all ranks
-        return
-    if weight.split == "vocab":
-        size = max(padded_vocab_size(size, tp), sum(shard.shape[0] for shard in shards if shard.shape))
-    for rank, shard in enumerate(shards):
-        pieces = shard_ranges(weight.split, size, tp, rank) if weight.split != "vocab" else [
-            range(rank * (size // tp), (rank + 1) * (size // tp))]
-        expected = list(weight.shape)
-        expected[dim] = sum(map(len, pieces))
-        refuse_shape(name, weight, shard.shape, tuple(expected), shard.path)
-        if weight.split == "replicated" and rank:
-            continue
-        start = 0
-        for piece in pieces:
-            inside = range(piece.start, min(piece.stop, weight.shape[dim]))  # the padding of a vocabulary is left out
-            span, at = range(start, start + len(inside)), [0, 0]
-            at[dim] = piece.start
-            if len(span):
-                rows, columns = (range(shard.shape[0]), span) if dim else (span, range(shard.columns))
-                yield Part(shard, rows, columns, (at[0], at[1]))
-            start += len(piece)
+    spec, adapter = source.spec, source.adapter
+    known = lora.adapter_weights(spec, source.shapes, source.folder) if adapter else weights(spec)
+    if adapter and style.dialect == "modellink-1.0" and spec.multi_head_latent_attention:
+        raise ModelLinkError("the original's dialect has no names for adapters of latent attention", where="--dialect",
+                             fix="use --dialect megatron-core")
+    spec.check_layout(layout)
+    iteration = source.iteration or 1  # a model that was never trained has iteration 1, as in the original
+    main = dtype or source.main_dtype
+
+    def planned(name: str, rank: int) -> Planned:
+        return blocks.shard(source, name, known[name], dtype or source.dtype(name), tp=layout.tp, rank=rank,
+                            divisible_by=style.divisible_by)
+
+    def file(stage: int, rank: int, expert_rank: int) -> PlannedFile:
+        names = [stage_names(spec, layout, stage, chunk, expert_rank, names=known if adapter else None)
+                 for chunk in range(layout.vpp)]
+        models = [{lora.on_disk(ours): planned(name, rank) for ours, name in own.items()} for own in names]
+        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main, adapter=adapter)
+        name = f"{iteration_folder(iteration)}/{ranks.rank_folder(layout, rank, stage, expert_rank)}/{ranks.FILE}"
+        return PlannedFile(name, archive.layout(state))
+
+    files = tuple(file(*position) for position in product(range(layout.pp), range(layout.tp), range(layout.ep)))
+    form = MegatronLegacy if style.legacy else MegatronCore
+    return ConversionPlan(source, form.name, form.title, layout, main, files, iteration=iteration)

@@ -1,191 +1,104 @@
-"""The two files of a peft adapter, `adapter_config.json` and `adapter_model.safetensors`, and what they mean.
+"""LoRA adapters as peft folders; also the ones that modellink-train saves in its iterations.
 
-Format: peft 0.7 to 0.21. A tensor is called `base_model.model.<Hugging Face module>.lora_A.weight` or `.lora_B.weight`; A is
-[rank, in] and B [out, rank], never transposed (`fan_in_fan_out` says that the module's own weight is). `r` and `lora_alpha` are
-those of all modules; `rank_pattern` and `alpha_pattern` give others to some, by the end of their name.
-
-Not here: other kinds of adapters, trained embeddings and biases, DoRA, quantised bases; a folder that asks for one is refused.
+Not here: the files (peft_files.py) and what they contain (peft.py).
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Mapping
-from math import isclose, sqrt
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modellink.ckpt_convert.adapter import AdapterConfig
-from modellink.ckpt_convert.families import family_of
-from modellink.ckpt_convert.formats import safetensors
-from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored, as_bytes
-from modellink.ckpt_convert.lora import A, B, is_linear
-from modellink.ckpt_convert.rules import Rows
-from modellink.ckpt_convert.source import refuse_left_over
-from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import weights
+from modellink.ckpt_convert import manifest, peft, peft_files
+from modellink.ckpt_convert.adapter import SAVED_FILE, SAVED_FOLDER
+from modellink.ckpt_convert.families import read_spec
+from modellink.ckpt_convert.format import Format, OpenRequest, WriteRequest
+from modellink.ckpt_convert.formats import register
+from modellink.ckpt_convert.formats.megatron import no_model
+from modellink.ckpt_convert.hf_config import Config
+from modellink.ckpt_convert.iterations import FOLDER, last_complete
+from modellink.ckpt_convert.peft_files import is_peft
+from modellink.ckpt_convert.plan import ConversionPlan, PlannedFile
+from modellink.ckpt_convert.source import Checkpoint
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.files import read_json
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-NAME = re.compile(re.escape(PREFIX) + r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
-ONLY: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "lora_bias": (False,), "use_qalora": (False,),
-    "modules_to_save": ([],), "target_parameters": ([],), "trainable_token_indices": ([], {}), "layer_replication": ([],),
-    "alora_invocation_tokens": ([],), "kasa_config": (), "arrow_config": (), "use_bdlora": (), "velora_config": (),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva")}
-"""Keys that must be missing, null, or say one of these; other kinds of initialisation change the base weights."""
+from modellink.kernels.files import read_json, write_json
+from modellink.kernels.parallel import ParallelLayout
 
 
-def is_peft(folder: Path) -> bool:
-    return (folder / CONFIG).exists()
+@register
+class Peft(Format):
+    name = "peft"
+    title = "peft adapter"
+    evidence = f"{peft_files.CONFIG} (peft)"
+    weights = False
+    adapters = True
+    names_its_model = False
+
+    def recognize(self, folder: Path) -> bool:
+        if is_peft(folder) or is_peft(folder / SAVED_FOLDER):
+            return True
+        return (folder / SAVED_FILE).is_file() and any(is_peft(path / SAVED_FOLDER) for path in folder.glob("iter_*"))
+
+    def open(self, request: OpenRequest) -> Checkpoint:
+        if is_peft(request.path):
+            request.refuse_iteration()
+        folder = peft_folder(request.path, request.iteration)
+        if folder is None:
+            raise ModelLinkError("the iteration has no peft adapter", where=request.path)
+        if not request.adapter:
+            raise no_model(request.path)
+        base = request.hf
+        carried = folder.parent.parent / manifest.FOLDER
+        if base is None and folder != request.path and (carried / "config.json").is_file():
+            base = carried
+        return _open(folder, request.family, base)
+
+    def plan(self, source: Checkpoint, request: WriteRequest) -> ConversionPlan:
+        assert source.adapter is not None
+        layout, config = peft.planned(source.spec, source.family, source.tensors, source.adapter, base=str(source.companions),
+                                      dtype=request.dtype)
+        return ConversionPlan(source, self.name, self.title, ParallelLayout(), request.dtype or source.main_dtype,
+                              (PlannedFile(peft_files.WEIGHTS, layout),), {peft_files.CONFIG: config})
+
+    def write_companions(self, plan: ConversionPlan, folder: Path, described: manifest.Manifest,
+                         config: Mapping[str, Any]) -> None:
+        for name, content in plan.json_files.items():
+            write_json(folder / name, content)
 
 
-def linear_modules(spec: ModelSpec, family: str) -> dict[str, bool]:
-    """The Hugging Face modules that an adapter can belong to -> whether their weight is stored [in, out]."""
-    return {piece.name.removesuffix(".weight"): piece.transposed for name, pieces in _linear(spec, family).items()
-            for piece in pieces}
+def peft_folder(path: Path, iteration: int | None) -> Path | None:
+    """Return the peft folder that `path` is, or the one in an iteration that modellink-train saved in `path`."""
+    if is_peft(path):
+        return path
+    if (path / SAVED_FILE).is_file():
+        path = last_complete(path, iteration, ours=True)
+    return path / SAVED_FOLDER if is_peft(path / SAVED_FOLDER) else None
 
 
-def _linear(spec: ModelSpec, family: str) -> dict[str, Rows]:
-    """The rules of the matrices that can have an adapter."""
-    known = weights(spec)
-    return {name: pieces for name, pieces in family_of(family).rules(spec).items() if is_linear(name, known[name])}
+def _open(folder: Path, family: str | None, hf: Path | None) -> Checkpoint:
+    """Open an adapter whose model the user names, or its configuration if that names a folder."""
+    values = read_json(folder / peft_files.CONFIG)
+    named = values.get("base_model_name_or_path") if isinstance(values, dict) else None
+    base = hf or Path(str(named))
+    if not (base / "config.json").is_file():
+        raise ModelLinkError("the adapter does not tell which model it belongs to", where=folder,
+                             fix="give --tokenizer-name-or-path, the Hugging Face folder of the base model")
+    spec, family = read_spec(Config.load(base), family)
+    config, tensors = peft_files.read(folder, spec, family)
+    return Checkpoint(Peft.title, folder, spec, family, base, tensors, adapter=config, prompt_type=trained_with(folder))
 
 
-def read(folder: Path, spec: ModelSpec, family: str) -> tuple[AdapterConfig, dict[str, Assembled]]:
-    """(configuration, canonical name -> tensor in the file). See peft.py for how modules are put together.
-
-    Raises:
-        ModelLinkError: a file is missing or damaged, the adapter is of another kind, or it does not fit the model.
-    """
-    values = read_json(folder / CONFIG)
-    if not isinstance(values, dict):
-        raise ModelLinkError("the configuration is no mapping", where=folder / CONFIG)
-    config = _config(values, folder / CONFIG)
-    modules: dict[str, dict[str, Stored]] = {}
-    unknown = []
-    for name, stored in safetensors.stored(folder / WEIGHTS).items():
-        if match := NAME.fullmatch(name):
-            modules.setdefault(match["module"], {})[match["side"]] = stored
-        else:
-            unknown.append(name)
-    rules = _linear(spec, family)
-    known = {piece.name.removesuffix(".weight") for pieces in rules.values() for piece in pieces}
-    refuse_left_over([*unknown, *(name for name in modules if name not in known)], folder / WEIGHTS)
-    for name, sides in modules.items():
-        _check(name, sides, values, config, folder)
-    tensors: dict[str, Assembled] = {}
-    known_weights = weights(spec)
-    for canonical, pieces in rules.items():
-        if _fitting(pieces, known_weights[canonical].shape[1], modules, folder):
-            tensors |= _joined(canonical.removesuffix(".weight"), pieces, modules)
-    if not tensors:
-        raise ModelLinkError("there is no adapter in it", where=folder / WEIGHTS)
-    return config, tensors
+def trained_with(folder: Path) -> str | None:
+    """Return the prompt type of a peft folder in an iteration of modellink-train, if it is recorded."""
+    inside = folder.resolve()
+    if inside.name != SAVED_FOLDER or not FOLDER.match(inside.parent.name):
+        return None
+    found = manifest.read_manifest(inside.parents[1])
+    return found.prompt_type if found else None
 
 
-def _fitting(pieces: Rows, width: int, modules: Mapping[str, Mapping[str, Stored]], folder: Path) -> bool:
-    """Whether a weight has an adapter at all; its size must be that of the weight."""
-    heights: Counter[str] = Counter()
-    for name, rows, _ in pieces:
-        heights[name.removesuffix(".weight")] += len(rows)
-    for name in heights.keys() & modules.keys():
-        first, second = (modules[name][side].shape for side in "AB")
-        if (second[0], first[1]) != (heights[name], width):
-            raise ModelLinkError(f"{name} has lora_A {list(first)} and lora_B {list(second)}; its weight has the shape "
-                                 f"[{heights[name]}, {width}]", where=folder / WEIGHTS,
-                                 fix="the adapter belongs to another model")
-    return bool(heights.keys() & modules.keys())
-
-
-def _check(name: str, sides: Mapping[str, Stored], values: Mapping[str, Any], config: AdapterConfig, folder: Path) -> None:
-    """Both matrices are there, of the rank the configuration says, and with the scale of all others."""
-    if len(sides) != 2 or any(len(stored.shape) != 2 for stored in sides.values()):
-        raise ModelLinkError(f"{name} does not have the two matrices lora_A and lora_B", where=folder / WEIGHTS,
-                             fix="the adapter is incomplete, or not of a linear layer")
-    rank = _of(name, values.get("rank_pattern"), config.r, folder / CONFIG)
-    alpha = _of(name, values.get("alpha_pattern"), config.alpha, folder / CONFIG)
-    if not sides["A"].shape[0] == sides["B"].shape[1] == rank:
-        raise ModelLinkError(f"{name} has lora_A {list(sides['A'].shape)} and lora_B {list(sides['B'].shape)}; the "
-                             f"configuration says rank {rank}", where=folder / WEIGHTS)
-    scale = AdapterConfig(int(rank), alpha, rslora=config.rslora).scale
-    if not isclose(scale, config.scale, rel_tol=1e-6):
-        raise ModelLinkError(f"{name} is scaled by {scale:g} and the adapter by {config.scale:g}; an adapter has one scale here",
-                             where=folder / CONFIG, fix="merge it with peft")
-
-
-def _of(name: str, pattern: Mapping[str, float] | None, usual: float, where: Path) -> float:
-    """What a pattern says of a module: of the first entry that its name ends with, as peft does."""
-    for key, value in (pattern or {}).items():
-        plain = key.removeprefix("^")
-        if not re.fullmatch(r"[\w.]+", plain):
-            raise ModelLinkError(f"{key!r} is a pattern; only names of modules and their ends are understood", where=where)
-        if name == plain or (plain == key and name.endswith("." + key)):
-            return value
-    return usual
-
-
-def _joined(module: str, pieces: Rows, modules: Mapping[str, Mapping[str, Stored]]) -> dict[str, Assembled]:
-    """A and B of a canonical matrix: equal As once, different ones one below the other."""
-    places: dict[bytes, tuple[int, Stored]] = {}
-    columns: dict[str, range] = {}
-    rank = 0
-    for name in dict.fromkeys(piece.name.removesuffix(".weight") for piece in pieces):
-        if name not in modules:
-            continue
-        stored = modules[name]["A"]
-        content = bytes(as_bytes(stored.read(range(stored.shape[0]), range(stored.columns))))
-        if content not in places:
-            places[content] = rank, stored
-            rank += stored.shape[0]
-        start = places[content][0]
-        columns[name] = range(start, start + stored.shape[0])
-    first = tuple(Part(stored, range(stored.shape[0]), range(stored.columns), (start, 0)) for start, stored in places.values())
-    second, row = [], 0
-    for name, rows, _ in pieces:
-        if own := columns.get(name.removesuffix(".weight")):
-            stored = modules[name.removesuffix(".weight")]["B"]
-            second.append(Part(stored, rows, range(len(own)), (row, own.start)))
-        row += len(rows)
-    width = first[0].stored.columns
-    return {module + A: Assembled(module + A, (rank, width), first),
-            module + B: Assembled(module + B, (row, rank), tuple(second), sparse=True)}
-
-
-def _config(values: Mapping[str, Any], where: Path) -> AdapterConfig:
-    for key, allowed in ONLY.items():
-        value = values.get(key)
-        if value is not None and not any(value == one and type(value) is type(one) for one in allowed):
-            raise ModelLinkError(f"{key} is {value!r}, which is not supported", where=where, fix="merge it with peft")
-    r, alpha, dropout = (values.get(key, 0) for key in ("r", "lora_alpha", "lora_dropout"))
-    if type(r) is not int or r < 1 or type(alpha) not in (int, float) or type(dropout) not in (int, float):
-        raise ModelLinkError(f"r is {r!r}, lora_alpha is {alpha!r} and lora_dropout is {dropout!r}", where=where,
-                             fix="they are numbers, and r is at least 1")
-    return AdapterConfig(r, alpha, dropout, values.get("use_rslora") is True)
-
-
-def config_of(config: AdapterConfig, ranks: Mapping[str, int], model: Mapping[str, bool], base: str | None) -> dict[str, Any]:
-    """The content of adapter_config.json.
-
-    Args:
-        ranks: module -> its rank, for all of the adapter.
-        model: `linear_modules`.
-    """
-    others = {name: rank for name, rank in ranks.items() if rank != config.r}
-    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-            "r": config.r, "lora_alpha": config.alpha, "lora_dropout": config.dropout, "use_rslora": config.rslora,
-            "target_modules": _targets(ranks, model), "bias": "none", "modules_to_save": None, "init_lora_weights": True,
-            "fan_in_fan_out": any(model[name] for name in ranks), "rank_pattern": others,
-            "alpha_pattern": {name: config.scale * (sqrt(rank) if config.rslora else rank) for name, rank in others.items()}}
-
-
-def _targets(names: Collection[str], model: Collection[str]) -> list[str]:
-    """Ends of names that mean exactly these modules of the model; whole names where an end would mean others too."""
-    kinds: dict[str, bool] = {}
-    for name in model:
-        kind = name.rpartition(".")[2]
-        kinds[kind] = kinds.get(kind, True) and name in names
-    return sorted({kind if kinds[kind] else name for name in names for kind in [name.rpartition(".")[2]]})
+def open_peft(folder: Path, base: Checkpoint) -> Checkpoint:
+    """Open a peft folder as an adapter of the model `base`."""
+    config, tensors = peft_files.read(folder, base.spec, base.family)
+    return Checkpoint(Peft.title, folder, base.spec, base.family, base.companions, tensors, adapter=config,
+                      prompt_type=trained_with(folder))

@@ -1,181 +1,44 @@
-"""Distributed checkpoints of PyTorch and Megatron-Core (`torch_dist`), reading: `.metadata` and `__R_N.distcp` files.
+"""Distributed checkpoints of PyTorch and Megatron-Core (`torch-dist`), which have no layout.
 
-`.metadata` is a pickle that says which rectangle (offsets, sizes) of which tensor lies in which bytes of which file; those bytes
-are a torch.save archive. Both go through our pickle reader. Layers are either named one by one or stacked with a leading
-layer axis, as Megatron-Core does for layers that are all alike. Optimizer states, random states and objects are passed over.
-
-Not here: writing (torch_dist_state.py), flattened (FSDP) and compressed tensors.
+Not here: the files themselves (megatron/distributed.py, megatron/distributed_state.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import product
-from math import prod
-from operator import add
 from pathlib import Path
-from typing import Any
 
-from modellink.ckpt_convert.formats.dialects import our_name
-from modellink.ckpt_convert.formats.pickle import DTYPES, names, read_archive, read_pickle
-from modellink.ckpt_convert.formats.tensors import Assembled, Part, Stored
-from modellink.ckpt_convert.source import assemble, refuse_left_over
-from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import EXPERTS, LAYERS, OUTPUT, Weight, weights
-from modellink.kernels.errors import ModelLinkError
-
-METADATA = ".metadata"
-MODEL = ("decoder.", "embedding.", "output_layer.")
-STACKED = "mlp.experts.experts."
-"""How Megatron-Core names the experts of a layer in such checkpoints."""
-
-KNOWN = {"builtins.getattr", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
-    f"torch.{name}" for name in DTYPES} | {
-    f"torch.distributed.checkpoint.{name}" for name in (
-        "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
-        "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
-        "metadata._MEM_FORMAT_ENCODING", "planner.SavePlan", "planner.TensorWriteData", "planner.WriteItem",
-        "planner.WriteItemType", "planner.WriteItemType.TENSOR", "planner.WriteItemType.SHARD", "planner.WriteItemType.BYTE_IO",
-        *(f"metadata._MEM_FORMAT_ENCODING.TORCH_{name}" for name in ("CONTIGUOUS_FORMAT", "CHANNELS_LAST", "PRESERVE_FORMAT")))}
-"""What the metadata of a checkpoint that megatron-core or PyTorch saved refers to; getattr is how older Pythons write an enum."""
+from modellink.ckpt_convert import blocks
+from modellink.ckpt_convert.format import Format, OpenRequest, WriteRequest, model_description
+from modellink.ckpt_convert.formats import register
+from modellink.ckpt_convert.iterations import iteration_folder, iteration_number
+from modellink.ckpt_convert.megatron import distributed, distributed_state, rank_state
+from modellink.ckpt_convert.plan import ConversionPlan, PlannedFile
+from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.weights import weights
+from modellink.kernels.parallel import ParallelLayout
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A box of a global tensor and the bytes of a file that hold it."""
+@register
+class TorchDist(Format):
+    name = "torch-dist"
+    title = "torch-dist"
+    evidence = f"iter_* with {distributed.METADATA} (torch-dist)"
+    iterations = True
 
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: Path
-    start: int
-    length: int
+    def recognize(self, folder: Path) -> bool:
+        return distributed.is_distributed(folder)
 
+    def open(self, request: OpenRequest) -> Checkpoint:
+        described = model_description(request)
+        tensors = distributed.read(request.folder, described.spec)
+        return Checkpoint(self.title, request.path, described.spec, described.family, described.companions, tensors,
+                          iteration=iteration_number(request.folder), prompt_type=described.prompt_type)
 
-@dataclass(frozen=True)
-class Entry:
-    shape: tuple[int, ...]
-    chunks: list[Chunk]
-
-
-def is_torch_dist(folder: Path) -> bool:
-    return (folder / METADATA).is_file()
-
-
-def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
-    """The canonical tensors of an iteration folder.
-
-    Raises:
-        ModelLinkError: the metadata is damaged, a file is missing or cut off, or the weights are not those of `spec`.
-    """
-    entries = _entries(folder)
-    known = weights(spec)
-    parts: dict[str, list[Part]] = {}
-    left_over = []
-    for name, entry in entries.items():
-        place = Place.of(name)
-        first = place.canonical((0, 0))
-        if first == OUTPUT and spec.tied:
-            continue
-        if first not in known:
-            left_over.append(name)
-            continue
-        axes = [spec.num_layers] * place.layers + [spec.num_experts or 0] * place.experts
-        _check_shape(name, entry, known[first], axes, folder)
-        for chunk in entry.chunks:
-            for index, part in _parts(name, chunk, known[first], len(axes)):
-                layer = index[0] if place.layers else 0
-                parts.setdefault(place.canonical((layer, index[-1] if place.experts else 0)), []).append(part)
-    refuse_left_over(left_over, folder)
-    return assemble(spec, parts, folder)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A name in the metadata: its canonical form, and whether layers and experts are leading axes of its tensor."""
-
-    name: str
-    layers: bool
-    experts: bool
-
-    @classmethod
-    def of(cls, name: str) -> Place:
-        layers = name.startswith(LAYERS) and not name.removeprefix(LAYERS).split(".")[0].isdigit()
-        if layers:
-            name = f"{LAYERS}{{layer}}.{name.removeprefix(LAYERS)}"
-        experts = STACKED in name and not name.partition(STACKED)[2].split(".")[0].isdigit()
-        return cls(name.replace(STACKED, f"mlp.{EXPERTS}" + "{expert}." * experts), layers, experts)
-
-    def canonical(self, numbers: tuple[int, int]) -> str:
-        """The canonical name of the tensor of a layer and an expert, where these are axes."""
-        return self.name.replace("{layer}", str(numbers[0])).replace("{expert}", str(numbers[1]))
-
-
-def _entries(folder: Path) -> dict[str, Entry]:
-    """The model's tensors by name."""
-    metadata = read_pickle(folder / METADATA)
-    try:
-        fields = metadata.state
-        places = {(key.state["fqn"], key.state.get("offset")): info.state for key, info in fields["storage_data"].items()}
-        found = {}
-        for full, entry in fields["state_dict_metadata"].items():
-            name = our_name(full.removeprefix("model."))
-            if not name.startswith(MODEL) or not isinstance(entry.state, Mapping) or "chunks" not in entry.state:
-                continue
-            boxes = [(box.state["offsets"], box.state["sizes"]) for box in entry.state["chunks"]]
-            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets))) for offsets, sizes in boxes]
-            found[name] = Entry(entry.state["size"], chunks)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ModelLinkError(f"not the metadata of a distributed checkpoint: {type(error).__name__} {error}",
-                             where=folder / METADATA) from None
-    return found
-
-
-def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, ...],
-           place: Mapping[str, Any] | None) -> Chunk:
-    if place is None:
-        raise ModelLinkError(f"a piece of {name} at {list(offsets)} has no place in a file", where=folder / METADATA)
-    file = place["relative_path"]
-    if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-        raise ModelLinkError(f"the metadata names {file!r}, which is not a file name of this folder", where=folder / METADATA,
-                             fix="do not use this checkpoint: its metadata must not point elsewhere")
-    if place.get("transform_descriptors"):
-        raise ModelLinkError(f"{name} is stored compressed, which is not supported", where=folder / file)
-    return Chunk(offsets, sizes, folder / file, place["offset"], place["length"])
-
-
-def _check_shape(name: str, entry: Entry, weight: Weight, axes: list[int], folder: Path) -> None:
-    expected = (*axes, *weight.shape)
-    found = entry.shape
-    if weight.split == "vocab" and found[1:] == expected[1:] and found[0] >= expected[0]:
-        return  # padded
-    if found != expected:
-        raise ModelLinkError(f"{name} has the shape {list(found)}; the configuration gives {list(expected)}", where=folder,
-                             fix="the configuration and the weights belong to different models")
-
-
-def _parts(name: str, chunk: Chunk, weight: Weight, axes: int) -> Iterator[tuple[tuple[int, ...], Part]]:
-    """(index along the leading axes, part) of each tensor a chunk covers."""
-    stored = read_archive(chunk.file, chunk.start, chunk.length)
-    if not isinstance(stored, Stored) or prod(stored.shape) != prod(chunk.sizes):
-        raise ModelLinkError(f"a piece of {name} should have the shape {list(chunk.sizes)}", where=chunk.file)
-    offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
-    for number, index in enumerate(product(*map(range, chunk.sizes[:axes]))):
-        shift = number * prod(sizes) * stored.dtype.itemsize
-        single = Stored(stored.path, stored.offset + shift, stored.dtype, sizes)
-        rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))  # the padding of a vocabulary is left out
-        if len(rows):
-            at = (offsets[0], offsets[1] if len(sizes) > 1 else 0)
-            yield tuple(map(add, chunk.offsets, index)), Part(single, rows, range(single.columns), at)
-
-
-def refuse_unknown_names(folder: Path) -> None:
-    """Raise where the metadata names a class that a distributed checkpoint does not need.
-
-    For a program that is about to hand the folder to another reader, which will unpickle the metadata and call what it names.
-    """
-    unknown = names(folder / METADATA) - KNOWN
-    if unknown:
-        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which no checkpoint needs",
-                             where=folder / METADATA,
-                             fix="do not open this checkpoint: it was made to run code, or by a program not known here")
+    def plan(self, source: Checkpoint, request: WriteRequest) -> ConversionPlan:
+        spec, main, iteration = source.spec, request.dtype or source.main_dtype, source.iteration or 1
+        tensors = {name: blocks.shard(source, name, weight, request.dtype or source.dtype(name), tp=1, rank=0)
+                   for name, weight in weights(spec).items()}
+        arguments = rank_state.arguments(spec, ParallelLayout(), rank_state.Style(), dtype=main, iteration=iteration)
+        made = distributed_state.files(tensors, spec, arguments, iteration=iteration, shard_bytes=request.shard_bytes)
+        files = tuple(PlannedFile(f"{iteration_folder(iteration)}/{name}", layout) for name, layout in made.items())
+        return ConversionPlan(source, self.name, self.title, ParallelLayout(), main, files, iteration=iteration)

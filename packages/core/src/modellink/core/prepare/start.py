@@ -9,9 +9,9 @@ from pathlib import Path
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.adapter import SAVED_FILE
 from modellink.ckpt_convert.formats.huggingface import is_huggingface
-from modellink.ckpt_convert.formats.peft import is_peft
 from modellink.ckpt_convert.iterations import complete_iterations, iteration_folder, last_complete
 from modellink.ckpt_convert.manifest import describes_itself
+from modellink.ckpt_convert.peft_files import is_peft
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.config import CheckpointConfig, LoraConfig, OptimizerConfig, ParallelConfig

@@ -1,10 +1,11 @@
-"""Weights in the files of the original's Megatron, beside the state of the run in the folder of an iteration.
+"""Weights in the original's Megatron files, next to the state of the run in an iteration's folder.
 
     SAVE/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    --save-format megatron-core or megatron-legacy
-    SAVE/iter_0000010/{*.distcp, .metadata, ...}                   what the run goes on with, as always
+    SAVE/iter_0000010/{*.distcp, .metadata, ...}                   the checkpoint that the run resumes from
 
-The files are cut by the run's own TP, PP, VPP and EP and hold weights alone: the original's programs read them with
---no-load-optim --no-load-rng. They are made of what was just saved, each by another rank. Not here: their layout (ckpt_convert).
+The files are sharded by the run's TP, PP, VPP and EP and hold only weights: the original's programs read them with
+--no-load-optim --no-load-rng. They are converted from the checkpoint just saved, spread over the ranks. Not here: their format
+(ckpt_convert).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from modellink.ckpt_convert.formats import torch_dist, writing
-from modellink.ckpt_convert.formats.rank_state import Style
+from modellink.ckpt_convert.formats.megatron import plan_megatron
 from modellink.ckpt_convert.manifest import Manifest
-from modellink.ckpt_convert.plan import Plan, plan_megatron
+from modellink.ckpt_convert.megatron import distributed
+from modellink.ckpt_convert.megatron.rank_state import Style
+from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.ckpt_convert.source import Checkpoint
+from modellink.ckpt_convert.storage import writing
 from modellink.core.config.checkpoint import SaveFormat
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write
@@ -27,15 +30,15 @@ from modellink.kernels.parallel import ParallelLayout
 
 
 def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool,
-         iteration: Path | None = None) -> Plan:
-    """All files of an iteration; without its folder only whether they can be made.
+         iteration: Path | None = None) -> ConversionPlan:
+    """The conversion plan of an iteration; without its folder only a check that the format can hold the model.
 
     Raises:
-        ModelLinkError: the form has no place for a weight of the model.
+        ModelLinkError: the format has no name for a weight of the model.
     """
-    tensors = {} if iteration is None else torch_dist.read(iteration, manifest.spec)
+    tensors = {} if iteration is None else distributed.read(iteration, manifest.spec)
     number = 1 if iteration is None else int(iteration.name.removeprefix("iter_").removesuffix(".tmp"))
-    source = Checkpoint("torch_dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
+    source = Checkpoint("torch-dist", iteration or Path(), manifest.spec, manifest.family, Path(), tensors, iteration=number)
     cut = ParallelLayout(tp=layout.tp, pp=layout.pp, vpp=layout.vpp, ep=layout.ep, num_layer_list=layout.num_layer_list)
     style = Style(form == "megatron-legacy", "modellink-1.0", grouped, divisible_by)
     try:
@@ -46,7 +49,7 @@ def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible
 
 def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int,
           grouped: bool) -> None:
-    """Write them into the folder of an iteration; every rank calls it and writes its share of the files."""
+    """Write the files into an iteration's folder; every rank writes its share."""
     files = plan(form, manifest, layout, divisible_by, grouped, iteration).files
     with ThreadPoolExecutor(1) as pool:
         for file in files[dist.get_rank()::dist.get_world_size()]:

@@ -57,7 +57,9 @@ class CompiledStep:
         self._held: list[Tensor] = []
         self._squared_error = self._squared_norm = 0.0
         self._model = cast(Any, bare(model))
-        self._table = RotaryTable(spec)
+        rope = spec.layer(0).rope  # the same in all layers, see `supports`
+        assert rope is not None
+        self._table = RotaryTable(rope)
         self._library = compiled.step()
         self._cache: PagedCache | None = None
         layers = list(self._model.decoder.layers)

@@ -1,7 +1,7 @@
 """Scaled dot-product attention with grouped queries, causal or over a cache.
 
-Two uses: whole sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache). Variants: a sliding window,
-ALiBi, a soft cap on the scores, several documents packed into a sequence.
+Two uses: whole sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache). Variants: a
+sliding window, ALiBi, a soft cap on the scores, several documents packed into a sequence.
 """
 
 from __future__ import annotations

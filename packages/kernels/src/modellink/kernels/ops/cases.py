@@ -1,6 +1,7 @@
 """Calls of every op in every use it has, on fixed inputs, for whoever compares a device's form with the plain one.
 
-`alone` are the ops of one process, `joined` those over the ranks of a group. Not here: by how much a form may differ (check.py).
+`alone` are the ops of one process, `joined` those over the ranks of a group. Not here: by how much a form may differ
+(check.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which form of an op is taken: the fused one of a tensor's device, or the plain one where that is asked for.
 
-Not here: the forms, which stand in each op's own file; what joins a product with a collective (matmul_collective.py), whose plain
-form has the same arithmetic.
+Not here: the forms, which stand in each op's own file; what joins a product with a collective (matmul_collective.py),
+whose plain form has the same arithmetic.
 """
 
 from __future__ import annotations

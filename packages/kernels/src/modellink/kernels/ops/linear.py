@@ -1,9 +1,9 @@
 """A linear layer's product, on a CPU by the library that is fast on this processor.
 
-torch multiplies fp32 matrices by MKL, which is made for Intel's: on a Xeon it is the faster one. oneDNN, which torch brings too,
-was faster on an AMD EPYC for the products of the forward pass and for the gradient of the input, not for that of the weight.
-torch multiplies bf16 matrices by oneDNN, which a processor without bf16 arithmetic slows down to a fraction of its fp32 rate:
-widened operands have the same exact products, summed in fp32 too, several times as fast.
+torch multiplies fp32 matrices by MKL, which is made for Intel's: on a Xeon it is the faster one. oneDNN, which torch
+brings too, was faster on an AMD EPYC for the products of the forward pass and for the gradient of the input, not for
+that of the weight. torch multiplies bf16 matrices by oneDNN, which a processor without bf16 arithmetic slows down to
+a fraction of its fp32 rate: widened operands have the same exact products, summed in fp32 too, several times as fast.
 
 What the processor is decides, and not a stopwatch, so that two runs on one machine have the same bits.
 """

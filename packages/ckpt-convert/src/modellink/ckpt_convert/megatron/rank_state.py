@@ -1,7 +1,7 @@
-"""What one rank's file of a Megatron checkpoint holds when it is written: arguments, counters, and the model's chunks.
+"""The content of one rank's file of a Megatron checkpoint: arguments, counters, and the model chunks.
 
-The arguments are those Megatron's and the original's loaders look for. Not here: the tensors' names (dialects.py) and the file
-(archive.py).
+The arguments are those that Megatron's and the original's loaders look for. Not here: the names of tensors
+(dialects.py) and the file format (storage/archive.py).
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from argparse import Namespace
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from modellink.ckpt_convert.adapter import AdapterConfig
-from modellink.ckpt_convert.formats import dialects, legacy
-from modellink.ckpt_convert.formats.dialects import Dialect
-from modellink.ckpt_convert.formats.writing import Planned
+from modellink.ckpt_convert.megatron import dialects, legacy
+from modellink.ckpt_convert.megatron.dialects import Dialect
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.storage.tensors import dtype_name
+from modellink.ckpt_convert.storage.writing import Planned
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a Megatron checkpoint is written: names of which program, experts grouped or one by one, padding of the vocabulary."""
+    """How a Megatron checkpoint is written: dialect, experts grouped or separate, padding of the vocabulary."""
 
     legacy: bool = False
     dialect: Dialect = "megatron-core"
@@ -34,22 +36,30 @@ class Style:
 
 def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *, iteration: int,
                dtype: torch.dtype, adapter: AdapterConfig | None = None) -> dict[str, Any]:
-    """The content of one rank's file; `models` are its chunks under our names, of an adapter with its configuration."""
-    told = arguments(spec, layout, style, dtype=dtype, iteration=iteration)
+    """Return the content of one rank's file.
+
+    Args:
+        models: the rank's model chunks under our names.
+        adapter: the configuration, if the chunks are of a LoRA adapter.
+    """
+    args = arguments(spec, layout, style, dtype=dtype, iteration=iteration)
     if adapter:
         names = {name.rpartition(".lora_")[0].rpartition(".")[2] for model in models for name in model}
-        vars(told).update(lora_r=adapter.r, lora_alpha=adapter.alpha, lora_target_modules=sorted(names))
-    state: dict[str, Any] = {"args": told,
-                             "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0}
+        vars(args).update(lora_r=adapter.r, lora_alpha=adapter.alpha, lora_target_modules=sorted(names))
+    state: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": iteration,
+                             "num_floating_point_operations_so_far": 0}
     for chunk, model in enumerate(models):
-        named: Mapping[str, Any] = (legacy.state_of(model, tied=spec.tied) if style.legacy else
-                                    dialects.named(model, style.dialect, grouped=style.grouped))
+        named: Mapping[str, Any]
+        if style.legacy:
+            named = legacy.state_of(model, tied=spec.tied)
+        else:
+            named = dialects.named(model, style.dialect, grouped=style.grouped)
         state["model" if layout.vpp == 1 else f"model{chunk}"] = OrderedDict(named)
     return state
 
 
 def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: torch.dtype, iteration: int) -> Namespace:
-    """Megatron's arguments as its loader wants to find them in a checkpoint."""
+    """Return the arguments that Megatron's loader expects in a checkpoint."""
     per_chunk = spec.num_layers // (layout.pp * layout.vpp) if layout.vpp > 1 else None
     padded = padded_vocab_size(spec.vocab_size, layout.tp, style.divisible_by)
     rotary = spec.position_embedding_type == "rope"
@@ -69,7 +79,7 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: t
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         num_layers_per_virtual_pipeline_stage=per_chunk,
         num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
-        params_dtype=dtype, fp16=dtype == torch.float16, bf16=dtype == torch.bfloat16,
+        params_dtype=dtype, fp16=dtype_name(dtype) == "float16", bf16=dtype_name(dtype) == "bfloat16",
         world_size=layout.tp * layout.pp * layout.ep,
         iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
     return namespace

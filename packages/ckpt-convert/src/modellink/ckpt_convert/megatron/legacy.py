@@ -1,10 +1,10 @@
-"""Megatron-Legacy: the same tensors as Megatron-Core's under other names, in nested mappings.
+"""Megatron-Legacy: the tensors of Megatron-Core under other names, in nested mappings.
 
     language_model: {embedding: {word_embeddings: {weight, norm.weight ...}, position_embeddings: {weight}},
                      encoder: {layers.0.input_norm.weight, ..., final_norm.weight}, output_layer: {weight}}
-    word_embeddings_for_head: {weight}    the last stage's copy of a tied embedding, where there are several stages
+    word_embeddings_for_head: {weight}    the last stage's copy of a tied embedding, if there are several stages
 
-It has no names for experts, latent attention and norms behind a branch. Read are also the names of older Megatron versions.
+It has no names for experts, latent attention and norms after a branch. The names of older Megatron versions are read too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from modellink.ckpt_convert.formats.writing import Planned
+from modellink.ckpt_convert.storage.writing import Planned
 from modellink.ckpt_convert.weights import OUTPUT
 from modellink.kernels.errors import ModelLinkError
 
@@ -27,7 +27,7 @@ MODULES = {
 OLDER = {"attention.query_key_value": "self_attention.linear_qkv", "attention.dense": "self_attention.linear_proj",
          "post_attention_layernorm": "pre_mlp_layernorm"}
 ADAPTED = re.compile(r"(?P<module>.+?)\.(?P<kind>(?:base_layer|lora_[AB])\..+)")
-"""What LoRA puts behind the name of a module."""
+"""The suffixes that LoRA adds to the name of a module."""
 CANONICAL = {theirs: ours for ours, theirs in MODULES.items()} | OLDER
 
 
@@ -36,7 +36,7 @@ def is_legacy(state: Mapping[str, Any]) -> bool:
 
 
 def canonical(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a legacy state under canonical names; those of no known name keep their own."""
+    """Return the entries of a legacy state under canonical names; unknown names are kept."""
     model = state[ROOT]
     found: dict[str, Any] = {}
     for group, inner in model.items():
@@ -49,7 +49,7 @@ def canonical(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decoder(name: str) -> str:
-    """The canonical name of an entry of the encoder."""
+    """Return the canonical name of an entry of the encoder."""
     start, rest = "decoder.", name
     if name.startswith("layers."):
         number, _, rest = name.removeprefix("layers.").partition(".")
@@ -70,7 +70,7 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def state_of(chunk: Mapping[str, Planned], *, tied: bool) -> dict[str, Any]:
-    """The legacy state of a model chunk under canonical names.
+    """Return the legacy state of a model chunk given under canonical names.
 
     Raises:
         ModelLinkError: a weight has no name in Megatron-Legacy.
@@ -86,10 +86,14 @@ def state_of(chunk: Mapping[str, Planned], *, tied: bool) -> dict[str, Any]:
             head = {"weight": planned}
         else:
             encoder[_encoder(name)] = planned
-    model = ({"embedding": embedding} if embedding else {}) | {"encoder": encoder}
+    model: dict[str, Any] = {"encoder": encoder}
+    if embedding:
+        model = {"embedding": embedding} | model
     if head and tied:
         return {ROOT: model, TIED_HEAD: head}
-    return {ROOT: model | ({"output_layer": head} if head else {})}
+    if head:
+        model["output_layer"] = head
+    return {ROOT: model}
 
 
 def _encoder(name: str) -> str:
@@ -103,7 +107,7 @@ def _encoder(name: str) -> str:
         module, kind = adapted["module"], adapted["kind"]
     if module not in MODULES:
         raise ModelLinkError(f"Megatron-Legacy has no name for {name}", where="--to megatron-legacy",
-                             fix="use --to megatron-core; experts, latent attention and norms behind a branch exist only there")
+                             fix="use --to megatron-core: only it has experts, latent attention and norms after a branch")
     return f"{start}{MODULES[module]}.{kind}"
 
 

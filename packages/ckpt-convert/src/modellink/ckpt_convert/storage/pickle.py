@@ -1,13 +1,13 @@
-"""Our own reader of what `torch.save` writes: nothing in the file is ever run, and tensors stay on disk.
+"""Our own reader of what `torch.save` writes: nothing in the file is executed, and tensors stay on disk.
 
-A torch.save file is a zip archive, stored without compression: `NAME/data.pkl` is a pickle in which storages are persistent
-ids, `NAME/data/KEY` are their bytes. Here every global the pickle names becomes an inert stand-in that remembers what it
-was called with, except for the few on the list below, which are replaced by functions of ours without effects. A tensor
+A torch.save file is a zip archive without compression: `NAME/data.pkl` is a pickle in which storages are persistent
+ids, `NAME/data/KEY` are their bytes. Every global that the pickle names becomes an inert object that records its
+arguments, except for a short list below, which is replaced by functions of ours without side effects. A tensor
 becomes a `Stored`: file, byte offset, dtype, shape.
 
-The archive may be a window of a larger file, as in `torch.distributed.checkpoint`. Not here: the older torch.save formats (not a
-zip), and tensors with other strides than a matrix or its transpose has. A pickle can still ask for much memory; it cannot do
-anything else.
+The archive may be a part of a larger file, as in `torch.distributed.checkpoint`. Not here: older torch.save formats
+(not a zip), and tensors with other strides than a matrix or its transpose has. A hostile pickle can still use a lot
+of memory, but nothing else.
 """
 
 from __future__ import annotations
@@ -22,19 +22,17 @@ from math import prod
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-from modellink.ckpt_convert.formats.tensors import Stored
+from modellink.ckpt_convert.storage.tensors import ITEM_BYTES, Stored
 from modellink.kernels.errors import ModelLinkError
 
-STORAGES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-            "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-            "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
+STORAGES = {"DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+            "BFloat16Storage": "bfloat16", "LongStorage": "int64", "IntStorage": "int32",
+            "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool"}
+DTYPES = frozenset(STORAGES.values())
 
 
 class Inert:
-    """An object of a class or a result of a function that is not called: what it was given, and no behaviour."""
+    """Stands for an object whose class or function is not called: it records the arguments and has no behavior."""
 
     name = ""  # module.qualified_name in the pickle
 
@@ -70,11 +68,11 @@ class Inert:
 
 @dataclass(frozen=True)
 class Record:
-    """A storage: `numel` elements from `offset` of the file."""
+    """A storage: `numel` numbers of dtype `kind` from `offset` of the file."""
 
     path: Path
     offset: int
-    dtype: torch.dtype
+    kind: str
     numel: int
 
 
@@ -85,10 +83,10 @@ def _tensor(record: object, offset: object, shape: Any, stride: Any, *_: object)
     shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
     transposed = len(shape) == 2 and not _row_major(shape, stride) and _row_major(shape[::-1], stride[::-1])
     if not transposed and not _row_major(shape, stride):
-        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is stored neither row by row nor column by column")
+        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is neither row-major nor column-major")
     if min((offset, *shape)) < 0 or offset + prod(shape) > record.numel:
-        raise ValueError(f"a tensor {list(shape)} reaches beyond its storage of {record.numel} elements")
-    return Stored(record.path, record.offset + offset * record.dtype.itemsize, record.dtype, shape, transposed)
+        raise ValueError(f"a tensor {list(shape)} exceeds its storage of {record.numel} elements")
+    return Stored(record.path, record.offset + offset * ITEM_BYTES[record.kind], record.kind, shape, transposed)
 
 
 def _row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -108,9 +106,9 @@ SAFE: dict[str, Callable[..., Any]] = {
 
 
 class Reader(pickle.Unpickler):
-    """An unpickler that calls nothing but the functions above; `storage` finds a record by key."""
+    """An unpickler that calls only the functions above; `storage` finds a record by its key."""
 
-    def __init__(self, file: IO[bytes], storage: Callable[[str, torch.dtype, int], Record] | None = None) -> None:
+    def __init__(self, file: IO[bytes], storage: Callable[[str, str, int], Record] | None = None) -> None:
         super().__init__(file)
         self._storage = storage
         self.names: set[str] = set()
@@ -122,13 +120,13 @@ class Reader(pickle.Unpickler):
         if full in SAFE:
             return SAFE[full]
         if module == "torch" and name in DTYPES:
-            return DTYPES[name]
+            return name
         if full not in self._stand_ins:
             self._stand_ins[full] = type("Inert", (Inert,), {"name": full})
         return self._attribute if full == "builtins.getattr" else self._stand_ins[full]
 
     def _attribute(self, *args: Any) -> Inert:
-        """getattr, by which Python 3.11.0 to 3.11.3 write the member of an enum: what is asked for is a name like others."""
+        """Record a getattr, with which Python 3.11.0 to 3.11.3 pickle an enum member, as another name."""
         self.names.add(".".join(str(getattr(part, "name", part)) for part in args))
         return self._stand_ins["builtins.getattr"](*args)
 
@@ -143,13 +141,13 @@ class Reader(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """A bare pickle without tensors, e.g. `.metadata` of torch.distributed.checkpoint."""
+    """Read a bare pickle without tensors, e.g. `.metadata` of torch.distributed.checkpoint."""
     with open(path, "rb") as file:
         return _guarded(path, lambda: Reader(file).load())
 
 
 def names(path: Path) -> set[str]:
-    """The `module.name` of everything a bare pickle refers to, without calling any of it."""
+    """Return the `module.name` of everything a bare pickle refers to, without calling any of it."""
     with open(path, "rb") as file:
         reader = Reader(file)
         _guarded(path, reader.load)
@@ -157,10 +155,12 @@ def names(path: Path) -> set[str]:
 
 
 def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
-    """What `torch.save` wrote to `path`, or to `length` bytes of it from `start`; tensors are `Stored`, unknown objects `Inert`.
+    """Read what `torch.save` wrote to `path`, or to `length` bytes of it from `start`.
+
+    Tensors are returned as `Stored`, dtypes as their names, unknown objects as `Inert`.
 
     Raises:
-        ModelLinkError: the file is missing, cut off, compressed, or not a torch.save archive.
+        ModelLinkError: the file is missing, truncated, compressed, or not a torch.save archive.
     """
     try:
         size = path.stat().st_size
@@ -168,8 +168,8 @@ def read_archive(path: Path, start: int = 0, length: int | None = None) -> Any:
         raise ModelLinkError("a file is missing", where=path) from None
     length = size - start if length is None else length
     if start < 0 or length < 0 or start + length > size:
-        raise ModelLinkError(f"bytes {start} to {start + length} are wanted, the file has {size}", where=path,
-                             fix="it was cut off; copy it again")
+        raise ModelLinkError(f"bytes {start} to {start + length} are needed, the file has {size}", where=path,
+                             fix="it is truncated; copy it again")
     with open(path, "rb", buffering=0) as raw:
         return _guarded(path, lambda: _Archive(path, raw, start, length).load())
 
@@ -180,12 +180,12 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
     except ModelLinkError:
         raise
     except zipfile.BadZipFile:
-        raise ModelLinkError("not a whole torch.save archive", where=path,
-                             fix="it was cut off, or written by a torch older than 1.6; copy or save it again") from None
+        raise ModelLinkError("not a complete torch.save archive", where=path,
+                             fix="it is truncated, or written by a torch older than 1.6; copy or save it again") from None
     except FileNotFoundError:
         raise ModelLinkError("a file is missing", where=path) from None
     except Exception as error:  # whatever a broken pickle makes the unpickler raise
-        raise ModelLinkError(f"the pickle in it cannot be read: {type(error).__name__}: {error}", where=path) from None
+        raise ModelLinkError(f"its pickle cannot be read: {type(error).__name__}: {error}", where=path) from None
 
 
 class _Archive:
@@ -201,16 +201,16 @@ class _Archive:
         offset, size = self._locate(self.root + "data.pkl")
         return Reader(io.BytesIO(self._bytes(offset, size)), self._record).load()
 
-    def _record(self, key: str, dtype: torch.dtype, numel: int) -> Record:
+    def _record(self, key: str, kind: str, numel: int) -> Record:
         if self.root + "byteorder" in self.zip.NameToInfo and self._bytes(*self._locate(self.root + "byteorder")) != b"little":
-            raise ModelLinkError("the numbers in it are big-endian", where=self.path)
+            raise ModelLinkError("its numbers are big-endian", where=self.path)
         offset, size = self._locate(f"{self.root}data/{key}")
-        if not 0 <= numel * dtype.itemsize <= size:
-            raise ModelLinkError(f"storage {key} has {size} bytes, {numel} elements of {dtype} are wanted", where=self.path)
-        return Record(self.path, offset, dtype, numel)
+        if not 0 <= numel * ITEM_BYTES[kind] <= size:
+            raise ModelLinkError(f"storage {key} has {size} bytes, too few for {numel} elements of {kind}", where=self.path)
+        return Record(self.path, offset, kind, numel)
 
     def _locate(self, name: str) -> tuple[int, int]:
-        """Offset in the file and size of a record; what its local header says about lengths moves the offset."""
+        """Return offset in the file and size of a record; the lengths in its local header move the offset."""
         info = self.zip.NameToInfo.get(name)
         if info is None:
             raise ModelLinkError(f"the record {name} is missing from the archive", where=self.path)
@@ -231,7 +231,7 @@ class _Archive:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A part of a file as a file object."""
 
     def __init__(self, raw: io.FileIO, start: int, length: int) -> None:
         self._raw, self._start, self._length, self._at = raw, start, length, 0

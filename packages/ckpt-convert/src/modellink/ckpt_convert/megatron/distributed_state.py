@@ -1,12 +1,12 @@
-"""The files of a `torch_dist` checkpoint as megatron-core loads it: `__N_0.distcp`, `.metadata`, `common.pt`, `metadata.json`.
+"""The files of a distributed checkpoint as megatron-core loads it: `__N_0.distcp`, `.metadata`, `common.pt`, `metadata.json`.
 
-Tensors are those of the whole model, at no layout: each loader takes its part. The layers of a model that are all alike are one
-tensor with a leading axis, as megatron-core has them, and so are the experts of a layer always. A chunk of such a tensor is one
-layer's (and expert's) weight, a torch.save archive of its own. Vocabularies have their true size; megatron-core lets them differ.
+Tensors are unsharded: each loader reads its part. If all layers are alike they are one tensor with a leading axis, as in
+megatron-core; experts of a layer always are. A chunk of such a tensor is the weight of one layer (and expert), a torch.save
+archive of its own. Vocabularies have their true size; megatron-core allows the difference.
 
-Every linear module has an `_extra_state` object, which megatron-core asks for; without Transformer Engine it is [None].
+Every linear module has an `_extra_state` object, which megatron-core expects; without Transformer Engine it is [None].
 
-Not here: optimizer states. Reading is torch_dist.py.
+Not here: optimizer states. Reading is distributed.py.
 """
 
 from __future__ import annotations
@@ -16,33 +16,22 @@ import pickle
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from modellink.ckpt_convert.formats import archive
-from modellink.ckpt_convert.formats.torch_dist import METADATA, STACKED
-from modellink.ckpt_convert.formats.writing import FileLayout, Planned
+from modellink.ckpt_convert.megatron.distributed import METADATA, STACKED
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.storage import archive
+from modellink.ckpt_convert.storage.writing import FileLayout, Planned
 from modellink.ckpt_convert.weights import IN_LAYER, LAYERS
 
 BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
 
 
 def alike(spec: ModelSpec) -> bool:
-    """Whether all layers have the same weights."""
-    return len(set(map(spec.has_experts, range(spec.num_layers)))) == 1
+    """Return whether all layers have the same weights."""
+    return len({(layer.experts, layer.ffn) for layer in spec.layers}) == 1
 
 
-def place(name: str, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """(name in the checkpoint, sizes of the leading axes, the index along them) of a canonical weight."""
+def stacked(name: str, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Return (name in the checkpoint, sizes of the leading axes, index along them) of a canonical weight."""
     found = IN_LAYER.match(name)
     if found is None:
         return name, (), ()
@@ -51,20 +40,31 @@ def place(name: str, spec: ModelSpec) -> tuple[str, tuple[int, ...], tuple[int, 
         layer, axes, index = "", [spec.num_layers], [int(found["layer"])]
     if found["expert"] is None:
         return f"{LAYERS}{layer}{found['rest']}", tuple(axes), tuple(index)
-    stacked = f"{LAYERS}{layer}{STACKED}{found['rest'].removeprefix('.')}"
-    return stacked, (*axes, spec.num_experts or 0), (*index, int(found["expert"]))
+    full = f"{LAYERS}{layer}{STACKED}{found['rest'].removeprefix('.')}"
+    return full, (*axes, spec.num_experts or 0), (*index, int(found["expert"]))
 
 
 def files(tensors: Mapping[str, Planned], spec: ModelSpec, arguments: object, *, iteration: int,
           shard_bytes: int) -> dict[str, FileLayout]:
-    """Name -> layout of every file, those that say what is there last."""
+    """Return name -> layout of every file; the files of metadata come last."""
+    import torch
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        BytesStorageMetadata,
+        ChunkStorageMetadata,
+        Metadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     parts: list[list[FileLayout]] = [[]]
     sizes = [0]
     entries: dict[str, Any] = {}
     places: dict[MetadataIndex, _StorageInfo] = {}
     nothing = archive.layout([None])
     for canonical, planned in tensors.items():
-        name, axes, index = place(canonical, spec)
+        name, axes, index = stacked(canonical, spec)
         offsets = torch.Size((*index, *[0] * len(planned.shape)))
         chunk = Planned(planned.dtype, (*[1] * len(axes), *planned.shape), planned.blocks)
         layout = archive.layout(chunk, canonical)

@@ -1,8 +1,9 @@
-"""Tensors that stay on disk until some of their rows or columns are asked for.
+"""Tensors that stay on disk until some of their rows or columns are read.
 
-All formats end in the same place: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is put together
-from rectangles of such runs (`Assembled`). Reading is by plain reads into fresh memory, not by memory maps: what a
-conversion holds is what was asked for, and a file that shrinks is an error, not a crash.
+All formats meet here: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is assembled from
+rectangles of such runs (`Assembled`). Reading uses plain reads into new memory, not memory maps: memory holds only
+what was asked for, and a file that shrinks is an error, not a crash. Describing a tensor needs no torch; reading one
+does.
 
 Not here: where the runs are (the format modules) and what they mean (rules.py, weights.py).
 """
@@ -15,17 +16,38 @@ from dataclasses import dataclass
 from functools import reduce
 from math import prod
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from modellink.kernels.errors import ModelLinkError
 
-BLOCK = 1 << 20  # bytes read at once where only some columns are wanted; small, so that it stays in the cache
-READ_LIMIT = 1 << 30  # bytes a single read asks for; Linux stops at 2 GiB
+if TYPE_CHECKING:
+    import torch
+
+BLOCK = 1 << 20  # bytes read at once if only some columns are wanted; small enough for the cache
+READ_LIMIT = 1 << 30  # bytes per read call; Linux stops at 2 GiB
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
+              "uint8": 1, "bool": 1}
+"""Bytes of one number by the name of its dtype."""
+FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of that name, e.g. `bfloat16`."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def dtype_name(dtype: object) -> str:
+    """Return the name of a dtype without `torch.`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
+    """Return the memory of a contiguous tensor."""
+    import torch
+
     return tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
@@ -33,14 +55,22 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
 class Stored:
     """A tensor [rows, columns] or [rows] whose first byte is at `offset` of the file `path`.
 
-    It lies there row by row or, where it is `transposed`, column by column.
+    Numbers are stored row by row, or column by column if it is `transposed`. `kind` is the name of the dtype.
     """
 
     path: Path
     offset: int
-    dtype: torch.dtype
+    kind: str
     shape: tuple[int, ...]
     transposed: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch_dtype(self.kind)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEM_BYTES[self.kind]
 
     @property
     def columns(self) -> int:
@@ -48,19 +78,21 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.shape) * self.itemsize
 
     @property
     def flipped(self) -> Stored:
-        """Its transpose; the same bytes."""
-        return Stored(self.path, self.offset, self.dtype, self.shape[::-1], not self.transposed)
+        """The transpose; the same bytes."""
+        return Stored(self.path, self.offset, self.kind, self.shape[::-1], not self.transposed)
 
     def window(self, first: int, shape: tuple[int, ...]) -> Stored:
-        """A tensor that lies inside the run of bytes of this one, from its element number `first`."""
-        return Stored(self.path, self.offset + first * self.dtype.itemsize, self.dtype, shape)
+        """Return the tensor that starts at element `first` of this one's bytes."""
+        return Stored(self.path, self.offset + first * self.itemsize, self.kind, shape)
 
     def read(self, rows: range, columns: range) -> torch.Tensor:
-        """A rectangle of it, [rows, columns]; a vector has one column."""
+        """Read a rectangle [rows, columns]; a vector has one column."""
+        import torch
+
         out = torch.empty(len(rows), len(columns), dtype=self.dtype)
         self.read_into(out, rows, columns)
         return out
@@ -69,12 +101,14 @@ class Stored:
         """Read a rectangle into `out` [rows, columns], which may be a view into a larger tensor.
 
         Raises:
-            ModelLinkError: the file ends too early.
+            ModelLinkError: the file is truncated.
         """
+        import torch
+
         if self.transposed:
             out.copy_(self.flipped.read(columns, rows).T)
             return
-        row_bytes = self.columns * self.dtype.itemsize
+        row_bytes = self.columns * self.itemsize
         with open(self.path, "rb", buffering=0) as file:
             if len(columns) == self.columns and out.is_contiguous() and out.dtype == self.dtype:
                 self._fill(file, out, self.offset + rows.start * row_bytes)
@@ -93,13 +127,13 @@ class Stored:
             count = file.readinto(view[done:done + READ_LIMIT])
             if not count:
                 raise ModelLinkError(f"the file ends at byte {offset + done}, in the middle of a tensor", where=self.path,
-                                     fix="it was cut off or is being written; copy it again")
+                                     fix="it is truncated or still being written; copy it again")
             done += count
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored tensor, and where its first element lies in the whole: (row, column)."""
+    """A rectangle of a stored tensor, and the position (row, column) of its first element in the assembled tensor."""
 
     stored: Stored
     rows: range
@@ -109,7 +143,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A tensor [rows, columns] or [rows] put together from parts that do not overlap; of a `sparse` one the rest is zero."""
+    """A tensor [rows, columns] or [rows] assembled from parts that do not overlap; if it is `sparse`, the rest is zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -117,21 +151,34 @@ class Assembled:
     sparse: bool = False
 
     @property
+    def kind(self) -> str:
+        """Name of the dtype; if the parts differ, the smallest one that holds them all exactly."""
+        kinds = {part.stored.kind for part in self.parts}
+        if len(kinds) == 1:
+            return kinds.pop()
+        import torch
+
+        return dtype_name(reduce(torch.promote_types, map(torch_dtype, sorted(kinds))))
+
+    @property
     def dtype(self) -> torch.dtype:
-        """Its dtype; where the parts differ, the smallest one that holds them all exactly."""
-        return reduce(torch.promote_types, (part.stored.dtype for part in self.parts))
+        return torch_dtype(self.kind)
+
+    @property
+    def itemsize(self) -> int:
+        return ITEM_BYTES[self.kind]
 
     @property
     def transposed(self) -> bool:
-        """Whether rows of it are columns of what is stored."""
+        """Whether its rows are columns in the file."""
         return any(part.stored.transposed for part in self.parts)
 
     def files(self) -> set[Path]:
-        """The files it lies in."""
+        """Return the files it is stored in."""
         return {part.stored.path for part in self.parts}
 
     def check(self) -> None:
-        """Raise unless the parts cover the whole."""
+        """Raise a ModelLinkError unless the parts cover the tensor."""
         if self.sparse:
             return
         covered = sum(len(part.rows) * len(part.columns) for part in self.parts)
@@ -141,7 +188,9 @@ class Assembled:
                                  where=self.parts[0].stored.path if self.parts else None)
 
     def read(self, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
-        """The given ranges along `dim`, joined in order; of the other dimension `across`, or all of it."""
+        """Read index ranges along `dim`, concatenated in order; of the other dimension `across`, or all of it."""
+        import torch
+
         size = [self.shape[0], prod(self.shape[1:])]
         across = range(size[1 - dim]) if across is None else across
         size[dim], size[1 - dim] = sum(map(len, pieces)), len(across)
@@ -152,7 +201,7 @@ class Assembled:
         return out.view(-1) if len(self.shape) == 1 else out
 
     def _overlaps(self, pieces: Sequence[range], dim: int, across: range) -> Iterator[tuple[list[int], Part, range, range]]:
-        """Where in the output; which part; its rows and columns: for every part that a piece touches."""
+        """Yield (position in the output, part, its rows, its columns) for every overlap of a piece with a part."""
         done = 0
         for piece in pieces:
             wanted = [piece, across] if dim == 0 else [across, piece]

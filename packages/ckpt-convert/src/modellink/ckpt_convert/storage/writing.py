@@ -1,12 +1,12 @@
-"""Writing files whose every byte has its place before the first tensor is read.
+"""Writing files in which every byte has its position before the first tensor is read.
 
-A format says which bytes are fixed and where each tensor goes (`FileLayout`); here the file is made at its full size, so that a
-full disk is an error before anything else, and threads fill in tensors block by block; each tensor's way to the disk begins when
-it is whole, so that the fsync at the end has little to wait for. At no time is more in memory than one block a thread. A checksum
-of each tensor is kept, and where a zip archive wants the CRC of a record it is put in afterwards (by isal, ten times as fast as
-zlib: the checksum was most of the processor's work).
+A format gives the fixed bytes and the position of each tensor (`FileLayout`). The file is allocated at its full size
+first, so that a full disk is an error before anything is written; then threads fill in tensors block by block.
+Writeback of a tensor starts as soon as it is complete, so that the final fsync has little to wait for. Memory holds
+at most one block per thread. Each tensor gets a checksum, and a zip archive also the CRC of each record (by isal, ten
+times as fast as zlib, which took most of the CPU time).
 
-Not here: the formats themselves (archive.py, safetensors.py) and what a tensor is made of (blocks.py).
+Not here: the formats themselves (archive.py, safetensors.py) and the content of a tensor (blocks.py).
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import xxhash
 from isal import isal_zlib
 
-from modellink.ckpt_convert.formats.tensors import as_bytes
+from modellink.ckpt_convert.storage.tensors import as_bytes
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import start_writeback
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: `blocks` gives, when it is its turn, contiguous tensors whose bytes end to end are its own."""
+    """A tensor to be written: `blocks` yields contiguous tensors whose concatenated bytes are its bytes."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -42,13 +45,15 @@ class Planned:
         return prod(self.shape) * self.dtype.itemsize
 
     def made(self) -> torch.Tensor:
-        """The tensor itself."""
+        """Return the complete tensor."""
+        import torch
+
         return torch.cat([block.reshape(-1) for block in self.blocks()]).view(self.shape)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a tensor goes, and at which places its CRC-32 is wanted (4 bytes, little-endian)."""
+    """The position of a tensor, and the positions of its CRC-32 (4 bytes, little-endian)."""
 
     name: str
     offset: int
@@ -58,20 +63,25 @@ class Slot:
 
 @dataclass(frozen=True)
 class FileLayout:
-    """All of a file: its size, the bytes that are known, the places of its tensors."""
+    """The content of a file: its size, the fixed bytes, the positions of its tensors."""
 
     size: int
     fixed: tuple[tuple[int, bytes], ...]
     slots: tuple[Slot, ...]
 
     def shifted(self, start: int) -> FileLayout:
-        """The same as a window of a larger file."""
-        slots = (replace(slot, offset=slot.offset + start, crcs=tuple(crc + start for crc in slot.crcs)) for slot in self.slots)
-        return FileLayout(self.size, tuple((offset + start, content) for offset, content in self.fixed), tuple(slots))
+        """Return the layout of the same content at `start` of a larger file."""
+        slots = tuple(replace(slot, offset=slot.offset + start, crcs=tuple(crc + start for crc in slot.crcs))
+                      for slot in self.slots)
+        return FileLayout(self.size, tuple((offset + start, content) for offset, content in self.fixed), slots)
 
 
 def write(handle: int, layout: FileLayout, pool: Executor, wrote: Callable[[int], None], where: Path) -> dict[str, str]:
-    """Fill the new file of descriptor `handle`; `wrote` is told the bytes of each block. Returns name -> xxh3_64 of each tensor.
+    """Fill the new file of descriptor `handle`, and return tensor name -> xxh3_64.
+
+    Args:
+        wrote: called with the number of bytes of each block written.
+        where: path of the file, for errors.
 
     Raises:
         ModelLinkError: the disk is full.
@@ -119,7 +129,7 @@ def _reserve(handle: int, size: int, where: Path) -> None:
         os.posix_fallocate(handle, 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ModelLinkError(f"the disk has no room for a file of {size:,} bytes", where=where) from None
+            raise ModelLinkError(f"the disk has no space for a file of {size:,} bytes", where=where) from None
         os.ftruncate(handle, size)  # a file system that cannot reserve
 
 

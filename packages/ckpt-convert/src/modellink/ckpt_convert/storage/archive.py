@@ -1,8 +1,8 @@
-"""The layout of what `torch.load` reads, made from names, dtypes and shapes before any tensor is there.
+"""The layout of a file for `torch.load`, made from names, dtypes and shapes before any tensor exists.
 
-A zip archive of stored records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent ids), `archive/data/KEY`
-aligned to 64 bytes as torch does, so that `torch.load(mmap=True)` works. The same content gives the same bytes (no time
-stamps). Records carry a right CRC, which torch does not look at but other tools do.
+A zip archive of uncompressed records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent ids),
+`archive/data/KEY` aligned to 64 bytes as torch does, so that `torch.load(mmap=True)` works. Equal content gives equal
+bytes (no time stamps). Records have a correct CRC, which torch ignores but other tools check.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
-from modellink.ckpt_convert.formats.writing import FileLayout, Planned, Slot
+from modellink.ckpt_convert.storage.tensors import dtype_name
+from modellink.ckpt_convert.storage.writing import FileLayout, Planned, Slot
 
 ALIGNMENT = 64
-LARGE = 0xFFFFFFFF  # stands in 32-bit fields of a zip archive for "see the 64-bit one"
+LARGE = 0xFFFFFFFF  # in a 32-bit field of a zip archive: see the 64-bit field
 DATE = 0x21  # 1980-01-01
-STORAGE_CLASSES: dict[torch.dtype, Any] = {
-    torch.float32: torch.FloatStorage, torch.float16: torch.HalfStorage, torch.bfloat16: torch.BFloat16Storage,
-    torch.float64: torch.DoubleStorage}
+STORAGE_CLASSES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
+                   "float64": "DoubleStorage"}
 
 
 @dataclass(frozen=True)
 class _Storage:
-    """Stands for a record in the pickle."""
+    """Stands for a storage in the pickle."""
 
     key: str
     planned: Planned
@@ -43,12 +41,17 @@ class _Pickler(pickle.Pickler):
 
     def persistent_id(self, obj: Any) -> Any:
         if isinstance(obj, _Storage):
-            return ("storage", STORAGE_CLASSES[obj.planned.dtype], obj.key, "cpu", prod(obj.planned.shape))
+            import torch
+
+            storage_class = getattr(torch, STORAGE_CLASSES[dtype_name(obj.planned.dtype)])
+            return ("storage", storage_class, obj.key, "cpu", prod(obj.planned.shape))
         return None
 
     def reducer_override(self, obj: Any) -> Any:
         if not isinstance(obj, Planned):
             return NotImplemented
+        import torch
+
         storage = _Storage(str(len(self.storages)), obj)
         self.storages.append(storage)
         stride = tuple(prod(obj.shape[axis + 1:]) for axis in range(len(obj.shape)))
@@ -57,7 +60,7 @@ class _Pickler(pickle.Pickler):
 
 
 def named(value: Any, prefix: str = "") -> dict[int, str]:
-    """id of each `Planned` in nested mappings -> the path of its keys, e.g. `model.decoder.final_layernorm.weight`."""
+    """Return id -> path of keys (`model.decoder.final_layernorm.weight`) of each `Planned` in nested mappings."""
     if isinstance(value, Planned):
         return {id(value): prefix or "tensor"}
     found: dict[int, str] = {}
@@ -67,7 +70,7 @@ def named(value: Any, prefix: str = "") -> dict[int, str]:
 
 
 def layout(value: Any, name: str = "") -> FileLayout:
-    """The archive of `value`, in which tensors are `Planned`; `name` is what a tensor is called that is not in a mapping."""
+    """Return the archive of `value`, in which tensors are `Planned`; `name` names a tensor that is not in a mapping."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
@@ -82,13 +85,13 @@ def layout(value: Any, name: str = "") -> FileLayout:
 
 
 class _Archive:
-    """Local headers and records one after the other, then the directory; where a tensor's CRC goes is noted."""
+    """Local headers and records in order, then the directory; the positions of the tensors' CRCs are recorded."""
 
     def __init__(self) -> None:
         self.at = 0
         self.fixed: list[tuple[int, bytes]] = []
         self.entries: list[tuple[bytes, int, int, int]] = []  # name, CRC, size, offset of the local header
-        self.waiting: list[tuple[int, str, int, Planned, int]] = []  # entry, name, offset, tensor, place of the local CRC
+        self.waiting: list[tuple[int, str, int, Planned, int]] = []  # entry, name, offset, tensor, position of the local CRC
 
     def add(self, name: str, content: bytes) -> None:
         start = self._header(name, len(content), zlib.crc32(content))
@@ -100,7 +103,7 @@ class _Archive:
         self.waiting.append((len(self.entries) - 1, called, start, planned, place))
 
     def _header(self, name: str, size: int, crc: int) -> int:
-        """Write a local header; its sizes are the 64-bit ones, and padding puts the record at a multiple of 64."""
+        """Add a local header with 64-bit sizes, padded so that the record starts at a multiple of 64."""
         encoded = name.encode()
         wide = struct.pack("<HHQQ", 1, 16, size, size)
         padding = -(self.at + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT

@@ -1,0 +1,1 @@
+"""The files of Megatron checkpoints: folders of ranks, names of weights in each dialect, distributed checkpoints."""
