@@ -106,7 +106,6 @@ def parse_call(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
         ModelLinkError: something in the body is wrong; `where` is the field.
     """
     _refuse_unsupported(body, chat)
-    # type: ignore[typeddict-item]
     found = {**_sampling(body), **_stops(body, spec), **_constraint(body), **_lengths(body, chat)}
     arguments = cast(GenerationArguments, found)
     if chat and arguments["max_new_tokens"] is None:
