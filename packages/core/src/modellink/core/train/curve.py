@@ -1,17 +1,18 @@
-"""A line chart as SVG text. Written by hand because the plotting libraries weigh more than the package that would use them."""
+"""Line charts as SVG, without a plotting library."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
+
+from modellink.kernels.svg import picture, text
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 64, 40, 20, 44
-COLOURS = ("#1f6feb", "#b35900", "#1a7f37", "#8250df")
+COLORS = ("#1f6feb", "#b35900", "#1a7f37", "#8250df")
 
 
 def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
-    """Round numbers from `low` to `high`, about `wanted` of them, in steps of 1, 2 or 5 times a power of ten."""
+    """Return round numbers from `low` to `high`, about `wanted` of them, in steps of 1, 2 or 5 times a power of ten."""
     span = (high - low) or 1.0
     power = 10 ** math.floor(math.log10(span / wanted))
     step = next(power * size for size in (1, 2, 5, 10) if span / (power * size) <= wanted)
@@ -19,12 +20,12 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
 
 
 def draw(points: Sequence[tuple[float, float]], *, title: str, x: str) -> str:
-    """An SVG picture of y over x through `points`, in their order."""
+    """Draw one line through `points`, in their order; return the SVG document."""
     return draw_lines({"": points}, title=title, x=x)
 
 
 def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str) -> str:
-    """The same with several lines, told apart by colour and named; every second one is dashed, to be seen on the one before."""
+    """Draw several named lines in different colors; every second one is dashed, so that it shows on top of the one before."""
     xs, ys = ([point[axis] for points in lines.values() for point in points] for axis in (0, 1))
     margin = 0.05 * ((max(ys) - min(ys)) or 1.0)
     low_x, high_x, low_y, high_y = min(xs), max(xs), min(ys) - margin, max(ys) + margin
@@ -34,23 +35,20 @@ def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str
         up = (py - low_y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
         return round(LEFT + across, 1), round(HEIGHT - BOTTOM - up, 1)
 
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-             f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-             f'<text x="{LEFT}" y="22" font-size="15">{escape(title)}</text>',
-             f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 8}" text-anchor="end">{escape(x)}</text>']
+    parts = [text(LEFT, 22, title, anchor="start", size=15), text(WIDTH - RIGHT, HEIGHT - 8, x, anchor="end")]
     for value in ticks(low_y, high_y):
         _, y = place(low_x, value)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>'
-                     f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+        parts += [f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}" stroke="#ddd"/>',
+                  text(LEFT - 6, y + 4, f"{value:g}", anchor="end")]
     for value in ticks(low_x, high_x):
         across, _ = place(value, low_y)
-        parts.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{value:g}</text>')
+        parts.append(text(across, HEIGHT - BOTTOM + 16, f"{value:g}"))
     for number, (name, points) in enumerate(lines.items()):
         line = " ".join(f"{px},{py}" for px, py in (place(*point) for point in points))
-        look = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="1.6"' + ' stroke-dasharray="5 4"' * (number % 2)
+        look = f'stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"' + ' stroke-dasharray="5 4"' * (number % 2)
         parts.append(f'<polyline points="{line}" fill="none" {look}/>')
         if name:
             y = TOP + 16 + 18 * number
-            parts.append(f'<line x1="{WIDTH - 220}" x2="{WIDTH - 190}" y1="{y}" y2="{y}" {look}/>'
-                         f'<text x="{WIDTH - 182}" y="{y + 4}">{escape(name)}</text>')
-    return "\n".join([*parts, "</svg>"]) + "\n"
+            parts += [f'<line x1="{WIDTH - 220}" x2="{WIDTH - 190}" y1="{y}" y2="{y}" {look}/>',
+                      text(WIDTH - 182, y + 4, name, anchor="start")]
+    return picture(WIDTH, HEIGHT, parts)

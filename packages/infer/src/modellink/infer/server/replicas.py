@@ -1,10 +1,12 @@
-"""Several servers of the same model behind one address: `serve --replicas N` on this machine, `serve --replica-url URL` on any.
+"""Several servers of the same model behind one address: `serve --replicas N` on this machine, `serve
+--replica-url URL` on any.
 
-A replica on this machine is a process (with `--tp` a group of processes) that runs the full server on its own port with its share
-of the accelerators. It is restarted when it exits, unless its options are wrong. Other replicas are servers that were started
-elsewhere. The server in front sends each request to the replica with the fewest requests, forwards the response as it comes, and
-checks the health of every replica; an unhealthy one gets no requests. A request that has no response yet is retried on another
-replica; a stream that breaks off ends with an error. Not here: API keys, which the replicas check.
+A replica on this machine is a process (with `--tp` a group of processes) that runs the full server on its own
+port with its share of the accelerators. It is restarted when it exits, unless its options are wrong. Other
+replicas are servers that were started elsewhere. The server in front sends each request to the replica with
+the fewest requests, forwards the response as it comes, and checks the health of every replica; an unhealthy
+one gets no requests. A request that has no response yet is retried on another replica; a stream that breaks
+off ends with an error. Not here: API keys, which the replicas check.
 """
 
 from __future__ import annotations
@@ -30,15 +32,18 @@ from modellink.core.launch import free_port
 from modellink.infer.server.http import Stream, disconnected, error_object, error_response, read_content
 from modellink.kernels.errors import USER_MISTAKE, ModelLinkError
 
-FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0  # seconds before a replica is restarted; doubled each time it exits early
+# seconds before a replica is restarted; doubled each time it exits early
+FIRST_WAIT, LONGEST_WAIT = 1.0, 30.0
 EARLY = 60.0  # seconds
-POLL, POLL_READY = 0.2, 2.0  # seconds between health checks of a replica that is not ready, and of one that is
+# seconds between health checks of a replica that is not ready, and of one that is
+POLL, POLL_READY = 0.2, 2.0
 HEALTH_TIMEOUT = 10.0  # seconds
 MAX_LOST = 2  # replicas that may fail over one request, which may be the cause
 STOP_TIMEOUT = 40.0  # seconds
 VISIBLE = {"cuda": "CUDA_VISIBLE_DEVICES", "npu": "ASCEND_RT_VISIBLE_DEVICES"}
 REQUEST_HEADERS = (b"authorization", b"content-type")
-RESPONSE_HEADERS = ("content-type", "retry-after", "content-security-policy", "cache-control", "x-accel-buffering")
+RESPONSE_HEADERS = ("content-type", "retry-after", "content-security-policy", "cache-control",
+                    "x-accel-buffering")
 
 
 class Replica:
@@ -105,8 +110,8 @@ class LocalReplica(Replica):
             if self.refused:
                 return
             wait = min(2 * wait, LONGEST_WAIT) if time.monotonic() - since < EARLY else FIRST_WAIT
-            print(f"replica {self.index} ended with status {status}; it restarts in {wait:.0f} s", file=sys.stderr,
-                  flush=True)
+            print(f"replica {self.index} ended with status {status}; it restarts in {wait:.0f} s",
+                  file=sys.stderr, flush=True)
             await asyncio.sleep(wait)
 
     async def stop(self) -> None:
@@ -121,17 +126,20 @@ class LocalReplica(Replica):
             await process.wait()
 
 
-def make_replicas(count: int, arguments: Sequence[str], shares: Sequence[dict[str, str]] | None = None) -> list[Replica]:
+def make_replicas(count: int, arguments: Sequence[str],
+                  shares: Sequence[dict[str, str]] | None = None) -> list[Replica]:
     """Return replicas that run `modellink-infer` with these arguments.
 
     Args:
-        shares: environment variables of each replica that select its accelerators, see `device_shares`. Without accelerators,
-            the replicas share the processor cores and the free memory.
+        shares: environment variables of each replica that select its accelerators, see `device_shares`.
+            Without accelerators, the replicas share the processor cores and the free memory.
     """
     threads = str(max(1, (os.cpu_count() or 1) // count))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ, "MODELLINK_REPLICAS": "1" if shares else str(count)}
+    environment = {"OMP_NUM_THREADS": threads, **os.environ,
+                   "MODELLINK_REPLICAS": "1" if shares else str(count)}
     command = [sys.executable, "-m", "modellink.infer.cli", *arguments, "--replicas", "1"]
-    return [LocalReplica(index, command, environment | (shares[index] if shares else {})) for index in range(count)]
+    return [LocalReplica(index, command, environment | (shares[index] if shares else {}))
+            for index in range(count)]
 
 
 def device_shares(kind: str, available: int, count: int, ranks: int) -> list[dict[str, str]] | None:
@@ -149,12 +157,14 @@ def device_shares(kind: str, available: int, count: int, ranks: int) -> list[dic
     names = [name.strip() for name in os.environ.get(variable, "").split(",") if name.strip()]
     names = names or [str(number) for number in range(available)]
     if len(names) < count * ranks:
-        raise ModelLinkError(f"{count} replicas of {ranks} ranks need {count * ranks} devices, {len(names)} are available",
+        raise ModelLinkError(f"{count} replicas of {ranks} ranks need {count * ranks} devices, {len(names)} "
+                             "are available",
                              where="--replicas", fix=f"use at most {len(names) // ranks} replicas")
     return [{variable: ",".join(names[index * ranks:(index + 1) * ranks])} for index in range(count)]
 
 
-def make_front(replicas: Sequence[Replica], *, max_body: int, on_refused: Callable[[], None] = lambda: None) -> FastAPI:
+def make_front(replicas: Sequence[Replica], *, max_body: int,
+               on_refused: Callable[[], None] = lambda: None) -> FastAPI:
     """Return the application in front of replicas, which it starts and stops.
 
     Args:
@@ -199,10 +209,14 @@ def make_front(replicas: Sequence[Replica], *, max_body: int, on_refused: Callab
                 return ""
             return response.text if response.status_code == 200 else ""
         running = [replica for replica in replicas if replica.ready]
-        texts = dict(zip([one.index for one in running], await asyncio.gather(*map(fetch, running)), strict=True))
-        ready = "\n".join(f'modellink_replica_ready{{replica="{one.index}"}} {one.ready:d}' for one in replicas)
-        head = "# HELP modellink_replica_ready Whether a replica is ready.\n# TYPE modellink_replica_ready gauge\n"
-        return PlainTextResponse(f"{head}{ready}\n{join_metrics(texts)}", media_type="text/plain; version=0.0.4")
+        texts = dict(zip([one.index for one in running], await asyncio.gather(*map(fetch, running)),
+                         strict=True))
+        ready = "\n".join(f'modellink_replica_ready{{replica="{one.index}"}} {one.ready:d}'
+                          for one in replicas)
+        head = ("# HELP modellink_replica_ready Whether a replica is ready.\n"
+                "# TYPE modellink_replica_ready gauge\n")
+        return PlainTextResponse(f"{head}{ready}\n{join_metrics(texts)}",
+                                 media_type="text/plain; version=0.0.4")
 
     @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     async def forward(request: Request) -> Response:
@@ -214,17 +228,22 @@ def make_front(replicas: Sequence[Replica], *, max_body: int, on_refused: Callab
     return app
 
 
-async def _forward(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request, content: bytes) -> Response:
-    """Return the response of the replica with the fewest requests; try the next one if it fails first or responds with 503."""
+async def _forward(client: httpx.AsyncClient, replicas: Sequence[Replica], request: Request,
+                   content: bytes) -> Response:
+    """Return the response of the replica with the fewest requests; try the next one if it fails first or
+    responds with 503."""
     tried = set[int]()
     lost, refusal = 0, None
-    while lost < MAX_LOST and (candidates := [one for one in replicas if one.ready and one.index not in tried]):
+    while lost < MAX_LOST and (candidates := [one for one in replicas if one.ready
+                                              and one.index not in tried]):
         replica = min(candidates, key=lambda one: one.active)
         tried.add(replica.index)
         replica.active += 1
         streaming = False
         try:
-            response = await _unless_disconnected(request, client.send(_copy(client, replica, request, content), stream=True))
+            response = await _unless_disconnected(request,
+                                                  client.send(_copy(client, replica, request, content),
+                                                              stream=True))
             if response is None:
                 return Response(status_code=499)
             headers = {name: response.headers[name] for name in RESPONSE_HEADERS if name in response.headers}
@@ -259,8 +278,8 @@ def _copy(client: httpx.AsyncClient, replica: Replica, request: Request, content
     scope = request.scope
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     headers = [(name, value) for name, value in scope["headers"] if name in REQUEST_HEADERS]
-    return client.build_request(request.method, httpx.URL(replica.url).copy_with(raw_path=target), content=content,
-                                headers=headers)
+    return client.build_request(request.method, httpx.URL(replica.url).copy_with(raw_path=target),
+                                content=content, headers=headers)
 
 
 async def _unless_disconnected(request: Request, work: Any) -> Any:
@@ -283,7 +302,8 @@ async def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
 
 
 def join_metrics(texts: dict[int, str]) -> str:
-    """Return the metrics of several replicas as one text, grouped by name, with the label `replica` on each sample."""
+    """Return the metrics of several replicas as one text, grouped by name, with the label `replica` on each
+    sample."""
     heads: dict[str, list[str]] = {}
     samples: dict[str, list[str]] = {}
     for index, text in texts.items():
