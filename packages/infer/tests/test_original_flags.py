@@ -40,7 +40,7 @@ def test_a_script_of_the_original(capsys):
 
 
 def test_an_adapter_is_refused():
-    with pytest.raises(ModelLinkError, match="--lora-load is not done here"):
+    with pytest.raises(ModelLinkError, match="--lora-load is not supported"):
         translate_original(["--load", "a", "--lora-load", "b"], generate)
 
 
