@@ -29,8 +29,9 @@ def front(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
     port, errors = free_port(), tmp_path_factory.mktemp("front") / "stderr"
     with errors.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),
-             "--served-model-name", "tiny", "--replicas", "2"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file)
+            [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu",
+             "--port", str(port), "--served-model-name", "tiny", "--replicas", "2"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             found = SimpleNamespace(client=client, process=process, errors=errors, port=port)
@@ -60,7 +61,8 @@ def samples(front: SimpleNamespace, name: str) -> dict[str, float]:
 
 
 def workers(front: SimpleNamespace) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(front.process.pid)], capture_output=True, text=True)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(front.process.pid)], capture_output=True,
+                           text=True)
     return [int(line) for line in found.stdout.split()]
 
 

@@ -78,7 +78,7 @@ def test_a_reader_says_what_a_folder_lacks(tmp_path):
         (folder / "b").write_bytes(b"1")
     assert incomplete(path) is None
     (path / "sub" / "a").write_bytes(b"12")
-    assert "sub/a has 2 bytes, 4 were written" in incomplete(path)
+    assert "sub/a has 2 bytes instead of 4" in incomplete(path)
     (path / "sub" / "a").unlink()
     assert "sub/a is missing" in incomplete(path)
     (path / "modellink.complete").unlink()

@@ -149,7 +149,7 @@ def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
 @pytest.mark.parametrize("way", [None, "WIDENED", pytest.param("ONE_DNN", marks=pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))])
 def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
-    monkeypatch.setattr(linear, "_ways", lambda: {dtype: getattr(linear, way)} if way else {})
+    monkeypatch.setattr(linear, "_methods", lambda: {dtype: getattr(linear, way)} if way else {})
     monkeypatch.setattr(linear, "WORTH_WIDENING", 3)
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*sizes, generator=generator).to(dtype) for sizes in ((4, 3, 20), (7, 20)))
@@ -169,7 +169,7 @@ def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
     ("AuthenticAMD avx2", {torch.float32: "ONE_DNN", torch.bfloat16: "WIDENED"}), ("ARM asimd bf16", {}), ("", {})])
 def test_the_processor_decides_how_it_multiplies(monkeypatch, cpuinfo, taken):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert linear.ways_of(set(cpuinfo.split())) == {dtype: getattr(linear, way) for dtype, way in taken.items()}
+    assert linear.methods_of(set(cpuinfo.split())) == {dtype: getattr(linear, way) for dtype, way in taken.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -386,7 +386,7 @@ def test_the_fused_grouped_product_is_the_plain_one(block):
     generator = torch.Generator().manual_seed(3)
     made = torch.randn(4, 24, 16, generator=generator).bfloat16()
     weights = [(made[i] if block else made[i].clone()).requires_grad_() for i in range(4)]
-    assert (module.together(weights).data_ptr() == weights[0].data_ptr()) == block
+    assert (module.as_block(weights).data_ptr() == weights[0].data_ptr()) == block
     x = torch.randn(12, 16, generator=generator).bfloat16().requires_grad_()
     upstream = torch.randn(12, 24, generator=generator).bfloat16()
     results = []

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant, scores_of
-from modellink.kernels.ops.attention_block import takes
+from modellink.kernels.ops.attention_block import supports
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -124,7 +124,7 @@ class _Attention(torch.autograd.Function):
 
 def attended(query: Tensor, key: Tensor, value: Tensor, variant: Variant, first: int, start: int) -> tuple[Tensor, Tensor]:
     """Attention of queries from position `first` over keys from `start`: the result and its log-sum-exp, in fp32."""
-    if takes(query, value, variant):
+    if supports(query, value, variant):
         return ops.attention_block(query, key, value, variant.scale, causal=first == start)
     scores = scores_of(query, key, variant, first, start)
     lse = scores.logsumexp(-1)
@@ -140,7 +140,7 @@ def attended_gradients(whole: tuple[Tensor, Tensor, Tensor], query: Tensor, key:
         whole: gradient, result and log-sum-exp of the attention of these queries over all keys.
     """
     gradient, out, lse = whole
-    if takes(query, value, variant):
+    if supports(query, value, variant):
         return ops.attention_block_gradients(gradient, query, key, value, out, lse, variant.scale, causal=first == start)
     with torch.enable_grad():  # autograd differentiates caps and biases
         q, k = (x.detach().requires_grad_() for x in (query, key))
