@@ -166,7 +166,7 @@ def test_packs_without_numbers_and_packs_that_nobody_separates_are_told_of(pools
     """The original's --pack leaves a mask of ones: its samples cannot be told apart, and would attend to each other."""
     ones = [INSTRUCTIONS.pack(samples[:3], 70) | {"attention_mask": [1] * 70}] * 5
     INSTRUCTIONS.write_set(tmp_path / "ones", ones)
-    with pytest.raises(AssertionError, match="does not number its samples|does not number their samples"):
+    with pytest.raises(AssertionError, match="does not number"):
         pools(1)(rows, prefix=str(tmp_path / "ones"), seq_length=70, numbers=[0], packed=True)
     pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # a sample a row, of many lengths
     with pytest.raises(AssertionError, match="hold several samples, which attend"):
