@@ -32,7 +32,8 @@ def test_a_trace_and_a_summary_of_every_rank(pools, tiny, corpus, tmp_path):
     (_, told), (steps, other) = pools(2)(heard, options=texts | PROFILE | {
         "profile_save_path": str(tmp_path), "profile_record_shapes": True, "profile_with_memory": True})
     assert steps == plain and "profile" not in other
-    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in told and "passes of equal duration: 20.0%" in told  # 1 / (1 + 4)
+    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in told
+    assert "passes of equal duration: 20.0%" in told  # 1 / (1 + 4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     for rank, numbers in enumerate(summary):
         (file,) = tmp_path.glob(f"rank_{rank}.*.pt.trace.json")
