@@ -142,7 +142,7 @@ def test_going_on_at_another_layout(run, made, tmp_path, case, before, after):
 
 @pytest.mark.parametrize(("case", "ranks", "options"), [("llama", 2, TP2), ("mixtral", 2, EP2)])
 def test_a_save_is_a_folder_of_peft_too(run, made, tmp_path, case, ranks, options):
-    """Read again it is what was saved: the run that begins with it has the loss of the one that goes on."""
+    """A run that starts from the saved folder has the loss of the run that continues."""
     base, save = {"load": str(made(case))}, tmp_path / "a"
     run(ranks, save=str(save), exit_interval=2, **base, **options)
     resumed = run(1, lora_load=str(save), **base)

@@ -1,4 +1,4 @@
-"""Traces of some iterations: a file a rank with its place in the layout, and a summary whose numbers are those of the trace."""
+"""Traces of some iterations: one file per rank with its position in the layout, and a summary that agrees with the trace."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def losses(save: Path) -> dict[int, float]:
 
 
 def test_a_repairable_step_is_done_again_to_the_bit(pools, options, tmp_path):
-    """A number that is none, a weight that changes by itself, a device's memory, a disk that is full, a slow rank."""
+    """A NaN, a weight that changes by itself, corrupted device memory, a full disk, a slow rank."""
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
     said = watched(options, save, "kind=nan,step=2,rank=1;kind=corrupt,step=3,rank=0;kind=memory,step=4,rank=1;"
@@ -158,7 +158,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, cou
 
 @pytest.mark.parametrize(("bf16", "whole", "cut"), [(True, 6, 12), (False, 8, 8)])
 def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path, bf16, whole, cut):
-    """Of 4 ranks: each has the weight and its gradient; the moments (and of bf16 the fp32 parameter) are cut over 2 of them."""
+    """Of 4 ranks: each has the weight and its gradient; the moments (and of bf16 the fp32 parameter) are sharded across 2 of them."""
     given = {"load": options[1], "data_path": (options[3],), "bf16": bf16, "use_distributed_optimizer": True}
     given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
     for size, count in pools(4)(reuse_fp32.held, options=given):

@@ -83,7 +83,7 @@ def plain(tiny, samples):
 
 @pytest.mark.parametrize("layout", TABLE)
 def test_the_loss_is_the_mean_over_learned_tokens_of_the_global_batch(run, plain, layout):
-    """Over an epoch and a third, so the set is begun anew in the middle of a batch; packed rows hold two samples each."""
+    """Over an epoch and a third, so a new epoch starts in the middle of a batch; packed rows hold two samples each."""
     steps = run(layout)
     rows = 4 if layout.startswith("packed") else 8
     assert [step[:2] for step in steps] == [(number, rows * number) for number in range(1, 6)]
@@ -129,7 +129,7 @@ def test_every_epoch_has_every_sample_once_in_another_order(pools, chats, sample
 
 
 def test_a_blend_takes_each_set_in_its_order_and_proportion(pools, tmp_path, samples):
-    """Weights 1 : 3 : 2, wherever one begins to count; the smallest set begins anew."""
+    """Weights 1 : 3 : 2 from any position on; the smallest set starts another epoch."""
     sets = {"a": samples[:5], "b": samples[5:15], "c": samples[15:30]}
     path = [word for weight, name in zip("132", sets, strict=True) for word in (weight, str(tmp_path / name))]
     for name, some in sets.items():
@@ -168,7 +168,7 @@ def test_packs_without_numbers_and_packs_that_nobody_separates_are_told_of(pools
     INSTRUCTIONS.write_set(tmp_path / "ones", ones)
     with pytest.raises(AssertionError, match="does not number"):
         pools(1)(rows, prefix=str(tmp_path / "ones"), seq_length=70, numbers=[0], packed=True)
-    pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # a sample a row, of many lengths
+    pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # one sample per row, of many lengths
     with pytest.raises(AssertionError, match="hold several samples, which attend"):
         pools(1)(noted, prefix=str(chats.with_name("packs")))
     pools(1)(noted, prefix=str(chats))

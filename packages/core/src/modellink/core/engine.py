@@ -118,7 +118,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Nothing:
-    """Stands in for streams, graphs and memory pools, which a synchronous device does not need."""
+    """Replaces streams, graphs and memory pools, which a synchronous device does not need."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
