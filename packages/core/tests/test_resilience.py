@@ -158,7 +158,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, cou
 
 @pytest.mark.parametrize(("bf16", "whole", "cut"), [(True, 6, 12), (False, 8, 8)])
 def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path, bf16, whole, cut):
-    """Of 4 ranks: each has the weight and its gradient; the moments (and of bf16 the fp32 parameter) are sharded across 2 of them."""
+    """4 ranks: each has the weight and its gradient; moments (and with bf16 fp32 parameters) are sharded across 2 of them."""
     given = {"load": options[1], "data_path": (options[3],), "bf16": bf16, "use_distributed_optimizer": True}
     given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
     for size, count in pools(4)(reuse_fp32.held, options=given):
