@@ -132,4 +132,4 @@ def test_a_fingerprint_does_not_change_between_versions(make_model: Make, tmp_pa
     assert described == "ParallelLayout(tp=1, pp=1, vpp=1, cp=1, ep=1, dp=1, num_layer_list=None, ulysses=1)"
     assert adapters == ["None", "LoraConfig(r=4, alpha=6.0, dropout=0.0, rslora=False)"]
     assert "layer_windows" not in spec and spec["num_layers"] == 1 and spec["sliding_window"] is None
-    assert [path for path, _, _ in stats][0] == str((tmp_path / "hf/model.safetensors").resolve())
+    assert next(path for path, _, _ in stats) == str((tmp_path / "hf/model.safetensors").resolve())
