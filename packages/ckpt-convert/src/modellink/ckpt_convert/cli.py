@@ -149,8 +149,7 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
 @click.argument("first")
 @click.argument("second")
 def diff_command(first: str, second: str, given: Layer) -> None:
-    """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ.
-    """
+    """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ."""
     options = resolve([ModelPathOptions], given)[ModelPathOptions]
     one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path,
                                   adapter=True)

@@ -159,8 +159,8 @@ def config_of(family: Family, spec: ModelSpec) -> dict[str, Any]:
     path = Path(f"a config.json of the family {family.model_type}")
     back = spec_from(family.read(Config(values, path)), str(path))
     if wrong := spec.differences(back):
-        reasons = ", ".join(f"{name} {mine} (the family has {theirs})" for name,
-                            (mine, theirs) in wrong.items())
+        reasons = ", ".join(f"{name} {mine} (the family has {theirs})"
+                            for name, (mine, theirs) in wrong.items())
         raise ModelLinkError(f"the family {family.model_type} has no such model: {reasons}",
                              where="--model-type-hf", fix="name the family that the model belongs to")
     return values

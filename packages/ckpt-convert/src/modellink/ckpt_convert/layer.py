@@ -1,9 +1,8 @@
 """`LayerSpec`: one layer of a model, with everything that may differ from layer to layer.
 
-`ModelSpec.layer(number)` makes it from the fields of the model and from lists of per-layer settings. Code
-that creates, splits, caches or computes a layer reads it, so that a model whose layers differ needs no
-conditions elsewhere. Not here: what surrounds the layers (embedding, final norm, output layer), which
-ModelSpec describes.
+`ModelSpec.layer(number)` makes it from the fields of the model and from lists of per-layer settings. Code that creates, splits,
+caches or computes a layer reads it, so that a model whose layers differ needs no conditions elsewhere. Not here: what surrounds
+the layers (embedding, final norm, output layer), which ModelSpec describes.
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ class LayerSpec:
 
     Attributes:
         number: global layer number, from 0.
-        attention: `grouped` (multi-head and grouped-query attention) or `latent` (multi-head latent
-            attention).
+        attention: `grouped` (multi-head and grouped-query attention) or `latent` (multi-head latent attention).
         heads, groups: query heads, and key/value heads that they share.
         head_dim, value_dim: size of a query or key head, and of a value head.
         nope_dim: dimensions of a latent-attention head that are not rotated.

@@ -73,8 +73,7 @@ def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]],
 
 
 def on_disk(name: str) -> str:
-    """Return the name in a Megatron checkpoint, in which the original inserts peft's adapter name `default`.
-    """
+    """Return the name in a Megatron checkpoint, in which the original inserts peft's adapter name `default`."""
     return re.sub(r"\.lora_([AB])\.weight$", r".lora_\1.default.weight", name)
 
 

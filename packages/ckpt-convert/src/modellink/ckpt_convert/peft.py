@@ -62,8 +62,8 @@ def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config:
     """Return (layout of the weight file, content of adapter_config.json); see `write_peft`."""
     adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the adapter")
     modules = _modules(spec, family, tensors, config.r)
-    planned_tensors = {f"{peft_files.PREFIX}{name}": made for module in modules for name,
-                       made in module.tensors(dtype)}
+    planned_tensors = {f"{peft_files.PREFIX}{name}": made for module in modules
+                       for name, made in module.tensors(dtype)}
     layout = safetensors.layout(planned_tensors)
     ranks = {module.name: module.rank for module in modules}
     return layout, peft_files.config_of(config, ranks, peft_files.linear_modules(spec, family), base)
@@ -148,8 +148,8 @@ def _rows_by_module(pieces: Rows) -> dict[str, tuple[range, ...]]:
     for name, rows, _ in pieces:
         found.setdefault(name.removesuffix(".weight"), []).append((rows.start, range(row, row + len(rows))))
         row += len(rows)
-    return {name: tuple(rows for _, rows in sorted(own, key=lambda entry: entry[0])) for name,
-            own in found.items()}
+    return {name: tuple(rows for _, rows in sorted(own, key=lambda entry: entry[0]))
+            for name, own in found.items()}
 
 
 def _kind(module: str) -> str:

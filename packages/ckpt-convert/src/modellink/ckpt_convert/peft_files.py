@@ -50,10 +50,9 @@ def is_peft(folder: Path) -> bool:
 
 
 def linear_modules(spec: ModelSpec, family: str) -> dict[str, bool]:
-    """Return the Hugging Face modules that can have an adapter -> whether their weight is stored [in, out].
-    """
-    return {piece.name.removesuffix(".weight"): piece.transposed for name,
-            pieces in _linear(spec, family).items()
+    """Return the Hugging Face modules that can have an adapter -> whether their weight is stored [in, out]."""
+    return {piece.name.removesuffix(".weight"): piece.transposed
+            for name, pieces in _linear(spec, family).items()
             for piece in pieces}
 
 
@@ -134,8 +133,7 @@ def _check(name: str, sides: Mapping[str, Stored], values: Mapping[str, Any], co
 
 
 def _of(name: str, pattern: Mapping[str, float] | None, usual: float, where: Path) -> float:
-    """Return the value of the first pattern entry that the module's name ends with, as in peft, or `usual`.
-    """
+    """Return the value of the first pattern entry that the module's name ends with, as in peft, or `usual`."""
     for key, value in (pattern or {}).items():
         plain = key.removeprefix("^")
         if not re.fullmatch(r"[\w.]+", plain):
@@ -162,8 +160,8 @@ def _joined(module: str, pieces: Rows, modules: Mapping[str, Mapping[str, Stored
             rank += stored.shape[0]
         start = places[content][0]
         columns[name] = range(start, start + stored.shape[0])
-    first = tuple(Part(stored, range(stored.shape[0]), range(stored.columns), (start, 0)) for start,
-                  stored in places.values())
+    first = tuple(Part(stored, range(stored.shape[0]), range(stored.columns), (start, 0))
+                  for start, stored in places.values())
     second, row = [], 0
     for name, rows, _ in pieces:
         if own := columns.get(name.removesuffix(".weight")):
@@ -202,8 +200,8 @@ def config_of(config: AdapterConfig, ranks: Mapping[str, int], model: Mapping[st
             "use_rslora": config.rslora, "target_modules": _targets(ranks, model), "bias": "none",
             "modules_to_save": None, "init_lora_weights": True,
             "fan_in_fan_out": any(model[name] for name in ranks), "rank_pattern": others,
-            "alpha_pattern": {name: config.scale * (sqrt(rank) if config.rslora else rank) for name,
-                              rank in others.items()}}
+            "alpha_pattern": {name: config.scale * (sqrt(rank) if config.rslora else rank)
+                              for name, rank in others.items()}}
 
 
 def _targets(names: Collection[str], model: Collection[str]) -> list[str]:

@@ -122,8 +122,7 @@ def refuse_left_over(names: Iterable[str], folder: Path) -> None:
     harmless = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "_extra_state")
     if unknown := [name for name in names if not name.endswith(harmless)]:
         raise ModelLinkError(f"{_count(unknown)} not part of this model: {_some(unknown)}", where=folder,
-                             fix="the configuration describes another model, or the family does not support "
-                                 "this feature")
+                             fix="the configuration describes another model, or the family does not support this feature")
 
 
 def refuse_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], where: Path) -> None:

@@ -162,8 +162,8 @@ def _feed_forward(layer: LayerSpec, width: int, hidden: int) -> dict[str, Weight
 def _experts(layer: LayerSpec, experts: ExpertSpec, hidden: int) -> dict[str, Weight]:
     found = _linear("router", experts.count, hidden, "replicated")
     for number in range(experts.count):
-        found |= {f"{EXPERTS}{number}.{name}": weight for name,
-                  weight in _feed_forward(layer, experts.ffn, hidden).items()}
+        found |= {f"{EXPERTS}{number}.{name}": weight
+                  for name, weight in _feed_forward(layer, experts.ffn, hidden).items()}
     if experts.shared_ffn:
         shared = _feed_forward(layer, experts.shared_ffn, hidden)
         found |= {f"shared_experts.{name}": weight for name, weight in shared.items()}

@@ -150,8 +150,7 @@ def _sharded(path: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str,
     for file in mapped.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
             raise ModelLinkError(f"the index names {file!r}, which is not a file name of this folder",
-                                 where=path, fix="do not use this checkpoint: its index refers to other "
-                                                 "folders")
+                                 where=path, fix="do not use this checkpoint: its index refers to other folders")
     found: dict[str, Stored] = {}
     for file in sorted(set(mapped.values())):
         found |= read(path.parent / file)
@@ -224,8 +223,8 @@ def split_into_shards(tensors: Mapping[str, Planned],
         size += planned.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number,
-            shard in enumerate(shards, 1)}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+            for number, shard in enumerate(shards, 1)}
 
 
 def index_of(shards: Mapping[str, Mapping[str, Planned]]) -> dict[str, object]:

@@ -69,8 +69,7 @@ class Peft(Format):
 
 
 def peft_folder(path: Path, iteration: int | None) -> Path | None:
-    """Return the peft folder that `path` is, or the one in an iteration that modellink-train saved in `path`.
-    """
+    """Return the peft folder that `path` is, or the one in an iteration that modellink-train saved in `path`."""
     if is_peft(path):
         return path
     if (path / SAVED_FILE).is_file():

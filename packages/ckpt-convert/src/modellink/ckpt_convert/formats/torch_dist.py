@@ -43,7 +43,7 @@ class TorchDist(Format):
                                          iteration=iteration)
         made = distributed_state.files(tensors, spec, arguments, iteration=iteration,
                                        shard_bytes=request.shard_bytes)
-        files = tuple(PlannedFile(f"{iteration_folder(iteration)}/{name}", layout) for name,
-                      layout in made.items())
+        files = tuple(PlannedFile(f"{iteration_folder(iteration)}/{name}", layout)
+                      for name, layout in made.items())
         return ConversionPlan(source, self.name, self.title, ParallelLayout(), main, files,
                               iteration=iteration)

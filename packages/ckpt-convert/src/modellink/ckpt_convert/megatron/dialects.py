@@ -101,8 +101,8 @@ def split_fused(chunk: Mapping[str, Stored], spec: ModelSpec, ep: int, where: ob
         if spec.multi_head_latent_attention and name.endswith(FUSED_LATENT):
             found |= {start + own: part for own, part in _latent(stored, spec, name, where).items()}
         elif f"mlp.experts.{ending}" in GROUPED:
-            found |= {start + own: part for own,
-                      part in _experts(f"mlp.experts.{ending}", stored, spec, ep, name, where).items()}
+            found |= {start + own: part
+                      for own, part in _experts(f"mlp.experts.{ending}", stored, spec, ep, name, where).items()}
         else:
             found[name] = stored
     return found

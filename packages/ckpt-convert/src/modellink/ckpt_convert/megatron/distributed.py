@@ -128,8 +128,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
     metadata = read_pickle(folder / METADATA)
     try:
         fields = metadata.state
-        places = {(key.state["fqn"], key.state.get("offset")): info.state for key,
-                  info in fields["storage_data"].items()}
+        places = {(key.state["fqn"], key.state.get("offset")): info.state
+                  for key, info in fields["storage_data"].items()}
         found = {}
         latent = is_latent(map(str, fields["state_dict_metadata"]))
         for full, entry in fields["state_dict_metadata"].items():
@@ -138,8 +138,8 @@ def _entries(folder: Path) -> dict[str, Entry]:
                                                             Mapping) or "chunks" not in entry.state:
                 continue
             boxes = [(box.state["offsets"], box.state["sizes"]) for box in entry.state["chunks"]]
-            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets))) for offsets,
-                      sizes in boxes]
+            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets)))
+                      for offsets, sizes in boxes]
             found[name] = Entry(entry.state["size"], chunks)
     except (AttributeError, KeyError, TypeError) as error:
         raise ModelLinkError(f"not the metadata of a distributed checkpoint: {type(error).__name__} {error}",
@@ -198,5 +198,4 @@ def refuse_unknown_names(folder: Path) -> None:
         raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which a checkpoint does not "
                              f"need",
                              where=folder / METADATA,
-                             fix="do not open this checkpoint: it may run code, or an unknown program wrote "
-                                 "it")
+                             fix="do not open this checkpoint: it may run code, or an unknown program wrote it")

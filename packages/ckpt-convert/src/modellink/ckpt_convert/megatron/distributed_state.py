@@ -88,8 +88,8 @@ def files(tensors: Mapping[str, Planned], spec: ModelSpec, arguments: object, *,
         entry = entries.setdefault(name, TensorStorageMetadata(
             TensorProperties(dtype=planned.dtype), torch.Size((*axes, *planned.shape)), []))
         entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.shape)))
-    found = {f"__{number}_0.distcp": _joined(part, size) for number,
-             (part, size) in enumerate(zip(parts, sizes, strict=True))}
+    found = {f"__{number}_0.distcp": _joined(part, size)
+             for number, (part, size) in enumerate(zip(parts, sizes, strict=True))}
     common: dict[str, Any] = {
         "args": arguments, "checkpoint_version": 3.0, "iteration": iteration,
         "num_floating_point_operations_so_far": 0,

@@ -110,8 +110,7 @@ def _encoder(name: str) -> str:
         module, kind = adapted["module"], adapted["kind"]
     if module not in MODULES:
         raise ModelLinkError(f"Megatron-Legacy has no name for {name}", where="--to megatron-legacy",
-                             fix="use --to megatron-core: only it has experts, latent attention and norms "
-                                 "after a branch")
+                             fix="use --to megatron-core: only it has experts, latent attention and norms after a branch")
     return f"{start}{MODULES[module]}.{kind}"
 
 

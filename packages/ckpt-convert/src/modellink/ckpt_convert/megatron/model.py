@@ -127,8 +127,7 @@ def _refuse_other_model(values: Mapping[str, Any], spec: ModelSpec, folder: Path
         if theirs is not None and theirs != ours[name]:
             raise ModelLinkError(f"{name} is {theirs} in the checkpoint's arguments and {ours[name]} in the "
                                  f"configuration",
-                                 where=folder, fix="the checkpoint and the configuration belong to different "
-                                                   "models")
+                                 where=folder, fix="the checkpoint and the configuration belong to different models")
 
 
 def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Style:
-    """How a Megatron checkpoint is written: dialect, experts grouped or separate, padding of the vocabulary.
-    """
+    """How a Megatron checkpoint is written: dialect, experts grouped or separate, padding of the vocabulary."""
 
     legacy: bool = False
     dialect: Dialect = "megatron-core"

@@ -86,8 +86,8 @@ def load(folder: Path, num_layers: int | None = None) -> Ranks:
             raise ModelLinkError(
                 f"tensor-parallel rank {rank} of {where} is missing", where=folder,
                 fix=f"there are {len(places)} of {pp * ep * tp} folders mp_rank_*; copy the missing ones")
-    return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE) for place,
-                              path in places.items()})
+    return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE)
+                              for place, path in places.items()})
 
 
 def _is_complete(chunks: list[dict[str, Stored]], num_layers: int | None) -> bool:

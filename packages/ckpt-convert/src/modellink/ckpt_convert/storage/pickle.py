@@ -78,8 +78,7 @@ class Record:
 
 
 def _tensor(record: object, offset: object, shape: Any, stride: Any, *_: object) -> Stored:
-    """torch._utils._rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks)
-    """
+    """torch._utils._rebuild_tensor_v2(storage, storage_offset, size, stride, requires_grad, backward_hooks)"""
     if not isinstance(record, Record) or not isinstance(offset, int):
         raise ValueError("a tensor without a storage")
     shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
@@ -186,8 +185,7 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
         raise
     except zipfile.BadZipFile:
         raise ModelLinkError("not a complete torch.save archive", where=path,
-                             fix="it is truncated, or written by a torch older than 1.6; copy or save it "
-                                 "again") from None
+                             fix="it is truncated, or written by a torch older than 1.6; copy or save it again") from None
     except FileNotFoundError:
         raise ModelLinkError("a file is missing", where=path) from None
     except Exception as error:  # whatever a broken pickle makes the unpickler raise

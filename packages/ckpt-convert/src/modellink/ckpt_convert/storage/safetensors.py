@@ -95,6 +95,6 @@ def layout(tensors: Mapping[str, Planned]) -> FileLayout:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    slots = tuple(Slot(name, start + offset, ordered[name]) for name,
-                  offset in zip(ordered, offsets, strict=True))
+    slots = tuple(Slot(name, start + offset, ordered[name])
+                  for name, offset in zip(ordered, offsets, strict=True))
     return FileLayout(start + at, ((0, len(text).to_bytes(8, "little") + text),), slots)

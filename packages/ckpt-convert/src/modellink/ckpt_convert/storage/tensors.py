@@ -127,8 +127,7 @@ class Stored:
             count = file.readinto(view[done:done + READ_LIMIT])
             if not count:
                 raise ModelLinkError(f"the file ends at byte {offset + done}, in the middle of a tensor",
-                                     where=self.path, fix="it is truncated or still being written; copy it "
-                                                          "again")
+                                     where=self.path, fix="it is truncated or still being written; copy it again")
             done += count
 
 
