@@ -168,7 +168,7 @@ def test_damaged_ranks(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelLinkError, match=r"row-major"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
     rewrite(path, lambda model: model.update({"decoder.layers.1.mlp.linear_fc1.weight": torch.zeros(35, 24)}))
-    with pytest.raises(ModelLinkError, match=r"has the shape \[35, 24\]; the configuration gives \[36, 24\]"):
+    with pytest.raises(ModelLinkError, match=r"has the shape \[35, 24\]; by the configuration it is \[36, 24\]"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
     shutil.rmtree(path.parent)
     with pytest.raises(ModelLinkError, match=r"rank 1 of pipeline stage 1 is missing"):

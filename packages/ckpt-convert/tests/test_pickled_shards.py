@@ -91,5 +91,5 @@ def test_an_index_that_points_elsewhere(pickle_it: Any) -> None:
 
 def test_quantized_weights_are_refused(pickle_it: Any) -> None:
     folder, _ = pickle_it(1, lambda state: state | {"model.norm.weight": torch.zeros(20, dtype=torch.int8)})
-    with pytest.raises(ModelLinkError, match=r"stored as torch\.int8"):
+    with pytest.raises(ModelLinkError, match=r"stored as int8"):
         open_checkpoint(folder)
