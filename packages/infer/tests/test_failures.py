@@ -214,7 +214,8 @@ def test_a_server_exits_if_its_model_fails(broken):
 
 def test_a_replica_is_restarted_if_its_model_fails(broken, engine):
     from modellink.core.launch import free_port
-    from modellink.infer.server.replicas import LocalReplica, make_front
+    from modellink.infer.server.front import make_front
+    from modellink.infer.server.replicas import LocalReplica
     replicas = [LocalReplica(index, broken.command, broken.environment) for index in range(2)]
     server = uvicorn.Server(uvicorn.Config(make_front(replicas, max_body=10_000), port=(port := free_port()),
                                            log_level="warning"))

@@ -23,7 +23,8 @@ ASKED = """
 import asyncio, sys
 import httpx
 from modellink.infer.server import run
-from modellink.infer.server.replicas import Replica, make_front
+from modellink.infer.server.front import make_front
+from modellink.infer.server.replicas import Replica
 
 async def ask():
     front = make_front([Replica(0, "http://127.0.0.1:1")], max_body=1000)
@@ -71,7 +72,8 @@ def forward(respond: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b""
     `respond(request)`."""
     from starlette.requests import Request
 
-    from modellink.infer.server.replicas import Replica, _forward
+    from modellink.infer.server.front import _forward
+    from modellink.infer.server.replicas import Replica
     replica = Replica(0, "http://replica:1") if replica is None else replica
     replica.ready = True
 
@@ -185,7 +187,8 @@ def elsewhere() -> Iterator[str]:
 def test_no_proxy_is_used_for_local_replicas_and_their_metrics_are_joined(elsewhere, monkeypatch):
     from starlette.testclient import TestClient
 
-    from modellink.infer.server.replicas import Replica, make_front
+    from modellink.infer.server.front import make_front
+    from modellink.infer.server.replicas import Replica
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)

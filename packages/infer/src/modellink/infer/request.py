@@ -168,7 +168,8 @@ class Completion:
         if self.error is not None:
             raise self.error
         request = self.request
-        return Generation(request.text_prefix + self.text.text, self.token_ids, self.finish_reason,
-                          self.logprobs if request.logprobs else None, len(request.prompt),
-                          self.top_logprobs if request.logprobs and request.top_logprobs else None,
-                          score, self.prompt_logprobs if request.prompt_logprobs else None)
+        logprobs = self.logprobs if request.logprobs else None
+        top_logprobs = self.top_logprobs if request.logprobs and request.top_logprobs else None
+        prompt_logprobs = self.prompt_logprobs if request.prompt_logprobs else None
+        return Generation(request.text_prefix + self.text.text, self.token_ids, self.finish_reason, logprobs,
+                          len(request.prompt), top_logprobs, score, prompt_logprobs)

@@ -38,21 +38,21 @@ from modellink.kernels.files import atomic_write, finish_folder, kill_point
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
-         beside: Callable[[Path], None] | None = None, keep: int | None = None, behind: Writer | None = None) -> None:
+         extra_files: Callable[[Path], None] | None = None, keep: int | None = None, background: Writer | None = None) -> None:
     """Write a checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
         manifest: the description that the checkpoint carries.
         companions: folder of config and tokenizer files to copy; only the tokenizer with `tokenizer_alone`.
-        beside: writes further files into the iteration's folder before it is complete; every rank calls it.
+        extra_files: writes further files into the iteration's folder before it is complete; every rank calls it.
         keep: number of newest checkpoints to keep. Default: all.
-        behind: writes in the background. Default: the checkpoint is complete when this returns.
+        background: writes in the background. Default: the checkpoint is complete when this returns.
     """
     iteration = training.iteration
     path = folder / iteration_folder(iteration)
     temporary = path.with_name(path.name + ".tmp")
     first = dist.get_rank() == 0
-    writer = behind or Writer()
+    writer = background or Writer()
     writer.wait()
 
     def begin() -> None:
@@ -80,8 +80,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
             print(f"  successfully saved checkpoint at iteration {iteration:7d} to {folder}", flush=True)
 
     def finish() -> None:
-        if beside is not None:
-            beside(temporary)
+        if extra_files is not None:
+            extra_files(temporary)
         dist.barrier()
         on_all_ranks(complete, temporary)
 
@@ -92,8 +92,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         state |= _random_state(training)
         state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
         request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
-        writer.start(request, finish, temporary, copy=behind is not None)
-    if behind is None:
+        writer.start(request, finish, temporary, copy=background is not None)
+    if background is None:
         writer.wait()
 
 

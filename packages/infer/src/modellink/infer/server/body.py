@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from modellink.data_prep import Tokenizer
 from modellink.infer.arguments import GenerationArguments
@@ -106,9 +106,8 @@ def parse_call(body: Mapping[str, Any], *, chat: bool, spec: ModelSpec, tokenize
         ModelLinkError: something in the body is wrong; `where` is the field.
     """
     _refuse_unsupported(body, chat)
-    # type: ignore[typeddict-item]
-    arguments: GenerationArguments = {**_sampling(body), **_stops(body, spec), **_constraint(body),
-                                      **_lengths(body, chat)}
+    found = {**_sampling(body), **_stops(body, spec), **_constraint(body), **_lengths(body, chat)}
+    arguments = cast(GenerationArguments, found)
     if chat and arguments["max_new_tokens"] is None:
         arguments["max_length"] = int(min(max_sequence_tokens(spec), max_tokens))
     count = field(body, "n", int, 1)

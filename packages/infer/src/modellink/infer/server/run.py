@@ -62,11 +62,12 @@ def bind(host: str, port: int) -> list[socket.socket]:
         for one in found:
             one.close()
         in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        raise ModelLinkError(f"the server cannot listen on {host}:{port}: "
-                             f"{getattr(error, 'strerror', None) or error}",
-                             where="--port" if in_use else "--host, --port",
-                             fix="stop the program that uses the port, or choose another --port" if in_use
-                             else None) from None
+        reason = getattr(error, "strerror", None) or error
+        where, fix = "--host, --port", None
+        if in_use:
+            where, fix = "--port", "stop the program that uses the port, or choose another --port"
+        raise ModelLinkError(f"the server cannot listen on {host}:{port}: {reason}", where=where,
+                             fix=fix) from None
     return found
 
 
@@ -102,12 +103,12 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
 
 def serve_replicas(replicas: Sequence[Replica], sockets: Sequence[socket.socket], *, max_waiting: int = 256,
                    max_body: int = 2 << 20) -> None:
-    """Forward requests to several servers of the same model, until SIGTERM or Ctrl-C; see replicas.py.
+    """Forward requests to several servers of the same model, until SIGTERM or Ctrl-C; see front.py.
 
     Raises:
         ModelLinkError: a replica cannot start with its options.
     """
-    from modellink.infer.server.replicas import make_front
+    from modellink.infer.server.front import make_front
 
     def stop() -> None:
         server.should_exit = True
