@@ -1,6 +1,6 @@
-"""Megatron-Legacy, grouped experts and the original's names: what lies in the files, and that every way back gives every bit.
+"""Megatron-Legacy, grouped experts and the original's names: the content of the files, and bit-equal conversions back.
 
-The layouts are written down here a second time with plain tensor operations, from the description of the formats.
+The layouts are implemented again here with plain tensor operations, from the description of the formats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WITHOUT_LEGACY = [*MIXTURES, "gemma2"]
 
 
 def states(root: Path) -> dict[str, dict[str, Any]]:
-    """Name of a rank's folder -> its file, as torch reads it."""
+    """Return name of a rank's folder -> its file, as torch reads it."""
     return {path.parent.name: torch.load(path, weights_only=False) for path in sorted(root.rglob("model_optim_rng.pt"))}
 
 
@@ -35,7 +35,7 @@ def same(before: dict[str, torch.Tensor], folder: Path) -> bool:
 
 
 def qkv(tensors: dict[str, torch.Tensor], start: str, kind: str, groups: int, size: int) -> torch.Tensor:
-    """Group by group: its queries, its key, its value."""
+    """Return the fused matrix: group by group its queries, its key, its value."""
     query, key, value = (tensors[f"{start}.self_attn.{name}_proj.{kind}"] for name in "qkv")
     rest = query.shape[1:]
     per_group = len(query) // groups
@@ -68,7 +68,7 @@ def test_what_a_legacy_file_holds(tmp_path: Path) -> None:
         if stage == 0:
             assert model.keys() == {"language_model"} and model["language_model"].keys() == {"embedding", "encoder"}
             assert torch.equal(model["language_model"]["embedding"]["word_embeddings"]["weight"], table)
-        else:  # tied and several stages: the copy of the embedding is outside of the language model
+        else:  # tied, several stages: the copy of the embedding is outside of the language model
             assert model.keys() == {"language_model", "word_embeddings_for_head"}
             assert model["language_model"].keys() == {"encoder"}
             assert torch.equal(model["word_embeddings_for_head"]["weight"], table)
@@ -167,7 +167,7 @@ def test_what_grouped_experts_look_like(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", LATENT)
 def test_what_the_originals_latent_attention_looks_like(model: str, tmp_path: Path) -> None:
-    """At TP 2: compressed forms whole on each rank, heads cut; queries without compression are heads too."""
+    """At TP 2 compressed projections are replicated and heads are split; queries without compression are heads too."""
     before = make_folder(tmp_path / "hf", *spec_of(model))
     convert(tmp_path / "hf", tmp_path / "mg", to="megatron-core", layout=ParallelLayout(tp=2), dialect="modellink-1.0")
     for folder, state in states(tmp_path / "mg").items():
@@ -197,7 +197,7 @@ def test_the_gate_of_shared_experts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["deepseek_v2 lite", "qwen2_moe"])
 def test_tensors_that_the_original_copied_whole_to_every_rank(model: str, tmp_path: Path) -> None:
-    """At TP above 1 its converter did not cut latent attention, shared and grouped experts; such files are read too."""
+    """At TP above 1 its converter replicated latent attention, shared and grouped experts; such files are read too."""
     before = make_folder(tmp_path / "hf", *spec_of(model))
     style: dict[str, Any] = {"to": "megatron-core", "dialect": "modellink-1.0", "moe_grouped_gemm": True}
     convert(tmp_path / "hf", tmp_path / "one", **style)

@@ -110,8 +110,7 @@ class RunModelOptions(LayoutOptions, ModelPathOptions):
 
     prompt_type: str | None = option(
         None, "Chat template: a prompt type of modellink-preprocess, or a JSON file. Default: the one the "
-              "checkpoint was trained "
-        "with.")
+              "checkpoint was trained with.")
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Data type of weights and activations. Default: the checkpoint's.")

@@ -321,8 +321,7 @@ def _click_option(item: Field) -> click.Option:
 
 def command(*configs: type, name: str | None = None,
             help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
-    """Decorator: make a function a console command with the options of these config classes (see `Command`).
-    """
+    """Decorator: make a function a console command with the options of these config classes (see `Command`)."""
     def wrap(function: Callable[..., Any]) -> Command:
         return click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
                              context_settings={"help_option_names": ["-h", "--help"],

@@ -26,8 +26,7 @@ class Settings:
 
 def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
           variances: Sequence[Tensor], settings: Settings) -> None:
-    """Update `params`, `means` (first moments) and `variances` (second moments), all on one device, in place.
-    """
+    """Update `params`, `means` (first moments) and `variances` (second moments), all on one device, in place."""
     for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
         if not param.shape == grad.shape == mean.shape == variance.shape:
             raise ValueError(f"adamw: a gradient of {list(grad.shape)} and moments of {list(mean.shape)} and "

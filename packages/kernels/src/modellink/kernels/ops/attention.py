@@ -269,8 +269,7 @@ def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: 
 
 
 def _npu_packed(qkv: list[Tensor], variant: Variant, ends: list[int]) -> Tensor:
-    """Attend to queries, keys and values [tokens, heads, dim], with as many documents per call as it accepts.
-    """
+    """Attend to queries, keys and values [tokens, heads, dim], with as many documents per call as it accepts."""
     outs, start = [], 0
     longest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
     for first in range(0, len(ends), _NPU_DOCUMENTS):

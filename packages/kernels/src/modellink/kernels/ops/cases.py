@@ -74,8 +74,7 @@ JOINED: dict[str, Form] = {form.__name__: form for form in (
 
 
 def with_gradients(results: Tensor | tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Return the results, and the gradients of their weighted sum, in which every element has another weight.
-    """
+    """Return the results, and the gradients of their weighted sum, in which every element has another weight."""
     results = results if isinstance(results, tuple) else (results,)
     weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in results]
     wanted = [x for x in inputs if x.requires_grad]

@@ -78,8 +78,7 @@ def _outer(gradient: Tensor, x: Tensor, counts: Sequence[int]) -> Sequence[Tenso
 
 
 def torch_fused(x: Tensor, weights: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
-    """Use torch's kernel, which supports bf16 with rows of a multiple of 16 bytes; otherwise the plain form.
-    """
+    """Use torch's kernel, which supports bf16 with rows of a multiple of 16 bytes; otherwise the plain form."""
     if x.dtype != torch.bfloat16 or any(size % 8 for size in weights[0].shape) or not x.size(0):
         return plain(x, weights, counts)
     out: Tensor = _Grouped.apply(_multiply, _outer, counts, x.contiguous(), *weights)
