@@ -28,7 +28,8 @@ def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
     known = sorted({linear(name) for name in linears})
     for module in lora.modules:
         if module not in known:
-            raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules", fix=_suggestion(module, known))
+            raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules",
+                                 fix=_suggestion(module, known))
     return {name: weight for name, weight in linears.items() if linear(name) in lora.modules}
 
 
