@@ -123,6 +123,8 @@ def test_requests_are_retried_if_a_replica_is_killed(front, engine):
 
 
 def test_a_stream_of_a_killed_replica_ends_with_an_error(front):
+    """Afterwards, until the replicas have restarted, requests get status 503."""
+    before = front.errors.read_text().count("ended with status")
     with front.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
@@ -130,6 +132,9 @@ def test_a_stream_of_a_killed_replica_ends_with_an_error(front):
             os.kill(pid, signal.SIGKILL)
         rest = [line for line in lines if line]
     assert json.loads(rest[-1][6:])["error"]["message"] == "the replica exited"
+    deadline = time.monotonic() + 20
+    while front.errors.read_text().count("ended with status") < before + 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     response = post(front, **BODY)
     assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"
     assert front.client.get("/health").status_code == 503

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch.distributed as dist
 
-from modellink.core import api, launch, processes
+from modellink.core import api, launch
 from modellink.core.digests import compare
 from modellink.core.prepare.prepare import prepare
-from modellink.kernels.device import find
 from modellink.kernels.errors import InternalError, run_command
 from modellink.kernels.options import Layer
 from modellink.kernels.parallel import ParallelLayout
@@ -63,6 +61,10 @@ OF_THE_SAVE = (".metadata", "modellink.complete")
 
 def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
     """Run these configurations on a rank one by one; each leaves its digests and last checkpoint in FOLDER/NAME."""
+    import torch.distributed as dist
+
+    from modellink.core import processes
+    from modellink.kernels.device import find
     processes.join(find(more.get("device", "auto"), launch.rank()), ParallelLayout(dp=launch.world_size()), seed=1)
     data = Path(folder) / "text_document"
     if launch.rank() == 0:
@@ -111,6 +113,7 @@ def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str
 @click.option("--use-deter-comp/--no-use-deter-comp", default=True, help="Use deterministic operations. Default: on.")
 def determinism(device: str, use_deter_comp: bool) -> None:
     """Run a small model twice in many configurations, and print which runs repeat bit for bit. Exit status 1 if one does not."""
+    from modellink.kernels.device import find  # imports torch
     found = find(device)  # type: ignore[arg-type]
     there = found.module.device_count() if found.module else max(count for count, _ in CONFIGURATIONS.values())
     done: list[str] = []

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from modellink.infer.request import BeamSearch
-from modellink.infer.sampling import Sampling, out_of_range
+from modellink.infer.sampling import BeamSearch, Sampling, out_of_range
 from modellink.kernels.errors import ModelLinkError, near
 
 

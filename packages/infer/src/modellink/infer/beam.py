@@ -21,8 +21,9 @@ from modellink.infer.cache import PagedCache, rotary_depends_on_length
 from modellink.infer.network import Network
 from modellink.infer.pages import PAGE_SIZE, CachedSequence, Chunk
 from modellink.infer.passes import Pass
-from modellink.infer.request import BeamSearch, Completion, Generation, GenerationRequest, TokenLogprobs
+from modellink.infer.request import Completion, Generation, GenerationRequest, TokenLogprobs
 from modellink.infer.sampler import filter_logits, penalize
+from modellink.infer.sampling import BeamSearch
 from modellink.kernels.errors import ModelLinkError
 
 

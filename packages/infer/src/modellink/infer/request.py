@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.sampling import Sampling, out_of_range
+from modellink.infer.sampling import BeamSearch, Sampling
 from modellink.infer.text import GrowingText
 from modellink.kernels.errors import ModelLinkError
 
@@ -47,33 +46,6 @@ class Generation:
     top_logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
     prompt_logprobs: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class BeamSearch:
-    """Beam search with `beams` hypotheses that returns the best `count`.
-
-    Raises:
-        ModelLinkError: a value is out of range.
-    """
-
-    beams: int
-    count: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-
-    def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise out_of_range("num_beams", self.beams, "at least 1")
-        if self.count > self.beams:
-            raise ModelLinkError(f"{self.beams} beams cannot return {self.count} completions",
-                                 where="--num-return-sequences", fix=f"use at most {self.beams}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ModelLinkError(f"early_stopping is {self.early_stopping!r}, it must be True, False or "
-                                 "'never'",
-                                 where="early_stopping")
-        if not math.isfinite(self.length_penalty):
-            raise out_of_range("length_penalty", self.length_penalty, "finite")
 
 
 @dataclass(frozen=True)

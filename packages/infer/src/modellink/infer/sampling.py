@@ -1,10 +1,13 @@
-"""Sampling parameters and their limits. Imports no torch, so that a command can check them first; sampler.py
-applies them."""
+"""Parameters of sampling and beam search, with their limits.
+
+Imports no torch, so that a command can check them first; sampler.py and beam.py apply them.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from modellink.kernels.errors import ModelLinkError
 
@@ -58,6 +61,33 @@ class Sampling:
     @property
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True)
+class BeamSearch:
+    """Beam search with `beams` hypotheses that returns the best `count`.
+
+    Raises:
+        ModelLinkError: a value is out of range.
+    """
+
+    beams: int
+    count: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise out_of_range("num_beams", self.beams, "at least 1")
+        if self.count > self.beams:
+            raise ModelLinkError(f"{self.beams} beams cannot return {self.count} completions",
+                                 where="--num-return-sequences", fix=f"use at most {self.beams}")
+        if self.early_stopping not in (True, False, "never"):
+            raise ModelLinkError(f"early_stopping is {self.early_stopping!r}, it must be True, False or "
+                                 "'never'",
+                                 where="early_stopping")
+        if not math.isfinite(self.length_penalty):
+            raise out_of_range("length_penalty", self.length_penalty, "finite")
 
 
 def out_of_range(option: str, value: object, limits: str) -> ModelLinkError:
