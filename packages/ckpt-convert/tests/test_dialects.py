@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.megatron.dialects import named
+from modellink.ckpt_convert.megatron.dialects import named, renamed
+from modellink.ckpt_convert.storage.tensors import Stored
 from modellink.ckpt_convert.storage.writing import Planned
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -232,3 +233,15 @@ def test_grouped_experts_have_no_biases() -> None:
     planned = Planned(torch.float32, (3,), lambda: iter(()))
     with pytest.raises(ModelLinkError, match=r"cannot hold .*local_experts\.1\.linear_fc1\.bias"):
         named({"decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.bias": planned}, "megatron-core", grouped=True)
+
+
+@pytest.mark.parametrize(("projection", "norm"), [("linear_qkv", "k_layernorm"), ("linear_kvb", "kv_layernorm")])
+def test_a_norm_of_keys_is_only_renamed_in_latent_attention(projection: str, norm: str) -> None:
+    """The original calls DeepSeek's norm of compressed keys and values `k_layernorm`; in other models it is a norm of keys."""
+    start, stored = "decoder.layers.0.self_attention.", Stored(Path("x"), 0, "float32", (6,))
+    state = {f"{start}{projection}.weight": stored, f"{start}q_layernorm.weight": stored, f"{start}k_layernorm.weight": stored}
+    assert f"{start}{norm}.weight" in renamed(state) and f"{start}q_layernorm.weight" in renamed(state)
+    planned = Planned(torch.float32, (6,), lambda: iter(()))
+    ours = {"linear_qkv": "linear_qkv", "linear_kvb": "linear_kv_up_proj"}[projection]
+    chunk = {f"{start}{ours}.weight": planned, f"{start}{norm}.weight": planned}
+    assert f"{start}k_layernorm.weight" in named(chunk, "modellink-1.0", grouped=False)

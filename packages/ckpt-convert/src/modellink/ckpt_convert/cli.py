@@ -1,5 +1,4 @@
-"""`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library.
-"""
+"""`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""DeepSeek-V2 and V2-Lite: latent attention, experts chosen from groups, shared experts, dense first layers.
-"""
+"""DeepSeek-V2 and V2-Lite: latent attention, experts chosen from groups, shared experts, dense first layers."""
 
 from __future__ import annotations
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from modellink.kernels.ops.dispatch import form_of
 
 WORTH_WIDENING = 32
-"""Rows from which a matrix is converted to fp32; with fewer, reading it twice costs more. A guess, not tuned.
-"""
+"""Rows from which a matrix is converted to fp32; with fewer, reading it twice costs more. A guess, not tuned."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
