@@ -56,7 +56,7 @@ def test_merge_as_a_word_and_as_the_originals_flag(command, tmp_path, write_line
     assert command(*keys, "--output-prefix", "old/both", "--seed", "5").returncode == 0
     assert snapshot(tmp_path / "new") == snapshot(tmp_path / "old") == snapshot(tmp_path / "whole")
     again = command("merge", *keys, "--output-prefix", "new/both")
-    assert again.returncode == 2 and "the output exists" in again.stderr
+    assert again.returncode == 2 and "the output already exists" in again.stderr
     nothing = command("merge", "--input", "parts", "--merge-group-keys", "labels", "--output-prefix", "new/x")
     assert nothing.returncode == 2 and "no file name contains 'labels'" in nothing.stderr
 
@@ -97,7 +97,7 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(command, options, e
     killed = command(*arguments, MODELLINK_KILL_AT=point)
     assert killed.returncode == -signal.SIGKILL
     if point in POINTS[:5]:
-        assert not list((tmp_path / "out").glob("*.idx")), "an output before it is whole"
+        assert not list((tmp_path / "out").glob("*.idx")), "an output before it is complete"
     assert command(*arguments).returncode == 0
     assert snapshot(tmp_path / "out") == expected
     summary = json.loads((tmp_path / "summary.json").read_text())
