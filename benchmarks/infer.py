@@ -1,18 +1,23 @@
-"""modellink-infer next to transformers' generate: time to the first token, decode speed, and sixteen requests at once.
+"""modellink-infer next to transformers' generate: time to the first token, decode speed, and sixteen requests
+at once.
 
-Greedy decoding with the same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens; one prompt
-(batch 1); sixteen prompts of mixed lengths, which transformers completes one after the other, and as one batch padded on the
-left. Ours runs with the compiled step, without it (eager), and with int8 weights. Each of these runs in a process of its own,
-so that the peak memory is its own. The server is measured with one HTTP connection per prompt, for full responses (server)
-and for streams that are read token by token (streams), and compared with calls of the same engine (library). These three
-share a process: the same weights in another process are up to a tenth faster or slower here. The contenders take turns over
-several rounds and the best round counts, for these three the median. With --text, the perplexity of its first tokens is
-printed for the original and int8 weights. The limit for one prompt is the measured read bandwidth of the memory divided by
-the bytes of the weights. In fp32, the tokens of every prompt must equal those of transformers for that prompt.
+Greedy decoding with the same weights and dtype, in one run. Cases: the first token of a prompt of 512 tokens;
+one prompt (batch 1); sixteen prompts of mixed lengths, which transformers completes one after the other, and
+as one batch padded on the left. Ours runs with the compiled step, without it (eager), and with int8 weights.
+Each of these runs in a process of its own, so that the peak memory is its own. The server is measured with
+one HTTP connection per prompt, for full responses (server) and for streams that are read token by token
+(streams), and compared with calls of the same engine (library). These three share a process: the same weights
+in another process are up to a tenth faster or slower here. The contenders take turns over several rounds and
+the best round counts, for these three the median. With --text, the perplexity of its first tokens is printed
+for the original and int8 weights. The limit for one prompt is the measured read bandwidth of the memory
+divided by the bytes of the weights. In fp32, the tokens of every prompt must equal those of transformers for
+that prompt.
 
-    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text FILE] [--json FILE]
+    python benchmarks/infer.py [--model FOLDER] [--dtypes float32 bfloat16] [--tokens 48] [--rounds 3] [--text
+    FILE] [--json FILE]
 
-`--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder. Default: a random model of the size of SmolLM2-135M.
+`--model` (or MODELLINK_TEST_MODEL) is a Hugging Face folder. Default: a random model of the size of
+SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -49,8 +54,8 @@ WINDOW = 512  # tokens of a text per window
 def random_model(folder: Path) -> Path:
     import transformers
     config = transformers.LlamaConfig(
-        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
-        vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True)
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, max_position_embeddings=8192, tie_word_embeddings=True)
     torch.manual_seed(0)
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
@@ -73,7 +78,8 @@ def ours(folder: Path, dtype: str, **options: bool) -> Contender:
 def called(engine: Engine) -> Contender:
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
         engine.forget()  # else the prefixes of an earlier round would be reused
-        return [completion.token_ids for completion in engine.generate(rows, max_new_tokens=tokens, ignore_eos=True)]
+        return [completion.token_ids for completion in engine.generate(rows, max_new_tokens=tokens,
+                                                                       ignore_eos=True)]
     return generate
 
 
@@ -98,11 +104,13 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
     runner = asyncio.Runner()
 
     async def one(body: dict[str, Any]) -> int:
-        """Send a request and return the number of generated tokens; a client library would need more CPU time than the server."""
+        """Send a request and return the number of generated tokens; a client library would need more CPU time
+        than the server."""
         content = json.dumps(body).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n"
-                     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(content), content))
+                     b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%s" % (len(content),
+                                                                                          content))
         response = await reader.read()
         writer.close()
         return int(re.findall(rb'"completion_tokens": ?([0-9]+)', response)[-1])
@@ -123,16 +131,19 @@ def served(folder: Path, dtype: str) -> dict[str, Contender]:
 def theirs(folder: Path, dtype: str, *, padded: bool) -> Contender:
     import transformers
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
-    model.generation_config.eos_token_id = None  # no end token; `min_new_tokens` would mask it and so change the tokens
+    # no end token; `min_new_tokens` would mask it and so change the tokens
+    model.generation_config.eos_token_id = None
 
     def generate(rows: list[list[int]], tokens: int) -> list[list[int]]:
         longest = max(map(len, rows))
         ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False,
+                                 pad_token_id=0)
         return out[:, longest:].tolist()
-    return generate if padded else lambda rows, tokens: [found for row in rows for found in generate([row], tokens)]
+    return generate if padded else lambda rows, tokens: [found for row in rows
+                                                         for found in generate([row], tokens)]
 
 
 def make(process: str, folder: Path, dtype: str) -> dict[str, Contender]:
@@ -162,8 +173,10 @@ def serve(process: str, folder: Path, dtype: str, tokens: int) -> None:
 
 
 def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str, Any]]:
-    processes = {name: subprocess.Popen([sys.executable, __file__, "--serve", name, str(folder), dtype, str(tokens)], text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE) for name in set(PROCESSES.values())}
+    processes = {name: subprocess.Popen([sys.executable, __file__, "--serve", name, str(folder), dtype,
+                                         str(tokens)], text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                 for name in set(PROCESSES.values())}
     rows = []
     for process in processes.values():
         read_line(process)
@@ -187,8 +200,9 @@ def compare(folder: Path, dtype: str, tokens: int, rounds: int) -> list[dict[str
         limit = bandwidth() / weight_bytes(folder, dtype) if case == "one prompt" else None
         for who in (who for who in CONTENDERS if who not in (*PEERS, "library")):
             for peer in (peer for peer in (("library",) if who in SERVED else PEERS) if peer in best):
-                rows.append({"claim": f"{case}, {dtype}, {who}", "ours": best[who]["rate"], "peer": best[peer]["rate"],
-                             "unit": "tokens/s", "peer_name": "library" if who in SERVED else f"transformers {peer}",
+                rows.append({"claim": f"{case}, {dtype}, {who}", "ours": best[who]["rate"],
+                             "peer": best[peer]["rate"], "unit": "tokens/s",
+                             "peer_name": "library" if who in SERVED else f"transformers {peer}",
                              "peak_memory": best[who]["peak"], "peer_peak_memory": best[peer]["peak"],
                              "limit": limit if who in ("compiled", "eager") else None})
                 show(rows[-1])
@@ -202,7 +216,8 @@ def check(case: str, found: dict[str, dict[str, Any]]) -> None:
     for who in ("compiled", "eager"):
         same = sum(a == b for a, b in zip(found[who]["tokens"], found["one by one"]["tokens"], strict=True))
         if same < len(LENGTHS[case]):
-            raise SystemExit(f"{case}, {who}: only {same} of {len(LENGTHS[case])} completions equal those of transformers")
+            raise SystemExit(f"{case}, {who}: only {same} of {len(LENGTHS[case])} completions equal those of "
+                             "transformers")
 
 
 def show(row: dict[str, Any]) -> None:
@@ -227,7 +242,8 @@ def weight_bytes(folder: Path, dtype: str) -> int:
 
 
 def bandwidth() -> float:
-    """Return the memory read bandwidth of this machine in bytes per second: the best of ten sums over 1 GB."""
+    """Return the memory read bandwidth of this machine in bytes per second: the best of ten sums over 1 GB.
+    """
     data = torch.ones(1 << 28)
     seconds = []
     for _ in range(10):
@@ -247,19 +263,22 @@ def perplexities(folder: Path, dtype: str, text: Path) -> str:
     found = []
     for int8 in (False, True):
         engine = load(folder, device="cpu", dtype=dtype, int8=int8)
-        sums = [total for total, _ in engine.loglikelihood([(window[:1], window[1:]) for window in windows if len(window) > 1])]
+        sums = [total for total, _ in engine.loglikelihood([(window[:1], window[1:]) for window in windows
+                                                            if len(window) > 1])]
         found.append(math.exp(-sum(sums) / sum(len(window) - 1 for window in windows)))
-    return (f"perplexity of {sum(map(len, windows)):,} tokens of {text.name}, {dtype}: {found[0]:.3f}, with int8 weights "
-            f"{found[1]:.3f} ({100 * (found[1] / found[0] - 1):+.2f} %)")
+    return (f"perplexity of {sum(map(len, windows)):,} tokens of {text.name}, {dtype}: {found[0]:.3f}, with "
+            f"int8 weights {found[1]:.3f} ({100 * (found[1] / found[0] - 1):+.2f} %)")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=os.environ.get("MODELLINK_TEST_MODEL"))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--text", type=Path, help="UTF-8 text for the perplexity; needs --model with a tokenizer.json")
+    parser.add_argument("--text", type=Path,
+                        help="UTF-8 text for the perplexity; needs --model with a tokenizer.json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--serve", nargs=4)
     given = parser.parse_args()

@@ -55,7 +55,7 @@ def train(work: Path, name: str, iterations: int, *more: str) -> tuple[dict[int,
 def lost(said: str) -> int:
     """Return the number of iterations repeated from a checkpoint older than the last logged step."""
     last = again = 0
-    for match in re.finditer(r"iteration +(\d+)/|continuing from .* at iteration (\d+)", said):
+    for match in re.finditer(r"iteration +(\d+)/|resuming from .* at iteration (\d+)", said):
         if match[1]:
             last = max(last, int(match[1]))
         else:
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     "--enable-optimizer-state-local-copy", "--hang-timeout", "8", "--max-restarts", "1000",
                     "--save-interval", "3", "--inject-fault", faults)
                 worst = max(abs(found.get(number, float("inf")) - loss) / loss for number, loss in straight.items())
-                starts = 1 + said.count("the run starts again")
+                starts = 1 + said.count("; restarting")
                 rows.append({"layout": layout, "fault": name, "starts": starts, "lost": lost(said), "difference": worst,
                              "seconds": seconds, "undisturbed_seconds": alone})
                 told = "equal bits" if worst == 0 else f"within {worst:.0e}"

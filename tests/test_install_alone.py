@@ -45,7 +45,7 @@ folder = pathlib.Path(top.__file__).parent
 assert "site-packages" in folder.parts, folder
 torch = importlib.util.find_spec("torch") is not None
 extras = () if torch else ("modellink.kernels.ops", "modellink.kernels.device")
-web = tuple(f"modellink.infer.server.{name}" for name in ("app", "http", "replicas"))
+web = tuple(f"modellink.infer.server.{name}" for name in ("app", "front", "http", "replicas"))
 extras += () if importlib.util.find_spec("fastapi") else web
 names = []
 for path in sorted(folder.rglob("*.py")):

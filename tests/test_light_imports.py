@@ -23,7 +23,7 @@ SUBCOMMANDS: dict[str, dict[str, list[str]]] = {  # an option with an invalid ch
                         "serve": ["--device", "nonsense"]},
     "modellink-eval": {"": [], "run": ["--device", "nonsense"], "list": [], "report": []},
 }
-NOT_YET = {"modellink-convert", "modellink-train", "modellink-infer", "modellink-eval"}
+NOT_YET = {"modellink-convert", "modellink-train", "modellink-eval"}
 """Commands that still import torch for this, or whose dependencies do."""
 
 RUN = """

@@ -1,8 +1,8 @@
-"""Makers of hostile and damaged checkpoints: each turns a copy of a sound one into an attack. `python make.py SOUND TARGET`.
+"""Make hostile and damaged checkpoints: each function turns a copy of a valid one into an attack. `python make.py SOUND TARGET`.
 
-SOUND is a small Llama as a Hugging Face folder (`hf`) and as a Megatron-Core checkpoint (`mc`, one rank, without manifest). What
-happens to each is said in README.md and asserted in ../tests/test_attacks.py. A pickle here asks for the call of `touch`, with a
-file `ran` beside the checkpoint as its argument: harmless, and it shows.
+SOUND is a small Llama as a Hugging Face folder (`hf`) and as a Megatron-Core checkpoint (`mc`, one rank, without manifest).
+README.md lists what happens with each attack, and ../tests/test_attacks.py checks it. A pickle here requests a call of `touch`
+with a file `ran` next to the checkpoint as its argument: harmless, but visible.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 RANK = "iter_0000001/mp_rank_00/model_optim_rng.pt"
 Maker = Callable[[Path], None]
 ATTACKS: dict[str, tuple[str, Maker]] = {}
-"""Name -> (which sound checkpoint it starts from, what it does to the copy)."""
+"""Name -> (the valid checkpoint it starts from, the change of the copy)."""
 
 
 def attack(start: str) -> Callable[[Maker], Maker]:
@@ -35,7 +35,7 @@ def attack(start: str) -> Callable[[Maker], Maker]:
 
 
 class Call:
-    """Pickled, it asks for a call."""
+    """Its pickle requests a call."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
@@ -54,7 +54,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 
 def edit_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change the header of a safetensors file, its data left as it is."""
+    """Change the header of a safetensors file and keep its data."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8:8 + length])
@@ -153,7 +153,7 @@ def compressed_record(folder: Path) -> None:
 def record_beyond_its_file(folder: Path) -> None:
     path = folder / RANK
     data = path.read_bytes()
-    last = data.rindex(b"PK\x01\x02")  # the directory's entry of archive/version; before it is that of the last tensor
+    last = data.rindex(b"PK\x01\x02")  # the directory entry of archive/version; the last tensor's is before it
     entry = data.rindex(b"PK\x01\x02", 0, last)
     path.write_bytes(data[:entry + 42] + (1 << 30).to_bytes(4, "little") + data[entry + 46:])
 
@@ -170,7 +170,7 @@ def strides_that_reach_elsewhere(folder: Path) -> None:
 
 @attack("mc")
 def pickle_without_end(folder: Path) -> None:
-    """A list that holds itself, nested a hundred thousand times."""
+    """A list nested a hundred thousand times."""
     body = io.BytesIO()
     body.write(b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b".")
     with zipfile.ZipFile(folder / RANK, "w") as new:
@@ -178,7 +178,7 @@ def pickle_without_end(folder: Path) -> None:
 
 
 def make(name: str, sound: Path, target: Path) -> Path:
-    """The attack as a folder below `target`."""
+    """Make the attack as a folder in `target`, and return it."""
     start, maker = ATTACKS[name]
     folder = target / name / "checkpoint"
     shutil.copytree(sound / start, folder)

@@ -1,10 +1,10 @@
-"""Fill a running model from a Megatron checkpoint, tensor by tensor, with no file in between.
+"""Fill a running model from a Megatron checkpoint, tensor by tensor, without a file in between.
 
     python stream_into_model.py CHECKPOINT [HF_FOLDER]
 
-CHECKPOINT is anything `modellink-convert` reads. The model is the class transformers has for it, made on the meta device; each
-tensor takes its place as it arrives, so that the model is in memory once. HF_FOLDER has config.json where the checkpoint
-carries none. Needs transformers.
+CHECKPOINT is anything that `modellink-convert` reads. The model is its class in transformers, built on the meta device;
+each tensor is assigned as it arrives, so that the model is in memory only once. HF_FOLDER has the config.json of a
+checkpoint without one. Needs transformers.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tiny models of awkward shapes, and the command as a subprocess."""
+"""Tiny models with unusual shapes, and the command as a subprocess."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from modellink.ckpt_convert.cli import main
 
-sys.path.append(str(Path(__file__).parent))  # for tiny_models: tests are no importable package
-torch.set_num_threads(1)  # a fork must not find a thread pool
+sys.path.append(str(Path(__file__).parent))  # for tiny_models: tests are not a package
+torch.set_num_threads(1)  # a forked process must not inherit a thread pool
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 20, "intermediate_size": 36,
@@ -35,7 +35,7 @@ TOKENIZER = {
 
 
 def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> dict[str, torch.Tensor]:
-    """All tensors of the model under Hugging Face names; norms and biases are random too."""
+    """Return all tensors of the model under Hugging Face names; norms and biases are random too."""
     generator = torch.Generator().manual_seed(seed)
     hidden, ffn, vocab, size = (config[key] for key in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
     heads, groups = config["num_attention_heads"] * size, config["num_key_value_heads"] * size
@@ -58,7 +58,7 @@ def random_weights(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) ->
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test cuts the power, and a killed process leaves the page cache: waiting for a shared disk would prove nothing."""
+    """No test simulates a power cut, and the page cache survives a killed process: waiting for the disk would prove nothing."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -86,8 +86,8 @@ def make_model(tmp_path: Path) -> Callable[..., Path]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
     """run(["SRC", "DST", ...], KEY="value"): the command with these arguments and environment variables.
 
-    It runs in a process of its own with its own output and exit status, forked from this one: starting Python and torch anew
-    each time would take most of the tests' time. One test in test_cli.py starts it the long way.
+    It runs in a process forked from this one, with its own output and exit status: starting Python and torch each time would take
+    most of the tests' time. test_light.py and test_plugins.py start it as a new process.
     """
 
     def call(arguments: Sequence[object], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -95,7 +95,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Co
         child = os.fork()
         if child == 0:
             try:
-                torch.set_num_threads(torch.get_num_threads())  # makes torch's pool anew, before several threads do so at once
+                torch.set_num_threads(torch.get_num_threads())  # creates torch's pool again, before several threads do so at once
                 for number, path in enumerate(texts, 1):
                     os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
                 sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))

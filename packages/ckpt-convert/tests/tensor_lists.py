@@ -1,6 +1,6 @@
-"""Lists of tensor names and shapes, layers and experts folded into ranges; which records need help or are refused.
+"""Lists of tensor names and shapes, layers and experts folded into ranges; which records need additional keys or are refused.
 
-A line of a list is `model.layers.{0-31}.mlp.experts.{0-7}.w1.weight [14336, 4096]`: one tensor for every number in each range.
+A line is `model.layers.{0-31}.mlp.experts.{0-7}.w1.weight [14336, 4096]`: one tensor for every number in each range.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 PUBLIC = Path(__file__).parent / "public"
 Shapes = dict[str, tuple[int, ...]]
 COMPLETED = {
-    "minicpm-moe-8x2b": {"architectures": ["MiniCPMForCausalLM"]},  # neither architectures nor model_type was read anywhere
-    "glm-4-9b": {"kv_channels": 128}}  # not read; as in its chat model
+    "minicpm-moe-8x2b": {"architectures": ["MiniCPMForCausalLM"]},  # the record has neither architectures nor model_type
+    "glm-4-9b": {"kv_channels": 128}}  # not recorded; as in its chat model
 """Keys added to unverified records."""
 REFUSED = {"grok-1-keyfan": "grok"}
-"""Records of no family -> their model type: of this other port of Grok-1 no list of tensor names was found."""
+"""Records of unsupported model types -> their model type: no list of tensor names was found for this other port of Grok-1."""
 
 
 def fold(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """The lines of a list, in the order in which their first tensors come."""
+    """Return the lines of a list, in the order of their first tensors."""
     groups: dict[tuple[str, tuple[int, ...]], list[tuple[int, ...]]] = {}
     for name, shape in shapes.items():
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name)
@@ -35,7 +35,7 @@ def fold(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
 
 
 def unfold(lines: Iterable[str]) -> Shapes:
-    """Name -> shape of every tensor of a list."""
+    """Return name -> shape of every tensor of a list."""
     shapes = {}
     for line in lines:
         name, _, shape = line.partition(" ")

@@ -1,4 +1,4 @@
-"""Every hostile checkpoint of `../attacks`: one message, exit status 2, nothing run, nothing written."""
+"""Every hostile checkpoint of `../attacks`: one message, exit status 2, nothing executed, nothing written."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ spec = importlib.util.spec_from_file_location("attacks_make", FOLDER / "make.py"
 assert spec is not None and spec.loader is not None
 attacks = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(attacks)
-HARMLESS = ("pickle-in-arguments", "code-in-the-folder")  # nothing of what they carry is needed
-TOLD = dict(re.findall(r"^\| `([\w-]+)` \|.*\| `(.+)` \|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-"""Attack -> what README.md says the message contains."""
+HARMLESS = ("pickle-in-arguments", "code-in-the-folder")  # the conversion does not need the hostile part
+MESSAGES = dict(re.findall(r"^\| `([\w-]+)` \|.*\| `(.+)` \|$", (FOLDER / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+"""Attack -> the text that the message must contain, from README.md."""
 
 
 @pytest.mark.parametrize("name", attacks.ATTACKS)
@@ -43,9 +43,9 @@ def test_an_attack(name: str, make_model: Callable[..., Path], run: Callable[...
         shutil.rmtree(tmp_path / "out")
     else:
         assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-        assert TOLD[name] in done.stderr
+        assert MESSAGES[name] in done.stderr
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.tmp").exists()
 
 
-def test_the_page_tells_of_every_attack() -> None:
-    assert TOLD.keys() == attacks.ATTACKS.keys(), json.dumps(sorted(TOLD.keys() ^ attacks.ATTACKS.keys()))
+def test_the_readme_lists_every_attack() -> None:
+    assert MESSAGES.keys() == attacks.ATTACKS.keys(), json.dumps(sorted(MESSAGES.keys() ^ attacks.ATTACKS.keys()))

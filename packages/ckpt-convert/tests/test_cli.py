@@ -109,7 +109,7 @@ def test_values_too_large_for_half_precision(run: Run, make_model: Make, tmp_pat
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 65504.0, 65519.0])
 def test_values_that_half_precision_has(value: float, run: Run, make_model: Make, tmp_path: Path) -> None:
-    """Infinities stay what they are, and what rounds to the largest number is no overflow."""
+    """Infinities are kept, and rounding to the largest number is not an overflow."""
     source = make_model("llama")
     tensors = load_file(source / "model.safetensors")
     tensors["model.norm.weight"][3] = value
@@ -166,7 +166,7 @@ def test_inspect(run: Run, make_model: Make, tmp_path: Path) -> None:
 
 
 def test_a_script_of_the_original(run: Run, make_model: Make, tmp_path: Path) -> None:
-    """The option set of the original's example scripts, both directions; the way back goes to SAVE_DIR/mg2hf."""
+    """The option set of the original's example scripts, in both directions; the way back writes SAVE_DIR/mg2hf."""
     source = make_model("qwen2")
     there = run(["--use-mcore-models", "--model-type", "GPT", "--load-model-type", "hf", "--save-model-type", "mg",
                  "--target-tensor-parallel-size", "2", "--target-pipeline-parallel-size", "3", "--num-layer-list", "1,1,2",

@@ -1,6 +1,6 @@
-"""Megatron-Legacy, grouped experts and the original's names: what lies in the files, and that every way back gives every bit.
+"""Megatron-Legacy, grouped experts and the original's names: the content of the files, and bit-equal conversions back.
 
-The layouts are written down here a second time with plain tensor operations, from the description of the formats.
+The layouts are implemented again here with plain tensor operations, from the description of the formats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
-from modellink.ckpt_convert.megatron.dialects import named
+from modellink.ckpt_convert.megatron.dialects import named, renamed
+from modellink.ckpt_convert.storage.tensors import Stored
 from modellink.ckpt_convert.storage.writing import Planned
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -25,7 +26,7 @@ WITHOUT_LEGACY = [*MIXTURES, "gemma2"]
 
 
 def states(root: Path) -> dict[str, dict[str, Any]]:
-    """Name of a rank's folder -> its file, as torch reads it."""
+    """Return name of a rank's folder -> its file, as torch reads it."""
     return {path.parent.name: torch.load(path, weights_only=False) for path in sorted(root.rglob("model_optim_rng.pt"))}
 
 
@@ -35,7 +36,7 @@ def same(before: dict[str, torch.Tensor], folder: Path) -> bool:
 
 
 def qkv(tensors: dict[str, torch.Tensor], start: str, kind: str, groups: int, size: int) -> torch.Tensor:
-    """Group by group: its queries, its key, its value."""
+    """Return the fused matrix: group by group its queries, its key, its value."""
     query, key, value = (tensors[f"{start}.self_attn.{name}_proj.{kind}"] for name in "qkv")
     rest = query.shape[1:]
     per_group = len(query) // groups
@@ -68,7 +69,7 @@ def test_what_a_legacy_file_holds(tmp_path: Path) -> None:
         if stage == 0:
             assert model.keys() == {"language_model"} and model["language_model"].keys() == {"embedding", "encoder"}
             assert torch.equal(model["language_model"]["embedding"]["word_embeddings"]["weight"], table)
-        else:  # tied and several stages: the copy of the embedding is outside of the language model
+        else:  # tied, several stages: the copy of the embedding is outside of the language model
             assert model.keys() == {"language_model", "word_embeddings_for_head"}
             assert model["language_model"].keys() == {"encoder"}
             assert torch.equal(model["word_embeddings_for_head"]["weight"], table)
@@ -167,7 +168,7 @@ def test_what_grouped_experts_look_like(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", LATENT)
 def test_what_the_originals_latent_attention_looks_like(model: str, tmp_path: Path) -> None:
-    """At TP 2: compressed forms whole on each rank, heads cut; queries without compression are heads too."""
+    """At TP 2 compressed projections are replicated and heads are split; queries without compression are heads too."""
     before = make_folder(tmp_path / "hf", *spec_of(model))
     convert(tmp_path / "hf", tmp_path / "mg", to="megatron-core", layout=ParallelLayout(tp=2), dialect="modellink-1.0")
     for folder, state in states(tmp_path / "mg").items():
@@ -197,7 +198,7 @@ def test_the_gate_of_shared_experts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["deepseek_v2 lite", "qwen2_moe"])
 def test_tensors_that_the_original_copied_whole_to_every_rank(model: str, tmp_path: Path) -> None:
-    """At TP above 1 its converter did not cut latent attention, shared and grouped experts; such files are read too."""
+    """At TP above 1 its converter replicated latent attention, shared and grouped experts; such files are read too."""
     before = make_folder(tmp_path / "hf", *spec_of(model))
     style: dict[str, Any] = {"to": "megatron-core", "dialect": "modellink-1.0", "moe_grouped_gemm": True}
     convert(tmp_path / "hf", tmp_path / "one", **style)
@@ -232,3 +233,15 @@ def test_grouped_experts_have_no_biases() -> None:
     planned = Planned(torch.float32, (3,), lambda: iter(()))
     with pytest.raises(ModelLinkError, match=r"cannot hold .*local_experts\.1\.linear_fc1\.bias"):
         named({"decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.bias": planned}, "megatron-core", grouped=True)
+
+
+@pytest.mark.parametrize(("projection", "norm"), [("linear_qkv", "k_layernorm"), ("linear_kvb", "kv_layernorm")])
+def test_a_norm_of_keys_is_only_renamed_in_latent_attention(projection: str, norm: str) -> None:
+    """The original calls DeepSeek's norm of compressed keys and values `k_layernorm`; in other models it is a norm of keys."""
+    start, stored = "decoder.layers.0.self_attention.", Stored(Path("x"), 0, "float32", (6,))
+    state = {f"{start}{projection}.weight": stored, f"{start}q_layernorm.weight": stored, f"{start}k_layernorm.weight": stored}
+    assert f"{start}{norm}.weight" in renamed(state) and f"{start}q_layernorm.weight" in renamed(state)
+    planned = Planned(torch.float32, (6,), lambda: iter(()))
+    ours = {"linear_qkv": "linear_qkv", "linear_kvb": "linear_kv_up_proj"}[projection]
+    chunk = {f"{start}{ours}.weight": planned, f"{start}{norm}.weight": planned}
+    assert f"{start}k_layernorm.weight" in named(chunk, "modellink-1.0", grouped=False)

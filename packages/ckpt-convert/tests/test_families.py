@@ -1,4 +1,4 @@
-"""Configurations in both spellings, what is refused and how, rules that leave nothing over, families of other distributions."""
+"""Configurations in both spellings, errors about unsupported ones, and rules that map every row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_what_is_not_supported_is_refused_by_name(family: str, changes: dict[str
 
 def test_an_unknown_model_type_names_near_ones() -> None:
     with pytest.raises(ModelLinkError, match=r"unknown model type 'qwenn2'[\s\S]*did you mean qwen2 or"):
-        spec_of("llama", model_type="qwenn2")  # though `architectures` names a class that is known
+        spec_of("llama", model_type="qwenn2")  # although `architectures` names a known class
 
 
 def test_a_missing_key_names_the_families_that_would_do() -> None:
@@ -125,7 +125,7 @@ def change(folder: Path, **changes: torch.Tensor | None) -> None:
 def test_weights_that_are_missing_or_left_over_are_listed(make_model: Make) -> None:
     folder = make_model("llama")
     change(folder, model__layers__0__rotary_emb__inv_freq=torch.zeros(4))
-    open_checkpoint(folder)  # known and harmless
+    open_checkpoint(folder)  # a known, harmless buffer
     change(folder, model__layers__1__self_attn__q_norm__weight=torch.zeros(8))
     with pytest.raises(ModelLinkError, match=r"1 weight is not part of this model: model.layers.1.self_attn.q_norm.weight"):
         open_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""A conversion that is killed leaves nothing that counts as a checkpoint, and the same command ends with the same bytes."""
+"""A killed conversion leaves nothing that is taken for a checkpoint, and the same command ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import torch
 
 from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert.adapter import AdapterConfig
+from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.parallel import ParallelLayout
 
 Make = Callable[..., Path]
 Run = Callable[..., CompletedProcess[str]]
@@ -38,7 +43,7 @@ def say(*args):
 convert.writing.write, convert._write_files = slow, say
 main()
 """
-"""The command with a pause before each file, so that a kill finds it at work."""
+"""The command with a pause before each file, so that a kill interrupts it."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -49,7 +54,7 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
     killed = run([source, tmp_path / "out", *arguments], MODELLINK_KILL_AT=point)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
-    if point != "before-rename":  # there, all is written but the name
+    if point != "before-rename":  # there, only the rename is missing
         with pytest.raises(ModelLinkError):
             open_checkpoint(tmp_path / "out.tmp")
     again = run([source, tmp_path / "out", *arguments])
@@ -64,7 +69,7 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.stress)])
 def test_killed_at_random_moments(kills: int, make_model: Make, content: Content, tmp_path: Path) -> None:
-    """The command in a process of its own, killed again and again while it writes, ends with the bytes of an unbroken run."""
+    """The command in its own process, killed repeatedly while it writes, ends with the bytes of an uninterrupted run."""
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
     moments = random.Random(seed)
@@ -77,7 +82,7 @@ def test_killed_at_random_moments(kills: int, make_model: Make, content: Content
         time.sleep(moments.uniform(0, 0.6))
         process.kill()
         process.wait(timeout=60)
-        if (tmp_path / "out").exists():  # it was faster
+        if (tmp_path / "out").exists():  # it finished before the kill
             assert open_checkpoint(tmp_path / "out").layout.tp == 3
             shutil.rmtree(tmp_path / "out")
         else:
@@ -114,3 +119,17 @@ def test_overwriting_keeps_the_old_until_the_new_is_whole(make_model: Make, run:
     assert content(tmp_path / "out") == before
     assert run(arguments).returncode == 0
     assert open_checkpoint(tmp_path / "out").layout.tp == 3
+
+
+def test_a_fingerprint_does_not_change_between_versions(make_model: Make, tmp_path: Path) -> None:
+    """A conversion that version 0.1.0 started is resumed: formats, adapters and new fields are hashed as it did."""
+    source = open_checkpoint(make_model("llama", num_hidden_layers=1))
+    merged = replace(source, merged=AdapterConfig(4, 6.0))
+    layout = ParallelLayout()
+    plan = ConversionPlan(merged, "torch-dist", "torch-dist", layout, torch.float32, (), {"index.json": {"a": 1}})
+    to, described, adapters, spec, stats, output, index = plan._identity()
+    assert to == "torch_dist" and output == [] and index == {"a": 1}
+    assert described == "ParallelLayout(tp=1, pp=1, vpp=1, cp=1, ep=1, dp=1, num_layer_list=None, ulysses=1)"
+    assert adapters == ["None", "LoraConfig(r=4, alpha=6.0, dropout=0.0, rslora=False)"]
+    assert "layer_windows" not in spec and spec["num_layers"] == 1 and spec["sliding_window"] is None
+    assert next(path for path, _, _ in stats) == str((tmp_path / "hf/model.safetensors").resolve())

@@ -1,4 +1,4 @@
-"""`ModelSpec.layer`: what one layer is, from the fields of the model and from lists of per-layer settings."""
+"""`ModelSpec.layer`: the description of a layer, from the fields of the model and lists of per-layer settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family through every kind of layout and back: not a bit is lost, and the layout is found by looking."""
+"""Every family through every kind of layout and back: no bit is lost, and the layout is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters in Megatron checkpoints: written and read in any layout, and merged into a base in any other; the command line."""
+"""Adapters in Megatron checkpoints: written and read in any layout, merged into a base in any other; the command line."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_the_command_merges(made: Any, run: Run, tmp_path: Path) -> None:
 
 
 def test_the_folder_that_training_saves_to(made: Any, run: Run, tmp_path: Path) -> None:
-    """The last complete iteration counts, and the template it was trained with goes with the weights wherever they go."""
+    """The last complete iteration is used, and the prompt type of its training is copied with the weights."""
     tensors = made("llama")
     base = open_checkpoint(tmp_path / "base")
     saved, wanted = tmp_path / "saved", tensors_of(merge_lora(base, CONFIG, tensors))
@@ -93,7 +93,7 @@ def test_the_folder_that_training_saves_to(made: Any, run: Run, tmp_path: Path) 
     (saved / "lora.json").write_text("{}")
     write_peft(saved / "iter_0000005" / "peft", base.spec, base.family, tensors, CONFIG)
     mark_complete(saved / "iter_0000005")
-    (saved / "iter_0000009").mkdir()  # of a save that did not finish
+    (saved / "iter_0000009").mkdir()  # a save that did not finish
     for number, adapter in enumerate([saved, saved / "iter_0000005", saved / "iter_0000005" / "peft"]):
         done = run([tmp_path / "base", tmp_path / f"merged{number}", "--to", "hf", *VERIFY, "--lora-load", adapter])
         assert done.returncode == 0, done.stderr
@@ -101,7 +101,7 @@ def test_the_folder_that_training_saves_to(made: Any, run: Run, tmp_path: Path) 
         assert opened.prompt_type == "chatml" and equal(tensors_of(opened), wanted)
     done = run([tmp_path / "merged0", tmp_path / "mg", "--to", "megatron-core", "--tp", 2, *VERIFY])
     assert done.returncode == 0 and open_checkpoint(tmp_path / "mg").prompt_type == "chatml", done.stderr
-    assert run([saved, tmp_path / "peft", "--to", "peft"]).returncode == 0  # the model it belongs to came along
+    assert run([saved, tmp_path / "peft", "--to", "peft"]).returncode == 0  # the model it belongs to was copied with it
 
 
 def test_the_command_says_what_is_wrong(made: Any, run: Run, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def original(base: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tenso
 
 
 def test_what_the_originals_training_saves(made: Any, run: Run, tmp_path: Path) -> None:
-    """Core saves the base with the adapter: it opens merged, and is an adapter for a base too. The original's command line."""
+    """Core saves the base with the adapter: it opens merged, and can be used as an adapter. The original's command line."""
     tensors = made("llama")
     base = open_checkpoint(tmp_path / "base")
     original(tensors_of(base), tensors, tmp_path / "lora", everything=True)

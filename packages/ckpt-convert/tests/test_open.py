@@ -1,4 +1,4 @@
-"""Which folder is what, which iteration counts, and what a checkpoint made elsewhere needs."""
+"""Detecting formats, choosing an iteration, and options for checkpoints of other programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def ours(make_model: Make, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def foreign(ours: Path) -> Path:
-    """The same as Megatron or the original would have left it: no marker, no manifest, no configuration."""
+    """The same as Megatron or the original leaves it: no marker, no manifest, no configuration."""
     shutil.rmtree(ours / "hf")
     (ours / "modellink.json").unlink()
     (ours / "iter_0000001" / MARKER).unlink()
@@ -144,7 +144,7 @@ def test_what_training_adds_is_ignored(foreign: Path, tmp_path: Path) -> None:
         def add(model: dict[str, object]) -> None:
             model["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
             model["rotary_pos_emb.inv_freq"] = torch.zeros(4)
-            for name in [name for name in model if name.endswith("input_layernorm.weight")]:  # as fused norms are called
+            for name in [name for name in model if name.endswith("input_layernorm.weight")]:  # the name of a fused norm
                 layer = name.removesuffix("input_layernorm.weight")
                 model[f"{layer}self_attention.linear_qkv.layer_norm_weight"] = model.pop(name)
         rewrite(path, add)
@@ -168,7 +168,7 @@ def test_damaged_ranks(foreign: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelLinkError, match=r"row-major"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
     rewrite(path, lambda model: model.update({"decoder.layers.1.mlp.linear_fc1.weight": torch.zeros(35, 24)}))
-    with pytest.raises(ModelLinkError, match=r"has the shape \[35, 24\]; the configuration gives \[36, 24\]"):
+    with pytest.raises(ModelLinkError, match=r"has the shape \[35, 24\]; by the configuration it is \[36, 24\]"):
         open_checkpoint(foreign, hf=tmp_path / "hf")
     shutil.rmtree(path.parent)
     with pytest.raises(ModelLinkError, match=r"rank 1 of pipeline stage 1 is missing"):

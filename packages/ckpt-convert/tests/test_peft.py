@@ -1,4 +1,4 @@
-"""LoRA adapters: folders of peft written and read for every family, beside peft itself, and merging by the formula."""
+"""LoRA adapters: peft folders written and read for every family, compared with peft itself, and merging by the formula."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_written_and_read(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_merging_is_what_peft_does_to_the_hugging_face_weights(name: str, tmp_path: Path) -> None:
-    """Module by module from the folder alone: the rows of fused matrices go where those of the weights go."""
+    """Module by module from the folder only: the rows of fused matrices are mapped like those of the weights."""
     family, spec = spec_of(name)
     theirs = make_folder(tmp_path / "base", family, spec, torch.float32)
     tensors = adapter_of(spec)
@@ -73,7 +73,7 @@ def test_merging_is_rounded_once_and_does_not_depend_on_the_cut(tmp_path: Path) 
 
 
 def folder_of(path: Path, modules: dict[str, tuple[int, ...]], **config: Any) -> dict[str, torch.Tensor]:
-    """A peft folder with As of their own for modules -> (rank, out, in)."""
+    """Write a peft folder with different As for modules -> (rank, out, in)."""
     generator, tensors = torch.Generator().manual_seed(2), {}
     for module, (rank, out, into) in modules.items():
         tensors[f"base_model.model.{module}{A}"] = torch.randn(rank, into, generator=generator)

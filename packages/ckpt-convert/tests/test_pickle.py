@@ -1,4 +1,4 @@
-"""Our reader of torch.save files: equal to torch on honest files, without effect on hostile ones, one error on damaged ones."""
+"""Our reader of torch.save files: equal to torch on valid files, without effect on hostile ones, one error on damaged ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kind(enum.Enum):
 
 
 class Evil:
-    """Pickled, it asks for a call."""
+    """Its pickle requests a call."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
@@ -42,7 +42,7 @@ class Evil:
 
 
 def planned(tensor: torch.Tensor) -> Planned:
-    """A tensor to be written, in blocks of one row."""
+    """Return a tensor to be written, in blocks of one row."""
     return Planned(tensor.dtype, tuple(tensor.shape), lambda: iter(tensor.split(1)))
 
 
@@ -113,7 +113,7 @@ def test_hostile_opcodes_run_nothing(case: str, tmp_path: Path) -> None:
         made.writestr("archive/data.pkl", code)
     try:
         read_archive(tmp_path / "x.pt")
-    except ModelLinkError as error:  # refusing is as good as an inert object
+    except ModelLinkError as error:  # an error is as good as an inert object
         assert str(tmp_path / "x.pt") in str(error)
     assert not victim.exists() and not Path("VICTIM").exists()
 
@@ -122,7 +122,7 @@ def test_hostile_opcodes_run_nothing(case: str, tmp_path: Path) -> None:
     (0, (9, 9), (9, 1)), (5, (2, 2), (2, 1)), (-1, (1, 1), (1, 1)), (0, (2, 2), (3, 2)), (0, (-2, 2), (2, 1)),
     ("0", (2, 2), (2, 1))])
 def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> None:
-    """Sizes, offsets and strides that reach elsewhere."""
+    """Sizes, offsets and strides beyond the storage."""
     torch.save(torch.zeros(6), tmp_path / "honest.pt")
     storage = torch.storage.TypedStorage(wrap_storage=torch.zeros(6).untyped_storage(), dtype=torch.float32, _internal=True)
 
@@ -138,7 +138,7 @@ def test_a_tensor_stays_within_its_storage(arguments: Any, tmp_path: Path) -> No
 def test_a_storage_stays_within_its_record(tmp_path: Path) -> None:
     save(tmp_path / "x.pt", planned(torch.zeros(4)))
     data = (tmp_path / "x.pt").read_bytes()
-    count = b"K\x04tq"  # 4, end of the tuple that names the storage
+    count = b"K\x04tq"  # 4, then the end of the tuple that names the storage
     assert data.count(count) == 1
     (tmp_path / "x.pt").write_bytes(data.replace(count, b"K\x40tq"))
     with pytest.raises(ModelLinkError, match="64 elements"):
@@ -185,7 +185,7 @@ def test_our_writer_is_read_by_torch_and_repeats_itself(tmp_path: Path) -> None:
 
 
 def test_records_beyond_four_gigabytes(tmp_path: Path) -> None:
-    """The archive's fixed bytes in a file with holes where the tensors would be."""
+    """Write the archive's fixed bytes to a file with holes for the tensors."""
     large = Planned(torch.float32, (1 << 15, (1 << 15) + 1), lambda: iter(()))
     layout = archive.layout({"first": large, "second": planned(torch.arange(3.0))})
     with open(tmp_path / "x.pt", "wb") as file:

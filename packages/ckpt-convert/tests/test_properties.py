@@ -1,7 +1,7 @@
-"""Any model of any kind through any two layouts and formats: there and back gives every bit, and a detour changes no byte.
+"""Any model through any two layouts and formats: there and back keeps every bit, and a detour changes no byte.
 
-Models are drawn field by field, not by family, so they also have combinations that no family has. Every number of a model is
-another one, so that a row in a wrong place shows.
+Models are drawn field by field, not by family, so they also have combinations that no family has. All numbers of a model are
+different, so that a misplaced row is detected.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from modellink.kernels.parallel import ParallelLayout, divisors
 
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
-    """A small model: dense or a mixture, attention of its own or latent, biases, norms, tied or not."""
+    """Draw a small model: dense or with experts, grouped or latent attention, biases, norms, tied or not."""
     groups, size = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([2, 4, 6]))
     latent, mixture = draw(st.booleans()), draw(st.booleans())
     values: dict[str, Any] = {
@@ -59,7 +59,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 @st.composite
 def layouts(draw: st.DrawFn, spec: ModelSpec) -> ParallelLayout:
-    """A layout that divides the model."""
+    """Draw a layout that divides the model."""
     tp = draw(st.sampled_from([size for size in (1, 2, 4) if spec.groups % size == 0]))
     ep = draw(st.sampled_from(divisors(spec.num_experts))) if spec.num_experts else 1
     if draw(st.booleans()):  # uneven stages
@@ -74,7 +74,7 @@ def layouts(draw: st.DrawFn, spec: ModelSpec) -> ParallelLayout:
 
 @st.composite
 def forms(draw: st.DrawFn, spec: ModelSpec) -> Callable[[Checkpoint], ConversionPlan]:
-    """A way to write the model: a format, a layout, a dialect."""
+    """Draw a way to write the model: a format, a layout, a dialect."""
     if draw(st.integers(0, 4)) == 0:
         return lambda source: format_of("torch-dist").plan(source, WriteRequest(shard_bytes=2000))
     layout = draw(layouts(spec))
@@ -92,7 +92,7 @@ def grouped(spec: ModelSpec) -> bool:
 
 
 def numbered(spec: ModelSpec, folder: Path) -> Checkpoint:
-    """A checkpoint in one raw file in which every number is its own position."""
+    """Write a checkpoint as one raw file in which every number is its own position."""
     tensors, at = {}, 0
     for name, weight in weights(spec).items():
         stored = Stored(folder / "raw", at * 4, "float32", weight.shape)
@@ -104,7 +104,7 @@ def numbered(spec: ModelSpec, folder: Path) -> Checkpoint:
 
 
 def written(plan: ConversionPlan, folder: Path) -> tuple[Checkpoint, dict[str, bytes]]:
-    """(the checkpoint read again, the bytes of its files)."""
+    """Write a plan; return (the checkpoint read back, the bytes of its files)."""
     with ThreadPoolExecutor(2) as pool:
         for file in plan.files:
             path = folder / file.name
@@ -141,7 +141,7 @@ def test_there_and_back_and_detours(data: st.DataObject, tmp_path_factory: pytes
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_rectangle_of_any_tensor(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Reading ranges along a dimension, part of the other: what indexing the whole gives."""
+    """Reading ranges along a dimension and part of the other equals indexing the full tensor."""
     spec = data.draw(specs())
     folder = tmp_path_factory.mktemp("any")
     checkpoint, _ = written(data.draw(forms(spec))(numbered(spec, folder)), folder / "a")

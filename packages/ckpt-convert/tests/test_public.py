@@ -1,7 +1,7 @@
-"""Every recorded public configuration is accepted, means the same when written again, and has the tensors it should have.
+"""Every recorded public configuration is accepted, is unchanged when written again, and has the expected tensors.
 
-The expected names and shapes are files beside the records, made by `public/make_tensors.py` from another source than this
-package; neither transformers nor a reference is needed here.
+The expected names and shapes are files next to the records, made by `public/make_tensors.py` from another source than this
+package; neither transformers nor a reference model is needed here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The recorded public configurations: their form, and the table their README shows of them.
+"""The recorded public configurations: their form, and the table of them in the README.
 
-Whether a family accepts each of them is not asked here. Run as a program it writes the table.
+Not here: whether a family accepts them. Run as a program, it writes the table.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ FOLDER = Path(__file__).parent / "public"
 README = FOLDER / "README.md"
 TABLE = re.compile(r"(<!-- records -->\n).*?(<!-- end of records -->)", re.DOTALL)
 RECORDS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
-LAYERS = {"num_hidden_layers", "num_layers", "n_layer"}  # one of them in every release
+LAYERS = {"num_hidden_layers", "num_layers", "n_layer"}  # every release has one of them
 WIDTH = {"hidden_size", "n_embed"}
 
 
 def filled(text: str) -> str:
-    """The README with its table made anew from the records."""
+    """Return the README with its table generated from the records."""
     rows = [f"| {name} | {'yes' if record['verified'] else 'no'} | {record['source']} |\n" for name, record in RECORDS.items()]
     table = "| release | verified | source |\n|---|---|---|\n" + "".join(rows)
     return TABLE.sub(lambda match: match[1] + table + match[2], text)

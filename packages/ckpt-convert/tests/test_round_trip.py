@@ -1,4 +1,4 @@
-"""Hugging Face -> Megatron-Core -> Hugging Face gives every bit back at every layout, and the middle is what Megatron wants."""
+"""Hugging Face -> Megatron-Core -> Hugging Face keeps every bit at every layout, and Megatron can load the result."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_checksums_lie_beside(make_model: Make, tmp_path: Path) -> None:
 
 def reference_cut(weights: dict[str, torch.Tensor], config: dict[str, Any], tp: int, rank: int, layer: int,
                   padded: int) -> dict[str, torch.Tensor]:
-    """What a Megatron rank holds of one layer and of the embedding, written down a second time with plain tensor operations."""
+    """The content of a Megatron rank for one layer and the embedding, implemented again with plain tensor operations."""
     groups, size = config["num_key_value_heads"], config["head_dim"]
     per_group = config["num_attention_heads"] // groups * size
     start = f"model.layers.{layer}"
@@ -121,7 +121,7 @@ def test_virtual_stages_hold_the_layers_megatron_gives_them(make_model: Make, tm
     weights = load_file(source / "model.safetensors")
     for stage in range(2):
         state = torch.load(tmp_path / f"mc/iter_0000001/mp_rank_00_{stage:03d}/model_optim_rng.pt", weights_only=False)
-        for chunk in range(2):  # layer of chunk v on stage p of P: v * P + p, with one layer a chunk
+        for chunk in range(2):  # layer of chunk v on stage p of P: v * P + p, with one layer per chunk
             found = state[f"model{chunk}"]["decoder.layers.0.mlp.linear_fc2.weight"]
             assert torch.equal(found, weights[f"model.layers.{chunk * 2 + stage}.mlp.down_proj.weight"])
 

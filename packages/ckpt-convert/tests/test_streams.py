@@ -1,4 +1,4 @@
-"""Tensors without files: equal to those of the files a conversion writes; and the example that fills a running model."""
+"""Tensors without files: equal to those in the files of a conversion; and the example that fills a running model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Distributed checkpoints: layers one by one or stacked, tensors in chunks, padded vocabularies, hostile metadata."""
+"""Distributed checkpoints: layers separate or stacked, tensors in chunks, padded vocabularies, hostile metadata."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def canonical(source: Path) -> dict[str, torch.Tensor]:
 
 
 def stack(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Layers along a leading axis, as Megatron-Core saves layers that are alike."""
+    """Stack layers along a leading axis, as Megatron-Core saves equal layers."""
     found = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.layers.")}
     for name in tensors:
         if name.startswith("decoder.layers.0."):
@@ -65,7 +65,7 @@ def finish(root: Path, source: Path) -> None:
 
 
 def write_chunked(folder: Path, tensors: dict[str, torch.Tensor], files: int) -> None:
-    """Cut every tensor along its first axis over `files` files, in the layout torch.distributed.checkpoint has on disk."""
+    """Split every tensor along its first axis into `files` files, in the format of torch.distributed.checkpoint."""
     folder.mkdir(parents=True)
     entries: dict[str, Any] = {"rng_state/shard_0.0_1": BytesStorageMetadata(), "decoder.x._extra_state": BytesStorageMetadata()}
     places: dict[MetadataIndex, _StorageInfo] = {}
@@ -118,7 +118,7 @@ class Evil:
 
 
 def test_metadata_for_another_reader_names_only_what_is_known(tmp_path: Path) -> None:
-    """`refuse_unknown_names` stands before megatron-core, which unpickles the file as it is."""
+    """`refuse_unknown_names` is called before megatron-core, which unpickles the file."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save({"a": torch.zeros(3), "b": 1}, storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
@@ -142,13 +142,13 @@ def test_an_attribute_is_taken_of_a_known_enum_alone(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Asks(WriteItemType, "TENSOR")}, {}, None)))
     refuse_unknown_names(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"a": Asks(WriteItemType, "__subclasses__")}, {}, None)))
-    with pytest.raises(ModelLinkError, match=r"planner.WriteItemType.__subclasses__, which no"):
+    with pytest.raises(ModelLinkError, match=r"planner.WriteItemType.__subclasses__, which a checkpoint does not need"):
         refuse_unknown_names(tmp_path)
 
 
 @pytest.fixture
 def chunked(make_model: Make, tmp_path: Path) -> Path:
-    """A sound checkpoint in two files, not yet marked complete."""
+    """A valid checkpoint in two files, not yet marked complete."""
     write_chunked(tmp_path / "dist/iter_0000010", canonical(make_model("llama")), 2)
     return tmp_path / "dist"
 
@@ -214,7 +214,7 @@ def test_written_and_read_again(model: str, tmp_path: Path) -> None:
 
 
 def test_torch_itself_reads_what_is_written(tmp_path: Path) -> None:
-    """Layers that are alike are one tensor with a leading axis, and the experts of a layer always."""
+    """Equal layers are one tensor with a leading axis, and so are the experts of a layer."""
     for model, stacked, shape in [("mixtral", "decoder.layers.mlp.experts.experts.linear_fc2.weight", (4, 4, 20, 36)),
                                   ("deepseek_v2", "decoder.layers.3.mlp.experts.experts.linear_fc2.weight", (4, 24, 14))]:
         make_folder(tmp_path / f"{model}-hf", *spec_of(model))

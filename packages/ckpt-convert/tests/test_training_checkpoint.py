@@ -1,4 +1,4 @@
-"""A checkpoint as training leaves it, with objects of classes that are not installed here, opens and converts."""
+"""A training checkpoint, with objects of classes that are not installed here, is opened and converted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from modellink.kernels.parallel import ParallelLayout
 
 @pytest.fixture
 def absent(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Classes of modules that exist while the file is written and are gone when it is read."""
+    """Classes of modules that exist while the file is written, but not when it is read."""
     parts = ("somewhere", "somewhere.core", "somewhere.core.enums")
     for name in parts:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))

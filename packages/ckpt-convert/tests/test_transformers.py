@@ -1,4 +1,4 @@
-"""What we write, transformers loads: configuration, tokenizer, weights, and the same logits."""
+"""transformers loads what we write: configuration, tokenizer, weights, and the same logits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_way_there_and_back(family: str, tied: bool, make_model: Make, tmp_p
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_configuration_that_never_was(family: str, make_model: Make, tmp_path: Path) -> None:
-    """A model trained from scratch has a manifest and no config.json; one is made from ModelSpec."""
+    """A model trained from scratch has a manifest but no config.json, which is made from ModelSpec."""
     scaling: dict[str, Any] = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                "original_max_position_embeddings": 16}
     source = make_model(family, hidden_size=24, rope_scaling=scaling)

@@ -37,7 +37,7 @@ def test_numbers_that_do_not_equal_themselves_are_equal_bits(make_model: Make, t
 
 
 def test_an_output_that_does_not_verify_never_appears(make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that is broken on purpose: it loses the last value of each tensor."""
+    """A writer that is broken on purpose: it drops the last value of each tensor."""
     def lossy(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
         tensor.view(-1)[-1] = 0
         return tensor

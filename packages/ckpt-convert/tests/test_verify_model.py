@@ -30,7 +30,7 @@ CLASSES: dict[str, dict[str, Any]] = {
 
 
 def both(name: str, folder: Path, **changes: Any) -> tuple[Checkpoint, Checkpoint]:
-    """A tiny model as a Hugging Face folder, and as what it was converted to."""
+    """Return a tiny model as a Hugging Face folder, and converted."""
     family, spec = spec_of(name, **changes)
     make_folder(folder / "hf", family, spec, torch.float32)
     convert(folder / "hf", folder / "mc", to="megatron-core", layout=ParallelLayout(tp=2))

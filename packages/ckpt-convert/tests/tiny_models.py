@@ -1,8 +1,8 @@
-"""Tiny models of every family and feature as ModelSpecs, and Hugging Face folders of random numbers made from them.
+"""Tiny models of every family and feature as ModelSpecs, and Hugging Face folders with random weights.
 
-No two sizes are alike (heads, groups, head size, widths, an odd vocabulary). The names and shapes of a folder come from the
-family's own rules, so these models prove that nothing is lost between formats; that names and shapes are those of the public
-releases is what `public/` is for.
+All sizes differ (heads, groups, head size, hidden sizes, an odd vocabulary). The names and shapes of a folder come from the
+family's own rules, so these models prove that nothing is lost between formats; `public/` proves that names and shapes are those
+of the public releases.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 SIZES: dict[str, Any] = {
     "num_layers": 4, "hidden_size": 20, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 6,
     "ffn_hidden_size": 36, "vocab_size": 131, "max_position_embeddings": 64}
-SQUARE = SIZES | {"hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 4}  # heads of hidden / heads, all with a key
+SQUARE = SIZES | {"hidden_size": 24, "num_attention_heads": 4, "num_query_groups": 4}  # as many keys as heads
 GROUPED = SQUARE | {"num_query_groups": 2}
 BIASED = {"add_qkv_bias": True, "add_dense_bias": True}
 TIED = {"untie_embeddings_and_output_weights": False}
@@ -71,13 +71,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def spec_of(name: str, **changes: Any) -> tuple[str, ModelSpec]:
-    """(family, specification) of a model of the table."""
+    """Return (family, specification) of a model of the table."""
     family, values = MODELS[name]
     return family, ModelSpec(**values | changes)
 
 
 def make_folder(folder: Path, family: str, spec: ModelSpec, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    """Write a Hugging Face folder of random numbers; returns its tensors."""
+    """Write a Hugging Face folder with random weights, and return its tensors."""
     table, generator = family_of(family), torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(target.shape, generator=generator).to(dtype)
                for name, target in inverse(spec, table.rules(spec)).items()}

@@ -47,7 +47,7 @@ TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral window": ("Mistral", SIZES | WINDOW),
     "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}),
     "qwen2_moe": ("Qwen2Moe", MIXTURE | {"norm_topk_prob": False}),
-    "qwen2_moe normalised": ("Qwen2Moe", MIXTURE | {"norm_topk_prob": True}),
+    "qwen2_moe normalized": ("Qwen2Moe", MIXTURE | {"norm_topk_prob": True}),
     "gemma": ("Gemma", SIZES | {"rms_norm_eps": 1e-6}),
     "gemma2": ("Gemma2", SIZES | WINDOW | {"query_pre_attn_scalar": 11, "attn_logit_softcapping": 3.0,
                                            "final_logit_softcapping": 5.0}),

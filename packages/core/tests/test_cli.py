@@ -98,7 +98,7 @@ def test_a_mistake_is_one_message_and_status_2(options, tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.stress)])
 def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills):
-    """One rank or all processes die at random moments of training and saving; every next start goes on to the same end.
+    """One rank or all processes die at random moments of training and saving; every restart resumes and reaches the same end.
 
     The undisturbed run, and the last part of the other, are those of ranks that are there already.
     """

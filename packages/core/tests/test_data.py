@@ -64,7 +64,7 @@ def test_a_longer_run_keeps_the_order_and_has_another_behind_it(pools, corpus):
 
 
 def test_data_replaced_under_its_name_is_noticed(pools, tmp_path):
-    """The sample index is kept by the names of the files, and is made anew when they change."""
+    """The sample index is cached by file name, and rebuilt when the files change."""
     prefix, kept = tmp_path / "words_text_document", str(tmp_path / "cache")
     pools(1)(write_documents, prefix=str(prefix), seed=1, vocab_size=131, documents=50)
     before = pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=kept)

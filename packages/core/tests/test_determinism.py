@@ -1,4 +1,4 @@
-"""The same bits again, in every configuration; and digests that name the iteration, rank and parameter where two runs part."""
+"""Bit-identical repetition in every configuration, and digests that show the first difference of two runs."""
 
 from __future__ import annotations
 
@@ -117,14 +117,14 @@ def test_where_two_runs_part_is_named(pools, straight, tmp_path, where, iteratio
     assert pools(2)(spoilt, options=given, where=where, iteration=iteration, name=name) == [True] * 2
     assert compare(folder, tmp_path) == (5, 2, Parting(iteration, 1, where, name, 0))
     said = CliRunner().invoke(digests, [str(folder), str(tmp_path)])
-    assert (said.exit_code, said.stdout) == (1, f"the runs part at iteration {iteration}, rank 1: {where} of {name}\n")
+    assert (said.exit_code, said.stdout) == (1, f"the runs diverge at iteration {iteration}, rank 1: {where} of {name}\n")
 
 
 def test_a_run_that_is_continued_has_the_digests_of_one_that_was_not(pools, straight, tmp_path):
     options, folder = straight
     given = options | {"log_digest": str(tmp_path / "digests")}
     pools(2)(training.train, options=given | {"save": str(tmp_path), "save_interval": 2, "exit_interval": 4})
-    pools(2)(training.train, options=given | {"load": str(tmp_path), "ckpt_step": 2})  # iterations 3 and 4 are told again
+    pools(2)(training.train, options=given | {"load": str(tmp_path), "ckpt_step": 2})  # iterations 3 and 4 are repeated
     said = CliRunner().invoke(digests, [str(folder), str(tmp_path / "digests")])
     assert (said.exit_code, said.stdout) == (0, "bit-equal: 5 iterations on 2 ranks, loss, gradients and parameters\n")
     pools(2)(training.train, options=given | {"seed": 8, "exit_interval": 2})

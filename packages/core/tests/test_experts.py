@@ -151,7 +151,7 @@ def grouped(folder: str, biased: bool) -> tuple[int, int, float]:
     from modellink.core.config import MoEConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.kernels.device import find
-    from modellink.kernels.ops.grouped_matmul import together
+    from modellink.kernels.ops.grouped_matmul import as_block
     from modellink.kernels.parallel import ParallelLayout
 
     processes.join(find("cpu"), ParallelLayout(), seed=1)
@@ -170,7 +170,7 @@ def grouped(folder: str, biased: bool) -> tuple[int, int, float]:
             if on and name.endswith(".mlp.experts"):
                 for fc in ("linear_fc1", "linear_fc2"):
                     matrices = [getattr(expert, fc).weight for expert in module.local_experts]
-                    copied += together(matrices).data_ptr() != matrices[0].data_ptr()
+                    copied += as_block(matrices).data_ptr() != matrices[0].data_ptr()
             elif on and "local_experts" in name and ".linear_" in name:
                 module.register_forward_hook(count)
         model.train()(torch.arange(24)[None]).square().mean().backward()

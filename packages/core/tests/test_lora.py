@@ -142,7 +142,7 @@ def test_going_on_at_another_layout(run, made, tmp_path, case, before, after):
 
 @pytest.mark.parametrize(("case", "ranks", "options"), [("llama", 2, TP2), ("mixtral", 2, EP2)])
 def test_a_save_is_a_folder_of_peft_too(run, made, tmp_path, case, ranks, options):
-    """Read again it is what was saved: the run that begins with it has the loss of the one that goes on."""
+    """A run that starts from the saved folder has the loss of the run that continues."""
     base, save = {"load": str(made(case))}, tmp_path / "a"
     run(ranks, save=str(save), exit_interval=2, **base, **options)
     resumed = run(1, lora_load=str(save), **base)
@@ -184,7 +184,7 @@ def test_adapters_alone_are_saved(run, pools, tiny, chats, tmp_path):
     assert weights["decoder.layers.3.self_attention.linear_qkv.lora_A.weight"] == (4, 48)
     assert weights["decoder.layers.0.mlp.linear_fc1.lora_B.weight"] == (224, 4)
     assert len([name for name in names if "exp_avg" in name]) == 2 * len(weights)
-    with pytest.raises(ModelLinkError, match="holds adapters alone"):
+    with pytest.raises(ModelLinkError, match="holds only adapters"):
         prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tmp_path / "a"), "data_path": (str(chats),)})])
     with pytest.raises(ModelLinkError, match="--lora-r is 8 and 4 in the adapters"):
         prepare("pretrain", [Layer("test", SFT.OPTIONS | LORA | {"load": str(tiny), "data_path": (str(chats),), "lora_r": 8,
@@ -244,12 +244,14 @@ def test_merged_logits_are_those_of_the_adapters(pools, made, case, tp, modules)
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
-    ({"lora_target_modules": ("linear_vqk",)}, "the model has no linear linear_vqk", "linear_fc1, linear_fc2"),
-    ({"lora_target_modules": (), "lora_load": "."}, "no linears that have one", "--lora-target-modules"),
+    ({"lora_target_modules": ("linear_vqk",)}, "the model has no linear linear_vqk", "did you mean linear_qkv?"),
+    ({"lora_target_modules": ("q_proj",)}, "the model has no linear q_proj", "did you mean linear_qkv?"),
+    ({"lora_target_modules": ("all",)}, "the model has no linear all", "linear_fc1 linear_fc2 linear_proj linear_qkv?"),
+    ({"lora_target_modules": (), "lora_load": "."}, "--lora-load needs --lora-target-modules", "repeat"),
     ({"lora_load": "nowhere"}, "the adapters to load are missing", "nowhere"),
     ({"lora_load": "."}, "the folder holds no adapters", "lora.json"),
     ({"load": None, "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 9, "ffn_hidden_size": 9,
-      "max_position_embeddings": 24}, "there are none", "--load"),
+      "max_position_embeddings": 24}, "LoRA needs a base model", "--load"),
 ])
 def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     with pytest.raises(ModelLinkError) as caught:

@@ -1,7 +1,7 @@
 """Every family computes what its Hugging Face form computes: logits and gradients, at every kind of layout.
 
 The models are those of models.py. A model is loaded straight from its Hugging Face folder; its gradients are read by the same
-converter from a folder that holds gradients in the place of weights, so that both directions of the map are in the comparison.
+converter from a folder of gradients instead of weights, so that both directions of the mapping are compared.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ def stages(name: str) -> list[int]:
     kinds = {}
     for stage in range(layout.pp):
         chunks = [layout.layers(spec.num_layers, stage, chunk) for chunk in range(layout.vpp)]
-        inside = tuple(tuple(map(spec.has_experts, layers)) for layers in chunks)
+        inside = tuple(tuple(spec.layer(number).experts is not None for number in layers) for layers in chunks)
         kinds.setdefault((stage == 0, stage == layout.pp - 1, inside), stage)
     return sorted(kinds.values())
 

@@ -184,7 +184,7 @@ def check(words: list[str]) -> None:
     command = getattr(importlib.import_module(module), function)
     rest = words[1:]
     if isinstance(command, click.Group):
-        command, rest = command.commands[rest[0]], rest[1:]
+        command, rest = command.get_command(click.Context(command), rest[0]), rest[1:]
     known = {option for param in command.params if isinstance(param, click.Option)
              for option in (*param.opts, *param.secondary_opts)}
     missing = {word for word in rest if word.startswith("--")} - known

@@ -1,4 +1,4 @@
-"""Traces of some iterations: a file a rank with its place in the layout, and a summary whose numbers are those of the trace."""
+"""Traces of some iterations: one file per rank with its position in the layout, and a summary that agrees with the trace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def test_a_trace_and_a_summary_of_every_rank(pools, tiny, corpus, tmp_path):
     (_, told), (steps, other) = pools(2)(heard, options=texts | PROFILE | {
         "profile_save_path": str(tmp_path), "profile_record_shapes": True, "profile_with_memory": True})
     assert steps == plain and "profile" not in other
-    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in told and "has a bubble of 20.0%" in told  # 1 / (1 + 4)
+    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in told
+    assert "passes of equal duration: 20.0%" in told  # 1 / (1 + 4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     for rank, numbers in enumerate(summary):
         (file,) = tmp_path.glob(f"rank_{rank}.*.pt.trace.json")
@@ -60,7 +61,7 @@ def test_ranks_are_chosen_and_a_run_may_end_before(pools, tiny, corpus, tmp_path
     assert "profile of iterations 2 to 2" in told and "slowest ops of rank 1" in told
     assert [path.name.partition(".")[0] for path in tmp_path.glob("rank_*")] == ["rank_1"]
     (_, told), _ = pools(2)(heard, options=texts | {"exit_interval": 1, "profile_save_path": str(tmp_path / "b")})
-    assert "nothing was profiled, the run ended after 1 iterations" in told and not list((tmp_path / "b").glob("*"))
+    assert "nothing was profiled: the run ended after 1 iterations" in told and not list((tmp_path / "b").glob("*"))
 
 
 def event(name: str, start: float, end: float, device: str = "CPU", annotation: bool = False) -> Any:

@@ -27,7 +27,7 @@ def held_and_rounded(folder: str, tp: int, form: str) -> dict[str, Any]:
     from modellink.ckpt_convert import open_checkpoint
     from modellink.core import processes
     from modellink.core.adapters.lora import add_adapters
-    from modellink.core.adapters.quantized import Quantized, hold, quantize
+    from modellink.core.adapters.quantized import Quantized, quantize, quantized
     from modellink.core.config import LoraConfig
     from modellink.core.model.build import BuildSettings, build_models
     from modellink.core.model.load import load_weights
@@ -55,10 +55,10 @@ def held_and_rounded(folder: str, tp: int, form: str) -> dict[str, Any]:
         return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     ids, model, rounded = torch.arange(24)[None] * 5 % 131, adapted(), adapted()
     quantize([model], form)
-    linears = {name: module.held for name, module in model.named_modules() if isinstance(module, Quantized)}
+    linears = {name: module.quantized_weight for name, module in model.named_modules() if isinstance(module, Quantized)}
     for name in linears:
         weight = rounded.get_submodule(name).weight
-        weight.data.copy_(hold(weight.data, form).whole())
+        weight.data.copy_(quantized(weight.data, form).dequantized())
     logits, sizes = model(ids), {held.shape for held in linears.values()}
     gc.collect()
     made = [x for x in gc.get_objects() if id(x) not in there and isinstance(x, torch.Tensor)]

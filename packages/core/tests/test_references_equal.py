@@ -1,7 +1,7 @@
 """The plain-PyTorch references of `references/` are right: equal to transformers where it has an equal.
 
 transformers has no class for these families. A reference with some feature taken away or folded into the weights is a model that
-transformers does have; logits and gradients must then agree. What no class can confirm is said in the references themselves.
+transformers does have; logits and gradients must then agree. The references document what no class can confirm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def test_baichuan_7b_is_a_llama_with_its_projections_packed() -> None:
     assert_equal(module, config, llama(config), unpacked)
 
 
-def test_baichuan2_7b_is_that_llama_under_a_normalised_head() -> None:
+def test_baichuan2_7b_is_that_llama_under_a_normalized_head() -> None:
     module = MODULES["baichuan"]
     config = module.TINY["baichuan2-7b"]
 

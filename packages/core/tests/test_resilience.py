@@ -66,13 +66,13 @@ def losses(save: Path) -> dict[int, float]:
 
 
 def test_a_repairable_step_is_done_again_to_the_bit(pools, options, tmp_path):
-    """A number that is none, a weight that changes by itself, a device's memory, a disk that is full, a slow rank."""
+    """A NaN, a weight that changes by itself, corrupted device memory, a full disk, a slow rank."""
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
     said = watched(options, save, "kind=nan,step=2,rank=1;kind=corrupt,step=3,rank=0;kind=memory,step=4,rank=1;"
                    "kind=disk,step=5,rank=0;kind=slow,step=6,rank=0", "--nproc-per-node", "2",
                    "--enable-optimizer-state-local-copy", "--save-interval", "5")
-    assert said.count("is done again") == 2 and "goes on from iteration 3" in said and "goes on without this checkpoint" in said
+    assert said.count("is repeated") == 2 and "continues from iteration 3" in said and "continues without this checkpoint" in said
     assert "starts again" not in said and not (save / "iter_0000005").exists() and (save / "iter_0000008").exists()
     assert losses(save) == losses(straight)
 
@@ -86,7 +86,7 @@ def test_fine_tuning_goes_on_too_and_a_fault_between_two_steps_loses_none(pools,
     pools(2)(trained, arguments=[*options, "--save", str(straight)])
     said = watched(options, save, "kind=memory,step=3,rank=1;kind=memory,step=6,rank=0,when=end",
                    "--enable-optimizer-state-local-copy")
-    assert "goes on from iteration 2" in said and "the ranks that are left save iteration 6" in said
+    assert "continues from iteration 2" in said and "the surviving ranks save iteration 6" in said
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
@@ -97,7 +97,7 @@ def test_a_fault_behind_a_fault(pools, options, tmp_path):
     pools(2)(trained, arguments=[*options, "--save", str(straight)])
     said = watched(options, save, "kind=corrupt,step=3,rank=1,when=end;kind=exception,step=4,rank=0;"
                    "kind=memory,step=7,rank=1;kind=kill,step=7,rank=0,when=repair", "--enable-optimizer-state-local-copy")
-    assert "the ranks that are left save iteration 3" in said and "rank 0 is gone while the others wait for it" in said
+    assert "the surviving ranks save iteration 3" in said and "rank 0 is gone while the others wait for it" in said
     assert losses(save) == losses(straight)
     assert said.count("resuming from") == 2
 
@@ -111,8 +111,8 @@ def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
     said = watched(options, save, "kind=kill,step=3,rank=1,when=end;kind=exception,step=5,rank=0;kind=hang,step=7,rank=1", *more)
-    assert re.findall(r"the ranks that are left save iteration (\d)", said) == ["3", "4", "6"]
-    assert said.count("the run starts again") == 3 and said.count("resuming from") == 3
+    assert re.findall(r"the surviving ranks save iteration (\d)", said) == ["3", "4", "6"]
+    assert said.count("; restarting") == 3 and said.count("resuming from") == 3
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
@@ -121,7 +121,7 @@ def test_a_rank_that_fails_again_is_left_out(pools, options, tmp_path):
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(2)(trained, arguments=[*options, "--save", str(straight), "--nproc-per-node", "2"])
     said = watched(options, save, "kind=kill,step=3,rank=3;kind=kill,step=3,rank=3", "--nproc-per-node", "4")
-    assert "it failed twice without a step between: 2 ranks start now" in said
+    assert "it failed twice without progress: restarting with 2 ranks" in said
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
@@ -133,7 +133,7 @@ def test_who_survives_on_another_machine_saves(pools, options, tmp_path):
     more = ["--nproc-per-node", "1", "--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
     machines = [start(options, save, "kind=kill,step=3,rank=1", *more) for _ in range(2)]
     said = "".join(map(end, machines))
-    assert "the ranks that are left save iteration 2" in said
+    assert "the surviving ranks save iteration 2" in said
     assert losses(save) == losses(straight)
 
 
@@ -158,7 +158,7 @@ def test_random_faults_change_no_loss(pools, options, tmp_path, monkeypatch, cou
 
 @pytest.mark.parametrize(("bf16", "whole", "cut"), [(True, 6, 12), (False, 8, 8)])
 def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_path, bf16, whole, cut):
-    """Of 4 ranks: each has the weight and its gradient; the moments (and of bf16 the fp32 parameter) are cut over 2 of them."""
+    """4 ranks: each has the weight and its gradient; moments (and with bf16 fp32 parameters) are sharded across 2 of them."""
     given = {"load": options[1], "data_path": (options[3],), "bf16": bf16, "use_distributed_optimizer": True}
     given |= {"enable_high_availability": True, "save": str(tmp_path), "global_batch_size": 4}
     for size, count in pools(4)(reuse_fp32.held, options=given):

@@ -1,4 +1,4 @@
-"""bf16 weights as upper halves of the fp32 parameters: the same run at 2 bytes a parameter less, also where it goes on."""
+"""bf16 weights as upper halves of the fp32 parameters: the same losses with 2 bytes less per parameter, also after a resume."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_two_halves_are_the_number(pools):
     numbers, upper, whole = pools(1)(halved, values=[0.0, -0.0, float("inf"), 1e-40, 3.4e38, *tie])[0]
     assert torch.equal(upper, numbers.bfloat16())
     away = (whole.view(torch.int32) - numbers.view(torch.int32)).abs()
-    down = (numbers.view(torch.int32) & 0x1FFFF) == 0x8000  # half-way, and the even neighbour is below
+    down = (numbers.view(torch.int32) & 0x1FFFF) == 0x8000  # half-way, and the even neighbor is below
     assert down.sum() == 2 and torch.equal(away, down.int())
 
 

@@ -48,7 +48,7 @@ def test_every_weight_is_saved_and_goes_on(pools, corpus, tmp_path, case):
     ("megatron-legacy", "llama tied", TP2, ["mp_rank_00", "mp_rank_01"]),
     ("megatron-core", "mixtral", PP2 | {"num_layers_per_virtual_pipeline_stage": 1}, ["mp_rank_00_000", "mp_rank_00_001"])])
 def test_weights_are_saved_in_files_of_the_original_too(pools, corpus, tmp_path, form, case, layout, names):
-    """They are what a conversion of the checkpoint gives, and the run goes on from the same folder."""
+    """They equal a conversion of the checkpoint, and the run resumes from the same folder."""
     from modellink.ckpt_convert import convert, open_checkpoint
 
     MODELS.make(case, tmp_path)

@@ -83,7 +83,7 @@ def plain(tiny, samples):
 
 @pytest.mark.parametrize("layout", TABLE)
 def test_the_loss_is_the_mean_over_learned_tokens_of_the_global_batch(run, plain, layout):
-    """Over an epoch and a third, so the set is begun anew in the middle of a batch; packed rows hold two samples each."""
+    """Over an epoch and a third, so a new epoch starts in the middle of a batch; packed rows hold two samples each."""
     steps = run(layout)
     rows = 4 if layout.startswith("packed") else 8
     assert [step[:2] for step in steps] == [(number, rows * number) for number in range(1, 6)]
@@ -129,7 +129,7 @@ def test_every_epoch_has_every_sample_once_in_another_order(pools, chats, sample
 
 
 def test_a_blend_takes_each_set_in_its_order_and_proportion(pools, tmp_path, samples):
-    """Weights 1 : 3 : 2, wherever one begins to count; the smallest set begins anew."""
+    """Weights 1 : 3 : 2 from any position on; the smallest set starts another epoch."""
     sets = {"a": samples[:5], "b": samples[5:15], "c": samples[15:30]}
     path = [word for weight, name in zip("132", sets, strict=True) for word in (weight, str(tmp_path / name))]
     for name, some in sets.items():
@@ -166,9 +166,9 @@ def test_packs_without_numbers_and_packs_that_nobody_separates_are_told_of(pools
     """The original's --pack leaves a mask of ones: its samples cannot be told apart, and would attend to each other."""
     ones = [INSTRUCTIONS.pack(samples[:3], 70) | {"attention_mask": [1] * 70}] * 5
     INSTRUCTIONS.write_set(tmp_path / "ones", ones)
-    with pytest.raises(AssertionError, match="numbers no samples"):
+    with pytest.raises(AssertionError, match="does not number"):
         pools(1)(rows, prefix=str(tmp_path / "ones"), seq_length=70, numbers=[0], packed=True)
-    pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # a sample a row, of many lengths
+    pools(1)(rows, prefix=str(chats), seq_length=24, numbers=[0], packed=True)  # one sample per row, of many lengths
     with pytest.raises(AssertionError, match="hold several samples, which attend"):
         pools(1)(noted, prefix=str(chats.with_name("packs")))
     pools(1)(noted, prefix=str(chats))
@@ -193,13 +193,13 @@ def collated(prefix: str) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
-    ({"eod_mask_loss": True}, "says itself what is learned", "--reset-position-ids"),
-    ({"reset_attention_mask": True}, "which tokens are one sample", "--reset-attention-mask"),
-    ({"data_path": ("gone",)}, "gone_packed_input_ids_document.idx is missing", "data/alpaca"),
-    ({"data_path": ("0.5", "{}", "0.5", "gone")}, "gone_packed_input_ids_document.idx is missing", "data/alpaca"),
-    ({"data_path": ("0.5", "{}", "0", "{}")}, "not weight and prefix in turn", "--data-path 0.3"),
+    ({"eod_mask_loss": True}, "already define loss and sample boundaries", "--reset-position-ids"),
+    ({"reset_attention_mask": True}, "already define loss and sample boundaries", "--reset-attention-mask"),
+    ({"data_path": ("gone",)}, "gone_packed_input_ids_document.idx is missing", "without .bin or .idx"),
+    ({"data_path": ("0.5", "{}", "0.5", "gone")}, "gone_packed_input_ids_document.idx is missing", "without .bin or .idx"),
+    ({"data_path": ("0.5", "{}", "0", "{}")}, "not a list of alternating weights and prefixes", "--data-path 0.3"),
     ({"is_instruction_dataset": False, "variable_seq_lengths": True, "data_path": ("{}_packed_labels_document",)},
-     "--variable-seq-lengths is about instruction data", "modellink-train sft"),
+     "--variable-seq-lengths applies to instruction data", "modellink-train sft"),
 ])
 def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
     options = OPTIONS | {"load": str(tiny), "data_path": (str(chats),)} | changes
@@ -212,7 +212,7 @@ def test_what_cannot_work_is_refused(tiny, chats, changes, message, fix):
 def test_files_of_two_sets_and_masks_that_number_nothing_are_refused(pools, tmp_path, samples):
     INSTRUCTIONS.write_set(tmp_path / "a", samples)
     INSTRUCTIONS.write_pair(tmp_path / "a_packed_labels_document", [[1, 2]] * 30)
-    with pytest.raises(AssertionError, match="labels and input_ids have samples of other lengths"):
+    with pytest.raises(AssertionError, match="labels and input_ids have samples of different lengths"):
         pools(1)(rows, prefix=str(tmp_path / "a"), seq_length=24, numbers=[0])
     INSTRUCTIONS.write_set(tmp_path / "b", [sample | {"attention_mask": sample["input_ids"]} for sample in samples])
     with pytest.raises(AssertionError, match="does not number the samples"):

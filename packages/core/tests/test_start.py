@@ -1,4 +1,4 @@
-"""What a run starts from: random weights that differ everywhere, a run to go on with, and no run that is another's."""
+"""What a run starts from: random weights that differ everywhere, or a run to resume, but never another run."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def slowly(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
 
 
 def test_saving_behind_training_changes_nothing(pools, run, tiny, corpus, tmp_path):
-    """The save of a run that goes on meanwhile is of the iteration it is called, and only the newest are kept."""
+    """A save in the background has the weights of its own iteration, and only the newest saves are kept."""
     straight = run(2)
     options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
     assert pools(2)(slowly, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
@@ -113,7 +113,7 @@ def test_sigterm_while_a_save_is_on_its_way_leaves_it_whole_and_another(pools, r
 
 
 def without_room(options: dict[str, Any]) -> str:
-    """On a rank: what is said by a run that cannot write a file of more than 20 kB."""
+    """On a rank: the output of a run that cannot write a file of more than 20 kB."""
     import resource
 
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -138,7 +138,7 @@ def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tm
 
 
 def told(options: dict[str, Any]) -> str:
-    """On a rank: what is said by a run that fails."""
+    """On a rank: the output of a run that fails."""
     with pytest.raises(ModelLinkError) as caught:
         training.train(options=options)
     return caught.value.what
@@ -269,7 +269,7 @@ def test_a_loss_that_is_not_a_number_ends_the_run_and_leaves_the_batch(pools, ru
 
 
 def poisoned(value: float) -> str:
-    """On a rank: what is said of a gradient buffer with `value` on the last rank."""
+    """On a rank: the message about a gradient buffer with `value` on the last rank."""
     from types import SimpleNamespace
 
     import torch

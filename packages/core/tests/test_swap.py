@@ -12,7 +12,7 @@ training = beside(__file__, "test_training")
 SWAP = {"swap_attention": True}
 VPP = {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}
 BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
-RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, layout, memory beside --swap-attention
+RUNS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {  # ranks, layout, memory options in addition to --swap-attention
     "alone": (1, {"hidden_dropout": 0.1, "attention_dropout": 0.1}, {}),
     "every module": (1, {}, {"swap_modules": "input_norm,self_attention,post_attention_norm,mlp"}),
     "feed-forward parts recomputed": (1, {}, {"recompute_num_layers": 2, "recompute_method": "block"}),

@@ -1,4 +1,4 @@
-"""The same losses at every layout, and a run that stops and goes on as if it had not."""
+"""Equal losses at every layout, and a stopped run that resumes as if it had not been stopped."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_finetune_takes_weights_alone(run, tmp_path):
 def test_metrics_on_disk_are_those_of_the_run(run, tmp_path):
     save = tmp_path / "a"
     run("tp1", save=str(save), save_interval=2)
-    for lost in (4, 5):  # the run got further than its last checkpoint: what it told of that is told again
+    for lost in (4, 5):  # the run got further than its last checkpoint: those iterations are logged again
         shutil.rmtree(save / f"iter_{lost:07d}")
     run("tp1", load=str(save), save=str(save), tensorboard_dir=str(tmp_path / "events"))
     lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]

@@ -63,7 +63,7 @@ def test_merge_as_a_word_and_as_the_originals_flag(command, tmp_path, write_line
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--input", "absent"], "does not exist"), (["--nonsense"], "unknown option"), (["--workers", "0"], "at least 1"),
-    (["--tokenizer-type", "GPT2BPETokenizer"], "must be one of|is not"), (["--split-sentences"], "is not done here"),
+    (["--tokenizer-type", "GPT2BPETokenizer"], "must be one of|is not"), (["--split-sentences"], "is not supported"),
     (["--config", "bad.yaml"], "unknown key 'workres'")])
 def test_mistakes_are_told_in_one_message(command, options, tmp_path, args, message):
     (tmp_path / "bad.yaml").write_text("workres: 3\n")

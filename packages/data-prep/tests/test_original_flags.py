@@ -28,7 +28,7 @@ def test_a_flag_is_an_option_or_is_answered(flag, capsys):
     about = TABLE.get(flag, {})
     assert (flag in OPTIONS) != bool(about)
     if "refused" in about:
-        with pytest.raises(ModelLinkError, match=f"{flag} is not done here") as caught:
+        with pytest.raises(ModelLinkError, match=f"{flag} is not supported") as caught:
             translate(words, TABLE)
         assert caught.value.fix
         return

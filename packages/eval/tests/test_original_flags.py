@@ -33,7 +33,7 @@ def test_a_script_of_the_original(capsys):
 
 @pytest.mark.parametrize("flag", ["--top-k", "--instruction-template", "--lora-load"])
 def test_what_is_not_done_is_said(flag):
-    with pytest.raises(ModelLinkError, match=f"{flag} is not done here") as caught:
+    with pytest.raises(ModelLinkError, match=f"{flag} is not supported") as caught:
         in_our_words(["--task", "mmlu", flag, "1"])
     assert caught.value.fix
 

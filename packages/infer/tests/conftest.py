@@ -23,13 +23,16 @@ CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 VOCABULARY = 379
 # No two sizes are equal: heads and groups, head size and hidden / heads, feed-forward size and 4 x hidden.
-SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-         "vocab_size": VOCABULARY, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-         "bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
-FAMILIES = {"llama": ("LlamaConfig", {"head_dim": 20}), "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
+         "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 2,
+         "pad_token_id": 0}
+FAMILIES = {"llama": ("LlamaConfig", {"head_dim": 20}),
+            "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
             "mistral": ("MistralConfig", {"head_dim": 20, "sliding_window": 40})}
 # Of different lengths, with characters of one to four bytes.
-PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊", "def add(a, b):\n    return",
+PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊",
+           "def add(a, b):\n    return",
            "Schöne Grüße aus Köln: Straße, Fähre, Übermut. Ça va déjà mieux, garçon? " * 2]
 
 
@@ -48,13 +51,15 @@ def write_tokenizer(folder: Path) -> None:
     assert engine.get_vocab_size() == VOCABULARY
     engine.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
-        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "tokenizer_class": "PreTrainedTokenizerFast"}))
+        "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast"}))
     (folder / "chat_template.jinja").write_text(CHATML)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`folder(family)`: a Hugging Face folder with a random model; norms and biases matter, and no two tokens are near-ties."""
+    """`folder(family)`: a Hugging Face folder with a random model; norms and biases matter, and no two tokens
+    are near-ties."""
     made: dict[str, Path] = {}
 
     def make(family: str) -> Path:
@@ -90,6 +95,20 @@ def engine(llama):
     return load(llama, device="cpu")
 
 
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of tokens of each pass that any network computes."""
+    from modellink.infer.network import Network
+    counts: list[int] = []
+    logits = Network.logits
+
+    def count(network: Network, work: Any) -> Any:
+        counts.append(work.token_ids.numel())
+        return logits(network, work)
+    monkeypatch.setattr(Network, "logits", count)
+    return counts
+
+
 @pytest.fixture(scope="session")
 def theirs(llama):
     """The same model in transformers."""
@@ -99,7 +118,8 @@ def theirs(llama):
 
 @pytest.fixture
 def full_logits(theirs) -> Callable[[list[int]], object]:
-    """`full_logits(ids)`: log-probabilities [seq, vocabulary] of transformers, in one pass over the sequence."""
+    """`full_logits(ids)`: log-probabilities [seq, vocabulary] of transformers, in one pass over the sequence.
+    """
     import torch
 
     def compute(ids: list[int]) -> torch.Tensor:

@@ -26,7 +26,8 @@ def test_the_prompt_has_the_system_message_and_the_last_turns():
     conversation = Conversation("Be kind.", history_turns=2)
     for number in range(4):
         conversation.add(f"q{number}", f"a{number}")
-    assert conversation.prompt("now") == [{"role": "system", "content": "Be kind."}, user("q2"), assistant("a2"), user("q3"),
+    assert conversation.prompt("now") == [{"role": "system", "content": "Be kind."}, user("q2"),
+                                          assistant("a2"), user("q3"),
                                        assistant("a3"), user("now")]
 
 
@@ -68,8 +69,9 @@ def test_clear_drops_all_turns():
 
 @pytest.mark.parametrize("tp", [1, 2])
 def test_ctrl_c_stops_the_answer_but_not_the_program(llama, tp):
-    command = [sys.executable, "-m", "modellink.infer.cli", "chat", "--load", str(llama), "--tp", str(tp), "--device", "cpu",
-               "--max-new-tokens", "230", "--history-turns", "0", "--temperature", "2", "--seed", "1"]
+    command = [sys.executable, "-m", "modellink.infer.cli", "chat", "--load", str(llama), "--tp", str(tp),
+               "--device", "cpu", "--max-new-tokens", "230", "--history-turns", "0", "--temperature", "2",
+               "--seed", "1"]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True)
     streams: Any = process

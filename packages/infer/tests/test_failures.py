@@ -1,4 +1,5 @@
-"""Internal errors: one in a completion ends only that one, one of the model ends the process, and no request waits forever."""
+"""Internal errors: one in a completion ends only that one, one of the model ends the process, and no request
+waits forever."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 BODY = {"prompt": "The quick", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
-# The command, in a process whose model fails once as soon as the file that BREAKS names exists; the process removes it.
+# The command, in a process whose model fails once as soon as the file that BREAKS names exists; the process
+# removes it.
 BROKEN = """
 import os, sys
 from modellink.core import engine
@@ -81,10 +83,10 @@ def breaks(service, monkeypatch) -> None:
     """Completions with sampling fail at their fourth token."""
     add = service.batch.add
 
-    def broken(answer: Any) -> None:
-        add(answer)
+    def broken(completion: Any) -> None:
+        add(completion)
         entry = service.batch.waiting[-1]
-        if not answer.request.sampling.greedy:
+        if not completion.request.sampling.greedy:
             entry.sampler = FailingSampler(entry.sampler, 3)
     monkeypatch.setattr(service.batch, "add", broken)
 
@@ -92,7 +94,8 @@ def breaks(service, monkeypatch) -> None:
 def test_an_error_in_one_completion_ends_only_that_one(engine, client, service, breaks):
     (expected,) = engine.generate("The quick", max_new_tokens=12, ignore_eos=True)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda temperature: client.post("/v1/completions", json=BODY | {"temperature": temperature}),
+        found = list(pool.map(lambda temperature: client.post("/v1/completions",
+                                                              json=BODY | {"temperature": temperature}),
                               (0, 1, 0, 1)))
     assert [response.status_code for response in found] == [200, 500, 200, 500]
     assert {response.json()["choices"][0]["text"] for response in found[::2]} == {expected.text}
@@ -100,12 +103,13 @@ def test_an_error_in_one_completion_ends_only_that_one(engine, client, service, 
     with client.stream("POST", "/v1/completions", json=BODY | {"temperature": 1, "stream": True}) as response:
         last = [line for line in response.iter_lines() if line][-1]
     assert "the completion failed" in last
-    assert client.post("/v1/completions", json=BODY).status_code == 200 and client.get("/health").status_code == 200
+    assert client.post("/v1/completions",
+                       json=BODY).status_code == 200 and client.get("/health").status_code == 200
     assert service.unfinished == 0 and all(pool.used == 0 for pool in service.batch.cache.pools)
 
 
 def test_a_completion_that_cannot_start_affects_no_other(engine, client, service, monkeypatch):
-    monkeypatch.setattr(service.batch, "add", lambda answer: 1 / 0)
+    monkeypatch.setattr(service.batch, "add", lambda completion: 1 / 0)
     assert client.post("/v1/completions", json=BODY).status_code == 500
     monkeypatch.undo()
     assert client.post("/v1/completions", json=BODY).status_code == 200 and service.unfinished == 0
@@ -184,15 +188,18 @@ def wait_for(url: str, ready: Callable[[dict[str, Any]], bool]) -> None:
 @pytest.fixture
 def broken(llama, tmp_path) -> SimpleNamespace:
     (tmp_path / "broken.py").write_text(BROKEN)
-    arguments = [str(tmp_path / "broken.py"), "serve", "--load", str(llama), "--device", "cpu", "--served-model-name", "tiny"]
+    arguments = [str(tmp_path / "broken.py"), "serve", "--load", str(llama), "--device", "cpu",
+                 "--served-model-name", "tiny"]
     return SimpleNamespace(command=[sys.executable, *arguments], file=tmp_path / "breaks",
-                           environment=os.environ | {"OMP_NUM_THREADS": "1", "BREAKS": str(tmp_path / "breaks")})
+                           environment=os.environ | {"OMP_NUM_THREADS": "1",
+                                                     "BREAKS": str(tmp_path / "breaks")})
 
 
 def test_a_server_exits_if_its_model_fails(broken):
     from modellink.core.launch import free_port
     port = free_port()
-    process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*broken.command, "--port", str(port)], env=broken.environment,
+                               stderr=subprocess.PIPE, text=True)
     try:
         wait_for(url := f"http://127.0.0.1:{port}", lambda state: state["status"] == "ok")
         assert httpx.post(f"{url}/v1/completions", json=BODY, timeout=60).status_code == 200
@@ -207,7 +214,8 @@ def test_a_server_exits_if_its_model_fails(broken):
 
 def test_a_replica_is_restarted_if_its_model_fails(broken, engine):
     from modellink.core.launch import free_port
-    from modellink.infer.server.replicas import LocalReplica, make_front
+    from modellink.infer.server.front import make_front
+    from modellink.infer.server.replicas import LocalReplica
     replicas = [LocalReplica(index, broken.command, broken.environment) for index in range(2)]
     server = uvicorn.Server(uvicorn.Config(make_front(replicas, max_body=10_000), port=(port := free_port()),
                                            log_level="warning"))
@@ -235,8 +243,8 @@ def test_a_port_in_use_is_reported_before_the_weights_are_read(broken):
     import socket
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        found = subprocess.run([*broken.command, "--port", str(port)], env=broken.environment, capture_output=True, text=True,
-                               timeout=120)
+        found = subprocess.run([*broken.command, "--port", str(port)], env=broken.environment,
+                               capture_output=True, text=True, timeout=120)
     assert found.returncode == 2 and f"the server cannot listen on 127.0.0.1:{port}" in found.stderr
     assert "serving at" not in found.stderr and "Traceback" not in found.stderr and "weights" not in found.stderr
 
@@ -254,7 +262,8 @@ def test_requests_are_forwarded_to_two_running_servers(llama, engine, tmp_path):
     urls = [f"http://127.0.0.1:{port}" for port in ports]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen([*serve, str(port), *more], env=environment) for port in ports[:2]]
-    processes.append(subprocess.Popen([*serve, str(ports[2]), "--replica-url", urls[0], "--replica-url", urls[1] + "/"],
+    processes.append(subprocess.Popen([*serve, str(ports[2]), "--replica-url", urls[0], "--replica-url",
+                                       urls[1] + "/"],
                                       env=environment))
     try:
         wait_for(urls[2], lambda state: state.get("ready") == 2)
@@ -287,11 +296,13 @@ def test_wrong_options_of_a_forwarding_server(command, args, message):
 def test_each_replica_gets_its_accelerators(monkeypatch):
     from modellink.infer.server.replicas import device_shares, make_replicas
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device_shares("cuda", 4, 2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert device_shares("cuda", 4, 2, 2) == [{"CUDA_VISIBLE_DEVICES": "0,1"},
+                                              {"CUDA_VISIBLE_DEVICES": "2,3"}]
     monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "4,5,7")
     shares = device_shares("npu", 3, 3, 1)
     assert shares == [{"ASCEND_RT_VISIBLE_DEVICES": each} for each in ("4", "5", "7")]
-    assert [replica._environment["ASCEND_RT_VISIBLE_DEVICES"] for replica in make_replicas(3, [], shares)] == ["4", "5", "7"]
+    assert [replica._environment["ASCEND_RT_VISIBLE_DEVICES"]
+            for replica in make_replicas(3, [], shares)] == ["4", "5", "7"]
     assert device_shares("cpu", 0, 8, 2) is None
     with pytest.raises(ModelLinkError, match="need 4 devices, 3 are available"):
         device_shares("npu", 3, 2, 2)

@@ -1,4 +1,5 @@
-"""The server in front of replicas: what it imports and forwards, and what it does if a replica cannot start."""
+"""The server in front of replicas: what it imports and forwards, and what it does if a replica cannot start.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ ASKED = """
 import asyncio, sys
 import httpx
 from modellink.infer.server import run
-from modellink.infer.server.replicas import Replica, make_front
+from modellink.infer.server.front import make_front
+from modellink.infer.server.replicas import Replica
 
 async def ask():
     front = make_front([Replica(0, "http://127.0.0.1:1")], max_body=1000)
@@ -34,7 +36,8 @@ async def ask():
 asyncio.run(ask())
 print(sorted({"torch", "megatron", "transformers", "modellink.infer.batch"} & set(sys.modules)))
 """
-# A replica that exits with status 2, if READY is 1 after a health check; at its second start it stops the server in front.
+# A replica that exits with status 2, if READY is 1 after a health check; at its second start it stops the
+# server in front.
 REPLICA = """
 import http.server, os, signal, sys
 starts, ready, port = sys.argv[1], sys.argv[2] == "1", int(sys.argv[-1])
@@ -63,12 +66,14 @@ def test_it_imports_nothing_of_the_model():
     assert (found.returncode, found.stdout) == (0, "[]\n"), found.stderr
 
 
-def forward(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = (),
+def forward(respond: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"", headers: Any = (),
             replica: Any = None, others: Any = ()) -> Any:
-    """Return the response of the server in front if the replica responds to a request with `answer(request)`."""
+    """Return the response of the server in front if the replica responds to a request with
+    `respond(request)`."""
     from starlette.requests import Request
 
-    from modellink.infer.server.replicas import Replica, _forward
+    from modellink.infer.server.front import _forward
+    from modellink.infer.server.replicas import Replica
     replica = Replica(0, "http://replica:1") if replica is None else replica
     replica.ready = True
 
@@ -76,9 +81,9 @@ def forward(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"",
         return await asyncio.Event().wait()
 
     async def run() -> Any:
-        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as client:
-            scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": raw_path, "query_string": query,
-                     "headers": list(headers), "server": ("x/foo", 80)}
+        async with httpx.AsyncClient(transport=httpx.MockTransport(respond)) as client:
+            scope = {"type": "http", "method": "GET", "path": "/v1/models", "raw_path": raw_path,
+                     "query_string": query, "headers": list(headers), "server": ("x/foo", 80)}
             return await _forward(client, [*others, replica], Request(scope, receive), b"")
     return asyncio.run(run())
 
@@ -86,13 +91,13 @@ def forward(answer: Any, *, raw_path: bytes = b"/v1/models", query: bytes = b"",
 def test_path_and_key_are_forwarded_unchanged():
     asked: list[Any] = []
 
-    def answer(request: Any) -> Any:
+    def respond(request: Any) -> Any:
         asked.append(request)
         return httpx.Response(200)
     key = "Bearer Schlüssel".encode()
     path, query = b"/v1/models/a%2541%3Fb%2Fc", b"a=1&a=2&b=%26"
     headers = [(b"host", b"x/foo"), (b"authorization", key)]
-    assert forward(answer, raw_path=path, query=query, headers=headers).status_code == 200
+    assert forward(respond, raw_path=path, query=query, headers=headers).status_code == 200
     assert asked[0].url.raw_path == path + b"?" + query and asked[0].url.host == "replica"
     assert (b"Authorization", key) in [(name.title(), value) for name, value in asked[0].headers.raw]
 
@@ -103,10 +108,10 @@ def test_a_request_goes_to_the_replica_with_the_fewest_requests():
     busy.active, free.active, busy.ready = 3, 1, True
     asked: list[str] = []
 
-    def answer(request: Any) -> Any:
+    def respond(request: Any) -> Any:
         asked.append(request.url.host)
         return httpx.Response(503 if request.url.host == "replica1" else 200)
-    assert forward(answer, replica=free, others=[busy, down]).status_code == 200
+    assert forward(respond, replica=free, others=[busy, down]).status_code == 200
     assert asked == ["replica1", "replica0"]  # the next one after a refusal, and none that is not ready
     assert (busy.active, free.active) == (3, 1)
 
@@ -145,7 +150,8 @@ def test_a_stream_that_is_never_read_is_not_active():
     """The client disconnects as the replica starts to respond."""
     from modellink.infer.server.replicas import Replica
     replica = Replica(0, "http://replica:1")
-    response = forward(lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"}, content=b"data: 1"),
+    response = forward(lambda _: httpx.Response(200, headers={"content-type": "text/event-stream"},
+                                                content=b"data: 1"),
                          replica=replica)
 
     async def send(_: Any) -> None:
@@ -181,7 +187,8 @@ def elsewhere() -> Iterator[str]:
 def test_no_proxy_is_used_for_local_replicas_and_their_metrics_are_joined(elsewhere, monkeypatch):
     from starlette.testclient import TestClient
 
-    from modellink.infer.server.replicas import Replica, make_front
+    from modellink.infer.server.front import make_front
+    from modellink.infer.server.replicas import Replica
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("NO_PROXY", raising=False)

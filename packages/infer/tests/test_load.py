@@ -1,7 +1,7 @@
 """A server under load: many connections, large bodies, clients that stop reading or disconnect.
 
-Every completion is right, and nothing of a finished request stays in memory. The numbers of requests are fixed, so that a run
-does not depend on the speed of the machine.
+Every completion is right, and nothing of a finished request stays in memory. The numbers of requests are
+fixed, so that a run does not depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 pytestmark = pytest.mark.usefixtures("idle_afterwards")
 CLIENTS = 8
-PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊", "def add(a, b):\n    return"]
-SAMPLINGS = [{"temperature": 0}, {"temperature": 1.3, "seed": 5}, {"temperature": 0, "repetition_penalty": 1.3},
+PROMPTS = ["The", "The quick brown fox jumps over the lazy dog", "Köln: 机器学习", "🦊",
+           "def add(a, b):\n    return"]
+SAMPLINGS = [{"temperature": 0}, {"temperature": 1.3, "seed": 5},
+             {"temperature": 0, "repetition_penalty": 1.3},
              {"temperature": 0.9, "seed": 7, "top_p": 0.8, "ignore_eos": True}]
 KINDS = ["full", "several", "stream", "leave", "bad", "partial"]
 
@@ -57,11 +59,13 @@ def body(prompt: int, sampling: int, **more: Any) -> dict[str, Any]:
 
 
 def http_request(content: bytes) -> bytes:
-    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content)
+    return b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content),
+                                                                                          content)
 
 
 def test_many_connections_and_requests(server, paused, expected):
-    """Hundreds of idle connections, and ten times as many requests as may wait: each is answered or gets status 429."""
+    """Hundreds of idle connections, and ten times as many requests as may wait: each is answered or gets
+    status 429."""
     limit = server.service.max_waiting
     idle = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(250)]
     refused = 0
@@ -117,11 +121,14 @@ async def one_request(server: SimpleNamespace, client: Any, kind: str, dice: ran
     """Send a request of a kind with random details, and return its outcome: right, wrong, or busy."""
     prompt, sampling = dice.randrange(len(PROMPTS)), dice.randrange(len(SAMPLINGS))
     if kind == "bad":
-        content = dice.choice([b"{", b'{"prompt": "a", "temperature": NaN}', b'{"prompt": []}', b"\xff" * 50_000])
-        return "right" if (await client.post("/v1/completions", content=content)).status_code == 400 else "wrong"
+        content = dice.choice([b"{", b'{"prompt": "a", "temperature": NaN}', b'{"prompt": []}',
+                               b"\xff" * 50_000])
+        return "right" if (await client.post("/v1/completions",
+                                             content=content)).status_code == 400 else "wrong"
     if kind == "partial":
         _, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        writer.write(http_request(json.dumps(body(prompt, sampling, stream=True)).encode())[:dice.randrange(1, 120)])
+        writer.write(http_request(json.dumps(body(prompt, sampling,
+                                                  stream=True)).encode())[:dice.randrange(1, 120)])
         writer.close()
         return "right"
     if kind in ("full", "several"):
@@ -147,13 +154,16 @@ async def one_request(server: SimpleNamespace, client: Any, kind: str, dice: ran
     return "right" if text == expected[prompt, sampling] and lines[-1] == "data: [DONE]" else "wrong"
 
 
-async def run_clients(server: SimpleNamespace, expected: dict[tuple[int, int], str], rounds: int, seed: int) -> Counter[str]:
-    """Count the outcomes of clients that each send every kind of request `rounds` times, next to three that never read."""
+async def run_clients(server: SimpleNamespace, expected: dict[tuple[int, int], str], rounds: int,
+                      seed: int) -> Counter[str]:
+    """Count the outcomes of clients that each send every kind of request `rounds` times, next to three that
+    never read."""
     outcomes: Counter[str] = Counter()
     silent = []
     for _ in range(3):
         _, writer = await asyncio.open_connection("127.0.0.1", server.port, limit=1)
-        writer.write(http_request(json.dumps(body(0, 3, max_tokens=200, logprobs=20, stream=True, n=2)).encode()))
+        writer.write(http_request(json.dumps(body(0, 3, max_tokens=200, logprobs=20, stream=True,
+                                                  n=2)).encode()))
         silent.append(writer)
 
     async def run_client(number: int) -> None:
@@ -175,7 +185,8 @@ def test_soak(server, expected, submissions, rounds):
     assert outcomes["wrong"] == 0 and outcomes["right"] + outcomes["busy"] == CLIENTS * len(KINDS) * rounds
     assert outcomes["right"] > CLIENTS * 2 * rounds  # bad and partial requests are always right
     deadline = time.monotonic() + 60
-    while (server.service.unfinished or any(one() is not None for one in submissions)) and time.monotonic() < deadline:
+    while (server.service.unfinished or any(one() is not None
+                                            for one in submissions)) and time.monotonic() < deadline:
         gc.collect()
         time.sleep(0.05)
     assert len(submissions) > CLIENTS * rounds and not any(one() is not None for one in submissions)

@@ -1,4 +1,5 @@
-"""The compiled step computes what core's model computes; a model that it does not support runs core's model."""
+"""The compiled step computes what core's model computes; a model that it does not support runs core's model.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +18,10 @@ from modellink.kernels.parallel import ParallelLayout
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
 MODELS = beside(str(Path(__file__).parents[2] / "core/tests/models.py"), "models")
-ROWS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist() for length in (1, 40, 17, 90)]
-SUPPORTED = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2", "qwen2 tied", "qwen2 yarn",
-             "mistral", "mistral window", "gemma"}
+PROMPTS = [torch.randint(3, 379, (length,), generator=torch.Generator().manual_seed(length)).tolist()
+           for length in (1, 40, 17, 90)]
+SUPPORTED = {"llama", "llama tied", "llama llama3", "llama llama3 tied", "llama linear", "qwen2",
+             "qwen2 tied", "qwen2 yarn", "mistral", "mistral window", "gemma"}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def engine(llama):
 
 
 @pytest.mark.parametrize(("compiled_seconds", "model_seconds"), [(1.0, 2.0), (2.0, 1.0)])
-def test_it_is_used_if_it_is_faster(llama, monkeypatch, capsys, compiled_seconds, model_seconds):
+def test_it_is_used_if_it_is_faster(engine, llama, monkeypatch, capsys, compiled_seconds, model_seconds):
     from modellink.infer.native import measure
     seconds = iter([compiled_seconds, model_seconds])
     monkeypatch.setattr(measure, "seconds_per_token", lambda run, cache: next(seconds))
@@ -43,22 +45,25 @@ def test_a_measurement_runs_a_few_decode_passes(engine):
     network, ran = engine.network, []
     cache = network.make_cache(max_sequences=1, max_chunk=32, tokens=measure.CACHE_TOKENS)
     assert measure.seconds_per_token(lambda work: ran.append(work) or network.logits(work), cache) > 0
-    assert [work.positions.tolist() for work in ran] == [[0], [1], [2]] and all(work.is_decode for work in ran)
+    assert [work.positions.tolist() for work in ran] == [[0], [1],
+                                                         [2]] and all(work.is_decode for work in ran)
     assert all(pool.used == 0 for pool in cache.pools)
 
 
-def logits(network: Any, rows: list[list[int]], size: int = 11) -> torch.Tensor:
-    """Return the logits after prefill chunks of `size` tokens of each row, and after the last tokens of all rows in one pass."""
+def logits(network: Any, prompts: list[list[int]], size: int = 11) -> torch.Tensor:
+    """Return the logits after prefill chunks of `size` tokens of each prompt, then after all last tokens in
+    one pass."""
     from modellink.infer.pages import CachedSequence, Chunk
     from modellink.infer.passes import Pass
-    cache = network.make_cache(max_sequences=len(rows), max_chunk=64, tokens=1024)
-    sequences = [CachedSequence(list(row)) for row in rows]
+    cache = network.make_cache(max_sequences=len(prompts), max_chunk=64, tokens=1024)
+    sequences = [CachedSequence(list(prompt)) for prompt in prompts]
     found = []
     for sequence in sequences:
         cache.tables.admit(sequence, shared=False)
         assert cache.tables.grow(sequence, len(sequence.tokens))
         while sequence.computed < len(sequence.tokens) - 1:
-            chunk = Chunk(sequence, sequence.computed, min(size, len(sequence.tokens) - 1 - sequence.computed))
+            chunk = Chunk(sequence, sequence.computed,
+                          min(size, len(sequence.tokens) - 1 - sequence.computed))
             found.append(network.logits(Pass.after_each(cache, [chunk])))
             cache.tables.advance(sequence, chunk.count, shared=False)
     last = [Chunk(sequence, sequence.computed, 1) for sequence in sequences]
@@ -66,12 +71,12 @@ def logits(network: Any, rows: list[list[int]], size: int = 11) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def both(network: Any, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def both(network: Any, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the logits of the compiled step and of core's model."""
     (step,) = network.fast_paths
-    compiled = logits(network, rows)
+    compiled = logits(network, prompts)
     network.fast_paths = []
-    model = logits(network, rows)
+    model = logits(network, prompts)
     network.fast_paths = [step]
     return compiled, model
 
@@ -82,7 +87,8 @@ def test_it_computes_what_the_model_computes(tmp_path, case):
     network = load(tmp_path / "weights", device="cpu", native=True).network
     assert len(network.fast_paths) == (case in SUPPORTED)
     if network.fast_paths:
-        torch.testing.assert_close(*both(network, [[token % 131 for token in row][-50:] for row in ROWS]), atol=1e-5, rtol=1e-4)
+        shortened = [[token % 131 for token in prompt][-50:] for prompt in PROMPTS]
+        torch.testing.assert_close(*both(network, shortened), atol=1e-5, rtol=1e-4)
 
 
 def test_other_layouts_and_precisions_are_not_supported(engine):
@@ -96,9 +102,10 @@ def test_other_layouts_and_precisions_are_not_supported(engine):
 
 def test_bf16_is_as_close_to_fp32_as_the_model(llama, engine):
     half = load(llama, device="cpu", dtype="bfloat16", native=True).network
-    exact = both(engine.network, ROWS)[1].log_softmax(-1)
-    compiled, model = (found.log_softmax(-1) for found in both(half, ROWS))
-    assert (compiled - exact).square().mean() < 1.1 * (model - exact).square().mean()  # its activations are fp32
+    exact = both(engine.network, PROMPTS)[1].log_softmax(-1)
+    compiled, model = (found.log_softmax(-1) for found in both(half, PROMPTS))
+    # its activations are fp32
+    assert (compiled - exact).square().mean() < 1.1 * (model - exact).square().mean()
 
 
 def test_tokens_are_the_same_with_and_without_it(llama, engine, prompts):
@@ -120,18 +127,20 @@ def test_int8_is_close_and_prints_its_error(llama, engine, capsys):
 @pytest.mark.parametrize("case", ["llama", "llama tied", "qwen2", "mistral window"])
 def test_the_model_computes_with_the_int8_values_too(tmp_path, case):
     MODELS.make(case, tmp_path)
-    exact, quantized = (load(tmp_path / "weights", device="cpu", native=True, int8=int8).network for int8 in (False, True))
-    rows = [[token % 131 for token in row][-50:] for row in ROWS]
-    compiled, model = both(quantized, rows)
+    exact, quantized = (load(tmp_path / "weights", device="cpu", native=True, int8=int8).network
+                        for int8 in (False, True))
+    prompts = [[token % 131 for token in prompt][-50:] for prompt in PROMPTS]
+    compiled, model = both(quantized, prompts)
     torch.testing.assert_close(compiled, model, atol=1e-5, rtol=1e-4)
-    assert (model - both(exact, rows)[1]).abs().max() > 1e-4
+    assert (model - both(exact, prompts)[1]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_int8_weights_replace_the_others(folder, family):
     """Except the embedding. Counts the bytes of tensors."""
     plain, quantized = (load(folder(family), device="cpu", int8=int8).network for int8 in (False, True))
-    full, left = (sum(parameter.nbytes for parameter in network._model.parameters()) for network in (plain, quantized))
+    full, left = (sum(parameter.nbytes for parameter in network._model.parameters())
+                  for network in (plain, quantized))
     spec, (step,) = plain.spec, quantized.fast_paths
     embedding = 4 * spec.vocab_size * spec.hidden_size
     int8_bytes = sum(tensor.nbytes for tensor in step._held)
@@ -162,11 +171,14 @@ def uncached():
 
 def test_a_user_without_a_home_folder_has_no_step(monkeypatch, uncached):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home directory.")))
+    monkeypatch.setattr(Path, "home", lambda: (_
+                                               for _ in ()).throw(RuntimeError("Could not determine home "
+                                                                               "directory.")))
     assert uncached.step() is None
 
 
-@pytest.mark.parametrize("environment", [{"MODELLINK_NATIVE": "0"}, {"CC": "no-such-compiler"}, {"CC": "false"}])
+@pytest.mark.parametrize("environment", [{"MODELLINK_NATIVE": "0"}, {"CC": "no-such-compiler"},
+                                         {"CC": "false"}])
 def test_without_a_compiler_the_model_runs(llama, monkeypatch, environment, tmp_path, uncached):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,5 @@
-"""Command lines of the original's inference.py: every flag is an option, is translated, or is ignored with a reason."""
+"""Command lines of the original's inference.py: every flag is an option, is translated, or is ignored with a
+reason."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from modellink.infer.original import translate_original
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags
 
-FLAGS = ("task", "top-p", "top-k", "temperature", "max-length", "max-new-tokens", "hf-chat-template", "add-eos-token",
-         "use-kv-cache", "history-turns")
+FLAGS = ("task", "top-p", "top-k", "temperature", "max-length", "max-new-tokens", "hf-chat-template",
+         "add-eos-token", "use-kv-cache", "history-turns")
 
 
 def test_no_flag_is_unknown():
     known = {name for command in (generate, chat) for option in command.params for name in option.opts}
-    assert [flag for flag in FLAGS if f"--{flag}" not in known and f"--{flag}" not in original_flags("modellink.infer")] == []
+    assert [flag for flag in FLAGS if f"--{flag}" not in known
+            and f"--{flag}" not in original_flags("modellink.infer")] == []
 
 
 def test_a_script_of_the_original(capsys):
@@ -31,16 +33,19 @@ def test_a_script_of_the_original(capsys):
     assert values["dtype"] == "bfloat16" and int(values["top_k"]) == 20 and int(values["max_new_tokens"]) == 64
     assert str(values["load"]) == "CKPT" and int(values["tensor_model_parallel_size"]) == 2 and values["hf_chat_template"]
     said = capsys.readouterr().err
-    assert "--hidden-size" in next(line for line in said.splitlines() if line.endswith("the checkpoint describes the model"))
-    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})  # one line per reason
+    assert "--hidden-size" in next(line for line in said.splitlines()
+                                   if line.endswith("the checkpoint describes the model"))
+    # one line per reason
+    assert len(said.splitlines()) == len({line.rpartition(": ")[2] for line in said.splitlines()})
 
 
 def test_an_adapter_is_refused():
-    with pytest.raises(ModelLinkError, match="--lora-load is not done here"):
+    with pytest.raises(ModelLinkError, match="--lora-load is not supported"):
         translate_original(["--load", "a", "--lora-load", "b"], generate)
 
 
 def test_our_own_and_unknown_options_are_kept(capsys):
-    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):  # click refuses unknown options
+    # click refuses unknown options
+    for args in (["--load", "a", "--tp", "2"], ["--load", "a", "--tmperature=1"]):
         assert translate_original(args, generate) == args
     assert not capsys.readouterr().err

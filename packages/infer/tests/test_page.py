@@ -1,4 +1,5 @@
-"""The chat page in a headless Chromium, if installed: streaming, markdown, stop, history, light and dark, a phone.
+"""The chat page in a headless Chromium, if installed: streaming, markdown, stop, history, light and dark, a
+phone.
 
 If MODELLINK_SCREENSHOTS is set to a folder, screenshots are saved there.
 """
@@ -23,16 +24,17 @@ fastapi = pytest.importorskip("fastapi")
 uvicorn = pytest.importorskip("uvicorn")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
-ANSWER = ("# Foxes\n\nA **quick** fox, with `code`, a <b>tag</b> and [a link](https://example.com):\n\n- one\n- two\n\n"
-          "```python\nprint('<hi>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nThe end 🦊.")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ANSWER = ("# Foxes\n\nA **quick** fox, with `code`, a <b>tag</b> and [a link](https://example.com):\n\n- "
+          "one\n- two\n\n```python\nprint('<hi>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nThe end 🦊.")
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1)) <script>document.title='taken'</script>"
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[SimpleNamespace]:
-    """The page, with a model that streams the text `answer`, a few characters at a time; `asked` holds the request bodies."""
+    """The page, with a model that streams the text `answer`, a few characters at a time; `asked` holds the
+    request bodies."""
     from modellink.core import engine
     from modellink.core.launch import free_port
     from modellink.kernels.device import find
@@ -69,7 +71,8 @@ def site() -> Iterator[SimpleNamespace]:
             return fastapi.responses.JSONResponse({"error": {"message": "too many answers wait"}}, 429)
         return fastapi.responses.StreamingResponse(say(found.answer), media_type="text/event-stream")
 
-    server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning", timeout_graceful_shutdown=2))
+    server = uvicorn.Server(uvicorn.Config(app, port=(port := free_port()), log_level="warning",
+                                           timeout_graceful_shutdown=2))
     thread = threading.Thread(target=server.run)
     thread.start()
     found.url = f"http://127.0.0.1:{port}"
@@ -88,16 +91,19 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def visit(browser, site) -> Iterator[Callable[..., Any]]:
-    """`visit(width=, dark=)`: the page of a new visitor. Afterwards checks for errors and for requests to other sites."""
+    """`visit(width=, dark=)`: the page of a new visitor. Afterwards checks for errors and for requests to
+    other sites."""
     site.answer, site.pause, site.before, site.asked, site.left = ANSWER, 0.0, 0.0, [], 0
     contexts, problems = [], []
 
     def visit(width: int = 1000, height: int = 800, *, dark: bool = False) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if dark else "light")
+        context = browser.new_context(viewport={"width": width, "height": height},
+                                      color_scheme="dark" if dark else "light")
         contexts.append(context)
         page = context.new_page()
         page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: request.url.startswith((site.url, "data:")) or problems.append(request.url))
+        page.on("request", lambda request: request.url.startswith((site.url, "data:"))
+                or problems.append(request.url))
         page.goto(site.url)
         return page
     yield visit
@@ -159,7 +165,8 @@ def test_the_conversation_survives_a_reload_until_a_new_chat(visit, site):
         finished(page)
     assert [message["role"] for message in site.asked[-1]["messages"]] == ["user", "assistant", "user"]
     page.reload()
-    assert page.locator(".user").all_inner_texts() == ["one", "two"] and page.locator(".assistant").count() == 2
+    assert page.locator(".user").all_inner_texts() == ["one",
+                                                       "two"] and page.locator(".assistant").count() == 2
     page.click("#new")
     page.reload()
     assert page.locator(".user").count() == 0
@@ -173,7 +180,8 @@ def test_settings_reach_the_model(visit, site):
     page.click("dialog button")
     say(page, "Hi")
     finished(page)
-    assert site.asked[-1]["messages"][0] == {"role": "system", "content": "Be kind."} and site.asked[-1]["temperature"] == 0.2
+    assert site.asked[-1]["messages"][0] == {"role": "system",
+                                             "content": "Be kind."} and site.asked[-1]["temperature"] == 0.2
 
 
 def test_a_hostile_answer_is_text(visit, site):
@@ -226,7 +234,8 @@ def test_a_new_chat_contains_nothing_of_the_stopped_answer(visit, site):
     finished(page)
     page.wait_for_timeout(300)
     assert [message["content"] for message in site.asked[-1]["messages"]] == ["new"]
-    assert page.locator("#talk").inner_text().split() == ["new", "Hello"] and page.locator(".note").count() == 0
+    assert page.locator("#talk").inner_text().split() == ["new",
+                                                          "Hello"] and page.locator(".note").count() == 0
     page.reload()
     assert page.locator(".user, .assistant").all_inner_texts() == ["new", "Hello"]
 

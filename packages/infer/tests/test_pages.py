@@ -77,7 +77,8 @@ def test_no_page_is_used_twice_or_lost(seed):
         if sequences and chance.random() < 0.4:
             tables.release(sequences.pop(chance.randrange(len(sequences))))
         else:
-            tokens = [chance.randrange(2)] * chance.randrange(1, PAGE_SIZE) + [3] * chance.randrange(1, 3 * PAGE_SIZE)
+            tokens = [chance.randrange(2)] * chance.randrange(1, PAGE_SIZE) + [3] * chance.randrange(1,
+                                                                                                     3 * PAGE_SIZE)
             sequence = CachedSequence(tokens)
             tables.admit(sequence)
             if tables.grow(sequence, len(tokens)):
@@ -92,7 +93,8 @@ def test_no_page_is_used_twice_or_lost(seed):
 
 
 def check_users(tables: PageTables, sequences: list[CachedSequence]) -> None:
-    """Check that sequences which share a page have the same tokens up to its end, and that no other page is used."""
+    """Check that sequences which share a page have the same tokens up to its end, and that no other page is
+    used."""
     for number, pool in enumerate(tables.pools):
         pages = {page for sequence in sequences for page in sequence.tables[number]} - {RELEASED}
         assert pool.used == len(pages)
@@ -114,15 +116,6 @@ def batch(engine):
     return make
 
 
-@pytest.fixture
-def computed(engine, monkeypatch) -> list[int]:
-    """The number of tokens of each pass of the engine's network."""
-    counts: list[int] = []
-    logits = engine.network.logits
-    monkeypatch.setattr(engine.network, "logits", lambda work: (counts.append(work.token_ids.numel()), logits(work))[1])
-    return counts
-
-
 def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
     """Return the tokens of requests that join at once, or one every so many steps."""
     from modellink.infer.request import Completion
@@ -136,7 +129,7 @@ def finish(batch, engine, requests, *, join_every: int = 0) -> list[list[int]]:
                 break
         batch.step()
         steps += 1
-    return [completion.token_ids for completion in completions]
+    return [one.token_ids for one in completions]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -145,9 +138,11 @@ def test_a_completion_does_not_depend_on_the_batch(engine, batch, seed, tokens, 
     """Also if there are so few pages that sequences are preempted, and with common prefixes."""
     chance = random.Random(seed)
     prefix = [chance.randrange(3, 379) for _ in range(70)]
-    prompts = [(prefix if chance.random() < 0.5 else []) + [chance.randrange(3, 379) for _ in range(chance.randrange(1, 60))]
+    prompts = [(prefix if chance.random() < 0.5 else []) + [chance.randrange(3, 379)
+                                                            for _ in range(chance.randrange(1, 60))]
                for _ in range(9)]
-    requests = [engine.requests(prompt, max_new_tokens=chance.randrange(1, 40), ignore_eos=True)[0] for prompt in prompts]
+    requests = [engine.requests(prompt, max_new_tokens=chance.randrange(1, 40), ignore_eos=True)[0]
+                for prompt in prompts]
     expected = [engine.complete([request])[0].token_ids for request in requests]
     mixed = batch(tokens)
     assert finish(mixed, engine, requests, join_every=join_every) == expected
@@ -166,26 +161,31 @@ def test_a_cached_prefix_is_not_computed_again(engine, batch, computed):
 
 @pytest.mark.parametrize("max_sequences", [3, 8])
 def test_a_prefix_of_concurrent_requests_is_computed_once(engine, batch, computed, max_sequences):
-    """As in chats with one system message, questions with the same examples, several samples of one prompt."""
+    """As in chats with one system message, questions with the same examples, several samples of one prompt.
+    """
     prefix = [7 + position % 50 for position in range(100)]  # three full pages
     prompts = [[*prefix, 8 + number] for number in range(6)] + [[9] * 20]
-    expected = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids for prompt in prompts]
+    expected = [engine.generate([prompt], max_new_tokens=6, ignore_eos=True)[0].token_ids
+                for prompt in prompts]
     computed.clear()
     one = batch(4096, max_sequences)
     assert finish(one, engine, engine.requests(prompts, max_new_tokens=6, ignore_eos=True)) == expected
     assert sum(computed) == 101 + 5 * (101 - 96) + 20 + 7 * 5
     computed.clear()
-    requests = engine.requests([9, *prefix], max_new_tokens=6, ignore_eos=True, temperature=2.0, seed=1, num_return_sequences=8)
+    requests = engine.requests([9, *prefix], max_new_tokens=6, ignore_eos=True, temperature=2.0, seed=1,
+                               num_return_sequences=8)
     found = finish(one, engine, requests)
     assert sum(computed) == 101 + 7 * (101 - 96) + 8 * 5
-    assert found == [completion.token_ids for request in requests for completion in engine.complete([request])]
+    assert found == [completion.token_ids for request in requests
+                     for completion in engine.complete([request])]
     assert all(pool.used == 0 for pool in one.cache.pools)
 
 
 def test_sequences_that_wait_for_a_shared_page_continue_if_its_owner_leaves(engine, batch):
     from modellink.infer.request import Completion
     prefix = [7 + position % 50 for position in range(130)]
-    requests = engine.requests([[*prefix, 8 + number] for number in range(3)], max_new_tokens=6, ignore_eos=True)
+    requests = engine.requests([[*prefix, 8 + number] for number in range(3)], max_new_tokens=6,
+                               ignore_eos=True)
     expected = [engine.complete([request])[0].token_ids for request in requests]
     one = batch(4096)
     completions = [Completion.start(request, None) for request in requests]
@@ -195,11 +195,12 @@ def test_sequences_that_wait_for_a_shared_page_continue_if_its_owner_leaves(engi
     one.remove(completions[0])
     while not one.idle:
         one.step()
-    assert [completion.token_ids for completion in completions[1:]] == expected[1:]
+    assert [one.token_ids for one in completions[1:]] == expected[1:]
 
 
 def test_a_window_in_every_layer_limits_the_sequence_only_in_a_small_cache(folder):
-    """A cache smaller than what the window and a chunk need holds that many tokens; a larger one holds any length."""
+    """A cache smaller than what the window and a chunk need holds that many tokens; a larger one holds any
+    length."""
     from modellink.infer import load
     from modellink.infer.batch import ContinuousBatch
     from modellink.infer.request import Completion
@@ -216,7 +217,8 @@ def test_a_window_in_every_layer_limits_the_sequence_only_in_a_small_cache(folde
         small.add(Completion.start(requests[0], None))
     large = batch(192)  # enough for one sequence at a time
     assert large.cache.max_sequence_tokens > 1 << 40
-    assert finish(large, engine, requests) == [engine.complete([request])[0].token_ids for request in requests]
+    assert finish(large, engine, requests) == [engine.complete([request])[0].token_ids
+                                               for request in requests]
 
 
 def test_a_request_that_can_never_fit_is_refused(engine, batch):

@@ -27,9 +27,11 @@ def tokenizer(llama, tmp_path_factory):
     engine = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
     from importlib import resources
     written = resources.files("modellink.data_prep.templates").joinpath("templates.json").read_text(encoding="utf-8")
-    engine.add_special_tokens(sorted({*re.findall(r'"token": "(.+?)"', written), *re.findall(r"<\|?[a-z_]+\|?>", written)}))
+    engine.add_special_tokens(sorted({*re.findall(r'"token": "(.+?)"', written),
+                                      *re.findall(r"<\|?[a-z_]+\|?>", written)}))
     engine.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>",
+                                                              "bos_token": "<|endoftext|>"}))
     (folder / "chat_template.jinja").write_text((llama / "chat_template.jinja").read_text())
     return Tokenizer.from_folder(folder)
 
@@ -38,16 +40,19 @@ def tokenizer(llama, tmp_path_factory):
 def test_token_ids_equal_those_of_training_data(tokenizer, tmp_path, prompt_type):
     (tmp_path / "set.jsonl").write_text(json.dumps({"messages": CONVERSATION}))
     form = {"hf_chat_template": True} if prompt_type == HF_CHAT_TEMPLATE else {"prompt_type": prompt_type}
-    tags = {"role_tag": "role", "content_tag": "content", **{f"{role}_tag": role for role in ("user", "assistant", "system")}}
+    tags = {"role_tag": "role", "content_tag": "content",
+            **{f"{role}_tag": role for role in ("user", "assistant", "system")}}
     summary = preprocess(PreprocessOptions(
-        input=(str(tmp_path / "set.jsonl"),), output_prefix=tmp_path / "set", tokenizer_name_or_path=tokenizer.folder,
-        handler_name="SharegptStyleInstructionHandler", map_keys=json.dumps({"messages": "messages", "tags": tags}), **form),
-        show=False)
-    trained, labels = (IndexedDataset(summary.outputs[f"packed_{name}"])[0].tolist() for name in ("input_ids", "labels"))
+        input=(str(tmp_path / "set.jsonl"),), output_prefix=tmp_path / "set",
+        tokenizer_name_or_path=tokenizer.folder, handler_name="SharegptStyleInstructionHandler",
+        map_keys=json.dumps({"messages": "messages", "tags": tags}), **form), show=False)
+    trained, labels = (IndexedDataset(summary.outputs[f"packed_{name}"])[0].tolist()
+                       for name in ("input_ids", "labels"))
     for turn in (2, 4):
-        asked, _ = encode_chat_prompt(tokenizer, Chat(CONVERSATION[:turn]), prompt_type)
-        assert asked == trained[:len(asked)] and len(asked) > 5
-        assert labels[len(asked)] == trained[len(asked)]  # the next token is the first of the answer, which is trained on
+        prompt_ids, _ = encode_chat_prompt(tokenizer, Chat(CONVERSATION[:turn]), prompt_type)
+        assert prompt_ids == trained[:len(prompt_ids)] and len(prompt_ids) > 5
+        # the first token of the answer, which is trained on
+        assert labels[len(prompt_ids)] == trained[len(prompt_ids)]
 
 
 def test_stop_words_of_a_template(tokenizer):
@@ -60,13 +65,13 @@ def test_a_chat_uses_the_named_template(llama, engine, command, monkeypatch):
     expected = engine.generate(text, max_new_tokens=12)[0]
     assert engine.generate(GREETING, max_new_tokens=12, prompt_type="default") == [expected]
     assert expected != engine.generate(GREETING, max_new_tokens=12)[0]
-    found = command("generate", "--load", llama, "--prompt-type", "default", "--prompt", "Hello", "--max-new-tokens", 12,
-                    "--device", "cpu")
+    found = command("generate", "--load", llama, "--prompt-type", "default", "--prompt", "Hello",
+                    "--max-new-tokens", 12, "--device", "cpu")
     assert found.out == expected.text + "\n"
     lines = iter(["Hello", "/quit"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
-    found = command("chat", "--load", llama, "--prompt-type", "default", "--temperature", 0, "--max-new-tokens", 12,
-                    "--device", "cpu")
+    found = command("chat", "--load", llama, "--prompt-type", "default", "--temperature", 0,
+                    "--max-new-tokens", 12, "--device", "cpu")
     assert expected.text in found.out
 
 
@@ -90,7 +95,8 @@ def test_the_template_recorded_in_a_checkpoint_is_used(llama, engine, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--prompt-type", "qwem"), "no template 'qwem'"), (("--prompt-type", "glm4", "--hf-chat-template"), "contradict"),
+    (("--prompt-type", "qwem"), "no template 'qwem'"),
+    (("--prompt-type", "glm4", "--hf-chat-template"), "contradict"),
     (("--prompt-type", "chatglm3"), "has no token '[gMASK]'")])
 def test_a_wrong_prompt_type_is_refused(command, llama, args, message):
     found = command("chat", "--load", llama, *args)

@@ -22,19 +22,21 @@ def results(engine) -> dict[str, Any]:
     if os.environ.get("RANK", "0") == "0":
         stream.cancel()  # the first rank's call counts for all
     sampled = engine.generate(PROMPTS, max_new_tokens=20, temperature=1.4, seed=3, logprobs=True)
-    return {"greedy": [answer.token_ids for answer in engine.generate(PROMPTS, max_new_tokens=40)],
-            "sampled": [answer.token_ids for answer in sampled],
-            "logprobs": [value for answer in sampled for value in answer.logprobs or ()],
+    return {"greedy": [one.token_ids for one in engine.generate(PROMPTS, max_new_tokens=40)],
+            "sampled": [one.token_ids for one in sampled],
+            "logprobs": [value for completion in sampled for value in completion.logprobs or ()],
             "likelihoods": engine.loglikelihood([([5, 6, 7], [8, 9]), ([300, 11], [378]), ([1] * 40, [5])]),
             "unseeded": engine.generate("The", max_new_tokens=20, temperature=2.0)[0].token_ids,
             "shared": engine.network.broadcast("from rank " + os.environ.get("RANK", "0")),
-            "bound": [answer.token_ids for answer in engine.generate(PROMPTS[:2], max_new_tokens=60, temperature=1.5, seed=1,
+            "bound": [one.token_ids for one in engine.generate(PROMPTS[:2], max_new_tokens=60,
+                                                               temperature=1.5, seed=1,
                                                                      regex="[a-f]+, [0-9]{3}!")],
             "cancelled": [first + "".join(stream), stream.generation.finish_reason]}
 
 
 def messages_while_silent(engine) -> int:
-    """Return how many messages a rank gets in a chat whose user is silent until the first rank has sent five, then quits."""
+    """Return how many messages a rank gets in a chat whose user is silent until the first rank has sent five,
+    then quits."""
     from modellink.infer import chat
     chat.IDLE_SECONDS = 0.01
     messages, broadcast = [], engine.network.broadcast
@@ -59,10 +61,11 @@ def one(engine) -> dict[str, Any]:
 def two(llama, tmp_path_factory) -> list[dict[str, Any]]:
     from modellink.core.launch import free_port
     out = tmp_path_factory.mktemp("ranks")
-    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                                "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                                "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     ranks = [subprocess.Popen([sys.executable, __file__, str(llama), str(out / f"{rank}.json")],
-                              env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(2)]
+                              env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(2)]
     assert [process.wait(timeout=120) for process in ranks] == [0, 0]
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(2)]
 
@@ -75,7 +78,9 @@ def test_tokens_equal_those_of_one_rank(one, two, what):
 def test_likelihoods_equal_those_of_one_rank(one, two):
     for found in two:
         assert found["logprobs"] == pytest.approx(one["logprobs"], abs=1e-4)
-        assert [value for value, _ in found["likelihoods"]] == pytest.approx([value for value, _ in one["likelihoods"]], abs=1e-4)
+        assert [value for value, _ in found["likelihoods"]] == pytest.approx([value for value,
+                                                                              _ in one["likelihoods"]],
+                                                                             abs=1e-4)
         assert [greedy for _, greedy in found["likelihoods"]] == [greedy for _, greedy in one["likelihoods"]]
 
 
@@ -96,11 +101,13 @@ def test_the_first_rank_cancels_for_all(two):
 def on_two_machines(folder: Path, *words: object) -> list[subprocess.Popen[str]]:
     """Start torchrun for each of two nodes, which are both this machine; the second one has no stdin."""
     from modellink.core.launch import free_port
-    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--master-addr",
-             "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
-    command = ["-m", "modellink.infer.cli", words[0], "--load", folder, "--device", "cpu", "--tp", 2, *words[1:]]
-    return [subprocess.Popen([*start, str(node), *map(str, command)], text=True, stdin=stdin, stdout=subprocess.PIPE,
-                             stderr=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+             "--master-addr", "127.0.0.1", "--master-port", str(free_port()), "--node-rank"]
+    command = ["-m", "modellink.infer.cli", words[0], "--load", folder, "--device", "cpu", "--tp", 2,
+               *words[1:]]
+    return [subprocess.Popen([*start, str(node), *map(str, command)], text=True, stdin=stdin,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
             for node, stdin in enumerate((subprocess.PIPE, subprocess.DEVNULL))]
 
 
@@ -108,7 +115,8 @@ def test_two_machines_generate(llama, engine):
     first, second = on_two_machines(llama, "generate", "--max-new-tokens", 12)
     try:
         out, errors = first.communicate("Köln: 机器\n", timeout=120)
-        assert (first.returncode, second.wait(60), second.stdout.read()) == (0, 0, ""), errors + second.stderr.read()
+        assert (first.returncode, second.wait(60), second.stdout.read()) == (0, 0,
+                                                                             ""), errors + second.stderr.read()
         assert out == engine.generate("Köln: 机器", max_new_tokens=12)[0].text + "\n"
     finally:
         for agent in (first, second):
@@ -132,7 +140,9 @@ def test_two_machines_serve(llama, engine):
                 time.sleep(0.1)
         body = {"prompt": PROMPTS, "max_tokens": 12, "temperature": 0}
         found = httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"]
-        assert [choice["text"] for choice in found] == [answer.text for answer in engine.generate(PROMPTS, max_new_tokens=12)]
+        assert [choice["text"] for choice in found] == [one.text
+                                                        for one in engine.generate(PROMPTS,
+                                                                                   max_new_tokens=12)]
         for agent in agents:
             agent.terminate()  # torchrun forwards it; the second node's rank waits for the first one's
         errors = [agent.communicate(timeout=90)[1] for agent in agents]

@@ -1,4 +1,5 @@
-"""Runs the examples of the README for the server: the curl commands and the program with the openai client."""
+"""Runs the examples of the README for the server: the curl commands and the program with the openai client.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ def test_the_curl_commands(address):
     if shutil.which("curl") is None:
         pytest.skip("curl is not installed")
     (block,) = blocks("console", "curl")
-    full, streamed = (subprocess.run([*shlex.split(line.replace(ADDRESS, address)), "-s"], capture_output=True, text=True).stdout
+    full, streamed = (subprocess.run([*shlex.split(line.replace(ADDRESS, address)), "-s"],
+                                     capture_output=True, text=True).stdout
                        for line in block.replace("\\\n", " ").split("$ ")[1:])
     assert json.loads(full)["choices"][0]["message"]["content"]
     assert streamed.startswith('data: {"id"') and streamed.rstrip().endswith("data: [DONE]")

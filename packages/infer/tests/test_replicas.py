@@ -29,8 +29,9 @@ def front(llama, tmp_path_factory) -> Iterator[SimpleNamespace]:
     port, errors = free_port(), tmp_path_factory.mktemp("front") / "stderr"
     with errors.open("w") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu", "--port", str(port),
-             "--served-model-name", "tiny", "--replicas", "2"], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file)
+            [sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(llama), "--device", "cpu",
+             "--port", str(port), "--served-model-name", "tiny", "--replicas", "2"],
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=file)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as client:
             found = SimpleNamespace(client=client, process=process, errors=errors, port=port)
@@ -60,7 +61,8 @@ def samples(front: SimpleNamespace, name: str) -> dict[str, float]:
 
 
 def workers(front: SimpleNamespace) -> list[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(front.process.pid)], capture_output=True, text=True)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(front.process.pid)], capture_output=True,
+                           text=True)
     return [int(line) for line in found.stdout.split()]
 
 
@@ -121,6 +123,8 @@ def test_requests_are_retried_if_a_replica_is_killed(front, engine):
 
 
 def test_a_stream_of_a_killed_replica_ends_with_an_error(front):
+    """Afterwards, until the replicas have restarted, requests get status 503."""
+    before = front.errors.read_text().count("ended with status")
     with front.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as response:
         lines = response.iter_lines()
         next(lines)
@@ -128,6 +132,9 @@ def test_a_stream_of_a_killed_replica_ends_with_an_error(front):
             os.kill(pid, signal.SIGKILL)
         rest = [line for line in lines if line]
     assert json.loads(rest[-1][6:])["error"]["message"] == "the replica exited"
+    deadline = time.monotonic() + 20
+    while front.errors.read_text().count("ended with status") < before + 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
     response = post(front, **BODY)
     assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"
     assert front.client.get("/health").status_code == 503

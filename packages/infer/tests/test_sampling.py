@@ -32,8 +32,8 @@ def kept(logits: list[float], temperature: float, top_k: int, top_p: float) -> s
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(-400, 400), min_size=1, max_size=40, unique=True), st.floats(0.2, 3), st.integers(0, 45),
-       st.floats(0.05, 1))
+@given(st.lists(st.integers(-400, 400), min_size=1, max_size=40, unique=True), st.floats(0.2, 3),
+       st.integers(0, 45), st.floats(0.05, 1))
 def test_the_filters_keep_what_a_plain_reference_keeps(scores, temperature, top_k, top_p):
     logits = torch.tensor(scores).double() / 50
     left = filter_logits(logits, Sampling(True, temperature, top_k, top_p))
@@ -44,14 +44,18 @@ def test_the_filters_keep_what_a_plain_reference_keeps(scores, temperature, top_
 
 
 def test_top_k_comes_before_top_p():
-    # the first two of four tokens have 0.7 together; of these two, the first has 0.57 and crosses 0.5 by itself
+    # the first two of four tokens have 0.7 together; of these two, the first has 0.57 and crosses 0.5 by
+    # itself
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert (filter_logits(logits, Sampling(True, 1.0, 2, 0.5)) > -math.inf).tolist() == [True, False, False, False]
-    assert (filter_logits(logits, Sampling(True, 1.0, 0, 0.5)) > -math.inf).tolist() == [True, True, False, False]
+    assert (filter_logits(logits, Sampling(True, 1.0, 2, 0.5)) > -math.inf).tolist() == [True, False, False,
+                                                                                         False]
+    assert (filter_logits(logits, Sampling(True, 1.0, 0, 0.5)) > -math.inf).tolist() == [True, True, False,
+                                                                                         False]
 
 
 def test_the_most_likely_token_is_always_kept():
-    assert (filter_logits(torch.tensor([0.9, 0.1]).log(), Sampling(True, top_p=1e-9)) > -math.inf).tolist() == [True, False]
+    assert (filter_logits(torch.tensor([0.9, 0.1]).log(),
+                          Sampling(True, top_p=1e-9)) > -math.inf).tolist() == [True, False]
 
 
 def test_samples_follow_the_distribution():
@@ -63,7 +67,8 @@ def test_samples_follow_the_distribution():
 
 def test_samples_are_determined_by_the_seed():
     logits = torch.zeros(1000)
-    draws = [[int(sampler(logits)) for _ in range(8)] for sampler in (Sampler(Sampling(True, seed=seed, top_k=0), CPU)
+    draws = [[int(sampler(logits)) for _ in range(8)]
+             for sampler in (Sampler(Sampling(True, seed=seed, top_k=0), CPU)
                                                                      for seed in (1, 1, 2))]
     assert draws[0] == draws[1] != draws[2]
 
@@ -78,7 +83,8 @@ def test_greedy_takes_the_most_likely(sampling):
     ({"temperature": math.inf}, "temperature"), ({"top_k": -1}, "top-k"), ({"top_p": 0.0}, "top-p"),
     ({"top_p": 1.5}, "top-p"), ({"top_p": math.nan}, "top-p"),
     ({"seed": -1}, "seed"), ({"min_p": 1.5}, "min-p"), ({"repetition_penalty": 0.0}, "repetition-penalty"),
-    ({"presence_penalty": math.nan}, "presence-penalty"), ({"frequency_penalty": math.inf}, "frequency-penalty")])
+    ({"presence_penalty": math.nan}, "presence-penalty"),
+    ({"frequency_penalty": math.inf}, "frequency-penalty")])
 def test_values_out_of_range_are_refused(values, name):
     with pytest.raises(ModelLinkError) as refusal:
         Sampling(True, **values)
@@ -90,14 +96,18 @@ def test_min_p_and_repetition_penalty_equal_transformers():
     logits = torch.randn(50, generator=torch.Generator().manual_seed(2)) * 3
     for share in (0.01, 0.3, 1.0):
         expected = MinPLogitsWarper(share)(None, logits[None])[0]
-        assert torch.equal(filter_logits(logits, Sampling(True, top_k=0, min_p=share)) > -math.inf, expected > -math.inf)
+        assert torch.equal(filter_logits(logits, Sampling(True, top_k=0, min_p=share)) > -math.inf,
+                           expected > -math.inf)
     for penalty in (1.3, 0.7):
-        expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 7, 7, 9, 11]]), logits[None])[0]
-        torch.testing.assert_close(penalize(logits, Sampling(repetition_penalty=penalty), [3, 7, 7], [9, 11]), expected)
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([[3, 7, 7, 9, 11]]),
+                                                             logits[None])[0]
+        torch.testing.assert_close(penalize(logits, Sampling(repetition_penalty=penalty), [3, 7, 7], [9, 11]),
+                                   expected)
 
 
 def test_presence_and_frequency_penalties_count_only_the_completion():
-    found = penalize(torch.zeros(6), Sampling(presence_penalty=1.0, frequency_penalty=0.25), [0, 1], [1, 3, 3, 3])
+    found = penalize(torch.zeros(6), Sampling(presence_penalty=1.0, frequency_penalty=0.25), [0, 1],
+                     [1, 3, 3, 3])
     assert found.tolist() == [0, -1.25, 0, -1.75, 0, 0]
     assert penalize(torch.zeros(3), Sampling(presence_penalty=1.0), [0], []).tolist() == [0, 0, 0]
 

@@ -48,11 +48,12 @@ def test_loglikelihoods_one_token_at_a_time(engine, full_logits, monkeypatch):
 
 def test_a_greedy_completion_is_greedy(engine):
     context = random_ids(3, 12)
-    (answer,) = engine.generate(context, max_new_tokens=6, ignore_eos=True, logprobs=True)
-    wrong = [*answer.token_ids[:-1], (answer.token_ids[-1] + 1) % 379]
-    (right, greedy), (_, not_greedy) = engine.loglikelihood([(context, answer.token_ids), (context, wrong)])
+    (completion,) = engine.generate(context, max_new_tokens=6, ignore_eos=True, logprobs=True)
+    wrong = [*completion.token_ids[:-1], (completion.token_ids[-1] + 1) % 379]
+    (right, greedy), (_, not_greedy) = engine.loglikelihood([(context, completion.token_ids),
+                                                             (context, wrong)])
     assert (greedy, not_greedy) == (True, False)
-    assert right == pytest.approx(sum(answer.logprobs), abs=1e-4)
+    assert right == pytest.approx(sum(completion.logprobs), abs=1e-4)
 
 
 def test_score_is_the_loss_of_each_token_after_the_first(engine, full_logits):
@@ -62,34 +63,23 @@ def test_score_is_the_loss_of_each_token_after_the_first(engine, full_logits):
         assert losses == pytest.approx(expected.tolist(), abs=1e-4)
 
 
-def test_a_shared_context_is_computed_once(engine, monkeypatch):
-    passes = []
-    compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
-        passes.append(tuple(work.token_ids.shape)), compute(self, work))[1])
+def test_a_shared_context_is_computed_once(engine, computed):
     engine.loglikelihood([([5, 6, 7], [token]) for token in (10, 11, 12, 13)])
-    assert passes == [(1, 3)]
+    assert computed == [3]
 
 
-def test_a_common_prefix_is_computed_once(engine, full_logits, monkeypatch):
-    head = random_ids(99, 150)
-    asked = [(head + random_ids(seed, 5 + seed), [seed + 3, 7]) for seed in range(8)]
-    computed = []
-    compute = type(engine.network).logits
-    monkeypatch.setattr(type(engine.network), "logits", lambda self, work: (
-        computed.append(work.token_ids.numel()), compute(self, work))[1])
-    found = engine.loglikelihood(asked)
-    lengths = [len(context) + len(continuation) - 1 for context, continuation in asked]
-    assert computed == [lengths[computed_first(asked)], sum(lengths) - lengths[computed_first(asked)] - 7 * 128]
-    again = engine.loglikelihood(asked)
+def test_a_common_prefix_is_computed_once(engine, full_logits, computed):
+    prefix = random_ids(99, 150)
+    pairs = [(prefix + random_ids(seed, 5 + seed), [seed + 3, 7]) for seed in range(8)]
+    found = engine.loglikelihood(pairs)
+    lengths = [len(context) + len(continuation) - 1 for context, continuation in pairs]
+    first = lengths[min(range(len(pairs)), key=lambda number: pairs[number][0])]
+    assert computed == [first, sum(lengths) - first - 7 * 128]
+    again = engine.loglikelihood(pairs)
     assert [value for value, _ in again] == pytest.approx([value for value, _ in found], abs=1e-4)
     assert sum(computed[2:]) <= sum(lengths) - 8 * 128  # a later call shares the pages of an earlier one
-    expected = [reference(full_logits, *pair) for pair in asked]
+    expected = [reference(full_logits, *pair) for pair in pairs]
     assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-3)
-
-
-def computed_first(asked) -> int:
-    return min(range(len(asked)), key=lambda number: asked[number][0])
 
 
 def test_the_maximum_length_can_be_scored(engine):
@@ -99,7 +89,8 @@ def test_the_maximum_length_can_be_scored(engine):
         engine.score([[*ids, 5]])
 
 
-@pytest.mark.parametrize(("pair", "message"), [(([], [5]), "context 0 has no tokens"), (([5], []), "continuation 0 has no"),
+@pytest.mark.parametrize(("pair", "message"), [(([], [5]), "context 0 has no tokens"),
+                                               (([5], []), "continuation 0 has no"),
                                                (([379], [5]), "token id 379")])
 def test_invalid_pairs_are_refused(engine, pair, message):
     with pytest.raises(ModelLinkError, match=message):

@@ -49,8 +49,8 @@ def test_no_part_of_a_stop_string_is_ever_shown(tokenizer, words, stop):
 
 
 @pytest.mark.parametrize(("words", "stops", "expected"), [
-    ("one two three", ["two", "three"], "one "), ("aab", ["ab"], "a"), ("abab", ["abb"], "abab"), ("ab", ["abc"], "ab"),
-    ("x\n\ny", ["\n\n"], "x"), ("stop", ["stop"], ""), ("a🦊b", ["🦊"], "a")])
+    ("one two three", ["two", "three"], "one "), ("aab", ["ab"], "a"), ("abab", ["abb"], "abab"),
+    ("ab", ["abc"], "ab"), ("x\n\ny", ["\n\n"], "x"), ("stop", ["stop"], ""), ("a🦊b", ["🦊"], "a")])
 def test_stop_strings(tokenizer, words, stops, expected):
     assert grow(tokenizer, tokenizer.encode(words), stops)[1].text == expected
 

@@ -19,7 +19,7 @@ def test_a_device_that_is_not_there_is_one_message():
     code = "import sys; sys.argv[1:] = ['--device', 'npu']; from modellink.kernels.doctor import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "no npu device is there" in done.stderr and "Traceback" not in done.stderr
+    assert "no npu device is available" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_versions_that_do_not_fit_are_named():

@@ -1,4 +1,4 @@
-"""What a command prints and how it ends when something goes wrong, seen from outside."""
+"""What a command prints and its exit status after an error."""
 
 from __future__ import annotations
 

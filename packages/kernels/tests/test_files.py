@@ -1,4 +1,4 @@
-"""Files are whole or not there: kills at named points, and what a reader then sees."""
+"""Files are complete or absent: kills at named points, and what a reader finds then."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_writeback_is_a_request_of_the_kernel(tmp_path):
         file.write(bytes(8192))
         assert start_writeback(file.fileno(), 0, 8192)
     reading, writing = os.pipe()
-    assert not start_writeback(writing, 0, 8192)  # a pipe has no disk
+    assert not start_writeback(writing, 0, 8192)  # a pipe is not on a disk
     os.close(reading)
     os.close(writing)
     assert (tmp_path / "file").read_bytes() == bytes(8192)
@@ -78,7 +78,7 @@ def test_a_reader_says_what_a_folder_lacks(tmp_path):
         (folder / "b").write_bytes(b"1")
     assert incomplete(path) is None
     (path / "sub" / "a").write_bytes(b"12")
-    assert "sub/a has 2 bytes, 4 were written" in incomplete(path)
+    assert "sub/a has 2 bytes instead of 4" in incomplete(path)
     (path / "sub" / "a").unlink()
     assert "sub/a is missing" in incomplete(path)
     (path / "modellink.complete").unlink()
@@ -127,5 +127,5 @@ def test_what_a_killed_write_left_can_be_removed(tmp_path):
     for name in ("a[1]", "a1"):
         killed(WRITE_FILE.format(path=tmp_path / name), "after-write")
     assert len(list(tmp_path.iterdir())) == 2
-    remove_leftovers(tmp_path / "a[1]")  # a name is no pattern
+    remove_leftovers(tmp_path / "a[1]")  # a name is not a pattern
     assert [path.name.startswith(".a1.") for path in tmp_path.iterdir()] == [True]

@@ -1,4 +1,4 @@
-"""Products joined with a collective over two real processes equal the products of whole matrices, gradients too."""
+"""Products joined with a collective over two real processes equal products of unsharded matrices, with gradients."""
 
 from __future__ import annotations
 

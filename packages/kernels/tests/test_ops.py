@@ -1,4 +1,4 @@
-"""Every op's form on this device, and its gradients, against the plain form and an independent formula."""
+"""Every op's form on this device, with gradients, against the plain form and an independent formula."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ SETTINGS = Settings(step=1, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_
 
 
 class Two:
-    """A group of two ranks, as far as a check looks at one."""
+    """A group of two ranks, with only what a check reads."""
 
     def size(self) -> int:
         return 2
@@ -99,7 +99,7 @@ def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, devi
     assert usual is module.FORMS.get(device_type, module.plain)
     with ops.plain_forms(name):
         assert taken() is module.plain
-        with ops.plain_forms(*dispatch.OPS - {name}):  # the inner ones come beside the outer
+        with ops.plain_forms(*dispatch.OPS - {name}):  # the inner ones are added to the outer
             assert taken() is module.plain
     assert taken() is usual
     with ops.plain_forms(*dispatch.OPS - {name}):
@@ -107,7 +107,7 @@ def test_a_device_has_its_fused_form_until_the_plain_one_is_asked_for(name, devi
 
 
 def test_the_plain_form_is_what_runs(qkv, monkeypatch):
-    """Of the ops with a fused form on a CPU: that one is not called any more, and the result is the same."""
+    """For ops with a fused form on a CPU: the fused form is not called, and the result is the same."""
     attention = importlib.import_module("modellink.kernels.ops.attention")
     fused = ops.attention(*qkv, Variant(0.3))
     monkeypatch.setitem(attention.FORMS, "cpu", None)
@@ -149,7 +149,7 @@ def test_forms_in_place_take_views_and_leave_their_inputs(name, dtype):
 @pytest.mark.parametrize("way", [None, "WIDENED", pytest.param("ONE_DNN", marks=pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"))])
 def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
-    monkeypatch.setattr(linear, "_ways", lambda: {dtype: getattr(linear, way)} if way else {})
+    monkeypatch.setattr(linear, "_methods", lambda: {dtype: getattr(linear, way)} if way else {})
     monkeypatch.setattr(linear, "WORTH_WIDENING", 3)
     generator = torch.Generator().manual_seed(3)
     x, weight = (torch.randn(*sizes, generator=generator).to(dtype) for sizes in ((4, 3, 20), (7, 20)))
@@ -169,7 +169,7 @@ def test_a_linear_by_each_way_is_the_plain_one(monkeypatch, dtype, way):
     ("AuthenticAMD avx2", {torch.float32: "ONE_DNN", torch.bfloat16: "WIDENED"}), ("ARM asimd bf16", {}), ("", {})])
 def test_the_processor_decides_how_it_multiplies(monkeypatch, cpuinfo, taken):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert linear.ways_of(set(cpuinfo.split())) == {dtype: getattr(linear, way) for dtype, way in taken.items()}
+    assert linear.methods_of(set(cpuinfo.split())) == {dtype: getattr(linear, way) for dtype, way in taken.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -260,7 +260,7 @@ def test_packed_documents_see_themselves_alone(qkv, variant):
 
 def test_alibi_slopes():
     assert alibi_slopes(8).tolist() == [2.0 ** -power for power in range(1, 9)]
-    extra = [2.0 ** -0.5, 2.0 ** -1.5, 2.0 ** -2.5, 2.0 ** -3.5]  # every second of the slopes of 16 heads
+    extra = [2.0 ** -0.5, 2.0 ** -1.5, 2.0 ** -2.5, 2.0 ** -3.5]  # every second slope of 16 heads
     assert alibi_slopes(12).tolist() == pytest.approx([2.0 ** -power for power in range(1, 9)] + extra)
 
 
@@ -274,7 +274,7 @@ def test_attention_over_a_cache_sees_up_to_each_rows_position(qkv):
 
 
 def test_positions_that_change_in_place_are_looked_at_again(qkv):
-    """What is made of them is kept for the other layers of a pass, and for nothing else."""
+    """The bias made from the positions is cached for the other layers of a pass only."""
     _, key, value = qkv
     new, positions = qkv[0][:2], torch.tensor([[4, 5], [2, 3]])
     plain = importlib.import_module("modellink.kernels.ops.attention").plain
@@ -296,7 +296,7 @@ def test_a_mask_too_large_to_be_repeated_is_not(qkv, monkeypatch):
         args = (qkv[0][:2], *qkv[1:], variant, positions)
         torch.testing.assert_close(ops.attention(*args), attention.plain(*args), atol=1e-6, rtol=1e-5)
     monkeypatch.setattr(attention, "_PACKED", 2 * 2 * 7 * 2)
-    with pytest.raises(TypeError):  # now it would be
+    with pytest.raises(TypeError):  # now it is cached
         ops.attention(*args)
 
 
@@ -310,7 +310,7 @@ def test_the_mask_of_a_pass_is_made_once(qkv, monkeypatch):
             ops.attention(qkv[0][:2], *qkv[1:], Variant(0.3), positions)
     assert len(made) == 1
     del positions, made[:]
-    assert len(attention._biases) == held  # not longer than the pass
+    assert len(attention._biases) == held  # no longer than the pass
 
 
 def test_rotary_turns_pairs_and_leaves_the_rest():
@@ -323,7 +323,7 @@ def test_rotary_turns_pairs_and_leaves_the_rest():
     torch.testing.assert_close(out[..., 2], second * math.cos(0.3) + first * math.sin(0.3))
 
 
-def test_interleaved_rotary_turns_neighbours():
+def test_interleaved_rotary_rotates_adjacent_dimensions():
     x = torch.randn(3, 1, 2, 6)
     angle = torch.tensor([0.3, 1.1]).repeat_interleave(2)
     out = ops.rotary(x, angle.cos().expand(3, 1, 1, 4), angle.sin().expand(3, 1, 1, 4), interleaved=True)
@@ -381,12 +381,12 @@ def test_ring_update_joins_attention_over_parts(qkv):
 
 @pytest.mark.parametrize("block", [True, False], ids=["one block", "apart"])
 def test_the_fused_grouped_product_is_the_plain_one(block):
-    """torch's kernel runs on a CPU, too, where the door takes the plain form."""
+    """torch's kernel also runs on a CPU, where the op uses the plain form."""
     module = importlib.import_module("modellink.kernels.ops.grouped_matmul")
     generator = torch.Generator().manual_seed(3)
     made = torch.randn(4, 24, 16, generator=generator).bfloat16()
     weights = [(made[i] if block else made[i].clone()).requires_grad_() for i in range(4)]
-    assert (module.together(weights).data_ptr() == weights[0].data_ptr()) == block
+    assert (module.as_block(weights).data_ptr() == weights[0].data_ptr()) == block
     x = torch.randn(12, 16, generator=generator).bfloat16().requires_grad_()
     upstream = torch.randn(12, 24, generator=generator).bfloat16()
     results = []

@@ -1,4 +1,4 @@
-"""From a dataclass to options, YAML and documentation: one field, one meaning, one source."""
+"""Options, YAML and documentation from a dataclass."""
 
 from __future__ import annotations
 

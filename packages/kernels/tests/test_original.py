@@ -1,4 +1,4 @@
-"""Command lines of the original in our words."""
+"""Command lines of the original, translated to our options."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from modellink.kernels.original import translate
 
 TABLE = {
     "--geglu": {"as": "--gated --activation gelu"}, "--scale-emb": {"values": 1, "as": "--scale {}"},
-    "--kind": {"values": 1, "choices": {"a": "--pre", "b": ""}}, "--ranks": {"values": 9, "ignored": "there are none"},
+    "--kind": {"values": 1, "choices": {"a": "--pre", "b": ""}}, "--ranks": {"values": 9, "ignored": "not needed"},
     "--plain": {"as": "--no-a", "place": "first"}, "--sure": {"as": "--c", "place": "last"},
     "--twice": {"values": 1, "as": "--size {}", "of": {"product": "--lr"}, "refused": "no --lr"},
-    "--flash": {"ignored": "always"}, "--fp8": {"refused": "no such numbers", "fix": "leave it out"}}
+    "--flash": {"ignored": "always"}, "--fp8": {"refused": "no such numbers", "fix": "remove it"}}
 
 
 @pytest.mark.parametrize(("given", "made"), [

@@ -1,4 +1,4 @@
-"""How a model is cut: every layer and row is held by exactly one rank, in order; what cannot be cut is refused with a way out."""
+"""How a model is split: every layer and row is on exactly one rank, in order; errors name what works."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_fused_rows_are_a_permutation_of_three_projections(groups: int, per_grou
 
 @given(groups=small, per_group=small, head_dim=st.integers(1, 5), tp=small)
 def test_a_plain_cut_of_the_fused_rows_keeps_groups_whole(groups: int, per_group: int, head_dim: int, tp: int) -> None:
-    """What rank t holds is what the rows of its own groups alone would give."""
+    """Rank t has the rows that its own groups alone would have."""
     groups *= tp
     order = [(kind, row) for kind, piece in query_key_value_rows(groups * per_group, groups, head_dim) for row in piece]
     own = groups // tp

@@ -1,4 +1,4 @@
-"""Cross entropy over a vocabulary cut over two real processes equals that over the whole one, gradients too."""
+"""Cross entropy over a vocabulary sharded across two real processes equals the unsharded one, with gradients."""
 
 from __future__ import annotations
 

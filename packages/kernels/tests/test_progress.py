@@ -1,4 +1,4 @@
-"""Long work shows itself on stderr: plain lines where there is no terminal, a bar where there is one."""
+"""Progress on stderr: plain lines without a terminal, a bar on one."""
 
 from __future__ import annotations
 

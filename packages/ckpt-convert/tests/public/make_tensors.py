@@ -1,9 +1,9 @@
 """Write `tensors/NAME.txt` for every record: names and shapes of its weights, from another source than this package.
 
-Where transformers has the model type, its class is built on the meta device and its state renamed and cut as its own
-`save_pretrained` does it (version 5 keeps the experts of a layer fused in memory, and not in files). For the others it is
-`shapes(config)` of the plain references in packages/core/tests/references, written from public descriptions. Where an
-embedding is tied the head is left out, as files leave it out. Needs transformers; run it from anywhere:
+If transformers has the model type, its class is built on the meta device and its state is renamed and split like its own
+`save_pretrained` does (version 5 keeps the experts of a layer fused in memory, but not in files). The others come from
+`shapes(config)` of the plain references in packages/core/tests/references, written from public descriptions. The head of a tied
+embedding is omitted, as in files. Needs transformers; run it from any folder:
 
     python packages/ckpt-convert/tests/public/make_tensors.py
 """
@@ -25,7 +25,7 @@ sys.path.append(str(HERE.parent))
 from tensor_lists import COMPLETED, REFUSED, Shapes, fold  # noqa: E402
 
 REFERENCES = HERE.parents[2] / "core/tests/references"
-SAME_AS = {"Yi": "llama"}  # published under a model type of its own with Llama's tensors
+SAME_AS = {"Yi": "llama"}  # has its own model type but Llama's tensors
 BY_CLASS = {"MiniCPMForCausalLM": "minicpm", "Grok1ModelForCausalLM": "grok"}  # configurations without a model type
 
 

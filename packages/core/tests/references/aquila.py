@@ -60,7 +60,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def buffers(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Constants a released file may hold beside the parameters; not read here."""
+    """Constants that a released file may hold in addition to the parameters; not read here."""
     half = config["hidden_size"] // config["num_attention_heads"] // 2
     return {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": (half,) for layer in range(config["num_hidden_layers"])}
 

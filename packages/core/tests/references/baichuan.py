@@ -69,7 +69,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def buffers(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Constants a released file may hold beside the parameters (first generation, 7B); not read here."""
+    """Constants that a released file may hold in addition to the parameters (first generation, 7B); not read here."""
     if is_alibi(config) or is_second(config):
         return {}
     half = config["hidden_size"] // config["num_attention_heads"] // 2

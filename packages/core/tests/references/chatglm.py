@@ -64,7 +64,7 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def buffers(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The constant that released files hold beside the parameters; not read here."""
+    """The constant that released files hold in addition to the parameters; not read here."""
     return {"transformer.rotary_pos_emb.inv_freq": (config["kv_channels"] // 4,)}
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import sqrt
 
 SAVED_FILE, SAVED_FOLDER = "lora.json", "peft"
-"""modellink-train describes its adapters in SAVED_FILE next to the iterations, and saves them in each iteration as the peft
-folder SAVED_FOLDER."""
+"""modellink-train describes its adapters in SAVED_FILE next to the iterations, and saves them in each
+iteration as the peft folder SAVED_FOLDER."""
 
 
 @dataclass(frozen=True)

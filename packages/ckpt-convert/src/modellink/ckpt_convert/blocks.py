@@ -1,9 +1,9 @@
 """The content of a tensor to be written, as blocks of rows: each is read, cast and passed on before the next.
 
-A block has at most `BLOCK_BYTES` of the target, so memory does not grow with a model or its vocabulary. If rows of
-the target are columns of the source (GPT-2's matrices, grouped experts), blocks are larger or the full tensor,
-because each of them reads all of the source. Not here: which rows (rules.py, weights.py), and writing
-(storage/writing.py).
+A block has at most `BLOCK_BYTES` of the target, so memory does not grow with a model or its vocabulary. If
+rows of the target are columns of the source (GPT-2's matrices, grouped experts), blocks are larger or the
+full tensor, because each of them reads all of the source. Not here: which rows (rules.py, weights.py), and
+writing (storage/writing.py).
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ def cast(tensor: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
 
     made = tensor.to(dtype)
     if dtype == torch.float16 and tensor.dtype != dtype and _overflows(tensor, made):
-        raise ModelLinkError(f"{name} has values too large for {dtype}", where="--params-dtype", fix="use bf16 or fp32")
+        raise ModelLinkError(f"{name} has values too large for {dtype}", where="--params-dtype",
+                             fix="use bf16 or fp32")
     return made
 
 
 def _overflows(tensor: torch.Tensor, made: torch.Tensor) -> bool:
-    """Return whether a finite value became infinite; the extremes tell without another copy, unless one is NaN."""
+    """Return whether a finite value became infinite; the extremes tell without another copy, unless one is
+    NaN."""
     import torch
 
     if not tensor.numel():
@@ -51,7 +53,8 @@ def _overflows(tensor: torch.Tensor, made: torch.Tensor) -> bool:
 
 
 def batches(pieces: Sequence[range], limit: int) -> Iterator[list[range]]:
-    """Yield the same ranges, split and grouped into batches of `limit` numbers; the last batch may have fewer."""
+    """Yield the same ranges, split and grouped into batches of `limit` numbers; the last batch may have
+    fewer."""
     batch: list[range] = []
     count = 0
     for piece in pieces:
@@ -68,7 +71,8 @@ def batches(pieces: Sequence[range], limit: int) -> Iterator[list[range]]:
         yield batch
 
 
-def rows_of(source: Checkpoint, name: str, pieces: Sequence[range], dim: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def rows_of(source: Checkpoint, name: str, pieces: Sequence[range], dim: int,
+            dtype: torch.dtype) -> Iterator[torch.Tensor]:
     """Yield index ranges along `dim` of a canonical tensor as blocks of rows."""
     shape = source.tensors[name].shape
     columns = prod(shape[1:]) if dim == 0 else sum(map(len, pieces))

@@ -1,5 +1,4 @@
-"""`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library.
-"""
+"""`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library."""
 
 from __future__ import annotations
 
@@ -42,8 +41,9 @@ GIGABYTE = 10 ** 9
 def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     """Convert the checkpoint SRC to the new folder DST.
 
-    SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch-dist checkpoint; its format is detected.
-    `modellink-convert inspect SRC` describes a checkpoint, `modellink-convert diff A B` compares two.
+    SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch-dist checkpoint; its format is
+    detected. `modellink-convert inspect SRC` describes a checkpoint, `modellink-convert diff A B` compares
+    two.
     """
     options = resolve([ConvertOptions], given)[ConvertOptions]
     folder = _one("SRC", src, "--load-dir", options.load_dir)
@@ -59,15 +59,17 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     _check_source(folder, options)
     source = _opened(folder, hf, options)
     if options.true_vocab_size not in (None, source.spec.vocab_size):
-        raise ModelLinkError(f"the vocabulary size of the model is {source.spec.vocab_size}", where="--true-vocab-size")
+        raise ModelLinkError(f"the vocabulary size of the model is {source.spec.vocab_size}",
+                             where="--true-vocab-size")
     workers = options.workers or WORKERS
     dtype = torch_dtype(DTYPES[options.params_dtype]) if options.params_dtype else None
-    done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers), overwrite=options.overwrite,
-                   dialect=options.names(), moe_grouped_gemm=options.moe_grouped_gemm,
+    done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers),
+                   overwrite=options.overwrite, dialect=options.names(),
+                   moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
-                   verify_model=options.verify and options.verify_model,
-                   params_dtype=dtype, dry_run=options.dry_run,
-                   max_shard_bytes=int(options.max_shard_size * GIGABYTE), workers=workers)
+                   verify_model=options.verify and options.verify_model, params_dtype=dtype,
+                   dry_run=options.dry_run, max_shard_bytes=int(options.max_shard_size * GIGABYTE),
+                   workers=workers)
     if options.dry_run:
         print(done.plan.describe(workers, free_bytes(target)))
         return
@@ -82,12 +84,12 @@ def _opened(folder: Path, hf: Path | None, options: ConvertOptions) -> Checkpoin
     """Open the source, and merge the adapter of --lora-load into it."""
     r, alpha = options.lora_r, options.lora_alpha
     if options.lora_load is None:
-        return open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration, lora_r=r,
-                               lora_alpha=alpha, adapter=True)
+        return open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration,
+                               lora_r=r, lora_alpha=alpha, adapter=True)
     source = open_checkpoint(folder, family=options.model_type_hf, hf=hf, iteration=options.iteration)
     if source.merged:
-        raise ModelLinkError("the source already has an adapter, which is merged", where=f"{folder}, --lora-load",
-                             fix="remove --lora-load")
+        raise ModelLinkError("the source already has an adapter, which is merged",
+                             where=f"{folder}, --lora-load", fix="remove --lora-load")
     adapter = open_adapter(options.lora_load, source, r=r, alpha=alpha)
     check_targets(adapter.tensors, options.targets)
     assert adapter.adapter is not None
@@ -109,13 +111,15 @@ def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Pat
     if argument is not None and option is not None:
         raise ModelLinkError(f"{name} is given twice", where=f"{name}, {flag}")
     if argument is None and option is None:
-        raise ModelLinkError(f"{name} is required", where="command line", fix="modellink-convert SRC DST --to FORMAT")
+        raise ModelLinkError(f"{name} is required", where="command line",
+                             fix="modellink-convert SRC DST --to FORMAT")
     return option if argument is None else Path(argument)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class InspectOptions(ModelPathOptions):
-    iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0, alias="--ckpt-step")
+    iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0,
+                                   alias="--ckpt-step")
     json: bool = option(False, "Print JSON.")
 
 
@@ -124,7 +128,8 @@ class InspectOptions(ModelPathOptions):
 def inspect_command(path: str, given: Layer) -> None:
     """Describe the checkpoint PATH: format, layout, model, tensors, sizes."""
     options = resolve([InspectOptions], given)[InspectOptions]
-    _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration, options.json)
+    _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration,
+              options.json)
 
 
 def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | None, as_json: bool) -> None:
@@ -145,7 +150,8 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
 def diff_command(first: str, second: str, given: Layer) -> None:
     """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ."""
     options = resolve([ModelPathOptions], given)[ModelPathOptions]
-    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path, adapter=True)
+    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path,
+                                  adapter=True)
                   for path in (first, second))
     count = 0
     for field, (mine, theirs) in one.spec.differences(other.spec).items():
@@ -160,7 +166,8 @@ def diff_command(first: str, second: str, given: Layer) -> None:
 
 
 def give_memory_back() -> None:
-    """Make glibc return freed blocks of 4 MB and more to the system, and keep 16 MB of smaller ones per thread.
+    """Make glibc return freed blocks of 4 MB and more to the system, and keep 16 MB of smaller ones per
+    thread.
 
     Otherwise it keeps large blocks for each thread, and the system clears the pages of every small one again.
     """
@@ -175,7 +182,8 @@ def main() -> None:
     give_memory_back()
     args = sys.argv[1:]
     if args[:1] == ["inspect"]:
-        run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect", standalone_mode=False))
+        run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect",
+                                                 standalone_mode=False))
     if args[:1] == ["diff"]:
         run_command(lambda: diff_command.main(args[1:], "modellink-convert diff", standalone_mode=False))
     flags = original_flags("modellink.ckpt_convert")

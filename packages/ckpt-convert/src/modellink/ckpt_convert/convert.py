@@ -1,7 +1,7 @@
 """Converting a checkpoint: check everything, write file by file into `DST.tmp`, verify, rename.
 
-A conversion that was killed leaves `DST.tmp` with a journal of the complete files; the same command resumes it and
-ends with the same bytes. Optimizer states are not converted.
+A conversion that was killed leaves `DST.tmp` with a journal of the complete files; the same command resumes
+it and ends with the same bytes. Optimizer states are not converted.
 """
 
 from __future__ import annotations
@@ -63,15 +63,16 @@ class Converted:
 
 
 def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: ParallelLayout | None = None,
-            dialect: Dialect = "megatron-core", moe_grouped_gemm: bool = False, make_vocab_size_divisible_by: int = 1,
-            params_dtype: torch.dtype | None = None, overwrite: bool = False, verify: bool = False, verify_model: bool = False,
-            dry_run: bool = False,
+            dialect: Dialect = "megatron-core", moe_grouped_gemm: bool = False,
+            make_vocab_size_divisible_by: int = 1, params_dtype: torch.dtype | None = None,
+            overwrite: bool = False, verify: bool = False, verify_model: bool = False, dry_run: bool = False,
             family: str | None = None, hf: Path | str | None = None, iteration: int | None = None,
             max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS) -> Converted:
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
-        to: name of a format: `hf`, `megatron-core`, `megatron-legacy`, `torch-dist`, for an adapter also `peft`.
+        to: name of a format: `hf`, `megatron-core`, `megatron-legacy`, `torch-dist`, for an adapter also
+            `peft`.
         layout: tp, pp, vpp, ep and num_layer_list of the output. Default: one rank.
         dialect: names of a Megatron-Core checkpoint; `modellink-1.0` is the original's.
         moe_grouped_gemm: store all experts of a rank in two tensors, not separately.
@@ -89,12 +90,13 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: P
         ModelLinkError: something is wrong with the source or the target; nothing is written then.
     """
     dst = Path(dst)
-    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf, iteration=iteration, adapter=True)
+    source = src if isinstance(src, Checkpoint) else open_checkpoint(src, family=family, hf=hf,
+                                                                     iteration=iteration, adapter=True)
     form = format_of(to)
     layout = layout or ParallelLayout()
     _check_format(form, source, layout)
-    plan = form.plan(source, WriteRequest(layout, params_dtype, dialect, moe_grouped_gemm, make_vocab_size_divisible_by,
-                                          max_shard_bytes))
+    plan = form.plan(source, WriteRequest(layout, params_dtype, dialect, moe_grouped_gemm,
+                                          make_vocab_size_divisible_by, max_shard_bytes))
     dtype = dtype_name(plan.dtype)
     described = manifest.Manifest(source.family, source.spec, dtype, source.prompt_type)
     config = config_for(source.spec, source.family, source.companions, dtype)
@@ -126,7 +128,8 @@ def _check_format(form: Format, source: Checkpoint, layout: ParallelLayout) -> N
     if source.adapter is not None and not form.adapters:
         names = ", ".join(other.name for other in formats() if other.adapters)
         raise ModelLinkError("the source is a LoRA adapter", where=f"{source.folder}, --to", option="to",
-                             fix=f"give the base model as the source and the adapter with --lora-load, or write one of {names}")
+                             fix=f"give the base model as the source and the adapter with --lora-load, or "
+                                 f"write one of {names}")
     if source.adapter is None and not form.weights:
         raise ModelLinkError("the source is not a LoRA adapter", where=f"{source.folder}, --to", option="to",
                              fix="give an adapter, or choose another format")
@@ -186,11 +189,13 @@ def _write_files(plan: ConversionPlan, temporary: Path, workers: int) -> None:
             journal.append({"file": file.name, "bytes": path.stat().st_size, "xxh3_64": sums})
             kill_point(f"after-file-{number}")
         sums_of = {entry["file"]: entry["xxh3_64"] for entry in journal.entries[1:]}
-    write_json(temporary / CHECKSUMS, {"algorithm": "xxh3_64", "files": {file.name: sums_of[file.name] for file in plan.files}})
+    write_json(temporary / CHECKSUMS, {"algorithm": "xxh3_64",
+                                       "files": {file.name: sums_of[file.name] for file in plan.files}})
 
 
 def _finished(temporary: Path, fingerprint: str) -> set[str]:
-    """Return the files that an earlier run of the same conversion finished; everything else in `temporary` is removed."""
+    """Return the files that an earlier run of the same conversion finished; everything else in `temporary` is
+    removed."""
     if not (temporary / JOURNAL).exists():
         return set()
     with Journal(temporary / JOURNAL) as journal:

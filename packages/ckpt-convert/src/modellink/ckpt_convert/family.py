@@ -1,8 +1,9 @@
-"""`Family`: tables from ModelSpec's fields to config keys, and from canonical modules to Hugging Face tensor names.
+"""`Family`: tables from ModelSpec's fields to config keys, and from canonical modules to Hugging Face tensor
+names.
 
-The tables give the ModelSpec of a config.json, a config.json for a ModelSpec, and the rules of the weights. A family
-file (families/) is a subclass with its own tables, based on the most similar family; if a table cannot express a
-config, it overrides `read` and `write`.
+The tables give the ModelSpec of a config.json, a config.json for a ModelSpec, and the rules of the weights. A
+family file (families/) is a subclass with its own tables, based on the most similar family; if a table cannot
+express a config, it overrides `read` and `write`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ NEEDED: Any = object()
 class Key:
     """A key of config.json that holds a field of ModelSpec.
 
-    `default` is used if the key is missing (None: ModelSpec's default). `values` maps the allowed values of the key to those
-    of the field; or `read` and `write` compute one from the other.
+    `default` is used if the key is missing (None: ModelSpec's default). `values` maps the allowed values of
+    the key to those of the field; or `read` and `write` compute one from the other.
     """
 
     name: str
@@ -41,14 +42,14 @@ def inverted(name: str, default: bool) -> Key:
     return Key(name, default, values={True: False, False: True})
 
 
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
-               "gelu_fast": "gelu_tanh"}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh",
+               "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 LLAMA_KEYS = {
     "num_layers": Key("num_hidden_layers"), "hidden_size": Key("hidden_size"),
     "num_attention_heads": Key("num_attention_heads"), "num_query_groups": Key("num_key_value_heads", None),
-    "kv_channels": Key("head_dim", None), "ffn_hidden_size": Key("intermediate_size"), "vocab_size": Key("vocab_size"),
-    "max_position_embeddings": Key("max_position_embeddings"), "norm_epsilon": Key("rms_norm_eps"),
-    "activation_func": Key("hidden_act", "silu", values=ACTIVATIONS),
+    "kv_channels": Key("head_dim", None), "ffn_hidden_size": Key("intermediate_size"),
+    "vocab_size": Key("vocab_size"), "max_position_embeddings": Key("max_position_embeddings"),
+    "norm_epsilon": Key("rms_norm_eps"), "activation_func": Key("hidden_act", "silu", values=ACTIVATIONS),
     "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", False)}
 LLAMA_NAMES = {
     "embedding.word_embeddings": same("model.embed_tokens"),
@@ -113,7 +114,8 @@ class Family:
             try:
                 values[name] = fields[name].convert(key.read(value) if key.read else value, str(config.path))
             except ModelLinkError as error:
-                raise ModelLinkError(error.what.replace(fields[name].flag, repr(key.name)), where=config.path) from None
+                raise ModelLinkError(error.what.replace(fields[name].flag, repr(key.name)),
+                                     where=config.path) from None
         return values | self.read_positions(config)
 
     def read_positions(self, config: Config) -> dict[str, Any]:
@@ -157,7 +159,8 @@ def config_of(family: Family, spec: ModelSpec) -> dict[str, Any]:
     path = Path(f"a config.json of the family {family.model_type}")
     back = spec_from(family.read(Config(values, path)), str(path))
     if wrong := spec.differences(back):
-        reasons = ", ".join(f"{name} {mine} (the family has {theirs})" for name, (mine, theirs) in wrong.items())
-        raise ModelLinkError(f"the family {family.model_type} has no such model: {reasons}", where="--model-type-hf",
-                             fix="name the family that the model belongs to")
+        reasons = ", ".join(f"{name} {mine} (the family has {theirs})"
+                            for name, (mine, theirs) in wrong.items())
+        raise ModelLinkError(f"the family {family.model_type} has no such model: {reasons}",
+                             where="--model-type-hf", fix="name the family that the model belongs to")
     return values

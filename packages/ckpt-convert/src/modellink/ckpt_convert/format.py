@@ -1,8 +1,8 @@
 """`Format`: how a checkpoint format is recognized, opened, planned and completed.
 
 A format is one file in formats/ with a subclass marked `@register`, or the same in another distribution (see
-formats/__init__.py). Opening, converting and the command line loop over the registered formats and know none of them
-by name.
+formats/__init__.py). Opening, converting and the command line loop over the registered formats and know none
+of them by name.
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class Format:
         Raises:
             ModelLinkError: the format cannot hold the model, or the layout does not divide it.
         """
-        raise ModelLinkError(f"the format {self.name} cannot be written", where="--to", fix="choose another format")
+        raise ModelLinkError(f"the format {self.name} cannot be written", where="--to",
+                             fix="choose another format")
 
     def write_companions(self, plan: ConversionPlan, folder: Path, described: manifest.Manifest,
                          config: Mapping[str, Any]) -> None:
@@ -145,7 +146,8 @@ class ModelDescription:
 
 
 def model_description(request: OpenRequest) -> ModelDescription:
-    """Return the model of a checkpoint, from its manifest or from the Hugging Face folder that the user names.
+    """Return the model of a checkpoint, from its manifest or from the Hugging Face folder that the user
+    names.
 
     Raises:
         ModelLinkError: neither describes the model, or they contradict each other.
@@ -159,7 +161,8 @@ def model_description(request: OpenRequest) -> ModelDescription:
     if found is None:
         if not (companions / "config.json").is_file():
             raise ModelLinkError(f"the checkpoint does not tell which model it is ({manifest.FILE} and "
-                                 f"{manifest.FOLDER}/config.json are missing)", where=root, fix=f"give {manifest.HELP}")
+                                 f"{manifest.FOLDER}/config.json are missing)", where=root,
+                                 fix=f"give {manifest.HELP}")
         spec, family = read_spec(Config.load(companions), family)
         return ModelDescription(spec, family, companions, None)
     if family not in (None, ORIGINALS_BASE, found.family):

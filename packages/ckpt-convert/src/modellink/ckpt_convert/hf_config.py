@@ -1,7 +1,7 @@
 """Reading a Hugging Face `config.json` in the spellings of transformers 4 and 5.
 
-Version 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; version 5 writes `dtype` and `rope_parameters`. We write the
-spelling of version 4, which both read.
+Version 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; version 5 writes `dtype` and
+`rope_parameters`. We write the spelling of version 4, which both read.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def _yarn(rope: Config) -> dict[str, Any]:
     """`attention_factor` overrides the scale of the two mscale values; only its default is supported."""
     rope.refuse("attention_factor", None)
     rope.refuse("truncate", True)
-    return {"rope_scaling_beta_fast": float(rope.get("beta_fast", 32)), "rope_scaling_beta_slow": float(rope.get("beta_slow", 1)),
+    return {"rope_scaling_beta_fast": float(rope.get("beta_fast", 32)),
+            "rope_scaling_beta_slow": float(rope.get("beta_slow", 1)),
             "rope_scaling_mscale": float(rope.get("mscale", 1.0)),
             "rope_scaling_mscale_all_dim": float(rope.get("mscale_all_dim", 0.0))}
 
@@ -87,7 +88,8 @@ def read_rope(config: Config) -> dict[str, Any]:
     if not isinstance(rope, dict):
         raise ModelLinkError(f"the rotary parameters are {rope!r}, not an object", where=config.path)
     inner = Config(rope, config.path)
-    values: dict[str, Any] = {"rotary_base": float(inner.get("rope_theta", config.get("rope_theta", 10000.0))),
+    values: dict[str, Any] = {"rotary_base": float(inner.get("rope_theta",
+                                                             config.get("rope_theta", 10000.0))),
                               "rotary_percent": float(inner.get("partial_rotary_factor",
                                                                 config.get("partial_rotary_factor", 1.0)))}
     kind = inner.get("rope_type", inner.get("type", "default"))
@@ -122,7 +124,8 @@ def write_rope(spec: ModelSpec) -> dict[str, Any]:
     if scaling and spec.rope_scaling_type == "yarn":
         scaling |= {"beta_fast": spec.rope_scaling_beta_fast, "beta_slow": spec.rope_scaling_beta_slow}
         if (spec.rope_scaling_mscale, spec.rope_scaling_mscale_all_dim) != (1.0, 0.0):
-            scaling |= {"mscale": spec.rope_scaling_mscale, "mscale_all_dim": spec.rope_scaling_mscale_all_dim}
+            scaling |= {"mscale": spec.rope_scaling_mscale,
+                        "mscale_all_dim": spec.rope_scaling_mscale_all_dim}
     if scaling and spec.rope_scaling_type != "llama3":
         scaling["type"] = spec.rope_scaling_type  # the older name of rope_type
     return {"rope_theta": spec.rotary_base, "rope_scaling": scaling, **partial}

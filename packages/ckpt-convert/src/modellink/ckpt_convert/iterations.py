@@ -1,8 +1,8 @@
 """The iterations of a Megatron checkpoint folder, and which of them are complete.
 
-An iteration of ours is complete if its marker lists files that are all present (kernels.files). Checkpoints of
-Megatron and of the original have no marker; the tracker file decides. Unfinished iterations are skipped with a note,
-and the last complete one is used.
+An iteration of ours is complete if its marker lists files that are all present (kernels.files). Checkpoints
+of Megatron and of the original have no marker; the tracker file decides. Unfinished iterations are skipped
+with a note, and the last complete one is used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def tracked(root: Path) -> str | None:
 def complete_iterations(root: Path) -> list[int]:
     """Return the numbers of our complete iterations in `root`, which may not exist."""
     return sorted(number for path in root.glob("iter_*")
-                  if (number := iteration_number(path)) is not None and (path / MARKER).exists() and incomplete(path) is None)
+                  if (number := iteration_number(path)) is not None and (path / MARKER).exists()
+                  and incomplete(path) is None)
 
 
 def last_complete(root: Path, iteration: int | None = None, *, ours: bool = False) -> Path:
@@ -52,7 +53,8 @@ def last_complete(root: Path, iteration: int | None = None, *, ours: bool = Fals
     Raises:
         ModelLinkError: no iteration, or not the requested one, is complete; the reasons are listed.
     """
-    found = {int(match[1]): path for path in root.glob("iter_*") if path.is_dir() and (match := FOLDER.match(path.name))}
+    found = {int(match[1]): path for path in root.glob("iter_*") if path.is_dir()
+             and (match := FOLDER.match(path.name))}
     ours = ours or any((path / MARKER).exists() for path in found.values())
     named = tracked(root)
     if named == "release" and (root / "release").is_dir() and iteration is None:
@@ -70,4 +72,5 @@ def last_complete(root: Path, iteration: int | None = None, *, ours: bool = Fals
         reasons.append(f"{path.name}: {reason}")
     wanted = "complete iteration" if iteration is None else f"complete iteration {iteration}"
     raise ModelLinkError(f"no {wanted} was found" + "".join(f"\n  {note}" for note in reasons), where=root,
-                         fix=None if named else f"a checkpoint of another program needs its {TRACKER}, or --iteration")
+                         fix=None if named else f"a checkpoint of another program needs its {TRACKER}, or "
+                                                f"--iteration")

@@ -1,13 +1,13 @@
 """LoRA adapters: their tensors under canonical names, and merging them into the weights of the model.
 
-The adapter of a linear layer is A [rank, in] and B [out, rank]; the layer's weight W then acts as W + scale x B A
-(https://arxiv.org/abs/2106.09685, section 4.1). Canonical names are those of the layers:
+The adapter of a linear layer is A [rank, in] and B [out, rank]; the layer's weight W then acts as W + scale x
+B A (https://arxiv.org/abs/2106.09685, section 4.1). Canonical names are those of the layers:
 
     decoder.layers.0.self_attention.linear_qkv.lora_A.weight     and .lora_B.weight
     decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.lora_A.weight
 
-The rank of a layer is the number of rows of its A; one scale holds for the whole adapter. Merging is lazy: the result is a
-checkpoint that can be converted, compared and streamed as any other.
+The rank of a layer is the number of rows of its A; one scale holds for the whole adapter. Merging is lazy:
+the result is a checkpoint that can be converted, compared and streamed as any other.
 
 Not here: peft folders (peft.py) and Megatron checkpoints with adapters (megatron/model.py).
 """
@@ -34,13 +34,17 @@ if TYPE_CHECKING:
     """A tensor in a file or in memory."""
 
 A, B, LORA = ".lora_A.weight", ".lora_B.weight", ".lora_"
-TILE = 64  # rows of a product computed together, always the same ones, so that rounding does not depend on the sharding
+# rows of a product computed together, always the same ones, so that rounding does not depend on the sharding
+TILE = 64
 
 
-def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], where: Path | str) -> dict[str, Weight]:
-    """Return the tensors of an adapter in the order of the forward pass, with shapes and how tensor parallelism splits them.
+def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]],
+                    where: Path | str) -> dict[str, Weight]:
+    """Return the tensors of an adapter in the order of the forward pass, with shapes and how tensor
+    parallelism splits them.
 
-    If a layer is split by columns, so is its A, and B is replicated; otherwise A is replicated and B is split by rows.
+    If a layer is split by columns, so is its A, and B is replicated; otherwise A is replicated and B is split
+    by rows.
 
     Args:
         shapes: canonical name -> shape.
@@ -56,7 +60,8 @@ def adapter_weights(spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]], wher
             continue
         for one, other in ((first, second), (second, first)):
             if one not in shapes:
-                raise ModelLinkError(f"{one} is missing, but {other} is present", where=where, fix="the adapter is incomplete")
+                raise ModelLinkError(f"{one} is missing, but {other} is present", where=where,
+                                     fix="the adapter is incomplete")
         rank = shapes[first][0] if shapes[first] else 0
         found[first], found[second] = sides(weight, rank)
     refuse_left_over((name for name in shapes if name not in found), Path(where))
@@ -96,21 +101,24 @@ def merge_lora(source: Checkpoint, config: AdapterConfig, tensors: Mapping[str, 
     Raises:
         ModelLinkError: the adapter does not fit the model.
     """
-    known = adapter_weights(source.spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source.folder)
+    known = adapter_weights(source.spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                            source.folder)
     merged = dict(source.tensors)
     for first in known:
         if not first.endswith(A):
             continue
         module = first.removesuffix(A)
         base = merged[module + ".weight"]
-        merged[module + ".weight"] = Merged(name=base.name, shape=base.shape, parts=base.parts, first=tensors[first],
-                                            second=tensors[module + B], scale=config.scale)
+        merged[module + ".weight"] = Merged(name=base.name, shape=base.shape, parts=base.parts,
+                                            first=tensors[first], second=tensors[module + B],
+                                            scale=config.scale)
     return replace(source, tensors=merged, merged=config)
 
 
-def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r: int | None, alpha: float | None,
-              where: Path) -> AdapterConfig:
-    """Return the configuration of an adapter in a Megatron checkpoint, from its arguments and the user's options.
+def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r: int | None,
+              alpha: float | None, where: Path) -> AdapterConfig:
+    """Return the configuration of an adapter in a Megatron checkpoint, from its arguments and the user's
+    options.
 
     Raises:
         ModelLinkError: they contradict each other or the tensors, or the scale is unknown.
@@ -120,14 +128,16 @@ def config_of(arguments: Mapping[str, object], tensors: Mapping[str, Matrix], r:
         theirs = arguments.get(name)
         flag = "--" + name.replace("_", "-")
         if isinstance(theirs, (int, float)) and mine is not None and theirs != mine:
-            raise ModelLinkError(f"{flag} is {mine:g} and {theirs:g} in the adapter's arguments", where=f"{flag}, {where}")
+            raise ModelLinkError(f"{flag} is {mine:g} and {theirs:g} in the adapter's arguments",
+                                 where=f"{flag}, {where}")
         if mine is None and isinstance(theirs, (int, float)):
             given[name] = theirs
     ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith(A)})
     if given["lora_r"] is None and len(ranks) == 1:
         given["lora_r"] = ranks[0]
     if given["lora_r"] is None or given["lora_alpha"] is None:
-        raise ModelLinkError("rank and alpha of the adapter are not recorded", where=where, fix="give --lora-r and --lora-alpha")
+        raise ModelLinkError("rank and alpha of the adapter are not recorded", where=where,
+                             fix="give --lora-r and --lora-alpha")
     if given["lora_r"] < 1 or any(rank % given["lora_r"] for rank in ranks):
         raise ModelLinkError(f"the rank is {given['lora_r']:g}, but the adapter's matrices have rank {ranks}",
                              where=f"--lora-r, {where}", option="lora_r")
@@ -180,8 +190,10 @@ class Merged(Assembled):
             at += len(piece)
         return made
 
-    def _products(self, piece: range, first: torch.Tensor, dtype: torch.dtype) -> Iterable[tuple[int, torch.Tensor]]:
-        """Yield scale x B A for the rows `piece`, tile by tile, each with its offset from the start of `piece`."""
+    def _products(self, piece: range, first: torch.Tensor,
+                  dtype: torch.dtype) -> Iterable[tuple[int, torch.Tensor]]:
+        """Yield scale x B A for the rows `piece`, tile by tile, each with its offset from the start of
+        `piece`."""
         for tile in range(piece.start // TILE * TILE, piece.stop, TILE):
             rows = range(tile, min(tile + TILE, self.shape[0]))
             product = (rows_of(self.second, [rows]).to(dtype) @ first).mul_(self.scale)

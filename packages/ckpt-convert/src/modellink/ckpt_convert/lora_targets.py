@@ -1,4 +1,5 @@
-"""Which modules a LoRA adapter belongs to, in every spelling: Megatron-Core's, Megatron-Legacy's, Hugging Face's.
+"""Which modules a LoRA adapter belongs to, in every spelling: Megatron-Core's, Megatron-Legacy's, Hugging
+Face's.
 
 Modules are named by their last part, e.g. `linear_qkv`. Not here: the adapter's tensors (lora.py).
 """
@@ -15,11 +16,12 @@ from modellink.ckpt_convert.weights import weights
 from modellink.kernels.errors import ModelLinkError, near
 
 HUGGING_FACE = {
-    "q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "o_proj": "linear_proj", "qkv_proj": "linear_qkv",
-    "W_pack": "linear_qkv", "wqkv": "linear_qkv", "wo": "linear_proj", "c_attn": "linear_qkv", "query_key_value": "linear_qkv",
-    "dense": "linear_proj", "gate_proj": "linear_fc1", "up_proj": "linear_fc1", "gate_up_proj": "linear_fc1",
-    "down_proj": "linear_fc2", "dense_h_to_4h": "linear_fc1", "dense_4h_to_h": "linear_fc2", "c_fc": "linear_fc1",
-    "w1": "linear_fc1", "w3": "linear_fc1", "w2": "linear_fc2", "all-linear": "all"}
+    "q_proj": "linear_qkv", "k_proj": "linear_qkv", "v_proj": "linear_qkv", "o_proj": "linear_proj",
+    "qkv_proj": "linear_qkv", "W_pack": "linear_qkv", "wqkv": "linear_qkv", "wo": "linear_proj",
+    "c_attn": "linear_qkv", "query_key_value": "linear_qkv", "dense": "linear_proj",
+    "gate_proj": "linear_fc1", "up_proj": "linear_fc1", "gate_up_proj": "linear_fc1",
+    "down_proj": "linear_fc2", "dense_h_to_4h": "linear_fc1", "dense_4h_to_h": "linear_fc2",
+    "c_fc": "linear_fc1", "w1": "linear_fc1", "w3": "linear_fc1", "w2": "linear_fc2", "all-linear": "all"}
 """The usual names of a model's linear modules in Hugging Face classes -> Megatron-Core's."""
 
 
@@ -40,7 +42,8 @@ def modules_of(spec: ModelSpec, family: str) -> dict[str, str]:
     return {theirs: ours.pop() for theirs, ours in found.items() if len(ours) == 1}
 
 
-def meant_modules(name: str, known: Collection[str], spec: ModelSpec | None = None, family: str | None = None) -> str:
+def meant_modules(name: str, known: Collection[str], spec: ModelSpec | None = None,
+                  family: str | None = None) -> str:
     """Return `did you mean ...?` for a name that is not one of the modules `known`, or an empty string.
 
     Args:
@@ -59,7 +62,8 @@ def meant_modules(name: str, known: Collection[str], spec: ModelSpec | None = No
 
 
 def check_targets(names: Iterable[str], given: Collection[str]) -> None:
-    """Check that an adapter has exactly the modules that the user names, in Megatron-Core's or Megatron-Legacy's spelling.
+    """Check that an adapter has exactly the modules that the user names, in Megatron-Core's or
+    Megatron-Legacy's spelling.
 
     Args:
         names: canonical names of the adapter's tensors.

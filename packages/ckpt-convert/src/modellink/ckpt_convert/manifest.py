@@ -1,10 +1,11 @@
-"""The files that travel with weights: `modellink.json`, and the folder `hf/` next to the iterations of every checkpoint
-of ours.
+"""The files that travel with weights: `modellink.json`, and the folder `hf/` next to the iterations of every
+checkpoint of ours.
 
-`modellink.json` has ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the original
-config.json, generation config, tokenizer files and chat template. Converting, training and serving pass both on
-unchanged, so that a checkpoint can become a Hugging Face folder again. A Hugging Face folder has `modellink.json`
-only if a prompt type is known, and nothing else is read from it: its config.json tells the rest.
+`modellink.json` has ModelSpec, family, dtype, true vocabulary size, prompt type and producer; `hf/` the
+original config.json, generation config, tokenizer files and chat template. Converting, training and serving
+pass both on unchanged, so that a checkpoint can become a Hugging Face folder again. A Hugging Face folder has
+`modellink.json` only if a prompt type is known, and nothing else is read from it: its config.json tells the
+rest.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write, read_json, write_json
 
 FILE, FOLDER, VERSION = "modellink.json", "hf", 1
-CARRIED = ("config.json", "generation_config.json", "chat_template.json", "*.jinja", "tokenizer*", "special_tokens_map.json",
-           "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+CARRIED = ("config.json", "generation_config.json", "chat_template.json", "*.jinja", "tokenizer*",
+           "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+           "spiece.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 """Names of the files of a Hugging Face folder that travel with weights; never Python files."""
 
 
@@ -52,8 +54,10 @@ def copy_file(path: Path, target: Path) -> None:
             file.write(content)
 
 
-def write_companions(dst: Path | str, described: Manifest, companions: Path | None, *, tokenizer_alone: bool = False) -> None:
-    """Write `modellink.json` into the checkpoint folder `dst`, and copy the files that travel from `companions` into `hf/`.
+def write_companions(dst: Path | str, described: Manifest, companions: Path | None, *,
+                     tokenizer_alone: bool = False) -> None:
+    """Write `modellink.json` into the checkpoint folder `dst`, and copy the files that travel from
+    `companions` into `hf/`.
 
     Args:
         tokenizer_alone: `companions` is of another model; do not copy its config.json.
@@ -72,9 +76,10 @@ def write_companions(dst: Path | str, described: Manifest, companions: Path | No
 def write_manifest(folder: Path, described: Manifest) -> None:
     """Write `modellink.json` into a folder."""
     write_json(folder / FILE, {
-        "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(), "dtype": described.dtype,
-        "vocab_size": described.spec.vocab_size, "prompt_type": described.prompt_type,
-        "producer": described.producer or f"modellink-ckpt-convert {version('modellink-ckpt-convert')}"})
+        "format_version": VERSION, "family": described.family, "spec": described.spec.to_dict(),
+        "dtype": described.dtype, "vocab_size": described.spec.vocab_size,
+        "prompt_type": described.prompt_type, "producer": described.producer
+        or f"modellink-ckpt-convert {version('modellink-ckpt-convert')}"})
 
 
 def describes_itself(folder: Path) -> bool:
@@ -100,9 +105,10 @@ def read_manifest(folder: Path | str) -> Manifest | None:
         raise ModelLinkError("the manifest lacks format_version, family, spec or dtype", where=path,
                              fix=f"remove it and give {HELP}") from None
     if found > VERSION:
-        raise ModelLinkError(f"the manifest has version {found}, this program reads up to {VERSION}", where=path,
-                             fix="upgrade modellink-ckpt-convert")
-    return Manifest(str(family), spec_from(spec, str(path)), str(dtype), values.get("prompt_type"), str(values.get("producer")))
+        raise ModelLinkError(f"the manifest has version {found}, this program reads up to {VERSION}",
+                             where=path, fix="upgrade modellink-ckpt-convert")
+    return Manifest(str(family), spec_from(spec, str(path)), str(dtype), values.get("prompt_type"),
+                    str(values.get("producer")))
 
 
 HELP = "--tokenizer-name-or-path (a Hugging Face folder with config.json and tokenizer) and --model-type-hf (its family)"

@@ -20,7 +20,8 @@ from modellink.kernels.files import incomplete
 def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | str | None = None,
                     iteration: int | None = None, lora_r: int | None = None, lora_alpha: float | None = None,
                     adapter: bool = False) -> Checkpoint:
-    """Open a checkpoint of any format; no weight is read yet. A checkpoint with weights and an adapter is opened merged.
+    """Open a checkpoint of any format; no weight is read yet. A checkpoint with weights and an adapter is
+    opened merged.
 
     Args:
         path: the folder; of a checkpoint with iterations also the folder of one iteration.
@@ -38,7 +39,8 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
         raise ModelLinkError("the checkpoint folder is missing", where=path)
     if not path.is_dir():
         raise ModelLinkError("a checkpoint is a folder, but this is a file", where=path)
-    request = OpenRequest(path, path, path, family, Path(hf) if hf else None, iteration, lora_r, lora_alpha, adapter)
+    request = OpenRequest(path, path, path, family, Path(hf) if hf else None, iteration, lora_r, lora_alpha,
+                          adapter)
     for form in formats():
         if not form.iterations and form.recognize(path):
             return form.open(request)
@@ -49,9 +51,10 @@ def open_checkpoint(path: Path | str, *, family: str | None = None, hf: Path | s
     raise _unrecognized(folder)
 
 
-def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, alpha: float | None = None) -> Checkpoint:
-    """Open a LoRA adapter of the model `base`: a peft folder, a Megatron checkpoint in any layout, or the --save folder of
-    modellink-train. Its prompt type is the one it was trained with, if that is recorded.
+def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None,
+                 alpha: float | None = None) -> Checkpoint:
+    """Open a LoRA adapter of the model `base`: a peft folder, a Megatron checkpoint in any layout, or the
+    --save folder of modellink-train. Its prompt type is the one it was trained with, if that is recorded.
 
     Args:
         path: the folder; of a Megatron checkpoint that also has weights, only the adapter is read.
@@ -64,7 +67,8 @@ def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, al
     if (inside := peft_folder(path, None)) is not None:
         found = open_peft(inside, base)
         assert found.adapter is not None
-        for name, mine, theirs in (("--lora-r", r, found.adapter.r), ("--lora-alpha", alpha, found.adapter.alpha)):
+        for name, mine, theirs in (("--lora-r", r, found.adapter.r),
+                                   ("--lora-alpha", alpha, found.adapter.alpha)):
             if mine is not None and mine != theirs:
                 raise ModelLinkError(f"{name} is {mine:g}, but {theirs:g} in the adapter",
                                      where=f"{name}, {inside / peft_files.CONFIG}")
@@ -80,8 +84,8 @@ def open_adapter(path: Path | str, base: Checkpoint, *, r: int | None = None, al
         raise ModelLinkError("it has no LoRA tensors", where=path)
     config = lora.config_of(read.arguments, read.adapter, r, alpha, path)
     described = manifest.read_manifest(root)
-    return Checkpoint(read.kind, path, base.spec, base.family, base.companions, read.adapter, read.layout, adapter=config,
-                      prompt_type=described.prompt_type if described else None)
+    return Checkpoint(read.kind, path, base.spec, base.family, base.companions, read.adapter, read.layout,
+                      adapter=config, prompt_type=described.prompt_type if described else None)
 
 
 def _iteration(path: Path, iteration: int | None) -> tuple[Path, Path]:

@@ -1,12 +1,13 @@
 """LoRA adapters as peft folders, written and read: the form in which core's training saves and loads them.
 
-If Megatron has one matrix for several Hugging Face modules (query, key and value; gate and up), they share one A when
-written, and B is split as the rows of the weight. When read, different As are stacked, and B has each module's part
-in its own columns and zeros elsewhere: the same product with a larger rank. When that is written again, columns of
-zeros are dropped, and so are modules whose kind is zero in every layer: what was read is written unchanged.
+If Megatron has one matrix for several Hugging Face modules (query, key and value; gate and up), they share
+one A when written, and B is split as the rows of the weight. When read, different As are stacked, and B has
+each module's part in its own columns and zeros elsewhere: the same product with a larger rank. When that is
+written again, columns of zeros are dropped, and so are modules whose kind is zero in every layer: what was
+read is written unchanged.
 
-Experts are written separately, as in public files; peft merges them itself if transformers does. Not here: the files
-(peft_files.py) and merging (lora.py).
+Experts are written separately, as in public files; peft merges them itself if transformers does. Not here:
+the files (peft_files.py) and merging (lora.py).
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ if TYPE_CHECKING:
 __all__ = ["AdapterConfig", "merge_lora", "read_peft", "write_peft"]
 
 
-def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: AdapterConfig, *,
-               base: str | None = None, overwrite: bool = False) -> None:
+def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mapping[str, Matrix],
+               config: AdapterConfig, *, base: str | None = None, overwrite: bool = False) -> None:
     """Write an adapter to the new folder `folder`, for `peft.PeftModel.from_pretrained`.
 
     Args:
         spec, family: of the model it belongs to; the family gives the names.
-        tensors: canonical name (`decoder.layers.0.self_attention.linear_qkv.lora_A.weight`) -> [rank, in], `lora_B` [out, rank];
-            unsharded.
+        tensors: canonical name (`decoder.layers.0.self_attention.linear_qkv.lora_A.weight`) -> [rank, in],
+            `lora_B` [out, rank]; unsharded.
         base: name or folder of the base model, for `base_model_name_or_path`.
 
     Raises:
@@ -56,24 +57,28 @@ def write_peft(folder: Path | str, spec: ModelSpec, family: str, tensors: Mappin
         write_json(temporary / peft_files.CONFIG, values)
 
 
-def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: AdapterConfig, *, base: str | None,
-            dtype: torch.dtype | None = None) -> tuple[writing.FileLayout, dict[str, Any]]:
+def planned(spec: ModelSpec, family: str, tensors: Mapping[str, Matrix], config: AdapterConfig, *,
+            base: str | None, dtype: torch.dtype | None = None) -> tuple[writing.FileLayout, dict[str, Any]]:
     """Return (layout of the weight file, content of adapter_config.json); see `write_peft`."""
     adapter_weights(spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, "the adapter")
     modules = _modules(spec, family, tensors, config.r)
-    planned_tensors = {f"{peft_files.PREFIX}{name}": made for module in modules for name, made in module.tensors(dtype)}
+    planned_tensors = {f"{peft_files.PREFIX}{name}": made for module in modules
+                       for name, made in module.tensors(dtype)}
     layout = safetensors.layout(planned_tensors)
     ranks = {module.name: module.rank for module in modules}
     return layout, peft_files.config_of(config, ranks, peft_files.linear_modules(spec, family), base)
 
 
-def read_peft(folder: Path | str, spec: ModelSpec, family: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
+def read_peft(folder: Path | str, spec: ModelSpec,
+              family: str) -> tuple[AdapterConfig, dict[str, torch.Tensor]]:
     """Return (configuration, canonical name -> tensor) of an adapter folder.
 
-    The A of a matrix made of several modules with different As has more rows than `config.r`; `config.scale` holds for all.
+    The A of a matrix made of several modules with different As has more rows than `config.r`; `config.scale`
+    holds for all.
 
     Raises:
-        ModelLinkError: a file is missing or damaged, the adapter is of another kind, or it does not fit the model.
+        ModelLinkError: a file is missing or damaged, the adapter is of another kind, or it does not fit the
+            model.
     """
     config, tensors = peft_files.read(Path(folder), spec, family)
     return config, {name: full(tensor) for name, tensor in tensors.items()}
@@ -81,7 +86,8 @@ def read_peft(folder: Path | str, spec: ModelSpec, family: str) -> tuple[Adapter
 
 @dataclass(frozen=True)
 class _Module:
-    """The adapter of a Hugging Face module: rows of a canonical B, some of its columns, and the same rows of A."""
+    """The adapter of a Hugging Face module: rows of a canonical B, some of its columns, and the same rows of
+    A."""
 
     name: str
     first: Matrix
@@ -98,12 +104,15 @@ class _Module:
         import torch
 
         yield self.name + A, _planned(self.first, dtype, (self.rank, self.first.shape[1]),
-                                      lambda: torch.cat([full(self.first)[span.start:span.stop] for span in self.columns]))
-        yield self.name + B, _planned(self.second, dtype, (sum(map(len, self.rows)), self.rank), lambda: torch.cat(
+                                      lambda: torch.cat([full(self.first)[span.start:span.stop]
+                                                         for span in self.columns]))
+        yield self.name + B, _planned(self.second, dtype, (sum(map(len, self.rows)), self.rank),
+                                      lambda: torch.cat(
             [rows_of(self.second, self.rows)[:, span.start:span.stop] for span in self.columns], 1))
 
 
-def _planned(matrix: Matrix, dtype: torch.dtype | None, shape: tuple[int, int], make: Callable[[], torch.Tensor]) -> Planned:
+def _planned(matrix: Matrix, dtype: torch.dtype | None, shape: tuple[int, int],
+             make: Callable[[], torch.Tensor]) -> Planned:
     kind = dtype or matrix.dtype
     return Planned(kind, shape, lambda: iter([cast(make(), kind, "the adapter").contiguous()]))
 
@@ -139,7 +148,8 @@ def _rows_by_module(pieces: Rows) -> dict[str, tuple[range, ...]]:
     for name, rows, _ in pieces:
         found.setdefault(name.removesuffix(".weight"), []).append((rows.start, range(row, row + len(rows))))
         row += len(rows)
-    return {name: tuple(rows for _, rows in sorted(own, key=lambda entry: entry[0])) for name, own in found.items()}
+    return {name: tuple(rows for _, rows in sorted(own, key=lambda entry: entry[0]))
+            for name, own in found.items()}
 
 
 def _kind(module: str) -> str:

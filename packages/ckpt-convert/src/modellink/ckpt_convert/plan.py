@@ -1,7 +1,8 @@
-"""`ConversionPlan`: every file that a conversion will write, every tensor in it with dtype and shape, and how each is read.
+"""`ConversionPlan`: every file that a conversion will write, every tensor in it with dtype and shape, and how
+each is read.
 
-A plan is made from names and shapes only, so that all errors are found before anything is written. Not here: the plans of each
-format (formats/), and writing (convert.py).
+A plan is made from names and shapes only, so that all errors are found before anything is written. Not here:
+the plans of each format (formats/), and writing (convert.py).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class ConversionPlan:
         to: name of the format; `title` is for people.
         layout: of the output.
         dtype: in which most weights are written.
-        json_files: name -> content of the JSON files next to the weights (an index, the configuration of an adapter).
+        json_files: name -> content of the JSON files next to the weights (an index, the configuration of an
+            adapter).
         iteration: in which the weights are written, if the format has iterations.
     """
 
@@ -72,7 +74,8 @@ class ConversionPlan:
         return sum(file.nbytes for file in self.files)
 
     def peak_bytes(self, workers: int) -> int:
-        """Estimate the peak memory in bytes: the program, and per worker a block as read, as cast and as written."""
+        """Estimate the peak memory in bytes: the program, and per worker a block as read, as cast and as
+        written."""
         transposed = any(tensor.transposed for tensor in self.source.tensors.values())
         block = blocks.TRANSPOSED_BYTES if transposed else blocks.BLOCK_BYTES
         largest = max(planned.nbytes for file in self.files for planned in file.tensors)
@@ -88,7 +91,8 @@ class ConversionPlan:
     def _identity(self) -> list[Any]:
         inputs = [*self.source.files(), *companion_files(self.source.companions)]
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in inputs]
-        output = [(file.name, [(str(planned.dtype), planned.shape) for planned in file.tensors]) for file in self.files]
+        output = [(file.name, [(str(planned.dtype), planned.shape) for planned in file.tensors])
+                  for file in self.files]
         spec = {name: value for name, value in self.source.spec.to_dict().items()
                 if value is not None or name not in LATER_FIELDS}
         index = next(iter(self.json_files.values()), None)
@@ -101,7 +105,8 @@ class ConversionPlan:
                  f"to    {self.title}, {self.layout}, {dtype_name(self.dtype)}"]
         lines += [f"  {file.name}  {len(file.tensors)} tensors, {size(file.nbytes)}" for file in self.files]
         count = sum(len(file.tensors) for file in self.files)
-        lines.append(f"{len(self.files)} files, {count} tensors, {self.nbytes:,} bytes ({size(self.nbytes)}); "
+        lines.append(f"{len(self.files)} files, {count} tensors, {self.nbytes:,} bytes "
+                     f"({size(self.nbytes)}); "
                      f"{size(free)} free on the disk; peak memory about {size(self.peak_bytes(workers))}")
         return "\n".join(lines)
 

@@ -1,10 +1,12 @@
-"""How a canonical weight is made of Hugging Face weights, as row maps, and the inverse computed from the same map.
+"""How a canonical weight is made of Hugging Face weights, as row maps, and the inverse computed from the same
+map.
 
-A rule lists, in the order of the canonical rows, the rows of the Hugging Face tensors they come from; columns are
-never changed. The inverse gives the canonical rows of a Hugging Face tensor. It is computed, so that both directions
-cannot disagree, and must be complete: a row that no rule maps is a bug in the family.
+A rule lists, in the order of the canonical rows, the rows of the Hugging Face tensors they come from; columns
+are never changed. The inverse gives the canonical rows of a Hugging Face tensor. It is computed, so that both
+directions cannot disagree, and must be complete: a row that no rule maps is a bug in the family.
 
-A family has a table: canonical module -> one of `same`, `stack`, `grouped`, `packed` with its own module names. Not
+A family has a table: canonical module -> one of `same`, `stack`, `grouped`, `packed` with its own module
+names. Not
 here: the tables (families/) and reading (formats/).
 """
 
@@ -36,7 +38,8 @@ Maker = Callable[[ModelSpec, Weight, Callable[[str], str]], Rows]
 
 
 def same(module: str, *, transposed: bool = False, kind: str | None = None) -> Maker:
-    """Map to the same rows under another name; `kind` if the tensor is not called `weight` or `bias`, e.g. `scale`."""
+    """Map to the same rows under another name; `kind` if the tensor is not called `weight` or `bias`, e.g.
+    `scale`."""
     if kind is None:
         return stack(module, transposed=transposed)
 
@@ -78,9 +81,10 @@ def rules_of(spec: ModelSpec, names: Mapping[str, Maker], layer: str, family: st
     """Return the rules of a model from a family's table.
 
     Args:
-        names: canonical module without numbers, e.g. `mlp.experts.linear_fc1` -> its maker; a full canonical name stands for a
-            weight that Hugging Face calls `weight` and we do not.
-        layer: prefix of the Hugging Face names in a layer; `{layer}` in it and `{expert}` in module names are replaced.
+        names: canonical module without numbers, e.g. `mlp.experts.linear_fc1` -> its maker; a full canonical
+            name stands for a weight that Hugging Face calls `weight` and we do not.
+        layer: prefix of the Hugging Face names in a layer; `{layer}` in it and `{expert}` in module names are
+            replaced.
         family: for the error.
 
     Raises:
@@ -98,10 +102,12 @@ def rules_of(spec: ModelSpec, names: Mapping[str, Maker], layer: str, family: st
         if key in names:
             module, kind = key, "weight"
         if module not in names:
-            raise ModelLinkError(f"the family {family} has no tensor for {canonical}", where="--model-type-hf",
+            raise ModelLinkError(f"the family {family} has no tensor for {canonical}",
+                                 where="--model-type-hf",
                                  fix="the model has a feature that this family does not support")
 
-        def full(theirs: str, kind: str = kind, start: str = layer if found else "", numbers: tuple[str, str] = (number, expert),
+        def full(theirs: str, kind: str = kind, start: str = layer if found else "",
+                 numbers: tuple[str, str] = (number, expert),
                  ) -> str:
             return f"{start}{theirs}.{kind}".replace("{layer}", numbers[0]).replace("{expert}", numbers[1])
         rules[canonical] = names[module](spec, weight, full)

@@ -1,7 +1,7 @@
 """`Checkpoint`: an opened checkpoint of any format, as canonical tensors that are read on demand.
 
-Opening one reads names, shapes and sizes, and checks that every weight of the model is present with its shape and
-that none is left over; it reads no data. Not here: detecting the format of a folder (open.py).
+Opening one reads names, shapes and sizes, and checks that every weight of the model is present with its shape
+and that none is left over; it reads no data. Not here: detecting the format of a folder (open.py).
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def refuse_missing(names: Iterable[str], folder: Path) -> None:
 
 
 def refuse_left_over(names: Iterable[str], folder: Path) -> None:
-    """Raise a ModelLinkError if there are names: those of weights the model does not have, but for a few harmless buffers."""
+    """Raise a ModelLinkError if there are names: those of weights the model does not have, but for a few
+    harmless buffers."""
     harmless = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", "_extra_state")
     if unknown := [name for name in names if not name.endswith(harmless)]:
         raise ModelLinkError(f"{_count(unknown)} not part of this model: {_some(unknown)}", where=folder,
@@ -127,7 +128,8 @@ def refuse_left_over(names: Iterable[str], folder: Path) -> None:
 def refuse_shape(name: str, found: tuple[int, ...], expected: tuple[int, ...], where: Path) -> None:
     """Raise a ModelLinkError if a tensor does not have the expected shape."""
     if found != expected:
-        raise ModelLinkError(f"{name} has the shape {list(found)}; by the configuration it is {list(expected)}", where=where,
+        raise ModelLinkError(f"{name} has the shape {list(found)}; by the configuration it is "
+                             f"{list(expected)}", where=where,
                              fix="the configuration and the weights belong to different models")
 
 

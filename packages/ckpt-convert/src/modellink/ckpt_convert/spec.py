@@ -158,14 +158,6 @@ class ModelSpec:
         """The descriptions of all layers."""
         return [_layer(self, number) for number in range(self.num_layers)]
 
-    def has_experts(self, layer: int) -> bool:
-        """Return whether a layer (from 0) is a mixture of experts."""
-        return self.layer(layer).experts is not None
-
-    def window(self, layer: int) -> int | None:
-        """Return the sliding window of a layer (from 0) in tokens; None: full attention."""
-        return self.layer(layer).window
-
     def check(self) -> None:
         """Raise a ModelLinkError if the fields contradict each other."""
         for wrong, message, where, fix in self._rules():

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 class Shard:
     """A tensor of one rank.
 
-    `name` is Megatron-Core's name in the model chunk (layers and experts numbered from 0), `canonical` the name in the model.
+    `name` is Megatron-Core's name in the model chunk (layers and experts numbered from 0), `canonical` the
+    name in the model.
     """
 
     stage: int
@@ -39,7 +40,8 @@ class Shard:
     tensor: torch.Tensor
 
 
-def iter_hf_tensors(path: Checkpoint | Path | str, *, dtype: torch.dtype | None = None, family: str | None = None,
+def iter_hf_tensors(path: Checkpoint | Path | str, *, dtype: torch.dtype | None = None,
+                    family: str | None = None,
                     hf: Path | str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Return an iterator over (Hugging Face name, tensor) of all weights, in the order of the forward pass.
 
@@ -56,9 +58,9 @@ def iter_hf_tensors(path: Checkpoint | Path | str, *, dtype: torch.dtype | None 
     return ((slot.name, slot.planned.made()) for file in plan.files for slot in file.layout.slots)
 
 
-def iter_megatron_shards(path: Checkpoint | Path | str, layout: ParallelLayout, *, dtype: torch.dtype | None = None,
-                         make_vocab_size_divisible_by: int = 1, family: str | None = None,
-                         hf: Path | str | None = None) -> Iterator[Shard]:
+def iter_megatron_shards(path: Checkpoint | Path | str, layout: ParallelLayout, *,
+                         dtype: torch.dtype | None = None, make_vocab_size_divisible_by: int = 1,
+                         family: str | None = None, hf: Path | str | None = None) -> Iterator[Shard]:
     """Return an iterator over the tensors of every rank, by stage, then expert rank, then tensor rank.
 
     Args:
@@ -69,17 +71,20 @@ def iter_megatron_shards(path: Checkpoint | Path | str, layout: ParallelLayout, 
         family, hf: see `open_checkpoint`.
 
     Raises:
-        ModelLinkError: see `open_checkpoint`, or the layout does not divide the model; raised before the first shard.
+        ModelLinkError: see `open_checkpoint`, or the layout does not divide the model; raised before the
+            first shard.
     """
     source = path if isinstance(path, Checkpoint) else open_checkpoint(path, family=family, hf=hf)
     source.spec.check_layout(layout)
     return _shards(source, layout, dtype, make_vocab_size_divisible_by)
 
 
-def _shards(source: Checkpoint, layout: ParallelLayout, dtype: torch.dtype | None, divisible_by: int) -> Iterator[Shard]:
+def _shards(source: Checkpoint, layout: ParallelLayout, dtype: torch.dtype | None,
+            divisible_by: int) -> Iterator[Shard]:
     known = weights(source.spec)
-    for stage, expert_rank, rank, chunk in product(*map(range, (layout.pp, layout.ep, layout.tp, layout.vpp))):
+    for stage, expert_rank, rank, chunk in product(*map(range,
+                                                        (layout.pp, layout.ep, layout.tp, layout.vpp))):
         for name, canonical in stage_names(source.spec, layout, stage, chunk, expert_rank).items():
-            planned = blocks.shard(source, canonical, known[canonical], dtype or source.dtype(canonical), tp=layout.tp, rank=rank,
-                                   divisible_by=divisible_by)
+            planned = blocks.shard(source, canonical, known[canonical], dtype or source.dtype(canonical),
+                                   tp=layout.tp, rank=rank, divisible_by=divisible_by)
             yield Shard(stage, chunk, rank, expert_rank, name, canonical, planned.made())

@@ -1,7 +1,7 @@
 """Comparing two checkpoints tensor by tensor, of any formats and layouts.
 
-`compare` is `--verify`: every bit of the output against the source. `differences` is `modellink-convert diff`: all differences
-between two checkpoints of the same or of different models. Both read blocks of rows.
+`compare` is `--verify`: every bit of the output against the source. `differences` is `modellink-convert
+diff`: all differences between two checkpoints of the same or of different models. Both read blocks of rows.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Difference:
         return f"{self.name}: {self.what}" + (f" ({self.file})" if self.file else "")
 
 
-def compare(source: Checkpoint, target: Checkpoint, dtype: torch.dtype | None = None, *, show: bool = True) -> int:
+def compare(source: Checkpoint, target: Checkpoint, dtype: torch.dtype | None = None, *,
+            show: bool = True) -> int:
     """Compare every weight of `target` with that of `source` (cast to `dtype`), and return their number.
 
     Raises:
@@ -66,7 +67,8 @@ def differences(first: Checkpoint, second: Checkpoint, *, show: bool = True) -> 
                 yield found
 
 
-def _values(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dtype | None) -> Difference | None:
+def _values(source: Checkpoint, target: Checkpoint, name: str,
+            dtype: torch.dtype | None) -> Difference | None:
     """Return how the values of a weight differ, compared bit by bit; None if they do not."""
     import torch
 
@@ -87,7 +89,8 @@ def _values(source: Checkpoint, target: Checkpoint, name: str, dtype: torch.dtyp
         if places := unequal.nonzero().tolist():
             count += len(places)
             first = first or (places[0][0] + start, *places[0][1:])
-            largest = max(largest, (wanted.double() - found.double()).abs().nan_to_num(nan=torch.inf).max().item())
+            largest = max(largest,
+                          (wanted.double() - found.double()).abs().nan_to_num(nan=torch.inf).max().item())
     if first is None:
         return Difference(name, kinds + "equal values") if kinds else None
     what = f"{count:,} values differ, by at most {largest:.3g}, first at {list(first)}"

@@ -1,8 +1,9 @@
-"""Loading the output in transformers: the second part of `--verify`, if it is installed (the extra `[verify]`).
+"""Loading the output in transformers: the second part of `--verify`, if it is installed (the extra
+`[verify]`).
 
-The model's class is built from config.json on `meta`, which needs no memory, and must have exactly the tensors of the
-output under Hugging Face names, with their shapes. If there is enough memory, the model is loaded from the source and
-from the output, and both must give the same logits for a few tokens, bit by bit.
+The model's class is built from config.json on `meta`, which needs no memory, and must have exactly the
+tensors of the output under Hugging Face names, with their shapes. If there is enough memory, the model is
+loaded from the source and from the output, and both must give the same logits for a few tokens, bit by bit.
 
 Not here: code that comes with a model (families without a class in transformers are skipped with a note), and
 comparing all values (verify.py), which does not need transformers.
@@ -34,7 +35,8 @@ SHARE = 0.5  # of the free memory that a model may use
 
 
 def check_model(source: Checkpoint, target: Checkpoint) -> str:
-    """Compare `target` with the family's class in transformers, and its logits with those of `source`; return a report.
+    """Compare `target` with the family's class in transformers, and its logits with those of `source`; return
+    a report.
 
     Raises:
         InternalError: a tensor is missing, left over or of another shape, or a logit differs.
@@ -75,7 +77,8 @@ def _compared(source: Checkpoint, target: Checkpoint, cls: Any, config: Any) -> 
     if not mine.isfinite().all():
         return f"{done}; its logits are not finite, not even from the source"
     if len(unequal):
-        raise InternalError(f"logits differ, by at most {(mine - theirs).abs().max().item():.3g}, first at token "
+        raise InternalError(f"logits differ, by at most {(mine - theirs).abs().max().item():.3g}, first at "
+                            f"token "
                             f"{unequal[0][0].item()}, id {unequal[0][1].item()}", where=target.folder)
     return f"{done} and gives the same logits from source and target"
 
@@ -86,14 +89,17 @@ def _check_names(target: Checkpoint, cls: Any, config: Any) -> int:
 
     with torch.device("meta"):
         model = cls(config)
-    state = {name: tensor for name, tensor in model.state_dict().items() if name not in set(model.all_tied_weights_keys)}
+    state = {name: tensor for name, tensor in model.state_dict().items()
+             if name not in set(model.all_tied_weights_keys)}
     from transformers.core_model_loading import revert_weight_conversion
 
     theirs = {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, state).items()}
-    ours = {name: found.shape for name, found in inverse(target.spec, family_of(target.family).rules(target.spec)).items()}
+    ours = {name: found.shape for name, found in inverse(target.spec,
+                                                         family_of(target.family).rules(target.spec)).items()}
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
-            raise InternalError(f"{name} is {_shape(ours.get(name))} in the output, but {_shape(theirs.get(name))} in "
+            raise InternalError(f"{name} is {_shape(ours.get(name))} in the output, but "
+                                f"{_shape(theirs.get(name))} in "
                                 f"{cls.__name__} of transformers", where=target.folder)
     return len(ours)
 
@@ -107,11 +113,14 @@ def _logits(checkpoint: Checkpoint, cls: Any, config: Any, dtype: torch.dtype) -
     import torch
 
     if is_huggingface(checkpoint.folder) and not checkpoint.merged:
-        model, report = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype, output_loading_info=True)
+        model, report = cls.from_pretrained(checkpoint.folder, config=config, dtype=dtype,
+                                            output_loading_info=True)
     else:
         state = dict(iter_hf_tensors(checkpoint))
-        model, report = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *(key[0] for key in report["mismatched_keys"])]
+        model, report = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype,
+                                            output_loading_info=True)
+    wrong = [*report["missing_keys"], *report["unexpected_keys"],
+             *(key[0] for key in report["mismatched_keys"])]
     if wrong:
         raise InternalError(f"transformers could not load {sorted(wrong)[0]}", where=checkpoint.folder)
     tokens = torch.arange(1, TOKENS + 1)[None] % checkpoint.spec.vocab_size

@@ -1,7 +1,7 @@
 """The weights of a ModelSpec, under Megatron-Core's names with global layer numbers, and how ranks hold them.
 
-All formats meet here: a reader offers these tensors unsharded (as if TP and PP were 1, the vocabulary not padded), a
-writer asks for the part that its rank holds.
+All formats meet here: a reader offers these tensors unsharded (as if TP and PP were 1, the vocabulary not
+padded), a writer asks for the part that its rank holds.
 
 Not here: Hugging Face names (rules.py, families/) and file layouts (formats/).
 """
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 EMBEDDING, OUTPUT, FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "decoder.final_layernorm.weight"
 LAYERS, EXPERTS = "decoder.layers.", "experts.local_experts."
 IN_LAYER = re.compile(r"decoder\.layers\.(?P<layer>\d+)\.(?:mlp\.experts\.local_experts\.(?P<expert>\d+))?(?P<rest>.+)")
-"""Matches the name of a weight inside a layer: number of the layer, number of the expert if it has one, rest of the name."""
+"""Matches the name of a weight inside a layer: number of the layer, number of the expert if it has one, rest
+of the name."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class Source(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
-        """Read index ranges along `dim` of the canonical tensor `name`, concatenated in order; of the other dimension `across`,
-        or all of it."""
+        """Read index ranges along `dim` of the canonical tensor `name`, concatenated in order; of the other
+        dimension `across`, or all of it."""
         ...
 
     def describe(self) -> str:
@@ -86,7 +87,8 @@ def weights(spec: ModelSpec) -> Mapping[str, Weight]:
     if spec.embed_layernorm:
         found |= _norm(EMBEDDING.removesuffix("weight") + "norm", hidden, spec.normalization)
     if spec.position_embedding_type == "learned_absolute":
-        found["embedding.position_embeddings.weight"] = Weight((spec.max_position_embeddings, hidden), "replicated")
+        found["embedding.position_embeddings.weight"] = Weight((spec.max_position_embeddings, hidden),
+                                                               "replicated")
     for layer in spec.layers:
         found |= {f"{LAYERS}{layer.number}.{name}": weight for name, weight in _layer(layer, hidden).items()}
     found |= _norm(FINAL_NORM.removesuffix(".weight"), hidden, spec.normalization)
@@ -144,7 +146,8 @@ def _latent_attention(layer: LayerSpec, hidden: int) -> dict[str, Weight]:
     rotated = layer.head_dim - layer.nope_dim
     found |= _linear("linear_kv_down_proj", compressed + rotated, hidden, "replicated")
     found["kv_layernorm.weight"] = Weight((compressed,), "replicated")
-    found |= _linear("linear_kv_up_proj", layer.heads * (layer.nope_dim + layer.value_dim), compressed, "column")
+    found |= _linear("linear_kv_up_proj", layer.heads * (layer.nope_dim + layer.value_dim), compressed,
+                     "column")
     return found | _linear("linear_proj", hidden, layer.heads * layer.value_dim, "row", bias=layer.dense_bias)
 
 
@@ -159,7 +162,8 @@ def _feed_forward(layer: LayerSpec, width: int, hidden: int) -> dict[str, Weight
 def _experts(layer: LayerSpec, experts: ExpertSpec, hidden: int) -> dict[str, Weight]:
     found = _linear("router", experts.count, hidden, "replicated")
     for number in range(experts.count):
-        found |= {f"{EXPERTS}{number}.{name}": weight for name, weight in _feed_forward(layer, experts.ffn, hidden).items()}
+        found |= {f"{EXPERTS}{number}.{name}": weight
+                  for name, weight in _feed_forward(layer, experts.ffn, hidden).items()}
     if experts.shared_ffn:
         shared = _feed_forward(layer, experts.shared_ffn, hidden)
         found |= {f"shared_experts.{name}": weight for name, weight in shared.items()}
@@ -170,11 +174,12 @@ def _experts(layer: LayerSpec, experts: ExpertSpec, hidden: int) -> dict[str, We
 
 def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0, expert_rank: int = 0, *,
                 names: Iterable[str] | None = None) -> dict[str, str]:
-    """Return the weights of a model chunk: name in the chunk (layers and experts numbered from 0) -> canonical name.
+    """Return the weights of a model chunk: name in the chunk (layers and experts numbered from 0) ->
+    canonical name.
 
     Args:
-        names: only these weights. Default: all weights of the model; the last of several stages then also has a copy of tied
-            embeddings as its output layer.
+        names: only these weights. Default: all weights of the model; the last of several stages then also has
+            a copy of tied embeddings as its output layer.
     """
     layers = layout.layers(spec.num_layers, stage, chunk)
     experts = layout.experts(spec.num_experts, expert_rank) if spec.num_experts else range(0)
@@ -197,7 +202,8 @@ def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int 
 def shard_pieces(weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> list[range]:
     """Return the index ranges along `weight.dim` that tensor-parallel rank `rank` of `tp` holds, in order.
 
-    A vocabulary is padded to a multiple of `divisible_by` x `tp` with copies of its last row, as in the original.
+    A vocabulary is padded to a multiple of `divisible_by` x `tp` with copies of its last row, as in the
+    original.
     """
     size = weight.shape[weight.dim]
     if weight.split != "vocab":
@@ -208,6 +214,7 @@ def shard_pieces(weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -
     return [present, *padding] if present else padding
 
 
-def read_shard(source: Source, name: str, weight: Weight, *, tp: int, rank: int, divisible_by: int = 1) -> torch.Tensor:
+def read_shard(source: Source, name: str, weight: Weight, *, tp: int, rank: int,
+               divisible_by: int = 1) -> torch.Tensor:
     """Read the part of a canonical tensor that tensor-parallel rank `rank` of `tp` holds."""
     return source.read(name, shard_pieces(weight, tp=tp, rank=rank, divisible_by=divisible_by), weight.dim)

@@ -1,7 +1,7 @@
-"""Adam and AdamW as megatron-core's optimizers expect it: the step count in the parameter group, as Apex has it.
+"""Adam and AdamW in the form that megatron-core's optimizers expect: the step count is in the parameter group, as in Apex.
 
-The arithmetic is `kernels.ops.adamw`. A parameter that has `halves` (memory/reuse_fp32.py) is whole a slice at a time. Not here:
-gradient clipping, loss scaling, sharding (megatron-core does those).
+The arithmetic is `kernels.ops.adamw`. A parameter with `halves` (memory/reuse_fp32.py) is assembled one slice at a
+time. Not here: gradient clipping, loss scaling and sharding, which megatron-core does.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modellink.kernels.ops.adamw import Settings
 
 
 class Adam(torch.optim.Optimizer):
-    """`adam_w_mode` True decouples the weight decay (AdamW)."""
+    """Adam (Kingma & Ba 2015); with `adam_w_mode` AdamW (Loshchilov & Hutter 2019), whose weight decay is decoupled."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, adam_w_mode: bool = True, **_: object) -> None:

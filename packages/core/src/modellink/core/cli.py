@@ -47,7 +47,7 @@ class Commands(click.Group):
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-def main_group() -> None:
+def train() -> None:
     """Train large language models on Ascend NPUs, CUDA GPUs and CPUs."""
 
 
@@ -140,7 +140,7 @@ def main() -> None:
 def _run() -> None:
     if sys.argv[1:2] and sys.argv[1] in registered():
         sys.argv[2:] = translate_original(sys.argv[2:])  # also for the ranks that are started with it
-    main_group(standalone_mode=False)
+    train(standalone_mode=False)
 
 
 if __name__ == "__main__":

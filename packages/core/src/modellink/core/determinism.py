@@ -1,7 +1,7 @@
-"""The same bits from the same run (`--use-deter-comp`): what torch, the accelerator and its collectives are asked for.
+"""Bit-identical repetition of a run (`--use-deter-comp`): settings of torch, the accelerator and its collectives.
 
-Random numbers need nothing more: weights, dropout and the order of data come from --seed in every run. Not here: showing where
-two runs part (digests.py).
+Random numbers need no further settings: weights, dropout and data order always come from --seed. Not here: showing where two runs
+diverge (digests.py).
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ import numpy as np
 import torch
 
 VARIABLES = {
-    # torch.use_deterministic_algorithms wants the first; of the second Megatron-LM's deterministic mode says which algorithms
-    # sum in one order
+    # torch.use_deterministic_algorithms needs the first; the second selects a collective algorithm with a fixed order of
+    # summation, as in Megatron-LM's deterministic mode
     "cuda": {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "Ring"},
-    # sums of HCCL in one order, and products whose inner dimension is not shifted
+    # fixed order of summation in HCCL, and no shifting of the inner dimension of products
     "npu": {"HCCL_DETERMINISTIC": "True", "CLOSE_MATMUL_K_SHIFT": "1"}}
 
 
 def set_variables(kind: str) -> None:
-    """Set what the libraries of a kind of device read when they start, where the user has not; ranks started later inherit it."""
+    """Set environment variables for the libraries of a device unless the user has; ranks started later inherit them."""
     for name, value in VARIABLES.get(kind, {}).items():
         os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager
 def deterministic(on: bool, seed: int) -> Iterator[None]:
-    """Inside, with `on`, an operation gives the same bits for the same input, or raises RuntimeError where it cannot."""
+    """Within the context, if `on`, operations are deterministic or raise RuntimeError."""
     if not on:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     random.seed(seed)
-    np.random.seed(seed)  # of libraries that draw from it
+    np.random.seed(seed)  # for libraries that use it
     torch.use_deterministic_algorithms(True)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Digests of two runs (`--log-digest`) beside each other: `modellink-train digests A B` names where they part.
+"""`modellink-train digests A B`: where the digests of two runs (`--log-digest`) diverge.
 
-    FOLDER/rank_00000.jsonl    a line of names, then one an iteration: loss, digests of gradients and of parameters after the step
+    FOLDER/rank_00000.jsonl    a line of names, then a line per iteration: loss, digests of gradients and updated parameters
 
-Not here: what a digest is, and writing them (train/digest.py).
+Not here: computing and writing digests (train/digest.py).
 """
 
 from __future__ import annotations
@@ -20,17 +20,22 @@ from modellink.kernels.errors import ModelLinkError
 
 
 def read(path: Path) -> tuple[list[str], dict[int, dict[str, Any]]]:
-    """The names, and the entries by iteration; a last line that was cut off is left out."""
+    """The names, and the entries by iteration; an incomplete last line is ignored."""
     try:
         names, *entries = [json.loads(line) for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
         return names["names"], {entry["iteration"]: entry for entry in entries}
     except (ValueError, KeyError, TypeError):
-        raise ModelLinkError("this is no file of digests", where=path, fix="name folders that --log-digest wrote") from None
+        raise ModelLinkError("this is not a file of digests", where=path, fix="give folders that --log-digest wrote") from None
 
 
 @dataclass(frozen=True)
 class Parting:
-    """Where two runs part. `what` is loss, gradient or parameter; `others` how many more of these differ, on all ranks."""
+    """The first difference of two runs.
+
+    Attributes:
+        what: loss, gradient or parameter.
+        others: how many more of these differ in the iteration, on all ranks.
+    """
 
     iteration: int
     rank: int
@@ -45,26 +50,25 @@ class Parting:
 
 
 def compare(first: Path, second: Path) -> tuple[int, int, Parting | None]:
-    """(iterations both have, ranks, where they part).
+    """(number of common iterations, number of ranks, first difference).
 
-    Of an iteration's differences the earliest counts: loss, then gradients, from the output layer on as backward goes, then
-    parameters.
+    Differences within an iteration are ordered as they are computed: loss, gradients from the output layer backward, parameters.
 
     Raises:
-        ModelLinkError: the folders do not hold the same ranks and parameters, or no iteration together.
+        ModelLinkError: the folders differ in ranks or parameters, or have no common iteration.
     """
     files = [{path.name: path for path in folder.glob("rank_*.jsonl")} for folder in (first, second)]
     if not files[0] or files[0].keys() != files[1].keys():
         raise ModelLinkError(f"{len(files[0])} and {len(files[1])} ranks have digests", where=f"{first}, {second}",
-                             fix="compare runs of as many ranks that wrote with --log-digest")
+                             fix="compare runs with --log-digest on the same number of ranks")
     ranks = [(read(files[0][name]), read(files[1][name])) for name in sorted(files[0])]
     for (names, _), (others, _) in ranks:
         if names != others:
             raise ModelLinkError(f"ranks hold different parameters, e.g. {sorted(set(names) ^ set(others))[:2] or names[:2]}",
-                                 where=f"{first}, {second}", fix="compare runs of one model at one layout")
+                                 where=f"{first}, {second}", fix="compare runs of the same model at the same layout")
     common = sorted(set.intersection(*(set(entries) for pair in ranks for _, entries in pair)))
     if not common:
-        raise ModelLinkError("no iteration is in both", where=f"{first}, {second}")
+        raise ModelLinkError("the runs have no iteration in common", where=f"{first}, {second}")
     for iteration in common:
         entries = [(names, one[iteration], two[iteration]) for (names, one), (_, two) in ranks]
         if (parting := _parting(iteration, entries)) is not None:
@@ -87,7 +91,7 @@ def _parting(iteration: int, ranks: list[tuple[list[str], dict[str, Any], dict[s
 
 
 def _place(name: str) -> tuple[int, int]:
-    """Where in the model a parameter stands, from the embedding on."""
+    """Position of a parameter in the model, from the embedding to the output layer."""
     if found := re.search(r"layers\.(\d+)\.", name):
         return 1, int(found[1])
     return (0, 0) if "embedding." in name else (2, 0)
@@ -97,10 +101,10 @@ def _place(name: str) -> tuple[int, int]:
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 def digests(first: Path, second: Path) -> None:
-    """Compare the digests of two runs: the folders FIRST and SECOND of their --log-digest. Status 1 where they part."""
+    """Compare the digests of two runs in their --log-digest folders FIRST and SECOND. Exit status 1 if they differ."""
     iterations, ranks, parting = compare(first, second)
     if parting is None:
         print(f"bit-equal: {iterations} iterations on {ranks} ranks, loss, gradients and parameters")
         return
-    print(f"the runs part at {parting}")
+    print(f"the runs diverge at {parting}")
     sys.exit(1)

@@ -1,15 +1,15 @@
-"""How megatron-core is put on a device: the only file that knows.
+"""Puts megatron-core on a device; nothing else in the package depends on the kind of device.
 
-megatron-core 0.16.1 spells its device `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook rewrites those
-spellings in the source of `megatron.core.*` while it is imported, and torch itself stays untouched:
+megatron-core 0.16.1 hard-codes `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook rewrites
+these names in the source of `megatron.core.*` at import time; torch itself is not modified:
 
     torch.cuda.X                 -> _accel.X, the namespace of the chosen device
     "cuda", "torch.cuda.FloatTensor" as strings  -> the device's own names
     x.cuda(), x.is_cuda          -> x.to(_accel.current_device()), x.is_cpu or x.is_npu
     pin_memory=True              -> False on a CPU
 
-`start` must run before anything imports megatron, so every process's entry point calls it first. The five fixes below mend what
-breaks without Transformer Engine and Apex, on any device; tests/test_engine.py fails when upstream makes one of them needless.
+`start` must run before anything imports megatron, so the entry point of every process calls it first. The five fixes below repair
+what breaks without Transformer Engine and Apex on any device; tests/test_engine.py fails when one is no longer needed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEGATRON = "0.16.1"
 
 
 class _Rewrite(ast.NodeTransformer):
-    """Turns CUDA spellings into those of `device`."""
+    """Rewrites CUDA names to those of `device`."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -65,13 +65,13 @@ class _Rewrite(ast.NodeTransformer):
         return node
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.generic_visit(node)  # torch.cuda.f() is `_accel.f()` by now; what is left of `.cuda(` is a tensor's or module's
+        self.generic_visit(node)  # `.cuda(` remaining after this is a method of a tensor or module
         if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
             call = ast.parse("x.to(_accel.current_device())", mode="eval").body
             assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
             call.func.value = node.func.value
             for part in (call, call.func, call.args[0], *ast.walk(call.args[0])):
-                ast.copy_location(part, node)  # tracebacks keep megatron's own line numbers
+                ast.copy_location(part, node)  # tracebacks keep megatron's line numbers
             return call
         return node
 
@@ -86,7 +86,7 @@ class _Loader(importlib.machinery.SourceFileLoader):
     device: str
     namespace: Any
 
-    def get_code(self, fullname: str) -> types.CodeType:  # reads and writes no .pyc: those hold the source as shipped
+    def get_code(self, fullname: str) -> types.CodeType:  # bypasses .pyc files, which hold the code as shipped
         path = self.get_filename(fullname)
         source = self.get_data(path)
         if b"cuda" not in source:
@@ -98,8 +98,8 @@ class _Loader(importlib.machinery.SourceFileLoader):
         module.__dict__["_accel"] = self.namespace
         super().exec_module(module)
         if module.__name__ == "megatron.core.jit":
-            # torch.compile over functions that kernels.ops replaces: it loads the compiler, which is seconds of every start,
-            # and needs a C++ compiler where such a function is called
+            # it would apply torch.compile to functions that kernels.ops replaces: loading the compiler takes seconds at every
+            # start, and calling such a function needs a C++ compiler
             module.disable_jit_fuser()
 
 
@@ -118,7 +118,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Nothing:
-    """A stream, a graph, a memory pool: nothing to order on a synchronous device."""
+    """Replaces streams, graphs and memory pools, which a synchronous device does not need."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -143,7 +143,7 @@ def _nothing(*_: object, **__: object) -> None: ...
 
 
 def cpu_namespace() -> types.SimpleNamespace:
-    """The part of torch.cuda that megatron.core touches, for a CPU."""
+    """The part of torch.cuda that megatron.core uses, for a CPU."""
     def get_rng_state(device: object = None) -> torch.Tensor:
         return torch.get_rng_state()
 
@@ -176,12 +176,12 @@ def cpu_namespace() -> types.SimpleNamespace:
 
 
 def _torch_npu() -> Any:
-    """torch.npu, which is there where torch_npu is installed."""
+    """torch.npu, which exists if torch_npu is installed."""
     return getattr(torch, "npu")  # noqa: B009 - the type checker knows no such module
 
 
 class _NpuNamespace:
-    """torch.npu, but with the current device as a torch.device: megatron uses it as one."""
+    """torch.npu, but `current_device` returns a torch.device, as megatron expects."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(_torch_npu(), name)
@@ -192,7 +192,7 @@ class _NpuNamespace:
 
     @property
     def default_generators(self) -> dict[Any, torch.Generator]:
-        """By number, and by what `current_device` gives."""
+        """Generators by device number and by torch.device."""
         by_number = dict(enumerate(_torch_npu().default_generators))
         return by_number | {torch.device("npu", number): generator for number, generator in by_number.items()}
 
@@ -202,8 +202,8 @@ _namespace: Any = None
 
 
 def current_device() -> torch.device:
-    """Where megatron-core puts what it makes in this process."""
-    if _namespace is None:  # CUDA: megatron-core as it is shipped
+    """The device on which megatron-core creates tensors in this process."""
+    if _namespace is None:  # CUDA: megatron-core as shipped
         return torch.device("cuda", torch.cuda.current_device())
     device: torch.device = _namespace.current_device()
     return device
@@ -211,7 +211,7 @@ def current_device() -> torch.device:
 
 @contextlib.contextmanager
 def without_memory() -> Iterator[None]:
-    """Models that are built inside have shapes and no memory: their tensors are on the `meta` device."""
+    """Models built within the context have shapes but no memory: their tensors are on the `meta` device."""
     real = _namespace.current_device
     _namespace.current_device = lambda: torch.device("meta")
     try:
@@ -222,17 +222,17 @@ def without_memory() -> Iterator[None]:
 
 
 def start(device: Device) -> None:
-    """Put megatron-core on `device` in this process; call it before the first import of megatron.
+    """Put megatron-core on `device` in this process; call it before megatron is first imported.
 
     Raises:
         ModelLinkError: another megatron-core version is installed.
-        InternalError: megatron was imported before, or was put on another kind of device.
+        InternalError: megatron has been imported before, or is on another kind of device.
     """
     global _started, _namespace
     if _started == device.kind:
         return
     if _started is not None:
-        raise InternalError(f"megatron-core runs on {_started} in this process, it cannot move to {device.kind}")
+        raise InternalError(f"megatron-core runs on {_started} in this process and cannot move to {device.kind}")
     if device.kind != "cuda" and any(name.startswith("megatron.core") for name in sys.modules):
         raise InternalError("megatron.core was imported before the device was chosen")
     if (version := importlib.metadata.version("megatron-core")) != MEGATRON:
@@ -241,11 +241,11 @@ def start(device: Device) -> None:
     if device.kind != "cuda":
         _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
         sys.meta_path.insert(0, _Finder(device.kind, _namespace))
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # warns of every fork of the RNG where there is one generator
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it warns at every fork of the RNG if there is one generator
     warnings.filterwarnings("ignore", message=r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated",
                             category=FutureWarning)  # megatron-core calls them
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
-    with warnings.catch_warnings(action="ignore"):  # every module says that Transformer Engine and Apex are not there
+    with warnings.catch_warnings(action="ignore"):  # every module warns that Transformer Engine and Apex are missing
         import megatron.core.distributed
         import megatron.core.models.backends
         import megatron.core.transformer.moe.moe_layer
@@ -255,7 +255,7 @@ def start(device: Device) -> None:
 
 
 def _fix() -> None:
-    """What megatron-core 0.16.1 gets wrong where Transformer Engine and Apex are not installed."""
+    """Repair what megatron-core 0.16.1 gets wrong without Transformer Engine and Apex."""
     from megatron.core import optimizer
     from megatron.core.dist_checkpointing.strategies import filesystem_async
     from megatron.core.optimizer import distrib_optimizer
@@ -265,16 +265,16 @@ def _fix() -> None:
 
     from modellink.core.adam import Adam
 
-    # 1. multi-latent attention believes Transformer Engine is there and asks isinstance(module, a mock)
+    # 1. multi-latent attention assumes Transformer Engine and calls isinstance(module, a mock)
     multi_latent_attention.HAVE_TE = False
-    # 2. the router's matmul looks up a name that only Transformer Engine defines
+    # 2. the router's matmul uses a name that only Transformer Engine defines
     moe_utils.te_general_gemm = None
-    # 3. recompute of an output asks for the fp8 state, which only Transformer Engine has
+    # 3. recomputing an output reads the fp8 state, which only Transformer Engine has
     random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
     # 4. the distributed optimizer's checkpoints expect Apex's Adam, with `step` in the parameter group
     optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = Adam, False
     distrib_optimizer.Adam, distrib_optimizer.HAVE_APEX_OR_TE, distrib_optimizer.USING_APEX_OPTIMIZER = Adam, True, True
-    # 5. a save starts a spawned manager process (12 s, and it imports the main module again) for a queue that a save
-    #    within this process does not need
+    # 5. a save spawns a manager process (12 s, and it imports the main module again) for a queue that a save within
+    #    this process does not need
     filesystem_async._results_queue = queue.Queue()

@@ -1,6 +1,6 @@
-"""`modellink-train models`: the presets as a table, and one of them with the commands that use it.
+"""`modellink-train models`: a table of the presets, or one preset with the commands that use it.
 
-Not here: what the presets say (presets/) and how a run takes one (`--model` of the training commands).
+Not here: the presets (presets/) and their use in a run (`--model` of the training commands).
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from modellink.core.presets import SECTIONS, Preset, load_preset, preset_names
 COLUMNS = ("name", "size", "seq", "TP", "PP", "VPP", "CP", "EP", "layers", "MBS/GBS", "cluster", "tok/s")
 HELP = {"help_option_names": ["-h", "--help"]}
 DEVICES = 8
-"""Of one machine of the original's clusters; larger runs are started on each machine."""
+"""Devices per machine in the original's clusters; larger runs are started on each machine."""
 
 
 @click.group(invoke_without_command=True, context_settings=HELP)
-@click.option("--json", "as_json", is_flag=True, help="As JSON, with every option.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every option.")
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
-    """List the presets: model, layout and batch of each, and what the original measured (tokens a second and device)."""
+    """List the presets: model, layout and batch size, and the original's speed in tokens per second and device."""
     if context.invoked_subcommand is not None:
         return
     presets = [load_preset(name) for name in preset_names()]
@@ -43,7 +43,7 @@ def models(context: click.Context, as_json: bool) -> None:
 
 @models.command(context_settings=HELP)
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str, as_json: bool) -> None:
     """Show the preset NAME, with its notes and the commands that use it."""
     preset = load_preset(name)
@@ -66,7 +66,7 @@ def show(name: str, as_json: bool) -> None:
 
 
 def parameters(spec: ModelSpec) -> int:
-    """How many numbers its weights are, the vocabulary not padded."""
+    """Number of parameters, without padding of the vocabulary."""
     return sum(prod(weight.shape) for weight in weights(spec).values())
 
 
@@ -75,7 +75,7 @@ def billions(spec: ModelSpec) -> str:
 
 
 def row(preset: Preset) -> tuple[str, ...]:
-    """The cells of the table, one a column."""
+    """The cells of one row of the table."""
     layout, data, speed = preset.layout, preset.data, preset.original["tokens_per_second"]
     return (preset.name, billions(preset.spec), str(data["seq_length"]),
             *(str(size) for size in (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep)),
@@ -84,12 +84,12 @@ def row(preset: Preset) -> tuple[str, ...]:
 
 
 def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Boxed on a terminal, plain columns elsewhere."""
+    """Print a formatted table on a terminal, plain columns elsewhere."""
     if sys.stdout.isatty():
         table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
         for name in COLUMNS:
             if name == "layers":
-                table.add_column(name, overflow="fold")  # the one that gives way on a narrow terminal
+                table.add_column(name, overflow="fold")  # this column wraps on a narrow terminal
             else:
                 table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
         for cells in rows:
@@ -102,15 +102,15 @@ def print_table(rows: list[tuple[str, ...]]) -> None:
 
 
 def facts(preset: Preset) -> dict[str, Any]:
-    """A preset and what follows from it, for JSON."""
+    """A preset with its derived values, for JSON."""
     return dataclasses.asdict(preset) | {"parameters": parameters(preset.spec), "layout": dataclasses.asdict(preset.layout)}
 
 
 def commands(preset: Preset) -> dict[str, list[str] | str]:
-    """Step -> the words of its command, or why there is none. Folders, prompt and learning rate are examples.
+    """Step -> the words of its command, or the reason why there is none. Folders, prompt and learning rate are examples.
 
-    A published model is converted, and trained on from its weights. Others start from random weights and a tokenizer; what
-    comes out has a Hugging Face form where the family has one.
+    A published model is converted and trained from its weights. Others start from random weights and a tokenizer, and are
+    converted to Hugging Face format afterwards if the family has one.
     """
     hf, made, run = f"./{preset.public}-hf" if preset.public else "./tokenizer", f"./{preset.name}-mcore", f"./{preset.name}"
     text = ["modellink-preprocess", "--input", "./text.jsonl", "--output-prefix", "./data/text", "--tokenizer-name-or-path", hf,
@@ -126,13 +126,13 @@ def commands(preset: Preset) -> dict[str, list[str] | str]:
                 "train": [*train, "--load", made, "--save", run], "infer": ask, "eval": score}
     back: list[str] | str = ["modellink-convert", run, f"{run}-hf", "--to", "hf"]
     if preset.family is None:
-        back = "none: the model has no Hugging Face form"
+        back = "none: the model has no Hugging Face format"
     return {"preprocess": text, "train": [*train, "--tokenizer-name-or-path", hf, "--save", run], "convert": back,
             "infer": ask, "eval": score}
 
 
 def _trainer(preset: Preset) -> list[str]:
-    """What starts the ranks: the command itself on one machine, torchrun on each of several."""
+    """The words that start the ranks: the command itself on one machine, torchrun on several."""
     size = preset.layout.world_size
     if size <= DEVICES:
         return ["modellink-train", "pretrain", "--nproc-per-node", str(size)]
@@ -141,7 +141,7 @@ def _trainer(preset: Preset) -> list[str]:
 
 
 def _cut(preset: Preset) -> list[str]:
-    """Options of the converter for a preset's layout."""
+    """Options of modellink-convert for the layout of a preset."""
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size", "num_layer_list",
              "num_layers_per_virtual_pipeline_stage", "make_vocab_size_divisible_by")
     given = {name: preset.parallel[name] for name in names if preset.parallel.get(name, 1) != 1}
@@ -149,7 +149,7 @@ def _cut(preset: Preset) -> list[str]:
 
 
 def command_line(words: list[str]) -> str:
-    """For a shell, broken before an option where it gets long."""
+    """A shell command, with line breaks before options."""
     lines = [""]
     for position, word in enumerate(words):
         piece = shlex.quote(word)
@@ -161,7 +161,7 @@ def command_line(words: list[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    """As one writes it on a command line."""
+    """A value as written on a command line."""
     if isinstance(value, list):
         return ",".join(map(str, value))
     return "-" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

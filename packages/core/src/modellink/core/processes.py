@@ -32,12 +32,12 @@ COLLECTIVE = ("gloo", "Connection", "connection", "Socket", "NCCL", "HCCL")
 
 
 def keys(generation: int) -> str:
-    """Prefix of the keys in the agent's store that belong to this start, and in it to the process groups made so many times."""
+    """Prefix of the keys in the agent's store for this start of the run and the given generation of its process groups."""
     return f"{os.environ[START]}/{generation}"
 
 
 def lost_peer(error: Exception) -> bool:
-    """Whether an error is that of a collective, whose cause is on another rank."""
+    """Whether an error comes from a collective, so that its cause is on another rank."""
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error) for word in COLLECTIVE)
@@ -45,17 +45,17 @@ def lost_peer(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def cause_first() -> Iterator[None]:
-    """In a rank that lost a peer: let that one say why; `spawn` ends the others where it was a user's mistake."""
+    """If this rank lost a peer, give that peer time to report the cause before this rank fails."""
     try:
         yield
     except RuntimeError as error:
         if lost_peer(error) and _has_launcher:
-            time.sleep(GRACE_AFTER_MISTAKE + 5)  # the peer may still be on its way out
+            time.sleep(GRACE_AFTER_MISTAKE + 5)  # the peer may still be exiting
         raise
 
 
 def _end_with_the_launcher() -> None:
-    """In a rank that `spawn` started: leave at once when the process that did is gone, so that no rank goes on alone."""
+    """In a rank started by `spawn`: exit as soon as the launcher is gone, so that no rank keeps running alone."""
     def wait(lifeline: int) -> None:
         os.read(lifeline, 1)
         os._exit(1)
@@ -67,33 +67,33 @@ def _end_with_the_launcher() -> None:
 
 
 def _print_whole_lines() -> None:
-    """Write a line and its end at once: the ranks share an output, and torchrun's `python -u` writes the end by itself."""
+    """Write each line with one call: ranks share an output, and torchrun's `python -u` writes the newline separately."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True, write_through=False)
 
 
 _groups_of: tuple[ParallelLayout, int] | None = None
-"""The layout the process groups stand for, and the instances of the distributed optimizer."""
+"""Layout and optimizer instances of the present process groups."""
 _second_ring: Any = None
 _has_launcher = False
 
 
 def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45, instances: int = 1) -> None:
-    """Put megatron-core on the device and make its process groups; all ranks of a run call it once.
+    """Put megatron-core on the device and create its process groups; all ranks of a run call it once.
 
     Args:
-        timeout_minutes: how long a collective may take, of any group.
-        instances: of the distributed optimizer, each of which has all of its state.
+        timeout_minutes: timeout of collectives of all groups.
+        instances: copies of the distributed optimizer's state.
 
     Raises:
-        ModelLinkError: the number of processes is not that of the layout.
+        ModelLinkError: the number of processes does not match the layout.
     """
     if world_size() != layout.world_size:
         raise ModelLinkError(f"{world_size()} processes were started, {layout} needs {layout.world_size}",
                              where="--nproc-per-node", fix=f"use a multiple of {layout.tp * layout.pp * layout.cp}")
     _end_with_the_launcher()
     _print_whole_lines()
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # kernels begin in the order they were given, which overlap needs
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # overlap needs kernels to start in launch order
     device.activate()
     engine.start(device)
     from megatron.core import parallel_state, tensor_parallel
@@ -112,14 +112,14 @@ def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: 
         _end_groups()
         make_groups(layout, instances=instances, timeout_minutes=timeout_minutes)
         _groups_of = (layout, instances)
-    atexit.register(leave)  # gloo's threads abort a process that ends with its groups standing
-    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # or stages would begin with the same weights
+    atexit.register(leave)  # gloo's threads abort a process that exits with open groups
+    seed += 100 * parallel_state.get_pipeline_model_parallel_rank()  # otherwise stages would start with the same weights
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
 def _meet(device: Device, prefix: str, timeout_minutes: float) -> None:
-    """Make the process group of all ranks over the agent's store."""
+    """Create the process group of all ranks over the agent's store."""
     timeout = timedelta(minutes=timeout_minutes)
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
     dist.init_process_group(device.backend, store=dist.PrefixStore(f"{prefix}/groups", store), rank=rank(),
@@ -128,7 +128,7 @@ def _meet(device: Device, prefix: str, timeout_minutes: float) -> None:
 
 def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix: str, instances: int,
            timeout_minutes: float) -> None:
-    """Leave the process groups, whole or broken, and make those of `ranks` in their new order; each of them calls it."""
+    """Replace the process groups, intact or broken, by those of `ranks` in their new order; each of `ranks` calls it."""
     global _groups_of
     number = ranks.index(rank())
     _end_groups()
@@ -140,7 +140,7 @@ def rejoin(device: Device, layout: ParallelLayout, ranks: Sequence[int], prefix:
 
 
 def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1, timeout_minutes: float = 45) -> None:
-    """megatron-core's process groups of a layout; `gloo`: also groups for tensors on the CPU. Others as in `join`."""
+    """Create megatron-core's process groups for a layout; `gloo`: also groups for tensors on the CPU. Others as in `join`."""
     from megatron.core import parallel_state
     nested = 1 < layout.ulysses < layout.cp
     parallel_state.initialize_model_parallel(
@@ -155,18 +155,18 @@ def make_groups(layout: ParallelLayout, *, gloo: bool = True, instances: int = 1
     if layout.cp // layout.ulysses > 1:
         order = parallel_state.RankGenerator(tp=layout.tp, ep=1, dp=layout.dp, pp=layout.pp, cp=layout.cp, order="tp-cp-ep-dp-pp")
         rings = [ranks[first::layout.ulysses] for ranks in order.get_ranks("cp") for first in range(layout.ulysses)]
-        for ranks in rings:  # every rank takes part in making each
+        for ranks in rings:  # all ranks take part in creating each group
             made = dist.new_group(ranks, timeout=timedelta(minutes=timeout_minutes))
             _second_ring = made if dist.get_rank() in ranks else _second_ring
 
 
 def second_ring() -> Any:
-    """Another group of the ranks between which this one passes keys and values round."""
+    """A second group of the ranks in the ring of this rank."""
     return _second_ring
 
 
 def _end_groups() -> None:
-    """Take megatron-core's process groups apart: it would only forget them, and each keeps threads and sockets of its own."""
+    """Destroy megatron-core's process groups: it would only drop its references, and each group has threads and sockets."""
     from megatron.core import parallel_state
     from megatron.core.transformer.moe import moe_utils
     for group in parallel_state._global_process_group_list or ():
@@ -176,13 +176,13 @@ def _end_groups() -> None:
     if _second_ring is not None:
         dist.destroy_process_group(_second_ring)
         _second_ring = None
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # balance losses, with the groups that are to sum them
+    moe_utils.get_moe_layer_wise_logging_tracker().clear()  # balance losses refer to the groups that reduce them
     parallel_state.destroy_model_parallel()
-    gc.collect()  # models of an earlier layout hold its groups
+    gc.collect()  # models of an earlier layout refer to its groups
 
 
 def leave() -> None:
-    """Take the process groups apart."""
+    """Destroy all process groups."""
     if dist.is_initialized():
         from megatron.core import parallel_state
         parallel_state.destroy_model_parallel()

@@ -1,12 +1,12 @@
-"""What a trace says in a few numbers.
+"""Summarizes a trace in a few numbers.
 
-    communication   time in which a transfer of this rank was under way / traced time, whether or not computing hides it
-    bubble          time in which this rank neither computed nor took part in a collective of several ranks / traced time, where
-                    there are pipeline stages: it waited for another stage, or passed on what no computing hides
-    memory peak     most that was allocated so far (on a CPU: resident)
+    communication   fraction of the traced time with a transfer of this rank in progress, overlapped with computation or not
+    bubble          with pipeline stages, fraction of the traced time without computation or collectives of this rank: waiting for
+                    another stage, or transfers that do not overlap
+    memory peak     largest allocation so far (on a CPU: resident set)
 
-Computing is, on a CPU, the ranges of the trace in which forward, backward or the optimizer go on; on CUDA the device's kernels.
-An NPU's own files (step_trace_time.csv) hold these sums, with the time of receiving as the bubble.
+Computation means the ranges of forward, backward and optimizer on a CPU, and the device's kernels on CUDA. NPU traces
+contain these sums in step_trace_time.csv, with the time of receiving as the bubble.
 """
 
 from __future__ import annotations
@@ -21,15 +21,21 @@ from typing import Any
 COMMUNICATION = re.compile(r"(gloo|nccl|hccl|c10d)(:|Dev|Kernel)", re.IGNORECASE)
 BETWEEN_TWO = re.compile(r"send|recv|receive", re.IGNORECASE)
 COMPUTING = ("forward-compute", "backward-compute", "optimizer-step")
-"""Ranges; "optimizer-step" is the loop's own."""
+"""Ranges in the trace; the training loop adds "optimizer-step"."""
 TOP = 8
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one rank. `seconds` of an iteration; shares from 0 to 1, None where nothing says; `memory` in bytes; `ops` are the
-    slowest: name, seconds of their own in all traced iterations, calls."""
+    """The summary of one rank.
+
+    Attributes:
+        seconds: per iteration.
+        communication, bubble: fractions from 0 to 1; None if unknown.
+        memory: peak in bytes.
+        ops: the slowest ops: name, seconds of self time in all traced iterations, calls.
+    """
 
     rank: int
     iterations: int
@@ -41,7 +47,7 @@ class Summary:
 
 
 def covered(intervals: Iterable[Interval]) -> float:
-    """The length of the union."""
+    """The length of the union of intervals."""
     total, end = 0.0, float("-inf")
     for first, last in sorted(intervals):
         total += max(0.0, last - max(first, end))
@@ -50,7 +56,7 @@ def covered(intervals: Iterable[Interval]) -> float:
 
 
 def of_events(events: Sequence[Any], *, rank: int, iterations: int, memory: int) -> Summary:
-    """From torch's profiler: events with a name, a `time_range` in microseconds, a device and their own time."""
+    """Summarize events of torch's profiler (name, `time_range` in microseconds, device, self time)."""
     spans = [(event, (event.time_range.start, event.time_range.end)) for event in events]
     steps = [span for event, span in spans if event.name.startswith("ProfilerStep#")]
     first, last = min(start for start, _ in steps or [s for _, s in spans]), max(end for _, end in steps or [s for _, s in spans])
@@ -68,7 +74,7 @@ def of_events(events: Sequence[Any], *, rank: int, iterations: int, memory: int)
 def _slowest(events: Iterable[Any]) -> list[tuple[str, float, int]]:
     own: dict[str, tuple[float, int]] = {}
     for event in events:
-        if event.is_user_annotation or COMMUNICATION.match(event.name) or ".py(" in event.name:  # lines of Python are no ops
+        if event.is_user_annotation or COMMUNICATION.match(event.name) or ".py(" in event.name:  # lines of Python are not ops
             continue
         seconds, calls = own.get(event.name, (0.0, 0))
         spent = event.self_device_time_total if event.device_type.name != "CPU" else event.self_cpu_time_total
@@ -78,7 +84,7 @@ def _slowest(events: Iterable[Any]) -> list[tuple[str, float, int]]:
 
 
 def of_npu(folder: Path, name: str, *, rank: int, iterations: int, memory: int) -> Summary | None:
-    """From the files that torch_npu's profiler makes; None where it made none."""
+    """Summarize the files of torch_npu's profiler; None if it wrote none."""
     made = sorted(folder.glob(f"{name}_*_ascend_pt/ASCEND_PROFILER_OUTPUT"))
     if not made or not (file := made[-1] / "step_trace_time.csv").is_file():
         return None
@@ -101,22 +107,22 @@ def _rows(file: Path) -> list[Mapping[str, str]]:
 
 
 def ideal_bubble(stages: int, chunks: int, micro_batches: int) -> float | None:
-    """Of a schedule whose passes all take as long (Narayanan et al. 2021): None without stages."""
+    """The bubble of a schedule with passes of equal duration (Narayanan et al. 2021, arXiv:2104.04473); None without stages."""
     return None if stages == 1 else (stages - 1) / (stages - 1 + micro_batches * chunks)
 
 
 def text(where: str, summaries: Sequence[Summary], ideal: float | None) -> str:
-    """The table that is printed."""
+    """The summary as a printable table."""
     lines = [f"profile of {where}",
-             f"{'rank':>6}{'ms an iteration':>18}{'communication':>16}{'bubble':>10}{'memory peak (MB)':>19}"]
+             f"{'rank':>6}{'ms per iteration':>18}{'communication':>16}{'bubble':>10}{'memory peak (MB)':>19}"]
     for one in summaries:
         communication, bubble = (f"{share:.1%}" if share is not None else "-" for share in (
             one.communication, one.bubble if ideal is not None else None))
         lines.append(f"{one.rank:>6}{one.seconds * 1e3:>18.1f}{communication:>16}{bubble:>10}{one.memory / 2**20:>19.1f}")
     if ideal is not None:
-        lines.append(f"a schedule whose passes all take as long has a bubble of {ideal:.1%}")
+        lines.append(f"ideal bubble of the schedule, with passes of equal duration: {ideal:.1%}")
     first = summaries[0]
-    lines.append(f"slowest ops of rank {first.rank}, by time of their own:")
+    lines.append(f"slowest ops of rank {first.rank}, by self time:")
     lines += [f"{seconds * 1e3:>12.1f} ms {seconds / first.seconds / first.iterations:>7.1%} {calls:>8} calls  {name}"
               for name, seconds, calls in first.ops]
     return "\n".join(lines)

@@ -1,11 +1,11 @@
 """Traces of some iterations (`--profile`): torch_npu's profiler on NPUs, torch's elsewhere.
 
-    DIR/rank_0.*.pt.trace.json     for chrome://tracing, Perfetto or TensorBoard, one a rank; `distributed_args` is its place
-    DIR/rank_0_*_ascend_pt/        the same on an NPU, as its own tools read it
-    DIR/summary.json               what is printed (profile_summary.py)
+    DIR/rank_0.*.pt.trace.json     one per rank, for chrome://tracing, Perfetto or TensorBoard; `distributed_args` has its layout
+    DIR/rank_0_*_ascend_pt/        the same on an NPU, for its own tools
+    DIR/summary.json               the printed summary (profile_summary.py)
 
-In the trace megatron-core's steps are ranges: forward-compute, backward-compute, forward-recv, all-grads-sync and so on. Not
-here: what the numbers of the summary mean.
+megatron-core's timers appear as ranges in the trace: forward-compute, backward-compute, forward-recv, all-grads-sync and so on.
+Not here: the meaning of the numbers in the summary.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from modellink.kernels.files import write_json
 
 
 class Ranges:
-    """megatron-core's timers, which here name parts of the trace."""
+    """Implements megatron-core's timers as ranges in the trace."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Range] = {}
@@ -52,7 +52,7 @@ class _Range:
 
 
 class Profiler:
-    """Around the training loop; without --profile it does nothing. Every rank calls `step` after each iteration."""
+    """Context manager around the training loop; does nothing without --profile. Every rank calls `step` after each iteration."""
 
     def __init__(self, run: Run, models: Sequence[Any], iteration: int) -> None:
         self.run, self.config, self.models, self.first = run, run.profile, models, iteration + 1
@@ -83,11 +83,11 @@ class Profiler:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self.config.profile and self.steps < self.config.profile_step_end:
             self._end()
-        elif self._profile is not None:  # other ranks may be gone: nothing is gathered
+        elif self._profile is not None:  # other ranks may be gone, so nothing is gathered
             self._stop()
 
     def _say_where(self) -> None:
-        """Put the layout into the trace, when it begins."""
+        """Add the layout to the trace when it starts."""
         if self.steps == self.config.profile_step_start:
             self._profile.add_metadata_json("distributed_args", json.dumps(distributed_args(self.run)))
 
@@ -98,9 +98,9 @@ class Profiler:
             model.config.timers = None
 
     def _ready(self, profile: Any) -> None:
-        """Keep the trace of this rank, and what its summary is made of."""
+        """Write the trace of this rank and compute its summary."""
         traced = min(self.steps, self.config.profile_step_end) - self.config.profile_step_start
-        if traced < 1:  # the run ended where the trace begins
+        if traced < 1:  # the run ended before the trace
             return
         folder, name = self.config.profile_save_path, f"rank_{dist.get_rank()}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +112,7 @@ class Profiler:
             self._summary = profile_summary.of_events(profile.events(), **facts)
 
     def _end(self) -> None:
-        """Stop, and let rank 0 tell of all ranks."""
+        """Stop, and let rank 0 report on all ranks."""
         if self._profile is not None:
             self._stop()
         made: list[Summary | None] = [None] * dist.get_world_size()
@@ -120,8 +120,8 @@ class Profiler:
         if dist.get_rank() > 0:
             return
         if not (told := [summary for summary in made if summary is not None]):
-            print(f"note: nothing was profiled, the run ended after {self.steps} iterations and the first "
-                  f"{self.config.profile_step_start} are left out (--profile-step-start)", flush=True)
+            print(f"note: nothing was profiled: the run ended after {self.steps} iterations, and the first "
+                  f"{self.config.profile_step_start} are skipped (--profile-step-start)", flush=True)
             return
         start = self.first + self.config.profile_step_start
         where = f"iterations {start} to {start + told[0].iterations - 1}, traces in {self.config.profile_save_path}"
@@ -132,7 +132,7 @@ class Profiler:
 
 
 def distributed_args(run: Run) -> dict[str, Any]:
-    """Where this rank stands, under the names the original writes."""
+    """The layout and the position of this rank in it, under the original's names."""
     layout = run.layout
     return {"tensor_model_parallel_size": layout.tp, "pipeline_model_parallel_size": layout.pp,
             "virtual_pipeline_model_parallel_size": layout.vpp, "context_parallel_size": layout.cp,
@@ -149,7 +149,7 @@ def _tools(run: Run) -> Any:
 
 
 def _make(run: Run, ready: Any) -> Any:
-    """A profiler that leaves out the first iterations, warms up in the last of these, and traces up to the end."""
+    """A profiler that skips the first iterations, warms up in the last of them, and traces up to the last."""
     config, tools, kind = run.profile, _tools(run), run.device.kind
     kinds = tools.ProfilerActivity
     activities = [kinds.CPU] if kind == "cpu" else [getattr(kinds, kind.upper())]
@@ -165,6 +165,6 @@ def _make(run: Run, ready: Any) -> Any:
 
 
 def _npu_config(tools: Any, level: str) -> Any:
-    """What an NPU tells; of its cores' pipes from level1 on."""
+    """The NPU profiler's configuration; utilization of the cores' pipes from level1 on."""
     options = {} if level == "level0" else {"aic_metrics": tools.AiCMetrics.PipeUtilization}
     return tools._ExperimentalConfig(profiler_level=getattr(tools.ProfilerLevel, level.capitalize()), **options)

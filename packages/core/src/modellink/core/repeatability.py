@@ -1,10 +1,10 @@
-"""`modellink-train determinism`: does the same run give the same bits? A table of configurations, each run twice by processes of
-their own, with --use-deter-comp, dropout where the configuration allows it, a tiny model and random documents.
+"""`modellink-train determinism`: runs a tiny model twice in many configurations and shows which repeat bit for bit.
 
     modellink-train determinism [--device npu] [--no-use-deter-comp]
 
-Compared are all digests (train/digest.py) and the last checkpoint, byte by byte: tensors, and what is no tensor. It says nothing
-of another number of ranks or another kind of device: sums then have another order.
+Each run has its own processes, --use-deter-comp, random documents, and dropout if the configuration supports it. All
+digests (train/digest.py) and the last checkpoint are compared byte by byte. Runs with another number of ranks or on
+another kind of device are not compared: they sum in another order.
 """
 
 from __future__ import annotations
@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch.distributed as dist
 
-from modellink.core import api, launch, processes
+from modellink.core import api, launch
 from modellink.core.digests import compare
 from modellink.core.prepare.prepare import prepare
-from modellink.kernels.device import find
 from modellink.kernels.errors import InternalError, run_command
 from modellink.kernels.options import Layer
 from modellink.kernels.parallel import ParallelLayout
@@ -52,17 +50,21 @@ CONFIGURATIONS: dict[str, tuple[int, dict[str, Any]]] = {
         1, DROPOUT | EXPERTS | FULL | {"moe_grouped_gemm": True}),
     "data parallel, distributed optimizer, dropout": (2, DROPOUT | DISTRIBUTED),
     "tensor parallel, dropout": (2, DROPOUT | TP2), "interleaved stages, dropout, recomputed": (2, DROPOUT | VPP | FULL),
-    "experts dealt to ranks, dropout": (2, DROPOUT | EXPERTS | EP2),
+    "expert parallel, dropout": (2, DROPOUT | EXPERTS | EP2),
     "context parallel, ulysses, dropout, recomputed": (2, DROPOUT | FULL | {"context_parallel_size": 2}),
     "context parallel, ring, dropout of the residual": (2, {"hidden_dropout": 0.1, "context_parallel_size": 2,
                                                             "context_parallel_algo": "megatron_cp_algo"})}
 """Name -> ranks, options."""
 OF_THE_SAVE = (".metadata", "modellink.complete")
-"""Files of a checkpoint that say where and when it was saved."""
+"""Files of a checkpoint that depend on where and when it was saved."""
 
 
 def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
-    """On a rank: run these configurations one after the other; each leaves its digests and its last checkpoint in FOLDER/NAME."""
+    """Run these configurations on a rank one by one; each leaves its digests and last checkpoint in FOLDER/NAME."""
+    import torch.distributed as dist
+
+    from modellink.core import processes
+    from modellink.kernels.device import find
     processes.join(find(more.get("device", "auto"), launch.rank()), ParallelLayout(dp=launch.world_size()), seed=1)
     data = Path(folder) / "text_document"
     if launch.rank() == 0:
@@ -80,7 +82,7 @@ def run_all(folder: str, names: Sequence[str], more: Mapping[str, Any]) -> None:
 
 
 def write_documents(prefix: str) -> None:
-    """A data set in which every token depends on the one before."""
+    """Write a data set in which every token depends on the previous one."""
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -94,7 +96,7 @@ def write_documents(prefix: str) -> None:
 
 
 def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str, str, str, str]]:
-    """(configuration, ranks, digests equal, checkpoint equal, where they part) of two folders that `run_all` filled."""
+    """(configuration, ranks, digests equal, checkpoint equal, first difference) of two folders from `run_all`."""
     made = []
     for name in names:
         _, ranks, parting = compare(first / name / "digests", second / name / "digests")
@@ -107,10 +109,11 @@ def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", type=click.Choice(("auto", "cpu", "cuda", "npu")), default="auto", help="What to run on.")
-@click.option("--use-deter-comp/--no-use-deter-comp", default=True, help="Ask for deterministic operations.  [default on]")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda", "npu")), default="auto", help="Device to run on.")
+@click.option("--use-deter-comp/--no-use-deter-comp", default=True, help="Use deterministic operations. Default: on.")
 def determinism(device: str, use_deter_comp: bool) -> None:
-    """Run small models twice, in many configurations, and print which give the same bits. Status 1 where one does not."""
+    """Run a small model twice in many configurations, and print which runs repeat bit for bit. Exit status 1 if one does not."""
+    from modellink.kernels.device import find  # imports torch
     found = find(device)  # type: ignore[arg-type]
     there = found.module.device_count() if found.module else max(count for count, _ in CONFIGURATIONS.values())
     done: list[str] = []
@@ -124,10 +127,10 @@ def determinism(device: str, use_deter_comp: bool) -> None:
                 done += names if attempt == "first" else []
         table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [
             name for name in done if CONFIGURATIONS[name][0] == count])]
-    print_table([("configuration", "ranks", "digests", "checkpoint", "where they part"), *table])
+    print_table([("configuration", "ranks", "digests", "checkpoint", "first difference"), *table])
     for name, (ranks, _) in CONFIGURATIONS.items():
         if name not in done:
-            print(f"not run: {name}: it needs {ranks} devices, there are {there}")
+            print(f"not run: {name}: it needs {ranks} devices, {there} are available")
     if any("no" in row for row in table):
         sys.exit(1)
 
@@ -139,8 +142,8 @@ def print_table(cells: Sequence[Sequence[str]]) -> None:
 
 
 def _main() -> None:
-    """The life of a rank."""
-    with contextlib.redirect_stdout(None):  # what each run tells is of no interest
+    """Entry point of a rank."""
+    with contextlib.redirect_stdout(None):  # the logs of the runs are not shown
         run_all(*json.loads(sys.argv[1]))
 
 

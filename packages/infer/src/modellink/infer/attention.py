@@ -1,8 +1,9 @@
-"""How a pass over a paged cache attends: which slots it writes, and which tokens attend together to which slots.
+"""How a pass over a paged cache attends: which slots it writes, and which tokens attend together to which
+slots.
 
-A pass is one line of tokens: the decode steps of some sequences, then prefill chunks of others. Decode steps of sequences of
-similar length attend together, over keys gathered from their pages. A prefill chunk attends separately; one that starts its
-sequence needs no keys but its own.
+A pass is one line of tokens: the decode steps of some sequences, then prefill chunks of others. Decode steps
+of sequences of similar length attend together, over keys gathered from their pages. A prefill chunk attends
+separately; one that starts its sequence needs no keys but its own.
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ class PassPlan:
         (group,) = self.groups
         assert isinstance(group.slots, Tensor) and group.positions is not None
         slots, positions = group.slots.to(device, copy=True), group.positions.to(device, copy=True)
-        return PassPlan(self.slots.to(device, copy=True), [AttentionGroup(group.tokens, group.sequences, slots, positions)])
+        return PassPlan(self.slots.to(device, copy=True),
+                        [AttentionGroup(group.tokens, group.sequences, slots, positions)])
 
     def overwrite(self, other: PassPlan) -> None:
         """Copy the numbers of another decode plan of the same size into the tensors of this one."""
         (group,), (new,) = self.groups, other.groups
-        for target, value in ((self.slots, other.slots), (group.slots, new.slots), (group.positions, new.positions)):
+        for target, value in ((self.slots, other.slots), (group.slots, new.slots),
+                              (group.positions, new.positions)):
             assert isinstance(target, Tensor) and isinstance(value, Tensor)
             target.copy_(value)
 
@@ -72,7 +75,8 @@ class PlannedAttention:
     cache: PagedCache
     plans: Sequence[PassPlan]
 
-    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None, variant: Variant) -> Tensor:
+    def attend(self, layer_number: int, query: Tensor, key: Tensor, value: Tensor | None,
+               variant: Variant) -> Tensor:
         cache, plan = self.cache, self.plans[self.cache.pool_of_layer[layer_number]]
         keys, values = cache.keys[layer_number], cache.values[layer_number]
         keys.index_copy_(0, plan.slots, key.squeeze(1))
@@ -87,7 +91,8 @@ class PlannedAttention:
                 found.append(ops.attention(q, key[group.tokens], value[group.tokens], variant))
                 continue
             q = q.view(group.sequences, -1, *q.shape[2:]).transpose(0, 1)
-            k, v = (_gather(memory, group.slots).unflatten(0, (-1, group.sequences)) for memory in (keys, values))
+            k, v = (_gather(memory, group.slots).unflatten(0, (-1, group.sequences))
+                    for memory in (keys, values))
             out = ops.attention(q, k, v, variant, group.positions)
             found.append(out.transpose(0, 1).flatten(0, 1).unsqueeze(1))
         return found[0] if len(found) == 1 else torch.cat(found)
@@ -122,7 +127,8 @@ def padded_plans(cache: PagedCache, chunks: Sequence[Chunk], sequences: int, key
         positions = torch.zeros(sequences, 1, dtype=torch.long)
         positions[:len(tables)] = offsets
         new = slots[positions[:, 0], torch.arange(sequences)]
-        plans.append(PassPlan(new, [AttentionGroup(slice(0, sequences), sequences, slots.flatten(), positions)]))
+        plans.append(PassPlan(new, [AttentionGroup(slice(0, sequences), sequences, slots.flatten(),
+                                                   positions)]))
     return plans
 
 
@@ -145,9 +151,11 @@ def _plan(cache: PagedCache, number: int, chunks: Sequence[Chunk], positions: Te
     return PassPlan(slots.to(cache.device), groups)
 
 
-def _group(cache: PagedCache, pool: PagePool, tokens: slice, chunks: Sequence[Chunk], tables: Sequence[Tensor],
+def _group(cache: PagedCache, pool: PagePool, tokens: slice, chunks: Sequence[Chunk],
+           tables: Sequence[Tensor],
            ) -> AttentionGroup:
-    """Return the group of chunks of equal size, with each sequence's keys from the page of the first visible one."""
+    """Return the group of chunks of equal size, with each sequence's keys from the page of the first visible
+    one."""
     columns, positions = _columns(pool, chunks, tables)
     slots, positions = columns.flatten(), positions.to(cache.device)
     first, last = int(slots[0]), int(slots[-1])
@@ -158,7 +166,8 @@ def _group(cache: PagedCache, pool: PagePool, tokens: slice, chunks: Sequence[Ch
 
 def _columns(pool: PagePool, chunks: Sequence[Chunk], tables: Sequence[Tensor], length: int | None = None,
              ) -> tuple[Tensor, Tensor]:
-    """Return the slots [keys, sequences] that chunks of equal size attend to, and their positions [sequences, count] in them.
+    """Return the slots [keys, sequences] that chunks of equal size attend to, and their positions [sequences,
+    count] in them.
 
     Args:
         length: number of keys. Default: what the longest sequence needs.
@@ -167,7 +176,8 @@ def _columns(pool: PagePool, chunks: Sequence[Chunk], tables: Sequence[Tensor], 
     starts = torch.tensor([chunk.start for chunk in chunks])
     ends = starts + chunks[0].count
     keys = torch.arange(length or int((ends - firsts).max()))[:, None] + firsts
-    keys = keys.minimum(ends - 1)  # pad with the last key, which is masked there: uninitialized memory could hold NaN
+    # pad with the last key, which is masked there: uninitialized memory could hold NaN
+    keys = keys.minimum(ends - 1)
     slots = torch.stack([table[column // PAGE_SIZE] * PAGE_SIZE + column % PAGE_SIZE
                          for table, column in zip(tables, keys.t(), strict=True)], dim=1)
     return slots, (starts - firsts)[:, None] + torch.arange(chunks[0].count)
@@ -187,5 +197,6 @@ def _decode_runs(pool: PagePool, chunks: Sequence[Chunk]) -> Iterator[slice]:
 
 
 def _gather(memory: Tensor, slots: Tensor | slice) -> Tensor:
-    # index_select copies whole keys, indexing looks up each number: a third of the time on one thread, less on several
+    # index_select copies whole keys, indexing looks up each number: a third of the time on one thread, less
+    # on several
     return memory[slots] if isinstance(slots, slice) else memory.index_select(0, slots)

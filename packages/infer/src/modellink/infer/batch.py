@@ -1,8 +1,9 @@
 """Continuous batching: requests join and leave a running batch, one pass at a time.
 
-A pass computes the newest token of every running sequence, and prefill chunks with the rest of its token budget. If the cache is
-full, the newest sequence is preempted: it returns to the queue and is recomputed later. All ranks run the same steps; the first
-rank's choice of tokens and its cancellations apply to all. Not here: beam search.
+A pass computes the newest token of every running sequence, and prefill chunks with the rest of its token
+budget. If the cache is full, the newest sequence is preempted: it returns to the queue and is recomputed
+later. All ranks run the same steps; the first rank's choice of tokens and its cancellations apply to all. Not
+here: beam search.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class BatchEntry:
 
 @dataclass(frozen=True)
 class ScheduledChunk:
-    """The chunk of an entry that a pass computes. Read its properties before the pass: they depend on the entry's progress.
+    """The chunk of an entry that a pass computes. Read its properties before the pass: they depend on the
+    entry's progress.
 
     Attributes:
         begin: index of its first token in the pass.
@@ -97,7 +99,8 @@ class ContinuousBatch:
 
     Args:
         max_sequences: the most completions that run at a time.
-        token_budget: the most tokens of a pass with prefill chunks; the decode steps of all sequences always fit.
+        token_budget: the most tokens of a pass with prefill chunks; the decode steps of all sequences always
+            fit.
         tokenizer: needed for requests with a grammar.
 
     Attributes:
@@ -110,7 +113,8 @@ class ContinuousBatch:
         self.max_sequences, self.token_budget = max_sequences, max(token_budget, max_sequences)
         self.waiting: deque[BatchEntry] = deque()
         self.running: list[BatchEntry] = []
-        self._max_prompt_logits = max(1, MAX_PASS_LOGITS // network.spec.vocab_size)  # prompt tokens with logits in one pass
+        # prompt tokens with logits in one pass
+        self._max_prompt_logits = max(1, MAX_PASS_LOGITS // network.spec.vocab_size)
 
     @property
     def idle(self) -> bool:
@@ -124,8 +128,8 @@ class ContinuousBatch:
         """
         self.check(completion.request)
         sequence = CachedSequence([*completion.request.prompt, *completion.token_ids])
-        sampler = Sampler(completion.request.sampling, self.network.device, completion.request.prompt, completion.token_ids,
-                          self._constraint(completion))
+        sampler = Sampler(completion.request.sampling, self.network.device, completion.request.prompt,
+                          completion.token_ids, self._constraint(completion))
         self.waiting.append(BatchEntry(completion, sequence, sampler))
 
     def _constraint(self, completion: Completion) -> Constraint | None:
@@ -142,7 +146,8 @@ class ContinuousBatch:
         need = len(request.prompt) + request.max_new_tokens
         capacity = self.cache.max_sequence_tokens
         if need > capacity:
-            raise ExceedsCache(f"a sequence of {need} tokens does not fit into a cache of {capacity}", where="--cache-tokens",
+            raise ExceedsCache(f"a sequence of {need} tokens does not fit into a cache of {capacity}",
+                               where="--cache-tokens",
                                fix="use a larger cache, a shorter prompt or fewer new tokens")
 
     def remove(self, completion: Completion) -> None:
@@ -153,7 +158,8 @@ class ContinuousBatch:
 
     @torch.inference_mode()
     def step(self) -> list[tuple[Completion, str]]:
-        """Run one pass. Return the completions that got a token or finished, each with its new piece of text (may be empty)."""
+        """Run one pass. Return the completions that got a token or finished, each with its new piece of text
+        (may be empty)."""
         cancelled = self._drop_cancelled()
         self._admit()
         scheduled = self._schedule()
@@ -166,7 +172,8 @@ class ContinuousBatch:
         finished = [item.entry for item in scheduled if item.is_complete and not item.yields_token]
         prompts = [(item.entry.completion, item.prompt_positions) for item in scheduled]
         prompt_indices = [index for item in scheduled for index in item.prompt_indices]
-        logits = self._run([item.chunk for item in scheduled], prompt_indices + [item.last for item in choosing])
+        logits = self._run([item.chunk for item in scheduled],
+                           prompt_indices + [item.last for item in choosing])
         if prompt_indices:
             _add_prompt_logprobs(prompts, logits[:len(prompt_indices)])
         for entry in finished:
@@ -188,20 +195,25 @@ class ContinuousBatch:
         return not rotary_depends_on_length(self.network.spec, len(sequence.tokens))
 
     def _drop_cancelled(self) -> list[tuple[Completion, str]]:
-        """Finish the completions that the first rank has cancelled, including those whose prompt is still computed."""
+        """Finish the completions that the first rank has cancelled, including those whose prompt is still
+        computed."""
         entries = [*self.running, *self.waiting]
-        flags = self.network.broadcast_ints([int(entry.completion.cancelled) for entry in entries]) if entries else []
+        if not entries:
+            return []
+        flags = self.network.broadcast_ints([int(entry.completion.cancelled) for entry in entries])
         dropped = [entry.completion for entry, flag in zip(entries, flags, strict=True) if flag]
         for completion in dropped:
             self.remove(completion)
         return [(completion, completion.end("cancelled")) for completion in dropped]
 
     def _admit(self) -> None:
-        """Move waiting entries to the running ones, first come first served, while the cache has pages for their prompts."""
+        """Move waiting entries to the running ones, first come first served, while the cache has pages for
+        their prompts."""
         while self.waiting and len(self.running) < self.max_sequences:
             entry = self.waiting[0]
             length = len(entry.sequence.tokens) + 1
-            if self.running and any(self.cache.max_pages(pool, length) > pool.available for pool in self.cache.pools):
+            if self.running and any(self.cache.max_pages(pool, length) > pool.available
+                                    for pool in self.cache.pools):
                 return
             self.cache.tables.admit(entry.sequence, shared=self._may_share(entry))
             entry.started = False
@@ -217,12 +229,14 @@ class ContinuousBatch:
         self.cache.tables.admit(entry.sequence, shared=True)
 
     def _should_wait(self, entry: BatchEntry, earlier: Sequence[BatchEntry]) -> bool:
-        """Whether an earlier entry is about to compute the next page of this one, so that it can be shared a pass later."""
+        """Whether an earlier entry is about to compute the next page of this one, so that it can be shared a
+        pass later."""
         sequence, page = entry.sequence, entry.sequence.computed // PAGE_SIZE
         end = (page + 1) * PAGE_SIZE
         if end >= len(sequence.tokens):  # the last token is never shared
             return False
-        return any(other.sequence.computed < end <= len(other.sequence.tokens) and self._is_cacheable(other.sequence)
+        return any(other.sequence.computed < end <= len(other.sequence.tokens)
+                   and self._is_cacheable(other.sequence)
                    and other.sequence.digest(page) == sequence.digest(page) for other in earlier)
 
     def _ready(self) -> list[BatchEntry]:
@@ -237,7 +251,8 @@ class ContinuousBatch:
         return sorted(ready, key=lambda entry: entry.remaining > 1)
 
     def _schedule(self) -> list[ScheduledChunk]:
-        """Return what the next pass computes: decode steps, longest sequence first as `Pass` prefers, then prefill chunks."""
+        """Return what the next pass computes: decode steps, longest sequence first as `Pass` prefers, then
+        prefill chunks."""
         budget, prompt_budget = self.token_budget, self._max_prompt_logits
         chunks: list[tuple[BatchEntry, Chunk]] = []
         for entry in self._ready():
@@ -253,13 +268,14 @@ class ContinuousBatch:
                 prompt_budget -= count
             chunks.append((entry, Chunk(entry.sequence, entry.sequence.computed, count)))
         scheduled: list[ScheduledChunk] = []
-        for entry, chunk in sorted(chunks, key=lambda pair: (1, 0) if pair[1].count > 1 else (0, -pair[1].start)):
+        for entry, chunk in sorted(chunks, key=lambda pair: _pass_order(pair[1])):
             if entry in self.running:  # not preempted for another entry since
                 scheduled.append(ScheduledChunk(entry, chunk, scheduled[-1].last + 1 if scheduled else 0))
         return scheduled
 
     def _allocate(self, entry: BatchEntry, count: int) -> bool:
-        """Allocate pages for the next tokens, preempting the newest entries. Return False if that was the entry itself."""
+        """Allocate pages for the next tokens, preempting the newest entries. Return False if that was the
+        entry itself."""
         while not self.cache.tables.grow(entry.sequence, entry.sequence.computed + count):
             newest = self.running[-1]
             self._retire(newest)
@@ -293,8 +309,15 @@ class ContinuousBatch:
         return updates
 
 
+def _pass_order(chunk: Chunk) -> tuple[bool, int]:
+    """Return the sort key of a chunk in a pass."""
+    prefill = chunk.count > 1
+    return prefill, 0 if prefill else -chunk.start
+
+
 def choose(logits: Tensor, entries: Sequence[BatchEntry]) -> list[int]:
-    """Return a token for each row of logits [n, vocabulary]; NO_TOKEN if the sampler failed, with the error in the completion."""
+    """Return a token for each row of logits [n, vocabulary]; NO_TOKEN if the sampler failed, with the error
+    in the completion."""
     tokens: list[int] = logits.argmax(-1).tolist()
     for index, entry in enumerate(entries):
         if not entry.sampler.is_argmax:
@@ -323,18 +346,22 @@ def _add_token(entry: BatchEntry, token: int, logprob: float | None, top: Sequen
 
 
 def _add_prompt_logprobs(prompts: Sequence[tuple[Completion, range]], logits: Tensor) -> None:
-    """Add prompt log-probabilities to completions, from the logits [n, vocabulary] after the given positions of each."""
-    totals = logits.logsumexp(-1, keepdim=True)  # log_softmax would make a second tensor of the size of the logits
+    """Add prompt log-probabilities to completions, from the logits [n, vocabulary] after the given positions
+    of each."""
+    # log_softmax would make a second tensor of the size of the logits
+    totals = logits.logsumexp(-1, keepdim=True)
     begin = 0
     for completion, positions in prompts:
         if not positions:
             continue
         rows = slice(begin, begin + len(positions))
         begin = rows.stop
-        targets = torch.tensor([completion.request.prompt[position + 1] for position in positions], device=logits.device)
+        targets = torch.tensor([completion.request.prompt[position + 1] for position in positions],
+                               device=logits.device)
         values, ids = logits[rows].topk(min(completion.request.top_logprobs, logits.size(1)))
         completion.prompt_top_logprobs += _pairs(ids, values - totals[rows])
-        completion.prompt_logprobs += (logits[rows].gather(-1, targets[:, None]) - totals[rows])[:, 0].tolist()
+        logprobs = logits[rows].gather(-1, targets[:, None]) - totals[rows]
+        completion.prompt_logprobs += logprobs[:, 0].tolist()
 
 
 def _logprobs(logits: Tensor, tokens: Sequence[int], completions: Sequence[Completion],
@@ -346,11 +373,13 @@ def _logprobs(logits: Tensor, tokens: Sequence[int], completions: Sequence[Compl
         return found
     logprobs = logits[rows].log_softmax(-1)
     for index, row in enumerate(rows):
-        values, ids = logprobs[index:index + 1].topk(min(completions[row].request.top_logprobs, logprobs.size(1)))
+        values, ids = logprobs[index:index + 1].topk(min(completions[row].request.top_logprobs,
+                                                         logprobs.size(1)))
         found[row] = logprobs[index, tokens[row]].item(), _pairs(ids, values)[0]
     return found
 
 
 def _pairs(ids: Tensor, values: Tensor) -> list[TokenLogprobs]:
     """Return [n, k] ids and values as n lists of k (id, value)."""
-    return [list(zip(row, numbers, strict=True)) for row, numbers in zip(ids.tolist(), values.tolist(), strict=True)]
+    return [list(zip(row, numbers, strict=True))
+            for row, numbers in zip(ids.tolist(), values.tolist(), strict=True)]

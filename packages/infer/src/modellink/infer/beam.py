@@ -1,10 +1,11 @@
 """Beam search over shared pages of the cache.
 
-The rules are those of transformers. Of max(2, 1 + end tokens) x beams candidates, the best unfinished ones continue; one of the
-first `beams` that ends is finished, with the score sum of log-probabilities / (tokens ^ length penalty). The search stops when no
-running hypothesis can beat the worst finished one (judged by its present score, or, with `early_stopping` "never" and a positive
-length penalty, by its score at the maximum length), as soon as `beams` are finished with `early_stopping` True, or at the maximum
-length. Not here: other requests in the same pass.
+The rules are those of transformers. Of max(2, 1 + end tokens) x beams candidates, the best unfinished ones
+continue; one of the first `beams` that ends is finished, with the score sum of log-probabilities / (tokens ^
+length penalty). The search stops when no running hypothesis can beat the worst finished one (judged by its
+present score, or, with `early_stopping` "never" and a positive length penalty, by its score at the maximum
+length), as soon as `beams` are finished with `early_stopping` True, or at the maximum length. Not here: other
+requests in the same pass.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from modellink.infer.cache import PagedCache, rotary_depends_on_length
 from modellink.infer.network import Network
 from modellink.infer.pages import PAGE_SIZE, CachedSequence, Chunk
 from modellink.infer.passes import Pass
-from modellink.infer.request import BeamSearch, Completion, Generation, GenerationRequest, TokenLogprobs
+from modellink.infer.request import Completion, Generation, GenerationRequest, TokenLogprobs
 from modellink.infer.sampler import filter_logits, penalize
+from modellink.infer.sampling import BeamSearch
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -43,7 +45,8 @@ class Hypothesis:
 
 
 @torch.inference_mode()
-def search(network: Network, cache: PagedCache, request: GenerationRequest, tokenizer: Tokenizer | None) -> list[Generation]:
+def search(network: Network, cache: PagedCache, request: GenerationRequest,
+           tokenizer: Tokenizer | None) -> list[Generation]:
     """Return the best completions, best first.
 
     Raises:
@@ -60,10 +63,12 @@ def search(network: Network, cache: PagedCache, request: GenerationRequest, toke
     try:
         _prefill(network, cache, sequences[0])
         while True:
-            candidates = _candidates(_decode(network, cache, sequences), running, request, beams.beams, generator)
+            candidates = _candidates(_decode(network, cache, sequences), running, request, beams.beams,
+                                     generator)
             unfinished = [one for one in candidates if not _is_finished(one, request, tokenizer)]
             for one in candidates[:beams.beams]:
-                if one not in unfinished and not (beams.early_stopping is True and len(finished) == beams.beams):
+                if one not in unfinished and not (beams.early_stopping is True
+                                                  and len(finished) == beams.beams):
                     finished.append((_score(one, beams), one))
             finished = sorted(finished, key=lambda pair: -pair[0])[:beams.beams]
             running = unfinished[:beams.beams]
@@ -82,13 +87,15 @@ def _check(cache: PagedCache, request: GenerationRequest, beams: int) -> None:
         kept = length if pool.window is None else min(length, pool.window + 2 * PAGE_SIZE)
         pages = max(-(-kept // PAGE_SIZE) * beams, cache.max_pages(pool, len(request.prompt)))
         if pages > pool.available:
-            raise ModelLinkError(f"{beams} beams of {length} tokens need {pages * PAGE_SIZE} tokens of cache, "
-                                 f"{pool.available * PAGE_SIZE} are available", where="--cache-tokens, --batch-size",
+            raise ModelLinkError(f"{beams} beams of {length} tokens need {pages * PAGE_SIZE} tokens of "
+                                 f"cache, {pool.available * PAGE_SIZE} are available",
+                                 where="--cache-tokens, --batch-size",
                                  fix="use fewer beams or fewer new tokens")
 
 
 def _prefill(network: Network, cache: PagedCache, sequence: CachedSequence) -> None:
-    """Compute all tokens of a prompt but the last in chunks, which bound the pages that layers with a window need."""
+    """Compute all tokens of a prompt but the last in chunks, which bound the pages that layers with a window
+    need."""
     while (remaining := len(sequence.tokens) - 1 - sequence.computed) > 0:
         chunk = Chunk(sequence, sequence.computed, min(remaining, cache.max_chunk))
         cache.tables.grow(sequence, chunk.end)
@@ -109,7 +116,8 @@ def _decode(network: Network, cache: PagedCache, sequences: Sequence[CachedSeque
     """Return the log-probabilities [sequences, vocabulary] of the next token of each sequence."""
     for sequence in sequences:
         cache.tables.grow(sequence, len(sequence.tokens))
-    chunks = [Chunk(sequence, sequence.computed, len(sequence.tokens) - sequence.computed) for sequence in sequences]
+    chunks = [Chunk(sequence, sequence.computed, len(sequence.tokens) - sequence.computed)
+              for sequence in sequences]
     logits = network.logits(Pass.after_each(cache, chunks))
     for chunk in chunks:
         cache.tables.advance(chunk.sequence, chunk.count, shared=_is_cacheable(network, chunk.sequence))
@@ -161,7 +169,8 @@ def _score(one: Hypothesis, beams: BeamSearch, length: int | None = None) -> flo
     return one.total / float((length or len(one.tokens)) ** beams.length_penalty)
 
 
-def _is_settled(best: Hypothesis, finished: Sequence[tuple[float, Hypothesis]], longest: int, beams: BeamSearch) -> bool:
+def _is_settled(best: Hypothesis, finished: Sequence[tuple[float, Hypothesis]], longest: int,
+                beams: BeamSearch) -> bool:
     """Whether no running hypothesis can beat the worst finished one."""
     if len(finished) < beams.beams:
         return False
@@ -173,7 +182,8 @@ def _is_settled(best: Hypothesis, finished: Sequence[tuple[float, Hypothesis]], 
 
 def _continue(network: Network, cache: PagedCache, sequences: Sequence[CachedSequence],
               running: Sequence[Hypothesis]) -> list[CachedSequence]:
-    """Return a sequence for each hypothesis: the first child takes its parent's sequence over, others fork it."""
+    """Return a sequence for each hypothesis: the first child takes its parent's sequence over, others fork
+    it."""
     parents = {one.parent for one in running}
     for number, sequence in enumerate(sequences):
         if number not in parents:

@@ -1,7 +1,7 @@
 """Memory of a paged cache: the keys and values of the tokens a model has seen, allocated once.
 
-Latent attention (DeepSeek-V2) caches its compressed form: one key for all heads, whose first part is the value. Not here: which
-page holds what (pages.py), and how a pass reads and writes the pages (attention.py).
+Latent attention (DeepSeek-V2) caches its compressed form: one key for all heads, whose first part is the
+value. Not here: which page holds what (pages.py), and how a pass reads and writes the pages (attention.py).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from modellink.infer.pages import PAGE_SIZE, CachedSequence, PagePool, PageTable
 def rotary_depends_on_length(spec: ModelSpec, length: int) -> bool:
     """Return whether each further token of a sequence of this length changes the rotary angles of all tokens.
 
-    This is dynamic rotary scaling beyond the original length. Cached keys are then of no use, neither to the next pass nor to
-    another sequence.
+    This is dynamic rotary scaling beyond the original length. Cached keys are then of no use, neither to the
+    next pass nor to another sequence.
     """
     return spec.rope_scaling_type == "dynamic" and length > (spec.original_max_position_embeddings or 0)
 
@@ -59,20 +59,23 @@ class PagedCache:
         layers: global numbers (from 0) of the layers on this rank.
         tokens: capacity in tokens over all sequences.
         max_sequences: the most sequences at a time.
-        max_chunk: the most tokens that a pass computes of one sequence. Together with `max_sequences` it bounds the pages that
-            layers with a window need.
+        max_chunk: the most tokens that a pass computes of one sequence. Together with `max_sequences` it
+            bounds the pages that layers with a window need.
 
     Attributes:
         pools: one for each window that occurs in the model.
-        keys, values: memory by layer number (from 1), each [slots, groups, dim]. The last slot belongs to no page.
+        keys, values: memory by layer number (from 1), each [slots, groups, dim]. The last slot belongs to no
+            page.
         latent: size of the value within the key in latent attention, else None.
     """
 
-    def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, max_sequences: int, max_chunk: int, tp: int,
-                 dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: ModelSpec, layers: range, *, tokens: int, max_sequences: int, max_chunk: int,
+                 tp: int, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.device, self.max_chunk = spec, device, max_chunk
-        windows = sorted({spec.layer(layer).window for layer in range(spec.num_layers)}, key=lambda window: window or 0)
-        self.pools = [PagePool(_pages(window, tokens, max_sequences, max_chunk), window) for window in windows]
+        windows = sorted({spec.layer(layer).window for layer in range(spec.num_layers)},
+                         key=lambda window: window or 0)
+        self.pools = [PagePool(_pages(window, tokens, max_sequences, max_chunk), window)
+                      for window in windows]
         self.tables = PageTables(self.pools)
         self.pool_of_layer = {layer + 1: windows.index(spec.layer(layer).window) for layer in layers}
         self.latent = spec.kv_lora_rank if spec.multi_head_latent_attention else None
@@ -80,7 +83,8 @@ class PagedCache:
         self.keys, self.values = self._allocate(key, dtype), self._allocate(value, dtype)
 
     def _allocate(self, shape: tuple[int, int], dtype: torch.dtype) -> dict[int, Tensor]:
-        return {layer: torch.empty(self.pools[pool].pages * PAGE_SIZE + 1, *shape, dtype=dtype, device=self.device)
+        return {layer: torch.empty(self.pools[pool].pages * PAGE_SIZE + 1, *shape, dtype=dtype,
+                                   device=self.device)
                 for layer, pool in self.pool_of_layer.items()}
 
     def max_pages(self, pool: PagePool, length: int) -> int:
@@ -100,7 +104,8 @@ class PagedCache:
         return sum(memory.nbytes for side in (self.keys, self.values) for memory in side.values())
 
     def fork(self, sequence: CachedSequence, tokens: list[int]) -> CachedSequence:
-        """Return a copy of a sequence that continues with `tokens`: full pages are shared, the last page is copied.
+        """Return a copy of a sequence that continues with `tokens`: full pages are shared, the last page is
+        copied.
 
         Every pool must have a free page.
         """

@@ -1,8 +1,8 @@
 """A conversation, and the loop that holds it on a terminal.
 
-`/clear` forgets the conversation; `/quit` or the end of the input exits. The original's words work too, on a line of their own:
-`clear` and `new`, `q`, `quit` and `exit`. Ctrl-C stops the current answer, not the program. On a terminal, lines can be edited
-and recalled with the arrow keys.
+`/clear` forgets the conversation; `/quit` or the end of the input exits. The original's words work too, on a
+line of their own: `clear` and `new`, `q`, `quit` and `exit`. Ctrl-C stops the current answer, not the
+program. On a terminal, lines can be edited and recalled with the arrow keys.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Conversation:
 
 
 def chat_loop(engine: Engine, conversation: Conversation, *, first_rank: bool, **arguments: Any) -> None:
-    """Read user messages from stdin and print answers until the input ends. Every rank calls it; the first reads and prints."""
+    """Read user messages from stdin and print answers until the input ends. Every rank calls it; the first
+    reads and prints."""
     if first_rank and sys.stdin.isatty():
         with suppress(ImportError):  # Python may be built without it
             import readline  # noqa: F401  input() uses it to edit lines
@@ -81,7 +82,8 @@ def chat_loop(engine: Engine, conversation: Conversation, *, first_rank: bool, *
 
 
 def _stream(engine: Engine, conversation: Conversation, text: str, arguments: dict[str, Any]) -> Stream:
-    """Return the answer to a message. Drops old turns until an answer of full length fits; on an error drops none."""
+    """Return the answer to a message. Drops old turns until an answer of full length fits; on an error drops
+    none."""
     kept, length = conversation.messages, arguments.get("max_new_tokens") or DEFAULT_NEW_TOKENS
     while conversation.messages:
         try:
@@ -116,7 +118,8 @@ def _read(engine: Engine) -> str | None:
 
 @contextmanager
 def _keep_ranks_alive(engine: Engine) -> Iterator[None]:
-    """Send the other ranks an empty message at intervals while the block runs, so that no collective times out."""
+    """Send the other ranks an empty message at intervals while the block runs, so that no collective times
+    out."""
     done = threading.Event()
 
     def send() -> None:

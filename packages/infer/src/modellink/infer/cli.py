@@ -1,6 +1,7 @@
 """`modellink-infer`: reads options, checks them, and calls the engine.
 
-Everything that can be checked without the model is checked before torch is imported, everything else before the model is built.
+Everything that can be checked without the model is checked before torch is imported, everything else before
+the model is built.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def generate(given: Layer) -> None:
     plan = launch.open_model(model)
     arguments |= {"prompt_type": plan.prompt_type, "logprobs": options.logprobs}
     from modellink.infer.prompts import make_requests
-    requests = [request for prompt in prompts for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
+    requests = [request for prompt in prompts
+                for request in make_requests(prompt, plan.spec, plan.tokenizer, **arguments)]
     if plan.tokenizer is None:
         raise ModelLinkError("the checkpoint has no tokenizer", where=plan.source.folder,
                              fix="set --tokenizer-name-or-path to the model's Hugging Face folder")
@@ -50,7 +52,8 @@ def generate(given: Layer) -> None:
         with launch.prompts_as_file(prompts if from_stdin else None) as more:
             launch.start_ranks(model, more)
     engine = launch.build_engine(model, plan, options.batch_size)
-    prompts, requests = engine.network.broadcast((prompts, requests))  # on several machines only one has the files and terminal
+    # on several machines only one has the files and terminal
+    prompts, requests = engine.network.broadcast((prompts, requests))
     from modellink.infer.printing import print_completions, print_streams
     start = time.monotonic()
     if options.stream:
@@ -64,8 +67,8 @@ def generate(given: Layer) -> None:
 
 @command(ModelOptions, ChatOptions, GenerationOptions, name="chat")
 def chat(given: Layer) -> None:
-    """Chat with a model. /clear (or clear, new) forgets the conversation; /quit (or /exit, quit, exit, q) exits; Ctrl-C stops the
-    current answer."""
+    """Chat with a model. /clear (or clear, new) forgets the conversation; /quit (or /exit, quit, exit, q)
+    exits; Ctrl-C stops the current answer."""
     resolved = resolve([ModelOptions, ChatOptions, GenerationOptions], given)
     model, options = resolved[ModelOptions], resolved[ChatOptions]
     arguments = resolved[GenerationOptions].arguments(set(given.values), sample=True)
@@ -73,9 +76,11 @@ def chat(given: Layer) -> None:
     arguments["prompt_type"] = plan.prompt_type
     from modellink.infer.chat import Conversation, chat_loop
     from modellink.infer.prompts import make_requests
-    conversation = Conversation(options.system, options.history_turns, use_template=model.hf_chat_template is not False)
+    conversation = Conversation(options.system, options.history_turns,
+                                use_template=model.hf_chat_template is not False)
     first_prompt = Conversation(use_template=conversation.use_template).prompt("hello")
-    make_requests(first_prompt, plan.spec, plan.tokenizer, **arguments)  # check that there is a template for a user message
+    # check that there is a template for a user message
+    make_requests(first_prompt, plan.spec, plan.tokenizer, **arguments)
     if launch.must_start_ranks(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks handle it
         launch.start_ranks(model)
@@ -116,7 +121,8 @@ def serve(given: Layer) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)  # the first rank decides when to stop
     name = options.served_model_name or plan.source.folder.resolve().name
-    run.serve(engine, sockets, name=name, api_key=options.key, max_waiting=options.max_waiting, max_body=options.max_body)
+    run.serve(engine, sockets, name=name, api_key=options.key, max_waiting=options.max_waiting,
+              max_body=options.max_body)
 
 
 def _forward(given: Layer) -> None:
@@ -145,7 +151,8 @@ def main() -> None:
 def _run() -> None:
     command = infer.commands.get(sys.argv[1]) if len(sys.argv) > 1 else None
     if command is not None:
-        sys.argv[2:] = translate_original(sys.argv[2:], command)  # also for the ranks that run this command line
+        # also for the ranks that run this command line
+        sys.argv[2:] = translate_original(sys.argv[2:], command)
     infer(standalone_mode=False)
 
 

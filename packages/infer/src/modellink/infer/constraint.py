@@ -1,4 +1,5 @@
-"""Keeps a completion within a grammar: before each token, those that would violate it are masked. Not here: beam search."""
+"""Keeps a completion within a grammar: before each token, those that would violate it are masked. Not here:
+beam search."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ class Constraint:
     def mask(self, logits: Tensor) -> Tensor:
         """Return logits [vocabulary] with -inf for every token that must not follow; sets `stuck`."""
         size = len(logits)
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")[:size].astype(bool)
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8),
+                             bitorder="little")[:size].astype(bool)
         allowed = np.zeros(size, bool)
         allowed[:len(bits)] = bits
         allowed[_within(self._other_ends, size)] = False
@@ -50,5 +52,6 @@ class Constraint:
 
 
 def _within(tokens: Iterable[int], size: int) -> list[int]:
-    """Return the tokens that the model has logits for; a tokenizer may name end tokens beyond the vocabulary."""
+    """Return the tokens that the model has logits for; a tokenizer may name end tokens beyond the vocabulary.
+    """
     return [token for token in tokens if 0 <= token < size]

@@ -1,4 +1,5 @@
-"""Faster ways than core's model to run some passes: the compiled step on a CPU, captured graphs on accelerators.
+"""Faster ways than core's model to run some passes: the compiled step on a CPU, captured graphs on
+accelerators.
 
 Decided once, when a model is loaded. A pass goes to the first path that supports it, else to core's model.
 """
@@ -29,7 +30,8 @@ class FastPath(Protocol):
     def supports(self, work: Pass) -> bool: ...
 
     def logits(self, work: Pass) -> Tensor | None:
-        """Return the wanted logits [wanted, vocabulary] of a pass; None if it turns out that it cannot run it."""
+        """Return the wanted logits [wanted, vocabulary] of a pass; None if it turns out that it cannot run
+        it."""
         ...
 
 
@@ -80,16 +82,18 @@ def select_fast_paths(model: LoadedModel, settings: FastPathSettings, *, run: Ca
 
 
 def _compiled_step(model: LoadedModel, settings: FastPathSettings, run: Callable[[Pass], Tensor],
-                   make_cache: Callable[[], PagedCache], report: Callable[[str], None]) -> CompiledStep | None:
+                   make_cache: Callable[[], PagedCache],
+                   report: Callable[[str], None]) -> CompiledStep | None:
     if settings.native is False and not settings.int8:
         return None
     if not supports(model.spec, model.layout, model.device.torch, model.dtype):
         if settings.int8:
-            raise ModelLinkError("int8 weights need the compiled step, which does not support this model on this machine",
+            raise ModelLinkError("int8 weights need the compiled step, which does not support this model on "
+                                 "this machine",
                                  where="--int8", fix="remove --int8")
         if settings.native:
-            report("note: core's model runs all passes: the compiled step does not support this model here, or there is no C "
-                   "compiler")
+            report("note: core's model runs all passes: the compiled step does not support this model here, "
+                   "or there is no C compiler")
         return None
     step = CompiledStep(model.module, model.spec, model.dtype, int8=settings.int8)
     if settings.int8:
@@ -102,7 +106,8 @@ def _compiled_step(model: LoadedModel, settings: FastPathSettings, run: Callable
     return step
 
 
-def _graphs(model: LoadedModel, settings: FastPathSettings, report: Callable[[str], None]) -> DecodeGraphs | None:
+def _graphs(model: LoadedModel, settings: FastPathSettings,
+            report: Callable[[str], None]) -> DecodeGraphs | None:
     wanted = model.device.kind != "cpu" if settings.graphs is None else settings.graphs
     if not wanted:
         return None

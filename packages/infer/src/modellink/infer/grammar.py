@@ -1,6 +1,8 @@
-"""Grammars that a completion must match: a JSON schema or a regular expression, compiled by llguidance (extra `constrained`).
+"""Grammars that a completion must match: a JSON schema or a regular expression, compiled by llguidance (extra
+`constrained`).
 
-JSON is written on one line, with a space after commas and colons, so that a completion cannot get lost in white space.
+JSON is written on one line, with a space after commas and colons, so that a completion cannot get lost in
+white space.
 """
 
 from __future__ import annotations
@@ -22,18 +24,20 @@ STYLE: JsonCompileOptions = {"whitespace_flexible": False, "item_separator": ", 
 
 def make_grammar(tokenizer: Tokenizer | None, *, json_schema: Mapping[str, Any] | str | None = None,
                  regex: str | None = None) -> str | None:
-    """Return the grammar of a JSON schema (an object or JSON text) or a regular expression; None if neither is given.
+    """Return the grammar of a JSON schema (an object or JSON text) or a regular expression; None if neither
+    is given.
 
     Raises:
-        ModelLinkError: the schema or expression is invalid or not supported, llguidance is not installed, or there is no
-            tokenizer.
+        ModelLinkError: the schema or expression is invalid or not supported, llguidance is not installed, or
+            there is no tokenizer.
     """
     if json_schema is None and regex is None:
         return None
     where = "--regex" if json_schema is None else "--json-schema"
     matcher_class = _library()
     if tokenizer is None or not (tokenizer.folder / "tokenizer.json").is_file():
-        raise ModelLinkError("constrained output needs a tokenizer.json", where=tokenizer.folder if tokenizer else where)
+        raise ModelLinkError("constrained output needs a tokenizer.json",
+                             where=tokenizer.folder if tokenizer else where)
     try:
         if json_schema is None:
             grammar: str = matcher_class.grammar_from_regex(str(regex))

@@ -1,9 +1,10 @@
-"""Decode passes replayed from captured graphs, for devices where launching the kernels takes longer than running them.
+"""Decode passes replayed from captured graphs, for devices where launching the kernels takes longer than
+running them.
 
-A graph is captured for a number of sequences and a number of keys, both rounded up to powers of two. What changes between passes
-is in buffers that are filled before the replay; padding sequences write to a slot that belongs to no page. If a model cannot be
-captured, it runs without graphs and the reason is printed once. Not here: passes with prefill chunks, several ranks, mixtures of
-experts (their shapes depend on the data).
+A graph is captured for a number of sequences and a number of keys, both rounded up to powers of two. What
+changes between passes is in buffers that are filled before the replay; padding sequences write to a slot that
+belongs to no page. If a model cannot be captured, it runs without graphs and the reason is printed once. Not
+here: passes with prefill chunks, several ranks, mixtures of experts (their shapes depend on the data).
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class DecodeGraphs:
         return work.is_decode and not self.failed
 
     def logits(self, work: Pass) -> Tensor | None:
-        """Return the wanted logits [wanted, vocabulary] of a decode pass; None if its graph cannot be captured."""
+        """Return the wanted logits [wanted, vocabulary] of a decode pass; None if its graph cannot be
+        captured."""
         if work.cache is not self._cache:  # the graphs refer to its tensors
             self._cache, self._captured = work.cache, {}
         count = len(work.chunks)
@@ -82,7 +84,8 @@ class DecodeGraphs:
                 graph = self._captured[size] = self._capture(size[0], plans, work.cache)
             except RuntimeError as error:
                 self.failed, self._captured = True, {}
-                print(f"note: decoding runs without graphs, capturing one failed: {str(error).splitlines()[0]}", file=sys.stderr)
+                print("note: decoding runs without graphs, capturing one failed: "
+                      f"{str(error).splitlines()[0]}", file=sys.stderr)
                 return None
         graph.ids[0, :count] = work.token_ids[0].to(graph.ids.device)
         graph.positions[0, :count] = work.positions
@@ -97,7 +100,8 @@ class DecodeGraphs:
 
         def run() -> Tensor:
             # the maximum length, so that tables by position are computed before the capture and never grow
-            state = SequenceState(positions=buffers[1], length=self._spec.max_position_embeddings, cache=attention)
+            state = SequenceState(positions=buffers[1], length=self._spec.max_position_embeddings,
+                                  cache=attention)
             output: Tensor = self._model(buffers[0], state)[0, :, :self._spec.vocab_size].float()
             return output
         return _Graph(buffers[0], buffers[1], plans, self._device.capture(run))

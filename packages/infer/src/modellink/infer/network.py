@@ -1,7 +1,8 @@
 """The model across its ranks: a pass in, logits over the full vocabulary out on every rank.
 
-Pipeline stages pass hidden states on and the last one broadcasts its logits; ranks that hold different experts compute the same
-tokens. Importing this module imports megatron-core, so import it after `processes.join`.
+Pipeline stages pass hidden states on and the last one broadcasts its logits; ranks that hold different
+experts compute the same tokens. Importing this module imports megatron-core, so import it after
+`processes.join`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Network:
         fast_paths: tried in order before core's model.
     """
 
-    def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *, show: bool,
-                 fast_paths: FastPathSettings | None = None) -> None:
+    def __init__(self, source: Source, layout: ParallelLayout, device: Device, dtype: torch.dtype, *,
+                 show: bool, fast_paths: FastPathSettings | None = None) -> None:
         self.spec, self.layout, self.dtype, self.device = source.spec, layout, dtype, device.torch
         self._memory = device
         settings = BuildSettings(layout=layout, dtype=dtype)
@@ -61,10 +62,12 @@ class Network:
             if show:
                 print(note, file=sys.stderr)
         self.fast_paths = select_fast_paths(
-            LoadedModel(self._model, self.spec, layout, device, dtype), fast_paths or FastPathSettings(), run=self._run_pass,
-            make_cache=lambda: self.make_cache(max_sequences=1, max_chunk=PAGE_SIZE, tokens=CACHE_TOKENS), report=report)
+            LoadedModel(self._model, self.spec, layout, device, dtype), fast_paths or FastPathSettings(),
+            run=self._run_pass, report=report,
+            make_cache=lambda: self.make_cache(max_sequences=1, max_chunk=PAGE_SIZE, tokens=CACHE_TOKENS))
 
-    def make_cache(self, *, max_sequences: int, max_chunk: int, tokens: int | None = None, most: int | None = None) -> PagedCache:
+    def make_cache(self, *, max_sequences: int, max_chunk: int, tokens: int | None = None,
+                   most: int | None = None) -> PagedCache:
         """Allocate a cache.
 
         Args:
@@ -86,8 +89,9 @@ class Network:
             tokens = min(wanted, max(capacity, PAGE_SIZE))
         elif (needed := cache_bytes(self.spec, self._layers, tokens=tokens, **sizes)) > free:
             fits = int(tokens * free / needed) // PAGE_SIZE * PAGE_SIZE
-            raise ModelLinkError(f"a cache of {tokens:,} tokens needs {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB of memory "
-                                 "are free", where="--cache-tokens", fix=f"use at most {fits:,}")
+            raise ModelLinkError(f"a cache of {tokens:,} tokens needs {needed / 1e9:,.1f} GB, and "
+                                 f"{free / 1e9:,.1f} GB of memory are free", where="--cache-tokens",
+                                 fix=f"use at most {fits:,}")
         return PagedCache(self.spec, self._layers, tokens=tokens, device=self.device, **sizes)
 
     def logits(self, work: Pass) -> Tensor:
@@ -107,7 +111,8 @@ class Network:
             logits [batch, seq (or n of `state.wanted`), vocabulary] in fp32.
         """
         if not self._is_first_stage:
-            hidden = torch.empty(ids.size(1), ids.size(0), self.spec.hidden_size, dtype=self.dtype, device=self.device)
+            hidden = torch.empty(ids.size(1), ids.size(0), self.spec.hidden_size, dtype=self.dtype,
+                                 device=self.device)
             dist.recv(hidden, src=parallel_state.get_pipeline_model_parallel_prev_rank())
             self._model.set_input_tensor([hidden])
         output = self._model(ids.to(self.device), state)

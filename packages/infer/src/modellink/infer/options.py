@@ -1,4 +1,5 @@
-"""The options of the commands. Importing this module imports no torch, so that help texts and mistakes appear at once."""
+"""The options of the commands. Importing this module imports no torch, so that help texts and mistakes appear
+at once."""
 
 from __future__ import annotations
 
@@ -19,27 +20,32 @@ from modellink.kernels.options import option
 class ModelOptions(RunModelOptions):
     """Which model to load, and where to run it."""
 
-    load: Path = option(doc="Checkpoint to load: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch-dist, written at "
-                        "any layout.")
-    ckpt_step: int | None = option(None, "Iteration of --load to read. Default: the last complete one.", alias="--iteration",
-                                   minimum=0)
-    cache_tokens: int | None = option(None, "Capacity of the cache over all sequences. Default: --batch-size sequences of the "
-                                      "maximum length, or what fits into half of the free memory.", unit="tokens", minimum=1)
-    native: bool | None = option(None, "On a CPU, run passes over few tokens with a compiled function. Needs a C compiler and a "
-                                 "model with RMSNorm, rotary positions and a gated feed-forward on one rank. Default: on if it "
-                                 "is measured to be faster when the model is loaded.")
-    int8: bool = option(False, "With the compiled function, store the weights in int8 with a scale per row, and print the "
-                        "quantization error.")
-    graphs: bool | None = option(None, "Run decode passes from captured graphs. Default: on for CUDA and NPUs, for models on one "
-                                 "rank without experts.")
-    hf_chat_template: bool | None = option(None, "Use the tokenizer's own chat template, whichever the checkpoint was trained "
-                                           "with. chat also accepts --no-hf-chat-template, which joins the messages without a "
-                                           "template, for a base model.")
+    load: Path = option(
+        doc="Checkpoint to load: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch-dist, "
+        "written at any layout.")
+    ckpt_step: int | None = option(
+        None, "Iteration of --load to read. Default: the last complete one.", alias="--iteration", minimum=0)
+    cache_tokens: int | None = option(
+        None, "Capacity of the cache over all sequences. Default: --batch-size sequences of the maximum "
+        "length, or what fits into half of the free memory.", unit="tokens", minimum=1)
+    native: bool | None = option(
+        None, "On a CPU, run passes over few tokens with a compiled function. Needs a C compiler and a "
+        "model with RMSNorm, rotary positions and a gated feed-forward on one rank. Default: on if it is "
+        "measured to be faster when the model is loaded.")
+    int8: bool = option(
+        False, "With the compiled function, store the weights in int8 with a scale per row, and print the "
+        "quantization error.")
+    graphs: bool | None = option(
+        None, "Run decode passes from captured graphs. Default: on for CUDA and NPUs, for models on one "
+        "rank without experts.")
+    hf_chat_template: bool | None = option(
+        None, "Use the tokenizer's own chat template, whichever the checkpoint was trained with. chat also "
+        "accepts --no-hf-chat-template, which joins the messages without a template, for a base model.")
 
     def check(self) -> None:
         if self.prompt_type and self.hf_chat_template is not None:
-            raise ModelLinkError("the options contradict each other", where="--prompt-type, --hf-chat-template",
-                                 fix="remove one of them")
+            raise ModelLinkError("the options contradict each other",
+                                 where="--prompt-type, --hf-chat-template", fix="remove one of them")
         if self.int8 and self.native is False:
             raise ModelLinkError("int8 weights need the compiled function", where="--int8, --no-native",
                                  fix="remove one of them")
@@ -54,29 +60,41 @@ class ModelOptions(RunModelOptions):
 class GenerationOptions:
     """How to generate."""
 
-    max_new_tokens: int | None = option(None, "Maximum length of a completion. Default: 128, or less if the model's maximum "
-                                        "length is reached.", unit="tokens", minimum=1)
-    max_length: int | None = option(None, "Maximum length of prompt and completion together, instead of --max-new-tokens.",
-                                    unit="tokens", minimum=1)
-    do_sample: bool | None = option(None, "Sample tokens instead of taking the most likely one. Default: on in chat, and if "
-                                    "--temperature, --top-k, --top-p or --min-p is given.")
-    temperature: float = option(0.7, "Sampling: divides the logits; 0 takes the most likely token.", minimum=0)
-    top_k: int = option(50, "Sampling: keep only this many of the most likely tokens; 0 keeps all.", minimum=0)
-    top_p: float = option(0.95, "Sampling: keep only the most likely tokens that together have this probability.", minimum=0,
-                          maximum=1)
-    min_p: float = option(0.0, "Sampling: keep only tokens with at least this fraction of the most likely one's probability.",
-                          minimum=0, maximum=1)
-    repetition_penalty: float = option(1.0, "Divides the positive logits, and multiplies the negative ones, of tokens in the "
-                                       "prompt and the completion.")
+    max_new_tokens: int | None = option(
+        None, "Maximum length of a completion. Default: 128, or less if the model's maximum length is "
+        "reached.", unit="tokens", minimum=1)
+    max_length: int | None = option(
+        None, "Maximum length of prompt and completion together, instead of --max-new-tokens.", unit="tokens",
+        minimum=1)
+    do_sample: bool | None = option(
+        None, "Sample tokens instead of taking the most likely one. Default: on in chat, and if "
+        "--temperature, --top-k, --top-p or --min-p is given.")
+    temperature: float = option(
+        0.7, "Sampling: divides the logits; 0 takes the most likely token.", minimum=0)
+    top_k: int = option(
+        50, "Sampling: keep only this many of the most likely tokens; 0 keeps all.", minimum=0)
+    top_p: float = option(
+        0.95, "Sampling: keep only the most likely tokens that together have this probability.", minimum=0,
+        maximum=1)
+    min_p: float = option(
+        0.0, "Sampling: keep only tokens with at least this fraction of the most likely one's probability.",
+        minimum=0, maximum=1)
+    repetition_penalty: float = option(
+        1.0, "Divides the positive logits, and multiplies the negative ones, of tokens in the prompt and "
+        "the completion.")
     presence_penalty: float = option(0.0, "Subtracted from the logits of tokens in the completion.")
-    frequency_penalty: float = option(0.0, "Subtracted from the logits of tokens in the completion, times their count.")
+    frequency_penalty: float = option(
+        0.0, "Subtracted from the logits of tokens in the completion, times their count.")
     seed: int | None = option(None, "Random seed of sampling. Default: a different one each time.", minimum=0)
-    stop: tuple[str, ...] = option((), "Strings that end a completion and are not part of it.", alias="--add-eos-token")
-    json_schema: str | None = option(None, "JSON schema that the completion must match: a file, or the JSON text.")
+    stop: tuple[str, ...] = option(
+        (), "Strings that end a completion and are not part of it.", alias="--add-eos-token")
+    json_schema: str | None = option(
+        None, "JSON schema that the completion must match: a file, or the JSON text.")
     regex: str | None = option(None, "Regular expression that the completion must match.")
     num_beams: int = option(1, "Number of beams of beam search.", minimum=1)
     length_penalty: float = option(1.0, "Beam search: scores are divided by tokens ^ length penalty.")
-    num_return_sequences: int = option(1, "Completions per prompt: the best beams, or several samples.", minimum=1)
+    num_return_sequences: int = option(
+        1, "Completions per prompt: the best beams, or several samples.", minimum=1)
 
     def arguments(self, given: set[str], *, sample: bool) -> GenerationArguments:
         """Return the checked arguments of `Engine.generate`.
@@ -93,17 +111,20 @@ class GenerationOptions:
         unused = [*filters, *(["seed"] if "seed" in given else [])]
         if unused and not sample:
             name = "--" + unused[0].replace("_", "-")
-            raise ModelLinkError(f"{name} has no effect without sampling", where=name, fix=f"add --do-sample, or remove {name}")
+            raise ModelLinkError(f"{name} has no effect without sampling", where=name,
+                                 fix=f"add --do-sample, or remove {name}")
         if self.num_return_sequences > 1 and not sample and self.num_beams == 1:
-            raise ModelLinkError("several completions need sampling or beam search", where="--num-return-sequences",
-                                 fix="add --do-sample or --num-beams")
+            raise ModelLinkError("several completions need sampling or beam search",
+                                 where="--num-return-sequences", fix="add --do-sample or --num-beams")
         arguments = GenerationArguments(
-            do_sample=sample, max_new_tokens=self.max_new_tokens, max_length=self.max_length, seed=self.seed, stop=self.stop,
-            repetition_penalty=self.repetition_penalty, presence_penalty=self.presence_penalty,
-            frequency_penalty=self.frequency_penalty, num_beams=self.num_beams, length_penalty=self.length_penalty,
+            do_sample=sample, max_new_tokens=self.max_new_tokens, max_length=self.max_length, seed=self.seed,
+            stop=self.stop, repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty, frequency_penalty=self.frequency_penalty,
+            num_beams=self.num_beams, length_penalty=self.length_penalty,
             num_return_sequences=self.num_return_sequences, regex=self.regex, json_schema=self._schema())
         if sample:
-            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p,
+                          "min_p": self.min_p}
         check_arguments(arguments)
         return arguments
 
@@ -121,25 +142,29 @@ class PromptOptions:
     """Prompts and output."""
 
     prompt: tuple[str, ...] = option((), "One or more prompts.")
-    prompt_file: Path | None = option(None, "File with one prompt (a final newline is removed), or a .jsonl file with one prompt "
-                                      'per line: a string, or an object with "prompt" or "messages".')
-    chat: bool = option(False, "Treat prompts as user messages and apply the chat template. Implied by --prompt-type and "
-                        "--hf-chat-template.")
+    prompt_file: Path | None = option(
+        None, 'File with one prompt (a final newline is removed), or a .jsonl file with one prompt per '
+        'line: a string, or an object with "prompt" or "messages".')
+    chat: bool = option(
+        False, "Treat prompts as user messages and apply the chat template. Implied by --prompt-type and "
+        "--hf-chat-template.")
     system: str | None = option(None, "System message (with --chat).")
     stream: bool = option(False, "Print the completion as it is generated.")
-    json: bool = option(False, "Print one JSON object per completion: prompt, text, token_ids, finish_reason.")
+    json: bool = option(
+        False, "Print one JSON object per completion: prompt, text, token_ids, finish_reason.")
     logprobs: bool = option(False, "Add the log-probability of each token to the JSON object (with --json).")
     batch_size: int = option(16, "Maximum number of prompts computed together.", minimum=1)
 
     def check(self) -> None:
         if self.prompt and self.prompt_file:
-            raise ModelLinkError("prompts come from the command line or from a file, not both", where="--prompt, --prompt-file",
-                                 fix="remove one of them")
+            raise ModelLinkError("prompts come from the command line or from a file, not both",
+                                 where="--prompt, --prompt-file", fix="remove one of them")
         if self.logprobs and not self.json:
-            raise ModelLinkError("log-probabilities are printed as JSON only", where="--logprobs", fix="add --json")
+            raise ModelLinkError("log-probabilities are printed as JSON only", where="--logprobs",
+                                 fix="add --json")
         if self.stream and self.json:
-            raise ModelLinkError("output is streamed as text or printed as JSON, not both", where="--stream, --json",
-                                 fix="remove one of them")
+            raise ModelLinkError("output is streamed as text or printed as JSON, not both",
+                                 where="--stream, --json", fix="remove one of them")
 
 
 @dataclass(frozen=True)
@@ -147,7 +172,8 @@ class ChatOptions:
     """Conversation."""
 
     system: str | None = option(None, "System message.")
-    history_turns: int = option(3, "Number of earlier turns (a question and its answer) in the prompt.", unit="turns", minimum=0)
+    history_turns: int = option(
+        3, "Number of earlier turns (a question and its answer) in the prompt.", unit="turns", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -156,16 +182,20 @@ class ServeOptions:
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 accepts connections from other machines.")
     port: int = option(8000, "Port to listen on.", minimum=1, maximum=65535)
-    served_model_name: str | None = option(None, "Name of the model in the API. Default: the name of the checkpoint's folder.")
-    api_key: str | None = option(None, "Key that requests must send as Authorization: Bearer KEY. Default: the environment "
-                                 "variable MODELLINK_API_KEY.")
-    replicas: int = option(1, "Number of replicas of the model behind this address. Each is a process (with --tp a group of "
-                           "processes) and uses its share of the accelerators.", minimum=1)
-    replica_url: tuple[str, ...] = option((), "Addresses of running servers, as http://HOST:PORT. This server then only forwards "
-                                          "requests to them, and takes no --load.")
+    served_model_name: str | None = option(
+        None, "Name of the model in the API. Default: the name of the checkpoint's folder.")
+    api_key: str | None = option(
+        None, "Key that requests must send as Authorization: Bearer KEY. Default: the environment variable "
+        "MODELLINK_API_KEY.")
+    replicas: int = option(
+        1, "Number of replicas of the model behind this address. Each is a process (with --tp a group of "
+        "processes) and uses its share of the accelerators.", minimum=1)
+    replica_url: tuple[str, ...] = option(
+        (), "Addresses of running servers, as http://HOST:PORT. This server then only forwards requests to "
+        "them, and takes no --load.")
     batch_size: int = option(16, "Maximum number of completions computed together, per replica.", minimum=1)
-    max_waiting: int = option(256, "Maximum number of completions running or waiting; further requests get status 429.",
-                              minimum=1)
+    max_waiting: int = option(
+        256, "Maximum number of completions running or waiting; further requests get status 429.", minimum=1)
     max_body: int = option(2 << 20, "Maximum size of a request body.", unit="bytes", minimum=1)
 
     def check(self) -> None:
@@ -174,7 +204,8 @@ class ServeOptions:
                 raise ModelLinkError(f"{url!r} is not the address of a server", where="--replica-url",
                                      fix="write it as http://HOST:PORT")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key and not self.replica_url:
-            print(f"note: listening on {self.host} without an API key: everybody who can reach it can use the model",
+            print(f"note: listening on {self.host} without an API key: everybody who can reach it can use "
+                  "the model",
                   file=sys.stderr)
 
     @property

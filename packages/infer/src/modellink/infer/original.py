@@ -1,5 +1,5 @@
-"""Command lines of the original's inference.py: its own flags (original_flags.yaml), and the flags of training that its scripts
-repeat to describe the model, which the checkpoint describes here."""
+"""Command lines of the original's inference.py: its own flags (original_flags.yaml), and the flags of
+training that its scripts repeat to describe the model, which the checkpoint describes here."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ def translate_original(args: list[str], command: click.Command) -> list[str]:
 
 
 def training_flags() -> dict[str, dict[str, Any]]:
-    """Return the translation of every flag of training that has no meaning for an existing model: it is ignored."""
+    """Return the translation of every flag of training that has no meaning for an existing model: it is
+    ignored."""
     from modellink.ckpt_convert.spec import ModelSpec
     from modellink.core.cli import training_command
 
     options = [option for option in training_command("pretrain").params if isinstance(option, click.Option)]
     names = {field.name for field in fields_of(ModelSpec)}
-    of_model = {name for option in options if option.name in names for name in (*option.opts, *option.secondary_opts)}
+    of_model = {name for option in options if option.name in names
+                for name in (*option.opts, *option.secondary_opts)}
     table: dict[str, dict[str, Any]] = {}
     for option in options:
         for name in (*option.opts, *option.secondary_opts):

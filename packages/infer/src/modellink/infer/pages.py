@@ -1,9 +1,9 @@
 """Bookkeeping of a paged cache: which page holds which tokens, which pages are free, and which can be shared.
 
-A page holds PAGE_SIZE consecutive tokens of a sequence. A full page is identified by a digest of all tokens up to its end, so
-sequences with a common prefix share its pages; a page without users keeps its contents until the memory is needed. Layers with
-a sliding window have a pool of their own and release pages that the window has passed. Plain Python: the tensors are in
-cache.py.
+A page holds PAGE_SIZE consecutive tokens of a sequence. A full page is identified by a digest of all tokens
+up to its end, so sequences with a common prefix share its pages; a page without users keeps its contents
+until the memory is needed. Layers with a sliding window have a pool of their own and release pages that the
+window has passed. Plain Python: the tensors are in cache.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,13 @@ class PagePool:
 
     def __init__(self, pages: int, window: int | None) -> None:
         self.pages, self.window = pages, window
-        self._free = list(range(pages - 1, -1, -1))  # lowest first, so that a sequence tends to get neighboring pages
+        # lowest first, so that a sequence tends to get neighboring pages
+        self._free = list(range(pages - 1, -1, -1))
         self._users = [0] * pages
         self._by_digest: dict[bytes, int] = {}
         self._digests: dict[int, bytes] = {}
-        self._reusable: OrderedDict[int, None] = OrderedDict()  # full pages without users, least recently used first
+        # full pages without users, least recently used first
+        self._reusable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def available(self) -> int:
@@ -44,7 +46,8 @@ class PagePool:
         return self.pages - self.available
 
     def allocate(self) -> int:
-        """Return a page with one user; the least recently used reusable page is overwritten if no page is free."""
+        """Return a page with one user; the least recently used reusable page is overwritten if no page is
+        free."""
         if self._free:
             page = self._free.pop()
         else:
@@ -112,7 +115,8 @@ class CachedSequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """`count` tokens of a sequence from position `start`, computed in one pass: one token to decode, more to prefill."""
+    """`count` tokens of a sequence from position `start`, computed in one pass: one token to decode, more to
+    prefill."""
 
     sequence: CachedSequence
     start: int
@@ -134,20 +138,25 @@ class PageTables:
         self.pools = pools
 
     def admit(self, sequence: CachedSequence, *, shared: bool = True) -> None:
-        """Give a sequence the pages that already hold its prefix. At least its last token is left to compute."""
+        """Give a sequence the pages that already hold its prefix. At least its last token is left to compute.
+        """
         sequence.computed = PAGE_SIZE * self._known_pages(sequence) if shared else 0
         sequence.tables = []
         for pool in self.pools:
             first = pool.first_visible(sequence.computed) // PAGE_SIZE
-            found = [pool.find(sequence.digest(page)) for page in range(first, sequence.computed // PAGE_SIZE)]
-            sequence.tables.append([RELEASED] * first + [pool.share(page) for page in found if page is not None])
+            found = [pool.find(sequence.digest(page))
+                     for page in range(first, sequence.computed // PAGE_SIZE)]
+            sequence.tables.append([RELEASED] * first + [pool.share(page) for page in found
+                                                         if page is not None])
 
     def _known_pages(self, sequence: CachedSequence) -> int:
-        """Count the leading pages that are cached, as far as the token after them can attend to all it needs."""
+        """Count the leading pages that are cached, as far as the token after them can attend to all it needs.
+        """
         limit = (len(sequence.tokens) - 1) // PAGE_SIZE
         for pool in self.pools:
             if pool.window is None:
-                limit = next((page for page in range(limit) if pool.find(sequence.digest(page)) is None), limit)
+                limit = next((page for page in range(limit) if pool.find(sequence.digest(page)) is None),
+                             limit)
         windows = [pool for pool in self.pools if pool.window is not None]
         for count in range(limit, 0, -1):
             if all(pool.find(sequence.digest(page)) is not None for pool in windows
@@ -156,7 +165,8 @@ class PageTables:
         return 0
 
     def grow(self, sequence: CachedSequence, length: int) -> bool:
-        """Allocate pages for the first `length` tokens. Return False and allocate nothing if there are too few pages."""
+        """Allocate pages for the first `length` tokens. Return False and allocate nothing if there are too
+        few pages."""
         wanted = [-(-length // PAGE_SIZE) - len(table) for table in sequence.tables]
         if any(count > pool.available for count, pool in zip(wanted, self.pools, strict=True)):
             return False
@@ -165,7 +175,8 @@ class PageTables:
         return True
 
     def advance(self, sequence: CachedSequence, count: int, *, shared: bool = True) -> None:
-        """Record that `count` more tokens are computed: register full pages and release those that a window has passed."""
+        """Record that `count` more tokens are computed: register full pages and release those that a window
+        has passed."""
         before, sequence.computed = sequence.computed, sequence.computed + count
         for pool, table in zip(self.pools, sequence.tables, strict=True):
             if shared:

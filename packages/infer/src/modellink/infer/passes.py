@@ -1,7 +1,7 @@
 """A pass: the tokens that the model computes at once, as a value.
 
-It holds chunks of sequences in a paged cache and says after which tokens the logits are wanted. core's model runs it through
-`state`; the compiled step and captured graphs have their own views of it.
+It holds chunks of sequences in a paged cache and says after which tokens the logits are wanted. core's model
+runs it through `state`; the compiled step and captured graphs have their own views of it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Pass:
         """Return what core's model needs to run this pass."""
         device, lengths = self.cache.device, None
         if self.cache.spec.rope_scaling_type == "dynamic":
-            lengths = torch.cat([torch.full((chunk.count,), len(chunk.sequence.tokens)) for chunk in self.chunks])
+            lengths = torch.cat([torch.full((chunk.count,), len(chunk.sequence.tokens))
+                                 for chunk in self.chunks])
             lengths = lengths[None].to(device)
         plans = plan_pass(self.cache, self.chunks, self.positions)
         wanted = torch.tensor([self.wanted], dtype=torch.long, device=device)
@@ -89,7 +90,8 @@ class Pass:
         for chunk in self.chunks:
             first = pool.first_visible(chunk.start)
             column = torch.arange(first, chunk.end)
-            slots.append(torch.tensor(chunk.sequence.tables[0])[column // PAGE_SIZE] * PAGE_SIZE + column % PAGE_SIZE)
+            pages = torch.tensor(chunk.sequence.tables[0])[column // PAGE_SIZE]
+            slots.append(pages * PAGE_SIZE + column % PAGE_SIZE)
             for position in range(chunk.start, chunk.end):
                 low = pool.first_visible(position)
                 begin.append(offset + low - first)

@@ -1,4 +1,5 @@
-"""What is decided and checked before a model is built and before any process starts. Imports no megatron-core."""
+"""What is decided and checked before a model is built and before any process starts. Imports no
+megatron-core."""
 
 from __future__ import annotations
 
@@ -42,8 +43,9 @@ class LoadPlan:
 
 def make_load_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
                    device: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0,
-                   dtype: torch.dtype | str | None = None, family: str | None = None, tokenizer: Path | str | None = None,
-                   prompt_type: str | None = None, iteration: int | None = None) -> LoadPlan:
+                   dtype: torch.dtype | str | None = None, family: str | None = None,
+                   tokenizer: Path | str | None = None, prompt_type: str | None = None,
+                   iteration: int | None = None) -> LoadPlan:
     """Open a checkpoint and check that it can run in this way; see `engine.load` for the arguments."""
     source = open_checkpoint(path, family=family, hf=tokenizer, iteration=iteration)
     check_layout(source.spec, layout)
@@ -51,7 +53,8 @@ def make_load_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(
     has_tokenizer = tokenizer is not None or (folder / "tokenizer.json").is_file()
     loaded = Tokenizer.from_folder(folder) if has_tokenizer else None
     if loaded is not None:
-        find_format(loaded, prompt_type)  # check the requested template now, the recorded one only when a chat comes
+        # check the requested template now, the recorded one only when a chat comes
+        find_format(loaded, prompt_type)
     return LoadPlan(source, loaded, layout, find(device, index), _dtype(dtype) or source.main_dtype,
                     prompt_type or source.prompt_type)
 
@@ -59,15 +62,17 @@ def make_load_plan(path: Path | str, *, layout: ParallelLayout = ParallelLayout(
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and found not in DTYPES.values():
-        raise ModelLinkError(f"a model cannot run in {dtype}", where="--dtype", fix=f"use {', '.join(DTYPES)}")
+        raise ModelLinkError(f"a model cannot run in {dtype}", where="--dtype",
+                             fix=f"use {', '.join(DTYPES)}")
     return found
 
 
 def check_layout(spec: ModelSpec, layout: ParallelLayout) -> None:
     """Raise unless generation supports the layout and it fits the model."""
-    if layout.cp > 1 or layout.vpp > 1 or layout.dp != layout.ep or (layout.ep > 1 and spec.num_experts is None):
-        raise ModelLinkError(f"generation supports tensor, pipeline and (for mixtures of experts) expert parallelism, not "
-                             f"{layout}", where="--tp, --pp, --ep",
+    if layout.cp > 1 or layout.vpp > 1 or layout.dp != layout.ep or (layout.ep > 1
+                                                                     and spec.num_experts is None):
+        raise ModelLinkError(f"generation cannot run at {layout}, only at tensor, pipeline and (for mixtures "
+                             "of experts) expert parallel sizes", where="--tp, --pp, --ep",
                              fix="keep the other sizes at 1, whatever layout the checkpoint was written at")
     spec.check_layout(layout)
     layout.check_layers(spec.num_layers)

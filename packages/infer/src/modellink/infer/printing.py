@@ -28,12 +28,13 @@ def print_streams(engine: Engine, requests: Sequence[GenerationRequest], *, firs
     return tokens
 
 
-def print_completions(engine: Engine, prompts: Sequence[Any], requests: Sequence[GenerationRequest], *, first_rank: bool,
-                      as_json: bool) -> int:
+def print_completions(engine: Engine, prompts: Sequence[Any], requests: Sequence[GenerationRequest], *,
+                      first_rank: bool, as_json: bool) -> int:
     """Print each completion as soon as it and all before it are finished. Return the number of tokens."""
     total = sum(request.beams.count if request.beams else 1 for request in requests)
     per_prompt, number, tokens = total // len(prompts), 0, 0
-    show = first_rank and len(requests) > 1 and not sys.stdout.isatty()  # on a terminal the completions show the progress
+    # on a terminal the completions show the progress
+    show = first_rank and len(requests) > 1 and not sys.stdout.isatty()
     with Work("generating", len(requests), unit="completions", show=show) as work:
         for completions in engine.iter_completions(requests, work.advance):
             for completion in completions:

@@ -24,7 +24,8 @@ def read_prompts(options: PromptOptions) -> list[Any]:
     else:
         prompts, where = [sys.stdin.read().removesuffix("\n")], "stdin"
     if not prompts or not all(prompts):
-        raise ModelLinkError("there is no prompt", where=where, fix="set --prompt or --prompt-file, or write it to stdin")
+        raise ModelLinkError("there is no prompt", where=where,
+                             fix="set --prompt or --prompt-file, or write it to stdin")
     if not options.chat:
         if options.system is not None:
             raise ModelLinkError("a system message needs a chat", where="--system", fix="add --chat")
@@ -42,7 +43,8 @@ def read_prompt_file(path: Path) -> list[Any]:
         raise ModelLinkError(f"the prompts cannot be read: {error}", where=f"--prompt-file {path}") from None
     if path.suffix != ".jsonl":
         return [text.removesuffix("\n")]
-    lines = enumerate(text.split("\n"), 1)  # not splitlines: it also splits at U+2028, which a JSON string may contain
+    # not splitlines: it also splits at U+2028, which a JSON string may contain
+    lines = enumerate(text.split("\n"), 1)
     return [_parse(line, f"{path}, line {number}") for number, line in lines if line.strip()]
 
 
@@ -53,7 +55,9 @@ def _parse(line: str, where: str) -> Any:
         raise ModelLinkError(f"not JSON: {error}", where=where) from None
     if isinstance(value, dict):
         value = value.get("prompt", value.get("messages"))
-    if isinstance(value, str) or (isinstance(value, list) and value and all(isinstance(item, dict) for item in value)):
+    if isinstance(value, str) or (isinstance(value, list) and value
+                                  and all(isinstance(item, dict) for item in value)):
         return value
-    raise ModelLinkError('a line must be a string, or an object with "prompt" (a string) or "messages" (a list of objects)',
+    raise ModelLinkError('a line must be a string, or an object with "prompt" (a string) or "messages" (a '
+                         'list of objects)',
                          where=where)

@@ -1,4 +1,5 @@
-"""Turns prompts into checked requests. A prompt is a text, token ids or a chat; there may be one or many. Imports no torch."""
+"""Turns prompts into checked requests. A prompt is a text, token ids or a chat; there may be one or many.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -27,22 +28,23 @@ if TYPE_CHECKING:
     from modellink.ckpt_convert.spec import ModelSpec
 
 Message = Mapping[str, Any]
-Prompts = (str | Chat | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message] | Sequence[Sequence[Message]]
-           | Sequence[Chat])
+Prompts = (str | Chat | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Message]
+           | Sequence[Sequence[Message]] | Sequence[Chat])
 DEFAULT_NEW_TOKENS = 128
 
 
-def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, /, **arguments: Unpack[GenerationArguments],
+def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None, /,
+                  **arguments: Unpack[GenerationArguments],
                   ) -> list[GenerationRequest]:
     """Return the requests for one prompt or a list of prompts.
 
     Args:
-        prompts: a text, token ids, a chat (messages with role and content, or a `Chat`; a template is applied to it), or a list
-            of texts, of token ids or of chats.
+        prompts: a text, token ids, a chat (messages with role and content, or a `Chat`; a template is applied
+            to it), or a list of texts, of token ids or of chats.
 
     Raises:
-        ModelLinkError: an empty or too long prompt, a token id beyond the vocabulary, an argument that `check_arguments`
-            refuses, text or chats for a checkpoint without a tokenizer.
+        ModelLinkError: an empty or too long prompt, a token id beyond the vocabulary, an argument that
+            `check_arguments` refuses, text or chats for a checkpoint without a tokenizer.
     """
     check_arguments(arguments)
     note_ignored(arguments)
@@ -52,10 +54,12 @@ def make_requests(prompts: Prompts, spec: ModelSpec, tokenizer: Tokenizer | None
     if not 0 <= top <= spec.vocab_size:
         raise out_of_range("top_logprobs", top, f"between 0 and {spec.vocab_size}")
     shared = GenerationRequest(
-        (), 0, sampling_of(arguments), stop_ids, stop_strings, top_logprobs=top, beams=beam_search_of(arguments), grammar=grammar,
+        (), 0, sampling_of(arguments), stop_ids, stop_strings, top_logprobs=top,
+        beams=beam_search_of(arguments), grammar=grammar,
         logprobs=bool(arguments.get("logprobs") or arguments.get("return_output_log_probs") or top),
         detokenize=arguments.get("detokenize", True), prompt_logprobs=bool(arguments.get("prompt_logprobs")))
-    return [request for prompt in _list_of(prompts) for request in _requests_of(prompt, shared, arguments, spec, tokenizer)]
+    return [request for prompt in _list_of(prompts)
+            for request in _requests_of(prompt, shared, arguments, spec, tokenizer)]
 
 
 def _requests_of(prompt: Any, shared: GenerationRequest, arguments: GenerationArguments, spec: ModelSpec,
@@ -108,7 +112,8 @@ def check_stop_ids(ids: Sequence[int], spec: ModelSpec, where: str) -> None:
     """Raise for a token id outside the vocabulary, which could never occur."""
     wrong = next((index for index in ids if not 0 <= index < spec.vocab_size), None)
     if wrong is not None:
-        raise ModelLinkError(f"the token id {wrong} is not in the vocabulary, whose ids are 0 to {spec.vocab_size - 1}",
+        raise ModelLinkError(f"the token id {wrong} is not in the vocabulary, whose ids are 0 to "
+                             f"{spec.vocab_size - 1}",
                              where=where)
 
 
@@ -118,7 +123,8 @@ def check_ids(ids: Sequence[int], spec: ModelSpec, what: str = "the prompt") -> 
         raise ModelLinkError(f"{what} has no tokens", fix="give at least one word")
     wrong = next((index for index in ids if not 0 <= index < spec.vocab_size), None)
     if wrong is not None:
-        raise ModelLinkError(f"{what} contains the token id {wrong}; the ids of the vocabulary are 0 to {spec.vocab_size - 1}",
+        raise ModelLinkError(f"{what} contains the token id {wrong}; the ids of the vocabulary are 0 to "
+                             f"{spec.vocab_size - 1}",
                              fix="use the model's own tokenizer")
 
 
@@ -143,7 +149,8 @@ def _without_tensors(value: Any) -> Any:
     return value
 
 
-def _encode(prompt: Any, tokenizer: Tokenizer | None, prompt_type: str | None) -> tuple[list[int], tuple[int, ...]]:
+def _encode(prompt: Any, tokenizer: Tokenizer | None,
+            prompt_type: str | None) -> tuple[list[int], tuple[int, ...]]:
     """Return the token ids of a prompt, and additional ids that end a completion."""
     if not isinstance(prompt, (str, Chat)) and len(prompt) and isinstance(prompt[0], Mapping):
         prompt = Chat(prompt)
@@ -174,7 +181,8 @@ def _not_a_prompt() -> ModelLinkError:
 
 
 def _no_tokenizer(what: str) -> ModelLinkError:
-    return ModelLinkError(f"{what} needs a tokenizer, and the checkpoint has none", where="--tokenizer-name-or-path",
+    return ModelLinkError(f"{what} needs a tokenizer, and the checkpoint has none",
+                          where="--tokenizer-name-or-path",
                           fix="set it to the model's Hugging Face folder, which holds its tokenizer.json")
 
 
@@ -189,18 +197,21 @@ def _max_new_tokens(prompt: int, arguments: GenerationArguments, spec: ModelSpec
     capacity = max_sequence_tokens(spec) - prompt
     least = 0 if arguments.get("prompt_logprobs") else 1
     if capacity < least:
-        raise SequenceTooLong(f"the prompt has {prompt} tokens, the model's maximum length is {spec.max_position_embeddings}",
+        raise SequenceTooLong(f"the prompt has {prompt} tokens, the model's maximum length is "
+                              f"{spec.max_position_embeddings}",
                               fix="shorten the prompt")
     if not wanted and limit is not None:  # in the original, max_new_tokens 0 means that max_length applies
         wanted = limit - prompt
         if wanted < 1:
-            raise ModelLinkError(f"the prompt has {prompt} tokens, which leaves none of {limit} for the completion",
+            raise ModelLinkError(f"the prompt has {prompt} tokens, which leaves none of {limit} for the "
+                                 "completion",
                                  where="--max-length")
     if wanted is None:
         return int(min(DEFAULT_NEW_TOKENS, capacity))
     if wanted < least:
         raise out_of_range("max_new_tokens", wanted, f"at least {least}")
     if wanted > capacity:
-        raise SequenceTooLong(f"a prompt of {prompt} tokens and {wanted} new tokens exceed the model's maximum length of "
-                              f"{spec.max_position_embeddings}", where="--max-new-tokens", fix=f"use at most {capacity}")
+        raise SequenceTooLong(f"a prompt of {prompt} tokens and {wanted} new tokens exceed the model's "
+                              f"maximum length of {spec.max_position_embeddings}", where="--max-new-tokens",
+                              fix=f"use at most {capacity}")
     return wanted

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from modellink.data_prep import Tokenizer
-from modellink.infer.sampling import Sampling, out_of_range
+from modellink.infer.sampling import BeamSearch, Sampling
 from modellink.infer.text import GrowingText
 from modellink.kernels.errors import ModelLinkError
 
@@ -26,12 +25,13 @@ class Generation:
     """A finished completion.
 
     Attributes:
-        text: the generated text, without special tokens and without the stop string that ended it; empty if the checkpoint has
-            no tokenizer.
+        text: the generated text, without special tokens and without the stop string that ended it; empty if
+            the checkpoint has no tokenizer.
         token_ids: all generated tokens, including the one that ended the completion.
-        finish_reason: `stop` (end token, stop string, stop id, or the grammar is complete), `length` (`max_new_tokens`),
-            `cancelled`, or `stuck` (the grammar became too complex to follow).
-        logprobs: log-probability of each token in nats, before temperature and filters; None unless requested.
+        finish_reason: `stop` (end token, stop string, stop id, or the grammar is complete), `length`
+            (`max_new_tokens`), `cancelled`, or `stuck` (the grammar became too complex to follow).
+        logprobs: log-probability of each token in nats, before temperature and filters; None unless
+            requested.
         prompt_tokens: number of tokens in the prompt.
         top_logprobs: the most likely tokens at each position, if requested.
         score: of a beam: sum of the log-probabilities / (tokens ^ length penalty).
@@ -46,32 +46,6 @@ class Generation:
     top_logprobs: list[TokenLogprobs] | None = None
     score: float | None = None
     prompt_logprobs: list[float] | None = None
-
-
-@dataclass(frozen=True)
-class BeamSearch:
-    """Beam search with `beams` hypotheses that returns the best `count`.
-
-    Raises:
-        ModelLinkError: a value is out of range.
-    """
-
-    beams: int
-    count: int = 1
-    length_penalty: float = 1.0
-    early_stopping: bool | Literal["never"] = False
-
-    def __post_init__(self) -> None:
-        if self.beams < 1:
-            raise out_of_range("num_beams", self.beams, "at least 1")
-        if self.count > self.beams:
-            raise ModelLinkError(f"{self.beams} beams cannot return {self.count} completions", where="--num-return-sequences",
-                                 fix=f"use at most {self.beams}")
-        if self.early_stopping not in (True, False, "never"):
-            raise ModelLinkError(f"early_stopping is {self.early_stopping!r}, it must be True, False or 'never'",
-                                 where="early_stopping")
-        if not math.isfinite(self.length_penalty):
-            raise out_of_range("length_penalty", self.length_penalty, "finite")
 
 
 @dataclass(frozen=True)
@@ -102,7 +76,8 @@ class GenerationRequest:
 
 @dataclass
 class Completion:
-    """The tokens generated so far for a request. It grows only by `push`, so that all callers share the rules for its end.
+    """The tokens generated so far for a request. It grows only by `push`, so that all callers share the rules
+    for its end.
 
     Attributes:
         offsets: length of the text before each token, in characters.
@@ -165,7 +140,8 @@ class Completion:
         if self.error is not None:
             raise self.error
         request = self.request
-        return Generation(request.text_prefix + self.text.text, self.token_ids, self.finish_reason,
-                          self.logprobs if request.logprobs else None, len(request.prompt),
-                          self.top_logprobs if request.logprobs and request.top_logprobs else None,
-                          score, self.prompt_logprobs if request.prompt_logprobs else None)
+        logprobs = self.logprobs if request.logprobs else None
+        top_logprobs = self.top_logprobs if request.logprobs and request.top_logprobs else None
+        prompt_logprobs = self.prompt_logprobs if request.prompt_logprobs else None
+        return Generation(request.text_prefix + self.text.text, self.token_ids, self.finish_reason, logprobs,
+                          len(request.prompt), top_logprobs, score, prompt_logprobs)

@@ -1,7 +1,7 @@
 """Chooses the next token from logits.
 
-Order, as in the original: penalties, grammar mask, logits / temperature, top-k, top-p (which keeps the token that crosses the
-threshold), min-p, draw. Not here: beam search.
+Order, as in the original: penalties, grammar mask, logits / temperature, top-k, top-p (which keeps the token
+that crosses the threshold), min-p, draw. Not here: beam search.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def penalize(logits: Tensor, sampling: Sampling, prompt: Sequence[int], completi
     """Return logits [vocabulary] with the penalties applied to tokens that occurred before."""
     generated = torch.tensor([*completion], dtype=torch.long, device=logits.device)
     if (penalty := sampling.repetition_penalty) != 1:
-        seen = torch.cat([torch.tensor([*prompt], dtype=torch.long, device=logits.device), generated]).unique()
+        seen = torch.cat([torch.tensor([*prompt], dtype=torch.long, device=logits.device),
+                          generated]).unique()
         values = logits[seen]
         logits = logits.index_copy(0, seen, torch.where(values > 0, values / penalty, values * penalty))
     if len(generated) and (sampling.presence_penalty or sampling.frequency_penalty):
@@ -45,7 +46,8 @@ def penalize(logits: Tensor, sampling: Sampling, prompt: Sequence[int], completi
 
 
 class Sampler:
-    """Chooses the tokens of one request. It has its own random generator, so the draws do not depend on the batch.
+    """Chooses the tokens of one request. It has its own random generator, so the draws do not depend on the
+    batch.
 
     Args:
         prompt: token ids; only the repetition penalty reads them.
@@ -53,8 +55,8 @@ class Sampler:
         constraint: the grammar that the completion must match.
     """
 
-    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (), completion: Sequence[int] = (),
-                 constraint: Constraint | None = None) -> None:
+    def __init__(self, sampling: Sampling, device: torch.device, prompt: Sequence[int] = (),
+                 completion: Sequence[int] = (), constraint: Constraint | None = None) -> None:
         self.sampling, self.constraint = sampling, constraint
         self._prompt, self._completion = prompt, completion
         self._generator = torch.Generator(device)

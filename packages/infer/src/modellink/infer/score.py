@@ -1,7 +1,8 @@
 """Likelihoods of given texts: log-probabilities of tokens that are already there.
 
-A pass is one line of tokens of many sequences, without padding, over a paged cache. A common prefix (the solved examples before
-all questions of a subject) is computed once and its pages are shared, also with sequences of later calls.
+A pass is one line of tokens of many sequences, without padding, over a paged cache. A common prefix (the
+solved examples before all questions of a subject) is computed once and its pages are shared, also with
+sequences of later calls.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ class _Input:
     def common_pages(self, other: _Input) -> int:
         """Return the number of full pages that both sequences begin with."""
         pages = range(min(len(self.sequence.tokens), len(other.sequence.tokens)) // PAGE_SIZE)
-        return sum(1 for _ in takewhile(lambda page: self.sequence.digest(page) == other.sequence.digest(page), pages))
+
+        def is_common(page: int) -> bool:
+            return self.sequence.digest(page) == other.sequence.digest(page)
+        return sum(1 for _ in takewhile(is_common, pages))
 
 
 class Scorer:
@@ -117,7 +121,8 @@ class Scorer:
         if self._cache is None or longest > self._longest:
             most = longest + MAX_PASS_TOKENS + MAX_PASS_SEQUENCES * PAGE_SIZE
             self._cache = None  # free its memory first
-            self._cache = self._network.make_cache(max_sequences=MAX_PASS_SEQUENCES, max_chunk=MAX_PASS_TOKENS, most=most)
+            self._cache = self._network.make_cache(max_sequences=MAX_PASS_SEQUENCES,
+                                                   max_chunk=MAX_PASS_TOKENS, most=most)
             self._longest = longest
         return self._cache
 
@@ -127,8 +132,8 @@ def _inputs(network: Network, pairs: Sequence[Pair]) -> list[_Input]:
     users: dict[tuple[int, ...], list[int]] = {}
     for number, (context, continuation) in enumerate(pairs):
         users.setdefault((*context, *continuation)[:-1], []).append(number)
-    return [_Input(CachedSequence(list(tokens)), min(len(pairs[number][0]) for number in numbers) - 1, numbers,
-                   shared=not rotary_depends_on_length(network.spec, len(tokens)))
+    return [_Input(CachedSequence(list(tokens)), min(len(pairs[number][0]) for number in numbers) - 1,
+                   numbers, shared=not rotary_depends_on_length(network.spec, len(tokens)))
             for tokens, numbers in sorted(users.items())]
 
 
@@ -158,13 +163,14 @@ def _choose(cache: PagedCache, waiting: Sequence[_Input], logits_budget: int) ->
         budget -= count
         logits_budget -= max(0, start + count - max(item.first, start))
     if not chosen:
-        raise ModelLinkError(f"a text of {len(waiting[0].sequence.tokens)} tokens does not fit into a cache of "
-                             f"{cache.max_sequence_tokens}", fix="shorten the context, or free memory")
+        raise ModelLinkError(f"a text of {len(waiting[0].sequence.tokens)} tokens does not fit into a cache "
+                             f"of {cache.max_sequence_tokens}", fix="shorten the context, or free memory")
     return sorted(chosen, key=lambda pair: pair[1].count > 1)
 
 
 def _run(network: Network, cache: PagedCache, chosen: Sequence[tuple[_Input, Chunk]]) -> list[Tensor]:
-    """Run a pass. Return, for each chunk, the log-probabilities [n, vocabulary] after its wanted tokens; n may be 0."""
+    """Run a pass. Return, for each chunk, the log-probabilities [n, vocabulary] after its wanted tokens; n
+    may be 0."""
     wanted: list[int] = []
     counts, begin = [], 0
     for item, chunk in chosen:
@@ -178,8 +184,10 @@ def _run(network: Network, cache: PagedCache, chosen: Sequence[tuple[_Input, Chu
     return list(logits.split(counts))
 
 
-def _add_logprobs(likelihood: ContinuationLikelihood, pair: Pair, low: int, logprobs: Tensor, best: Tensor) -> None:
-    """Add a pair's log-probabilities from those [n, vocabulary] after the positions `low` to `low` + n - 1 of its input.
+def _add_logprobs(likelihood: ContinuationLikelihood, pair: Pair, low: int, logprobs: Tensor,
+                  best: Tensor) -> None:
+    """Add a pair's log-probabilities from those [n, vocabulary] after the positions `low` to `low` + n - 1 of
+    its input.
 
     Args:
         best: the most likely tokens, [n].

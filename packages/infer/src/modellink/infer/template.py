@@ -1,7 +1,7 @@
 """Renders a conversation to token ids, by the same templates that data-prep uses for training data.
 
-A prompt type is the name of one of data-prep's templates, a JSON file in the same format, or `hf-chat-template`, the tokenizer's
-own. Not here: the conversation itself; see chat.py.
+A prompt type is the name of one of data-prep's templates, a JSON file in the same format, or
+`hf-chat-template`, the tokenizer's own. Not here: the conversation itself; see chat.py.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ def find_format(tokenizer: Tokenizer, prompt_type: str | None) -> ChatFormat | N
     return chat_format(tokenizer, prompt_type)
 
 
-def encode_chat_prompt(tokenizer: Tokenizer, chat: Chat, prompt_type: str | None = None) -> tuple[list[int], tuple[int, ...]]:
-    """Return the token ids up to the model's turn, and the ids that end the turn in addition to the checkpoint's end tokens.
+def encode_chat_prompt(tokenizer: Tokenizer, chat: Chat,
+                       prompt_type: str | None = None) -> tuple[list[int], tuple[int, ...]]:
+    """Return the token ids up to the model's turn, and the ids that end the turn in addition to the
+    checkpoint's end tokens.
 
     Raises:
         ModelLinkError: there is no template, or it does not accept these messages.
@@ -50,10 +52,13 @@ def encode_chat_prompt(tokenizer: Tokenizer, chat: Chat, prompt_type: str | None
     chosen = find_format(tokenizer, prompt_type)
     if chosen is None:
         tools = {"tools": chat.tools} if chat.tools else {}
-        return encode_chat(tokenizer, chat.messages, add_generation_prompt=True, **tools, **chat.variables), ()
+        return encode_chat(tokenizer, chat.messages, add_generation_prompt=True, **tools,
+                           **chat.variables), ()
     if chat.variables:
-        raise ModelLinkError(f"the prompt type {chosen.name} has no variables, but {', '.join(chat.variables)} is set",
-                             where="chat_template_kwargs", fix="remove them, or use the tokenizer's own template")
+        raise ModelLinkError(f"the prompt type {chosen.name} has no variables, but "
+                             f"{', '.join(chat.variables)} is set",
+                             where="chat_template_kwargs",
+                             fix="remove them, or use the tokenizer's own template")
     conversation = from_messages(chat.messages, chat.tools)
     if not conversation.ends_with_question:
         raise ModelLinkError("the last message is not one that the model can answer", where="messages",

@@ -1,7 +1,7 @@
 """Incremental detokenization, and stop strings.
 
-Pieces never split a character and never contain a part of a stop string: text that could be the beginning of one is held back
-until more text decides it.
+Pieces never split a character and never contain a part of a stop string: text that could be the beginning of
+one is held back until more text decides it.
 """
 
 from __future__ import annotations
@@ -64,4 +64,5 @@ class GrowingText:
 
 def _overlap(text: str, stop: str) -> int:
     """Return how many characters at the end of `text` could be the beginning of `stop`."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])),
+                0)

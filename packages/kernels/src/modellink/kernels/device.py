@@ -1,6 +1,6 @@
-"""Which accelerator this process uses, and the few things that differ between them: one `Device` object.
+"""The accelerator of this process, and the few things that differ between accelerators: one `Device` object.
 
-CPU, CUDA and Ascend NPU. torch_npu is imported when an NPU is asked for, never before. Not here: how megatron-core is put
+CPU, CUDA and Ascend NPU. torch_npu is imported only if an NPU is requested. Not here: how megatron-core runs
 on a device (core's engine.py) and the fused ops (ops/).
 """
 
@@ -24,13 +24,14 @@ from torch import Tensor
 from modellink.kernels.errors import ModelLinkError
 
 Kind = Literal["cpu", "cuda", "npu"]
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # malloc.h; 32 MiB is the largest threshold glibc takes
+# malloc.h; 32 MiB is the largest threshold glibc accepts
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device of one kind; `index` counts the devices this process can see."""
+    """One device; `index` counts the devices of its kind that this process can see."""
 
     kind: Kind
     index: int = 0
@@ -46,7 +47,7 @@ class Device:
 
     @property
     def module(self) -> ModuleType | None:
-        """torch.cuda, torch.npu, or None on a CPU."""
+        """torch.cuda, torch.npu, or None for a CPU."""
         return None if self.kind == "cpu" else getattr(torch, self.kind)
 
     def activate(self) -> None:
@@ -66,7 +67,7 @@ class Device:
             self.module.manual_seed(seed)
 
     def memory(self) -> tuple[int, int]:
-        """(allocated now, most allocated so far) in bytes; on a CPU the process's resident memory."""
+        """Return (allocated, peak allocated) in bytes; on a CPU the process's resident memory."""
         if self.module:
             return int(self.module.memory_allocated()), int(self.module.max_memory_allocated())
         unit = 1 if sys.platform == "darwin" else 1024
@@ -74,25 +75,28 @@ class Device:
         return peak if (now := _resident()) is None else now, peak
 
     def memory_report(self) -> dict[str, int]:
-        """Bytes by name: what `memory` gives, and on an accelerator what is reserved for it."""
-        allocated, most = self.memory()
-        report = {"allocated": allocated, "max allocated": most}
+        """Return bytes by name: those of `memory`, and on an accelerator the reserved ones."""
+        allocated, peak = self.memory()
+        report = {"allocated": allocated, "max allocated": peak}
         if self.module:
-            report |= {"reserved": int(self.module.memory_reserved()), "max reserved": int(self.module.max_memory_reserved())}
+            report |= {"reserved": int(self.module.memory_reserved()),
+                       "max reserved": int(self.module.max_memory_reserved())}
         return report
 
     def capture(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """`work` as a graph: what is returned starts its kernels as one, on the tensors they had, and gives the same tensor each
-        time. On a CPU it is `work` itself.
+        """Return `work` captured as a graph: it launches all kernels at once, on the same tensors, and
+        returns the same tensor.
+
+        On a CPU, return `work` itself.
 
         Raises:
-            RuntimeError: it does something that cannot be captured, such as to wait for the device.
+            RuntimeError: it does something that cannot be captured, such as waiting for the device.
         """
         if (module := self.module) is None:
             return work
         aside = module.Stream()
         aside.wait_stream(module.current_stream())
-        with module.stream(aside):  # what is made once is made before
+        with module.stream(aside):  # warm up: one-time allocations happen before the capture
             for _ in range(2):
                 work()
         module.current_stream().wait_stream(aside)
@@ -106,7 +110,7 @@ class Device:
         return replay
 
     def available(self) -> int:
-        """Bytes that can still be allocated."""
+        """Return the bytes that can still be allocated."""
         if self.module:
             return int(self.module.mem_get_info(self.index)[0])
         free = _available() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
@@ -114,7 +118,8 @@ class Device:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what tensors free for those that come: else it goes back to the system, which clears each page anew."""
+    """Make glibc keep freed tensor memory for later tensors: returned to the system, its pages would be
+    cleared again."""
     with contextlib.suppress(OSError, AttributeError):  # another libc
         adjust = ctypes.CDLL(None).mallopt
         for name, value in ((_MMAP_THRESHOLD, 2**25), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 2**26)):
@@ -130,12 +135,15 @@ def _available() -> int | None:
 
 
 def _left_by_limit(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """What the limit of a container (control groups, version 2) leaves, its file pages being free; None: no limit."""
+    """Return the bytes left by a container's limit (control groups v2), with file pages counted as free;
+    None: no limit."""
     try:
         name = next(line for line in own.read_text().splitlines() if line.startswith("0::"))[3:]
         folder = root / name.lstrip("/")
-        limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))  # no number: "max"
-        kept = next(int(line.split()[1]) for line in (folder / "memory.stat").open() if line.startswith("inactive_file "))
+        # "max" is not a number: ValueError
+        limit, used = (int((folder / file).read_text()) for file in ("memory.max", "memory.current"))
+        kept = next(int(line.split()[1]) for line in (folder / "memory.stat").open()
+                    if line.startswith("inactive_file "))
     except (OSError, StopIteration, ValueError):
         return None
     return max(0, limit - used + kept)
@@ -150,34 +158,35 @@ def _resident() -> int | None:
 
 
 def npu_available() -> bool:
-    """Whether torch_npu is installed and sees an NPU.
+    """Return whether torch_npu is installed and finds an NPU.
 
     Raises:
-        ModelLinkError: it is installed, and what it needs is not.
+        ModelLinkError: it is installed, but its dependencies are not.
     """
     if importlib.util.find_spec("torch_npu") is None:
         return False
     try:
         importlib.import_module("torch_npu")  # adds torch.npu
     except ImportError as error:
-        raise ModelLinkError(f"torch_npu cannot be loaded: {error}", where="CANN", fix="source the set_env.sh of the CANN "
-                             "toolkit, or uninstall torch-npu where there is no NPU") from error
+        raise ModelLinkError(f"torch_npu cannot be loaded: {error}", where="CANN",
+                             fix="source the set_env.sh of the CANN "
+                             "toolkit, or uninstall torch-npu on a machine without an NPU") from error
     return bool(vars(torch)["npu"].is_available())
 
 
 def _counted(device: Device) -> Device:
     assert device.module is not None
     if device.index >= (count := device.module.device_count()):
-        raise ModelLinkError(f"process {device.index} of this machine has no device of its own, there are {count}",
+        raise ModelLinkError(f"process {device.index} of this machine has no device: there are {count}",
                              where="--device, --nproc-per-node", fix=f"start at most {count} processes")
     return device
 
 
 def find(kind: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0) -> Device:
-    """The device to run on; `auto` takes an NPU, else a CUDA GPU, else the CPU.
+    """Return the device to run on; `auto` prefers an NPU, then a CUDA GPU, then the CPU.
 
     Raises:
-        ModelLinkError: the kind that was asked for is not there, or not that many.
+        ModelLinkError: the requested kind is not available, or has too few devices.
     """
     if kind in ("auto", "npu") and npu_available():
         return _counted(Device("npu", index))
@@ -185,4 +194,5 @@ def find(kind: Literal["auto", "cpu", "cuda", "npu"] = "auto", index: int = 0) -
         return _counted(Device("cuda", index))
     if kind in ("auto", "cpu"):
         return Device("cpu", index)
-    raise ModelLinkError(f"no {kind} device is there", where="--device", fix="run modellink-doctor to see what is")
+    raise ModelLinkError(f"no {kind} device is available", where="--device",
+                         fix="run modellink-doctor to list the devices")

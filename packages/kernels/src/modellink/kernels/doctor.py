@@ -1,8 +1,9 @@
-"""`modellink-doctor`: what is installed here, which devices there are, and whether the ops do what they mean.
+"""`modellink-doctor`: which versions and devices this machine has, and whether the ops compute what they
+should.
 
-One table each: versions, devices, a collective over the device's backend, and every use of every op on this device against its
-plain form, gradients too; under torchrun also those over ranks, and rank 0 prints. Needs no torch to print the versions. Exit
-status 1 when something that is there does not work.
+It prints one table each for versions, the device with a collective over its backend, and every use of every
+op on this device against its plain form, including gradients; under torchrun also ops over ranks, and rank 0
+prints. The versions need no torch. It exits with status 1 if something does not work.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from rich.table import Table
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.options import Layer, command, option, resolve
 
-DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core", "modellink-infer",
-                 "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy", "safetensors", "tokenizers", "transformers"]
+DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core",
+                 "modellink-infer", "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy",
+                 "safetensors", "tokenizers", "transformers"]
 
 
 def versions() -> dict[str, str]:
+    """Return the installed version of Python and of each distribution."""
     found = {"python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -36,11 +39,12 @@ def versions() -> dict[str, str]:
 
 
 def advice(found: dict[str, str]) -> list[str]:
-    """What does not fit together among the installed versions."""
+    """Return the problems with the combination of installed versions."""
     wrong = []
     torch, npu = found["torch"].split("+")[0], found["torch-npu"]
     if npu != "not installed" and torch.split(".")[:2] != npu.split(".")[:2]:
-        wrong.append(f"torch-npu {npu} belongs to torch {'.'.join(npu.split('.')[:2])}, torch {torch} is installed")
+        wrong.append(f"torch-npu {npu} needs torch {'.'.join(npu.split('.')[:2])}, but torch {torch} is "
+                     f"installed")
     if found["megatron-core"] not in ("0.16.1", "not installed"):
         wrong.append(f"megatron-core 0.16.1 is needed, {found['megatron-core']} is installed")
     return wrong
@@ -67,7 +71,8 @@ def doctor(given: Layer) -> None:
         _print(console, "device", ["", ""], rows)
         failures += bad
         rows, bad = check.ops(device)
-        _print(console, "ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""], rows)
+        _print(console, "ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""],
+               rows)
         failures += bad
     for failure in failures:
         console.print(f"wrong: {failure}")
@@ -80,7 +85,8 @@ def _check() -> Any:
         from modellink.kernels.ops import check
     except RuntimeError as error:  # `import torch` loads torch_npu where that is installed
         raise ModelLinkError(f"torch cannot be loaded: {str(error).splitlines()[0]}", where="torch_npu, CANN",
-                             fix="source the set_env.sh of the CANN toolkit, set TORCH_DEVICE_BACKEND_AUTOLOAD=0, or uninstall "
+                             fix="source the set_env.sh of the CANN toolkit, set "
+                                 "TORCH_DEVICE_BACKEND_AUTOLOAD=0, or uninstall "
                              "torch-npu where there is no NPU") from error
     return check
 

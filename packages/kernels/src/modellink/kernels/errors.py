@@ -1,7 +1,7 @@
 """How every package fails: one exception, the exit statuses, and the one place that prints errors.
 
-A message says what is wrong, where, and how to fix it. A user's mistake ends with status 2 and no traceback, a bug of ours with
-status 1 and a traceback. Not here: retrying, logging, and warnings.
+A message says what is wrong, where, and how to fix it. A user's mistake ends with status 2 and no traceback,
+a bug of ours with status 1 and a traceback. Not here: retrying, logging, and warnings.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ class ModelLinkError(Exception):
         what: one sentence, with the offending values.
         where: the file, option, tensor or row it concerns.
         fix: what to do about it.
-        option: field name of the option at fault, e.g. `max_new_tokens`. Default: the option that `where` names, if `where` is
-            a single option such as `--max-new-tokens`.
+        option: field name of the option at fault, e.g. `max_new_tokens`. Default: the option that `where`
+            names, if `where` is a single option such as `--max-new-tokens`.
     """
 
     exit_status = USER_MISTAKE
 
-    def __init__(self, what: str, *, where: object = None, fix: str | None = None, option: str | None = None) -> None:
+    def __init__(self, what: str, *, where: object = None, fix: str | None = None,
+                 option: str | None = None) -> None:
         self.what, self.where, self.fix = what, where, fix
         self.option = option or _named(where)
         super().__init__(what)
@@ -65,7 +66,8 @@ def _named(where: object) -> str | None:
     return found[1].replace("-", "_") if found else None
 
 
-def _rebuild(cls: type[ModelLinkError], what: str, where: str | None, fix: str | None, option: str | None) -> ModelLinkError:
+def _rebuild(cls: type[ModelLinkError], what: str, where: str | None, fix: str | None,
+             option: str | None) -> ModelLinkError:
     return cls(what, where=where, fix=fix, option=option)
 
 
@@ -137,7 +139,8 @@ def _system_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in SYSTEM_ERRORS:
             raise
-        raise ModelLinkError(str(error.strerror), where=error.filename, fix=SYSTEM_ERRORS[error.errno]) from error
+        raise ModelLinkError(str(error.strerror), where=error.filename,
+                             fix=SYSTEM_ERRORS[error.errno]) from error
 
 
 @contextmanager
@@ -176,7 +179,8 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         sys.exit(0)
     except Exception as error:
         traceback.print_exc()
-        print(f"error: unexpected {type(error).__name__}: {error}\n  fix:   this is a bug in ModelLink; please report it with "
+        print(f"error: unexpected {type(error).__name__}: {error}\n  fix:   this is a bug in ModelLink; "
+              f"please report it with "
               "the traceback above", file=sys.stderr)
         sys.exit(OUR_FAULT)
     sys.exit(0)

@@ -1,10 +1,11 @@
-"""How every package writes: whole or not at all.
+"""How every package writes files: completely or not at all.
 
-A file is written under a temporary name in its own folder, flushed, fsynced and renamed. A folder of many files is written
-as `NAME.tmp`, gets a marker that lists its files and their sizes, and is then renamed; a folder without a fitting marker
-does not count as there. A journal is a file of JSON lines that survives being killed in the middle of a line.
+A file is written under a temporary name in its own folder, flushed, fsynced and renamed. A folder of many
+files is written as `NAME.tmp`, gets a marker with its files and their sizes, and is then renamed; a folder
+without a valid marker is not complete. A journal is a file of JSON lines that survives being killed in the
+middle of a line.
 
-Not here: the formats of what is written, and locks between processes (each piece of work has one writer).
+Not here: the formats of the files, and locks between processes (each piece of work has one writer).
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from typing import IO, Any
 from modellink.kernels.errors import ModelLinkError
 
 MARKER = "modellink.complete"
-SYNC_FILE_RANGE_WRITE = 2  # of linux/fs.h: start writing dirty pages, do not wait
+SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h: start writing dirty pages, do not wait
 
 
 def kill_point(name: str) -> None:
-    """Die here, as a power cut would, when `MODELLINK_KILL_AT` names this point; tests prove what is left on disk."""
+    """Kill this process, like a power cut, if `MODELLINK_KILL_AT` names this point; tests check what is left
+    on disk."""
     if os.environ.get("MODELLINK_KILL_AT") == name:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sync(path: Path) -> None:
-    """fsync a file or a folder (a folder's entries are what a rename changes)."""
+    """fsync a file or a folder (a rename changes the folder)."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -42,9 +44,10 @@ def sync(path: Path) -> None:
 
 
 def start_writeback(handle: int, offset: int, count: int) -> bool:
-    """Have the kernel begin to move bytes already written to the disk, so that a later fsync finds little left to wait for.
+    """Start writing back bytes that were already written, so that a later fsync has little to wait for.
 
-    This is Linux' sync_file_range(2), which Python has no name for. Returns whether the kernel took it; nothing depends on it.
+    This calls Linux' sync_file_range(2), which Python does not have. Returns whether it was accepted; nothing
+    depends on it.
     """
     begin = getattr(ctypes.CDLL(None), "sync_file_range", None)
     return begin is not None and not begin(
@@ -53,11 +56,12 @@ def start_writeback(handle: int, offset: int, count: int) -> bool:
 
 @contextmanager
 def atomic_write(path: Path | str, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
-    """Open `path` for writing; it appears with its whole content when the block ends, and not at all when it raises.
+    """Open `path` for writing; it appears with its full content when the block ends, and not at all if it
+    raises.
 
     Args:
-        durable: wait until it is on the disk. Without that, only for what has its checksum elsewhere: no crash of the process
-            leaves half a file, but a power cut may.
+        durable: wait until it is on the disk. False is only for files whose checksum is stored elsewhere: a
+            crash of the process still leaves no partial file, but a power cut may.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -76,7 +80,7 @@ def atomic_write(path: Path | str, mode: str = "wb", *, durable: bool = True) ->
 
 
 def remove_leftovers(path: Path | str) -> None:
-    """Delete the temporary files that killed runs of `atomic_write(path)` left; nobody else may be writing `path` now."""
+    """Delete temporary files of killed `atomic_write(path)` calls; no other process may be writing `path`."""
     path = Path(path)
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         temporary.unlink(missing_ok=True)
@@ -103,18 +107,20 @@ def read_json(path: Path | str) -> Any:
 
 
 def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raise unless `path` can be made anew; with `overwrite` it may be there (and is replaced when the new one is whole)."""
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
-        raise ModelLinkError("the output exists", where=path, fix="choose another name, remove it, or pass --overwrite")
+    """Raise a ModelLinkError if `path` exists and is not an empty folder; with `overwrite` it may exist."""
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not overwrite and not empty:
+        raise ModelLinkError("the output exists", where=path,
+                             fix="choose another name, remove it, or pass --overwrite")
 
 
 @contextmanager
 def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
-    """Yield `path.tmp` to be filled; when the block ends it is marked complete and renamed to `path`.
+    """Yield the new folder `path.tmp`; when the block ends it is marked complete and renamed to `path`.
 
     Args:
         overwrite: replace an existing `path`.
-        keep: leave an unfinished `path.tmp` of an earlier run in place, for work that continues where it stopped.
+        keep: keep an unfinished `path.tmp` of an earlier run, for work that resumes.
     """
     path = Path(path)
     refuse_existing(path, overwrite=overwrite)
@@ -127,7 +133,7 @@ def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = Fal
 
 
 def mark_complete(folder: Path) -> None:
-    """fsync every file below `folder` and write the marker that lists them."""
+    """fsync every file in `folder`, and write the marker that lists them."""
     sizes = {}
     for file in sorted(folder.rglob("*")):
         sync(file)
@@ -137,7 +143,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def move_into_place(temporary: Path, path: Path) -> None:
-    """Rename the finished folder `temporary` to `path`, replacing what is there."""
+    """Rename the finished folder `temporary` to `path`, replacing an existing one."""
     kill_point("before-rename")
     if path.exists():
         old = path.with_name(path.name + ".old")
@@ -151,14 +157,15 @@ def move_into_place(temporary: Path, path: Path) -> None:
 
 
 def finish_folder(temporary: Path, path: Path) -> None:
-    """Mark `temporary` complete and rename it to `path` (replacing what is there)."""
+    """Mark `temporary` complete and rename it to `path`, replacing an existing folder."""
     kill_point("after-write")
     mark_complete(temporary)
     move_into_place(temporary, path)
 
 
 def incomplete(path: Path) -> str | None:
-    """Why the folder `path` cannot be trusted, or None when its marker and every file the marker lists are there."""
+    """Return why the folder `path` is not complete, or None if its marker and all files listed there are
+    present."""
     marker = path / MARKER
     if not marker.is_file():
         return f"it has no {MARKER}, so writing it did not finish"
@@ -168,14 +175,14 @@ def incomplete(path: Path) -> str | None:
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes, {size} were written"
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
     return None
 
 
 class Journal:
-    """A file of JSON lines that work is noted in as it finishes, and read back when it continues.
+    """A file of JSON lines that records finished work, and is read when the work resumes.
 
-    A last line that was cut off by a kill is dropped when the journal is opened again.
+    A last line that was truncated by a kill is dropped when the journal is opened.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -191,13 +198,13 @@ class Journal:
                 except ValueError:
                     raise ModelLinkError(
                         f"line {len(self.entries) + 1} is not JSON", where=self.path,
-                        fix="this is not a journal of ours; remove it or choose another output") from None
+                        fix="this is not one of our journals; remove it or choose another output") from None
                 good += len(line)
         self._file = open(self.path, "ab")
         self._file.truncate(good)
 
     def append(self, *entries: object) -> None:
-        """Note `entries`; they are on disk when this returns."""
+        """Record `entries`; they are on disk when this returns."""
         for entry in entries:
             self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._file.flush()

@@ -1,7 +1,7 @@
 """Options that several commands share: how a model is split across ranks, and which checkpoint it comes from.
 
-A command's option class inherits from these, so that flags, YAML keys and help texts are the same in every command. Not here:
-how a layout assigns layers and rows to ranks (parallel.py).
+A command's option class inherits from these, so that flags, YAML keys and help texts are the same in every
+command. Not here: how a layout assigns layers and rows to ranks (parallel.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from modellink.kernels.parallel import ParallelLayout
 class LayoutOptions:
     """How a model is split across ranks."""
 
-    tensor_model_parallel_size: int = option(1, "Tensor parallel size: ranks that share each weight matrix.", alias="--tp",
-                                             minimum=1)
-    pipeline_model_parallel_size: int = option(1, "Pipeline parallel size: stages that share the layers.", alias="--pp",
-                                               minimum=1)
-    expert_model_parallel_size: int = option(1, "Expert parallel size: ranks that share the experts of a layer.", alias="--ep",
-                                             minimum=1)
+    tensor_model_parallel_size: int = option(1, "Tensor parallel size: ranks that share each weight matrix.",
+                                             alias="--tp", minimum=1)
+    pipeline_model_parallel_size: int = option(1, "Pipeline parallel size: stages that share the layers.",
+                                               alias="--pp", minimum=1)
+    expert_model_parallel_size: int = option(1,
+                                             "Expert parallel size: ranks that share the experts of a layer.",
+                                             alias="--ep", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(
         None, "Number of layers of each pipeline stage, e.g. 4,6,6,4. Default: the same for all stages.")
 
@@ -43,7 +44,8 @@ class LayoutOptions:
         return 1
 
     def layout(self, num_layers: int | None = None, world_size: int | None = None) -> ParallelLayout:
-        """Return the layout of `world_size` processes; ranks that model parallelism does not use are data parallel.
+        """Return the layout of `world_size` processes; ranks that model parallelism does not use are data
+        parallel.
 
         Args:
             num_layers: layers of the model. Default: not known, the layout has no virtual stages.
@@ -57,9 +59,11 @@ class LayoutOptions:
         dp, rest = divmod(processes, one.world_size)
         if rest:
             raise ModelLinkError(f"{processes} processes are not a multiple of {one.world_size} ({one})",
-                                 where="--nproc-per-node", fix=f"use {one.world_size}, {2 * one.world_size} or another multiple")
+                                 where="--nproc-per-node",
+                                 fix=f"use {one.world_size}, {2 * one.world_size} or another multiple")
         if dp * one.cp % ep:
-            raise ModelLinkError(f"expert parallel size {ep} does not divide the {dp * one.cp} data-parallel ranks",
+            raise ModelLinkError(f"expert parallel size {ep} does not divide the {dp * one.cp} data-parallel "
+                                 f"ranks",
                                  where="--expert-model-parallel-size",
                                  fix=f"use a divisor of {dp * one.cp}, or more processes")
         return replace(one, vpp=1 if num_layers is None else self.chunks(num_layers), ep=ep, dp=dp)
@@ -70,7 +74,8 @@ class VirtualLayoutOptions(LayoutOptions):
     """A layout whose pipeline stages may hold several model chunks (virtual stages)."""
 
     num_layers_per_virtual_pipeline_stage: int | None = option(
-        None, "Number of layers of a model chunk, for interleaved pipeline stages of several chunks.", minimum=1)
+        None, "Number of layers of a model chunk, for interleaved pipeline stages of several chunks.",
+        minimum=1)
 
     def chunks(self, num_layers: int) -> int:
         """Return the number of model chunks of a pipeline stage.
@@ -82,7 +87,8 @@ class VirtualLayoutOptions(LayoutOptions):
         if size is None:
             return 1
         if num_layers % (stages * size):
-            raise ModelLinkError(f"{num_layers} layers cannot be split into chunks of {size} layers for {stages} stages",
+            raise ModelLinkError(f"{num_layers} layers cannot be split into chunks of {size} layers for "
+                                 f"{stages} stages",
                                  where="--num-layers-per-virtual-pipeline-stage",
                                  fix="use a number that divides the layers of a stage")
         return num_layers // (stages * size)
@@ -92,7 +98,8 @@ class VirtualLayoutOptions(LayoutOptions):
 class ModelPathOptions:
     """What a checkpoint may not say about its model."""
 
-    model_type_hf: str | None = option(None, "Model family, e.g. qwen2. Default: the one that the checkpoint names.")
+    model_type_hf: str | None = option(None,
+                                       "Model family, e.g. qwen2. Default: the one that the checkpoint names.")
     tokenizer_name_or_path: Path | None = option(
         None, "Hugging Face folder with config.json and tokenizer, for a checkpoint that has none.")
 
@@ -102,8 +109,8 @@ class RunModelOptions(LayoutOptions, ModelPathOptions):
     """A checkpoint that is loaded to generate or score text, and where it runs."""
 
     prompt_type: str | None = option(
-        None, "Chat template: a prompt type of modellink-preprocess, or a JSON file. Default: the one the checkpoint was trained "
-        "with.")
+        None, "Chat template: a prompt type of modellink-preprocess, or a JSON file. Default: the one the "
+              "checkpoint was trained with.")
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to run on.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         None, "Data type of weights and activations. Default: the checkpoint's.")

@@ -1,10 +1,11 @@
-"""Configuration by dataclasses: one field is the command-line option, the YAML key and a row of the documentation.
+"""Configuration by dataclasses: one field is the command-line option, the YAML key and a row of the
+documentation.
 
-Values are merged from layers in rising precedence (default < preset < YAML file < command line), and every value keeps its
-source, so that an error about two options can name both. An unknown key is an error.
+Values are merged from layers in rising precedence (default < preset < YAML file < command line), and every
+value keeps its source, so that an error about two options can name both. An unknown key is an error.
 
-Not here: rules between options (a config class has a `check` method for them), and the options that several packages share
-(model_options.py).
+Not here: rules between options (a config class has a `check` method for them), and the options that several
+packages share (model_options.py).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ _REQUIRED: Any = dataclasses.MISSING
 _NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?$")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 SYNONYMS = {
-    "mcore": ("megatron-core",), "core": ("megatron-core",), "megatron": ("megatron-core",), "mg": ("megatron-core",),
-    "legacy": ("megatron-legacy",), "huggingface": ("hf",), "hugging-face": ("hf",), "transformers": ("hf",),
-    "safetensors": ("hf",), "lora": ("peft",), "dcp": ("torch-dist",), "dist": ("torch-dist",), "distcp": ("torch-dist",),
-    "bf16": ("bfloat16",), "bfloat16": ("bf16",), "fp16": ("float16",), "float16": ("fp16",), "half": ("fp16", "float16"),
-    "fp32": ("float32",), "float32": ("fp32",), "float": ("fp32", "float32"), "gpu": ("cuda",), "ascend": ("npu",)}
+    "mcore": ("megatron-core",), "core": ("megatron-core",), "megatron": ("megatron-core",),
+    "mg": ("megatron-core",), "legacy": ("megatron-legacy",), "huggingface": ("hf",), "hugging-face": ("hf",),
+    "transformers": ("hf",), "safetensors": ("hf",), "lora": ("peft",), "dcp": ("torch-dist",),
+    "dist": ("torch-dist",), "distcp": ("torch-dist",), "bf16": ("bfloat16",), "bfloat16": ("bf16",),
+    "fp16": ("float16",), "float16": ("fp16",), "half": ("fp16", "float16"), "fp32": ("float32",),
+    "float32": ("fp32",), "float": ("fp32", "float32"), "gpu": ("cuda",), "ascend": ("npu",)}
 """What people write for a choice, too different from it for edit distance -> the choices they mean."""
 
 
@@ -49,8 +51,8 @@ class About:
     choices: Callable[[], Sequence[str]] | None = None
 
 
-def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None, alias: str | Sequence[str] = (),
-           minimum: float | None = None, maximum: float | None = None,
+def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None,
+           alias: str | Sequence[str] = (), minimum: float | None = None, maximum: float | None = None,
            choices: Callable[[], Sequence[str]] | None = None) -> Any:
     """Declare a dataclass field that is also an option.
 
@@ -95,7 +97,8 @@ class Field:
         if self.many:
             parts = value if isinstance(value, (list, tuple)) else [value]
             if self.kind in (int, float):  # the original separates lists of numbers by commas
-                parts = [number for part in parts for number in (part.split(",") if isinstance(part, str) else [part])]
+                parts = [number for part in parts
+                         for number in (part.split(",") if isinstance(part, str) else [part])]
             return tuple(self._one(part, source) for part in parts)
         return self._one(value, source)
 
@@ -107,22 +110,26 @@ class Field:
             if not isinstance(value, bool):
                 raise self._wrong(value, source)
             return value
-        if isinstance(value, (bool, Mapping, list)) or (kind is int and isinstance(value, float) and value != int(value)):
+        if isinstance(value, (bool, Mapping, list)) or (kind is int and isinstance(value, float)
+                                                        and value != int(value)):
             raise self._wrong(value, source)
         try:
             result = kind(value)
         except (TypeError, ValueError):
             raise self._wrong(value, source) from None
         low, high = self.about.minimum, self.about.maximum
-        if kind in (int, float) and not ((low is None or result >= low) and (high is None or result <= high)):  # nor is NaN
+        # nor is NaN
+        if kind in (int, float) and not ((low is None or result >= low) and (high is None or result <= high)):
             limits = " and ".join(([f"at least {low:g}"] if low is not None else [])
                                   + ([f"at most {high:g}"] if high is not None else []))
-            raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source, option=self.name)
+            raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source,
+                                 option=self.name)
         return result
 
     def _wrong(self, value: Any, source: str) -> ModelLinkError:
         wanted = KINDS.get(self.kind, str(self.kind))
-        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source, option=self.name)
+        return ModelLinkError(f"{self.flag} is {value!r}, it must be {wanted}", where=source,
+                              option=self.name)
 
 
 def choose(value: Any, choices: Sequence[Any], *, flag: str, where: object, option: str | None = None) -> Any:
@@ -140,8 +147,8 @@ def choose(value: Any, choices: Sequence[Any], *, flag: str, where: object, opti
     names = list(map(str, choices))
     meant = [choice for choice in SYNONYMS.get(spelled, ()) if choice in names]
     fix = f"did you mean {' or '.join(meant)}?" if meant else near(spelled, names)
-    raise ModelLinkError(f"{flag} is {value!r}, it must be one of {', '.join(names)}", where=where, fix=fix or None,
-                         option=option)
+    raise ModelLinkError(f"{flag} is {value!r}, it must be one of {', '.join(names)}", where=where,
+                         fix=fix or None, option=option)
 
 
 def fields_of(cls: type) -> list[Field]:
@@ -193,7 +200,8 @@ def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
     """Merge the layers into one object of each class, and call its `check()` if it has one.
 
     Raises:
-        ModelLinkError: an unknown key, a value of the wrong type or out of range, or a required option that is missing.
+        ModelLinkError: an unknown key, a value of the wrong type or out of range, or a required option that
+            is missing.
     """
     classes = list(classes)
     known = {item.name: item for cls in classes for item in fields_of(cls)}
@@ -209,8 +217,9 @@ def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
     missing = [item for item in known.values() if item.default is _REQUIRED and item.name not in values]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        raise ModelLinkError(f"{', '.join(item.flag for item in missing)} {verb} required", where="command line",
-                             fix=f"{missing[0].flag}: {missing[0].about.doc}", option=missing[0].name)
+        raise ModelLinkError(f"{', '.join(item.flag for item in missing)} {verb} required",
+                             where="command line", fix=f"{missing[0].flag}: {missing[0].about.doc}",
+                             option=missing[0].name)
     configs = {}
     for cls in classes:
         configs[cls] = cls(**{item.name: values[item.name] for item in fields_of(cls) if item.name in values})
@@ -247,8 +256,9 @@ def yaml_layer(path: Path) -> Layer:
 class Command(click.Command):
     """A click command that takes its options from config classes.
 
-    The function is called with its own click parameters and with `given`, the Layer of the command line. An option of many
-    values takes all words up to the next option (`--data-path 0.3 a 0.7 b`), as in the original.
+    The function is called with its own click parameters and with `given`, the Layer of the command line. An
+    option of many values takes all words up to the next option (`--data-path 0.3 a 0.7 b`), as in the
+    original.
     """
 
     def __init__(self, *args: Any, configs: Sequence[type] = (), **kwargs: Any) -> None:
@@ -256,7 +266,8 @@ class Command(click.Command):
         self.fields = [item for cls in configs for item in fields_of(cls)]
         for item in self.fields:
             self.params.append(_click_option(item))
-        self._many = {name for item in self.fields if item.many for name in ("--" + item.name, item.flag, *item.about.alias)}
+        self._many = {name for item in self.fields if item.many
+                      for name in ("--" + item.name, item.flag, *item.about.alias)}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         spread: list[str] = []
@@ -304,14 +315,17 @@ def _click_option(item: Field) -> click.Option:
     else:
         label = {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(item.kind, "TEXT")
     metavar = f"{label}..." if item.many else label
-    return click.Option(names, default=None, multiple=item.many, help=text, type=click.STRING, metavar=metavar)
+    return click.Option(names, default=None, multiple=item.many, help=text, type=click.STRING,
+                        metavar=metavar)
 
 
-def command(*configs: type, name: str | None = None, help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
+def command(*configs: type, name: str | None = None,
+            help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
     """Decorator: make a function a console command with the options of these config classes (see `Command`)."""
     def wrap(function: Callable[..., Any]) -> Command:
         return click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
-                             context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})(function)
+                             context_settings={"help_option_names": ["-h", "--help"],
+                                               "max_content_width": 120})(function)
     return wrap
 
 

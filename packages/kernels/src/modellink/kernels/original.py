@@ -1,15 +1,17 @@
-"""Command lines of the original: flags that are called otherwise here, mean nothing here, or ask for what is not done.
+"""Command lines of the original: flags that have another name here, have no effect, or request something
+unsupported.
 
-Each package lists them in its `original_flags.yaml`; flags that have an option of the same name are not listed. Of a
-flag it says one of
+Each package lists them in its `original_flags.yaml`, except flags that have an option of the same name. An
+entry has one of
 
-    as: words that take its place; `{}` is its value, or what `of` makes of it
-    choices: for each value the words that take its place; they win over options of the same line
-    ignored: why nothing is lost; said on stderr
-    refused: what it would ask for, with `fix`: what to do
+    as: words that replace the flag; `{}` is its value, or the result of `of`
+    choices: for each value the words that replace it; they override options of the same line
+    ignored: the reason why it has no effect; printed on stderr
+    refused: what it would request, with `fix`: what to do instead
 
-and `values`: how many words follow it (none where nothing is said); `place`: first or last, where its words lose
-against all others or win; `of`: the value as a product, quotient or root of another flag's on the same line.
+and `values`: the number of words that follow the flag (default: 0); `place`: first or last, if its words are
+overridden by all others or override them; `of`: the value is a product, quotient or root with another flag's
+value on the same line.
 """
 
 from __future__ import annotations
@@ -26,21 +28,22 @@ from modellink.kernels.errors import ModelLinkError
 
 
 def original_flags(package: str) -> dict[str, dict[str, Any]]:
-    """The table of a package, e.g. `modellink.core`."""
+    """Return the table of a package, e.g. `modellink.core`."""
     text = resources.files(package).joinpath("original_flags.yaml").read_text(encoding="utf-8")
     table: dict[str, dict[str, Any]] = yaml.safe_load(text)
     return table
 
 
-def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]], defaults: Sequence[str] = ()) -> list[str]:
-    """A command line of the original in our words.
+def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]],
+              defaults: Sequence[str] = ()) -> list[str]:
+    """Translate a command line of the original to our options.
 
     Args:
-        defaults: what the original takes where a line says nothing, and we take otherwise; put in front of a line that has a flag
-            of the table.
+        defaults: options whose default differs in the original; they are put in front of a line that has a
+            flag of the table.
 
     Raises:
-        ModelLinkError: a flag asks for something that is not done, or its value is none of those known.
+        ModelLinkError: a flag requests something unsupported, or has an unknown value.
     """
     made: dict[str, list[str]] = {"first": [], "": [], "choices": [], "last": []}
     ignored: dict[str, list[str]] = {}
@@ -53,7 +56,8 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]], defau
             made[""].append(args[index - 1])
             continue
         values = [value] if joined else []
-        while not joined and len(values) < about.get("values", 0) and index < len(args) and not args[index].startswith("--"):
+        while not joined and len(values) < about.get("values",
+                                                     0) and index < len(args) and not args[index].startswith("--"):
             values.append(args[index])
             index += 1
         if "ignored" in about:
@@ -62,10 +66,11 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]], defau
             place = "choices" if "choices" in about else about.get("place", "")
             made[place] += _words(flag, values, about, args)
     for why, flags in ignored.items():
-        print(f"note: {', '.join(flags)} {'is' if len(flags) == 1 else 'are'} ignored: {why}", file=sys.stderr)
+        verb = "is" if len(flags) == 1 else "are"
+        print(f"note: {', '.join(flags)} {verb} ignored: {why}", file=sys.stderr)
     if not defaults or (not ignored and made[""] == list(args)):
         return [word for words in made.values() for word in words]
-    print(f"note: a command line of the original; where it says nothing, this holds as there: {' '.join(defaults)}",
+    print(f"note: this is a command line of the original; its defaults are used: {' '.join(defaults)}",
           file=sys.stderr)
     return [*defaults, *(word for words in made.values() for word in words)]
 
@@ -74,22 +79,25 @@ def _words(flag: str, values: list[str], about: Mapping[str, Any], line: Sequenc
     if "of" in about and (value := _computed(values, about["of"], line)) is not None:
         values = [value]
     elif "refused" in about:
-        raise ModelLinkError(f"{flag} is not done here: {about['refused']}", where=flag, fix=about.get("fix"))
+        raise ModelLinkError(f"{flag} is not supported: {about['refused']}", where=flag, fix=about.get("fix"))
     if "choices" in about:
         (value,) = values or [""]
         if value not in about["choices"]:
-            raise ModelLinkError(f"{flag} is {value!r}", where=flag, fix=f"known: {', '.join(about['choices'])}")
+            raise ModelLinkError(f"{flag} is {value!r}", where=flag,
+                                 fix=f"known: {', '.join(about['choices'])}")
         return [word for word in about["choices"][value].split() if word]
     return [word.replace("{}", " ".join(values)) for word in about["as"].split()]
 
 
 def _computed(values: list[str], how: Mapping[str, str], line: Sequence[str]) -> str | None:
-    """The value by `how`, {product, quotient or root: another flag}; None where the line does not have that flag's number."""
+    """Return the value by `how` {product, quotient or root: another flag}; None if the line lacks that flag's
+    number."""
     ((rule, other),) = how.items()
     try:
         theirs = float(line[line.index(other) + 1])
         own = float(values[0]) if values else 0.0
     except (ValueError, IndexError):
         return None
-    found = {"product": own * theirs, "quotient": own / theirs if theirs else 0.0, "root": math.sqrt(theirs)}[rule]
+    found = {"product": own * theirs, "quotient": own / theirs if theirs else 0.0,
+             "root": math.sqrt(theirs)}[rule]
     return f"{found:.17g}"

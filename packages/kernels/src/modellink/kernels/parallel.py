@@ -1,7 +1,9 @@
-"""How a model is split across ranks: the layers of a pipeline stage, the rows of a rank, the experts of a rank.
+"""How a model is split across ranks: the layers of a pipeline stage, the rows of a rank, the experts of a
+rank.
 
-Core uses it to build and load a model, the converter to split and merge checkpoints. Pure Python: a row map is a list of ranges
-over the rows (or columns) of the unsharded tensor, in the order in which the rank holds them.
+Core uses it to build and load a model, the converter to split and merge checkpoints. Pure Python: a row map
+is a list of ranges over the rows (or columns) of the unsharded tensor, in the order in which the rank holds
+them.
 
 Not here: process groups (megatron-core makes them) and tensors.
 """
@@ -15,8 +17,8 @@ from typing import Literal
 from modellink.kernels.errors import ModelLinkError
 
 Split = Literal["replicated", "column", "row", "gated", "vocab"]
-"""How tensor parallelism splits a matrix [out, in]: replicated; by rows; by columns; by rows of each half (gate, up) separately;
-by rows of the padded vocabulary."""
+"""How tensor parallelism splits a matrix [out, in]: replicated; by rows; by columns; by rows of each half
+(gate, up) separately; by rows of the padded vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class ParallelLayout:
     Attributes:
         vpp: number of model chunks of a pipeline stage (1: no interleaving).
         num_layer_list: number of layers of each stage, if they differ; excludes `vpp` > 1.
-        ulysses: of the `cp` ranks of a sequence, so many exchange heads for tokens; such groups pass keys and values around a
-            ring (1: ring attention, cp: no ring).
+        ulysses: of the `cp` ranks of a sequence, so many exchange heads for tokens; such groups pass keys and
+            values around a ring (1: ring attention, cp: no ring).
     """
 
     tp: int = 1
@@ -44,7 +46,8 @@ class ParallelLayout:
         return self.tp * self.pp * self.cp * self.dp
 
     def __str__(self) -> str:
-        sizes = [("TP", self.tp), ("PP", self.pp), ("VPP", self.vpp), ("CP", self.cp), ("EP", self.ep), ("DP", self.dp)]
+        sizes = [("TP", self.tp), ("PP", self.pp), ("VPP", self.vpp), ("CP", self.cp), ("EP", self.ep),
+                 ("DP", self.dp)]
         return " x ".join(f"{name} {size}" for name, size in sizes if size > 1) or "one rank"
 
     def check_layers(self, num_layers: int) -> None:
@@ -55,7 +58,8 @@ class ParallelLayout:
                                      where="--num-layer-list, --num-layers-per-virtual-pipeline-stage")
             if len(self.num_layer_list) != self.pp or sum(self.num_layer_list) != num_layers or min(self.num_layer_list) < 1:
                 raise ModelLinkError(
-                    f"the layer list {','.join(map(str, self.num_layer_list))} has {len(self.num_layer_list)} stages with "
+                    f"the layer list {','.join(map(str, self.num_layer_list))} has "
+                    f"{len(self.num_layer_list)} stages with "
                     f"{sum(self.num_layer_list)} layers; there are {self.pp} stages and {num_layers} layers",
                     where="--num-layer-list")
         elif num_layers % (self.pp * self.vpp):
@@ -80,7 +84,8 @@ class ParallelLayout:
         """Return the global numbers (from 0) of the experts of expert-parallel rank `rank`."""
         if num_experts % self.ep:
             raise ModelLinkError(f"{num_experts} experts cannot be split evenly across {self.ep} ranks",
-                                 where="--expert-model-parallel-size", fix=f"use {_choices(divisors(num_experts))}")
+                                 where="--expert-model-parallel-size",
+                                 fix=f"use {_choices(divisors(num_experts))}")
         count = num_experts // self.ep
         return range(rank * count, (rank + 1) * count)
 
@@ -95,8 +100,10 @@ def _choices(sizes: Sequence[int]) -> str:
 
 def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups: int,
                           ffn_hidden_sizes: Sequence[int]) -> None:
-    """Raise a ModelLinkError if `tp` does not divide the query groups or a feed-forward hidden size; it names what works."""
-    works = [size for size in divisors(num_query_groups) if all(width % size == 0 for width in ffn_hidden_sizes)]
+    """Raise a ModelLinkError if `tp` does not divide the query groups or a feed-forward hidden size; it names
+    what works."""
+    works = [size for size in divisors(num_query_groups)
+             if all(width % size == 0 for width in ffn_hidden_sizes)]
     if num_query_groups % tp:
         raise ModelLinkError(
             f"tensor parallel size {tp} does not divide the {num_query_groups} query groups "
@@ -104,7 +111,8 @@ def check_tensor_parallel(tp: int, *, num_attention_heads: int, num_query_groups
             where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
     for width in ffn_hidden_sizes:
         if width % tp:
-            raise ModelLinkError(f"tensor parallel size {tp} does not divide the feed-forward hidden size {width}",
+            raise ModelLinkError(f"tensor parallel size {tp} does not divide the feed-forward hidden size "
+                                 f"{width}",
                                  where="--tensor-model-parallel-size", fix=f"use {_choices(works)}")
 
 
@@ -115,7 +123,8 @@ def padded_vocab_size(vocab_size: int, tp: int, divisible_by: int = 1) -> int:
 
 
 def shard_ranges(split: Split, size: int, tp: int, rank: int) -> list[range]:
-    """Return the ranges of the `size` rows (columns if `split` is `row`) of a tensor that tensor-parallel rank `rank` holds.
+    """Return the ranges of the `size` rows (columns if `split` is `row`) of a tensor that tensor-parallel
+    rank `rank` holds.
 
     Raises:
         ModelLinkError: `size` (for `gated`, half of it) is not divisible by `tp`.
@@ -131,8 +140,10 @@ def shard_ranges(split: Split, size: int, tp: int, rank: int) -> list[range]:
     return [range(p * part + rank * count, p * part + (rank + 1) * count) for p in range(parts)]
 
 
-def query_key_value_rows(num_attention_heads: int, num_query_groups: int, head_dim: int) -> list[tuple[str, range]]:
-    """Return the rows of Megatron's fused QKV matrix in order: group by group, its queries, its key, its value.
+def query_key_value_rows(num_attention_heads: int, num_query_groups: int,
+                         head_dim: int) -> list[tuple[str, range]]:
+    """Return the rows of Megatron's fused QKV matrix in order: group by group, its queries, its key, its
+    value.
 
     Each entry is (`q`, `k` or `v`, rows of that projection). Splitting the rows evenly never splits a group.
     """

@@ -1,6 +1,8 @@
-"""How long work shows itself: a bar with rate and time left on a terminal, a plain line now and then elsewhere.
+"""Progress of long work: a bar with rate and remaining time on a terminal, a plain line every few seconds
+elsewhere.
 
-Both go to stderr, so that stdout holds results alone. Not here: the training log, whose lines have a format of their own.
+Both go to stderr, so that stdout has only results. Not here: the training log, whose lines have their own
+format.
 """
 
 from __future__ import annotations
@@ -13,20 +15,21 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 GIGABYTE = 10 ** 9
-PLAIN_SECONDS = 10.0  # between two lines where there is no terminal
+PLAIN_SECONDS = 10.0  # between two lines without a terminal
 
 
 class Work:
-    """A piece of work of a known or unknown size.
+    """Work of known or unknown size, as a context manager.
 
     Args:
         what: a few words, e.g. `converting`.
-        total: how many units there are; None when nobody knows.
-        unit: the plural of what is counted, e.g. `tensors`; `bytes` are shown as GB.
-        show: False keeps it quiet (every rank but the first).
+        total: number of units; None if it is unknown.
+        unit: plural name of a unit, e.g. `tensors`; `bytes` are shown as GB.
+        show: False prints nothing (on every rank but the first).
     """
 
-    def __init__(self, what: str, total: int | None = None, *, unit: str = "items", show: bool = True) -> None:
+    def __init__(self, what: str, total: int | None = None, *, unit: str = "items",
+                 show: bool = True) -> None:
         self.what, self.total, self.unit, self.show = what, total, unit, show
         self.done, self._start, self._last = 0, time.monotonic(), time.monotonic()
         self._bar: Progress | None = None
@@ -34,11 +37,13 @@ class Work:
     def __enter__(self) -> Work:
         self._start = self._last = time.monotonic()
         if self.show and sys.stderr.isatty():
-            from rich.console import Console  # a tenth of a second that worker processes and log files have no use for
+            # importing it takes 0.1 s, which worker processes and log files need not wait for
+            from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
-                                 TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(),
+                                 TextColumn("{task.fields[count]}"), TimeElapsedColumn(),
+                                 TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
             self._bar.add_task(self.what, total=self.total, count="")
         return self

@@ -1,7 +1,8 @@
 """Model families: how a Hugging Face config and its tensor names map to ModelSpec and canonical weights.
 
-A family is a module with a class marked `@register`. Modules in this folder are discovered; modules of other distributions are
-named by entry points of the group `modellink.families`. Adding a family changes no other file.
+A family is a module with a class marked `@register`. Modules in this folder are discovered; modules of other
+distributions are named by entry points of the group `modellink.families`. Adding a family changes no other
+file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from modellink.kernels.errors import ModelLinkError, near
 
 GROUP = "modellink.families"
 NO_FORM = "none"  # the family of a model without a Hugging Face form
-ORIGINALS_BASE = "llama2"  # the original's family of all models with Llama's tensor names: Llama, Qwen2, Mistral ...
+# the original's family of all models with Llama's tensor names: Llama, Qwen2, Mistral ...
+ORIGINALS_BASE = "llama2"
 
 
 _families: dict[str, Family] = {}
@@ -72,7 +74,8 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
     """Return (ModelSpec, family) of a config.json; `family` replaces an unknown model type.
 
     Raises:
-        ModelLinkError: unknown model type, missing key, unsupported feature, or `family` contradicts the config.
+        ModelLinkError: unknown model type, missing key, unsupported feature, or `family` contradicts the
+            config.
     """
     stated = _stated(config)
     if family == ORIGINALS_BASE:
@@ -89,11 +92,13 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
     except MissingKey as error:
         others = fitting(config)
         hint = f"; families that have all their keys in it: {', '.join(others)}" if others else ""
-        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where, fix=f"{error.fix}{hint}") from None
+        raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where,
+                             fix=f"{error.fix}{hint}") from None
 
 
 def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
-    """Return the families that accept this configuration and, if `names` are given, have exactly these tensors."""
+    """Return the families that accept this configuration and, if `names` are given, have exactly these
+    tensors."""
     found = []
     for name in family_names():
         family = _families[name]

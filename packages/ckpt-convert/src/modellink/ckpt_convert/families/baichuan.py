@@ -1,7 +1,8 @@
-"""Baichuan and Baichuan2, 7B and 13B: one tensor [query; key; value]; the 13B models have ALiBi, Baichuan2 a normalised head.
+"""Baichuan and Baichuan2, 7B and 13B: one tensor [query; key; value]; the 13B models have ALiBi, Baichuan2 a
+normalized head.
 
-All four have the same `model_type`. The 13B models give their longest sequence as `model_max_length` alone; only Baichuan2 has
-`z_loss_weight`, and its public vocabulary is another.
+All four have the same `model_type`. The 13B models give their longest sequence only as `model_max_length`;
+only Baichuan2 has `z_loss_weight`, and its public vocabulary differs.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Baichuan(Family):
     def read(self, config: Config) -> dict[str, Any]:
         second = "z_loss_weight" in config.values or config.get("vocab_size") == VOCABULARY_OF_BAICHUAN2
         longest = config.get("max_position_embeddings", config.get("model_max_length"))
-        return super().read(config) | {"normalize_output_weights": second} | (
-            {} if longest is None else {"max_position_embeddings": longest})
+        values = super().read(config) | {"normalize_output_weights": second}
+        return values if longest is None else values | {"max_position_embeddings": longest}
 
     def read_positions(self, config: Config) -> dict[str, Any]:
         if config.get("max_position_embeddings") is None:

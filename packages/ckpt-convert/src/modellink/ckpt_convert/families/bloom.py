@@ -1,4 +1,5 @@
-"""Bloom: LayerNorm, biases everywhere, ALiBi, a norm behind the embedding; query, key and value are fused as in Megatron."""
+"""Bloom: LayerNorm, biases everywhere, ALiBi, a norm after the embedding; query, key and value are fused as
+in Megatron."""
 
 from __future__ import annotations
 
@@ -15,12 +16,14 @@ from modellink.ckpt_convert.spec import ModelSpec
 class Bloom(Family):
     model_type = "bloom"
     architecture = "BloomForCausalLM"
-    keys = {"num_layers": Key("n_layer"), "hidden_size": Key("hidden_size"), "num_attention_heads": Key("n_head"),
-            "vocab_size": Key("vocab_size"), "norm_epsilon": Key("layer_norm_epsilon", 1e-5),
+    keys = {"num_layers": Key("n_layer"), "hidden_size": Key("hidden_size"),
+            "num_attention_heads": Key("n_head"), "vocab_size": Key("vocab_size"),
+            "norm_epsilon": Key("layer_norm_epsilon", 1e-5),
             "max_position_embeddings": Key("seq_length", 2048),
             "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", True)}
-    features = {"normalization": "LayerNorm", "gated_linear_unit": False, "activation_func": "gelu_tanh", "add_qkv_bias": True,
-                "add_dense_bias": True, "add_mlp_bias": True, "embed_layernorm": True, "position_embedding_type": "alibi"}
+    features = {"normalization": "LayerNorm", "gated_linear_unit": False, "activation_func": "gelu_tanh",
+                "add_qkv_bias": True, "add_dense_bias": True, "add_mlp_bias": True, "embed_layernorm": True,
+                "position_embedding_type": "alibi"}
     fixed = {"apply_residual_connection_post_layernorm": False}
     prefix = "transformer."
     layer = "transformer.h.{layer}."

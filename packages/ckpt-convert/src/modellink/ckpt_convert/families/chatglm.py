@@ -1,4 +1,5 @@
-"""ChatGLM3 and GLM-4: few key groups, half of each head rotated in neighbouring pairs, biases on query, key and value."""
+"""ChatGLM3 and GLM-4: few key groups, half of each head rotated in adjacent pairs, biases on query, key and
+value."""
 
 from __future__ import annotations
 
@@ -16,16 +17,18 @@ class ChatGLM(Family):
     model_type = "chatglm"
     architecture = "ChatGLMForConditionalGeneration"
     others = ("ChatGLMModel", "chatglm3")
-    keys = {"num_layers": Key("num_layers"), "hidden_size": Key("hidden_size"), "vocab_size": Key("padded_vocab_size"),
-            "num_attention_heads": Key("num_attention_heads"), "num_query_groups": Key("multi_query_group_num"),
-            "kv_channels": Key("kv_channels", None), "ffn_hidden_size": Key("ffn_hidden_size"),
-            "max_position_embeddings": Key("seq_length"), "norm_epsilon": Key("layernorm_epsilon"),
-            "add_qkv_bias": Key("add_qkv_bias", False),
+    keys = {"num_layers": Key("num_layers"), "hidden_size": Key("hidden_size"),
+            "vocab_size": Key("padded_vocab_size"), "num_attention_heads": Key("num_attention_heads"),
+            "num_query_groups": Key("multi_query_group_num"), "kv_channels": Key("kv_channels", None),
+            "ffn_hidden_size": Key("ffn_hidden_size"), "max_position_embeddings": Key("seq_length"),
+            "norm_epsilon": Key("layernorm_epsilon"), "add_qkv_bias": Key("add_qkv_bias", False),
             "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", False),
-            "rotary_base": Key("rope_ratio", 1, read=lambda ratio: 10000.0 * ratio, write=lambda base: base / 10000.0)}
+            "rotary_base": Key("rope_ratio", 1, read=lambda ratio: 10000.0 * ratio,
+                               write=lambda base: base / 10000.0)}
     features = {"rotary_percent": 0.5, "rotary_interleaved": True}
-    fixed = {"add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True, "multi_query_attention": True,
-             "apply_residual_connection_post_layernorm": False, "original_rope": True}
+    fixed = {"add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True,
+             "multi_query_attention": True, "apply_residual_connection_post_layernorm": False,
+             "original_rope": True}
     buffers = ("rotary_pos_emb.inv_freq",)
     layer = "transformer.encoder.layers.{layer}."
     names = {

@@ -17,11 +17,13 @@ class DeepSeekV2(Family):
     architecture = "DeepseekV2ForCausalLM"
     others = ("deepseek2", "deepseek2-lite")
     keys = without(LLAMA_KEYS, "num_query_groups", "kv_channels") | {
-        "q_lora_rank": Key("q_lora_rank", None), "kv_lora_rank": Key("kv_lora_rank"), "v_head_dim": Key("v_head_dim"),
-        "qk_nope_head_dim": Key("qk_nope_head_dim"), "qk_rope_head_dim": Key("qk_rope_head_dim"),
-        "num_experts": Key("n_routed_experts", None), "moe_router_topk": Key("num_experts_per_tok", None),
-        "moe_intermediate_size": Key("moe_intermediate_size"), "first_k_dense_replace": Key("first_k_dense_replace", 0),
-        "moe_layer_freq": Key("moe_layer_freq", 1), "moe_router_pre_softmax": inverted("norm_topk_prob", False),
+        "q_lora_rank": Key("q_lora_rank", None), "kv_lora_rank": Key("kv_lora_rank"),
+        "v_head_dim": Key("v_head_dim"), "qk_nope_head_dim": Key("qk_nope_head_dim"),
+        "qk_rope_head_dim": Key("qk_rope_head_dim"), "num_experts": Key("n_routed_experts", None),
+        "moe_router_topk": Key("num_experts_per_tok", None),
+        "moe_intermediate_size": Key("moe_intermediate_size"),
+        "first_k_dense_replace": Key("first_k_dense_replace", 0), "moe_layer_freq": Key("moe_layer_freq", 1),
+        "moe_router_pre_softmax": inverted("norm_topk_prob", False),
         "routed_scaling_factor": Key("routed_scaling_factor", 1.0)}
     features = {"multi_head_latent_attention": True, "rotary_interleaved": True}
     fixed = {"attention_bias": False, "scoring_func": "softmax"}
@@ -45,7 +47,8 @@ class DeepSeekV2(Family):
         if shared := config.get("n_shared_experts"):
             values["moe_shared_expert_intermediate_size"] = shared * values["moe_intermediate_size"]
         if config.get("topk_method") == "group_limited_greedy":
-            values |= {"moe_router_num_groups": config.count("n_group"), "topk_group": config.count("topk_group")}
+            values |= {"moe_router_num_groups": config.count("n_group"),
+                       "topk_group": config.count("topk_group")}
         return values
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -53,5 +56,5 @@ class DeepSeekV2(Family):
         return super().write(spec) | groups | {
             "topk_method": "group_limited_greedy" if spec.topk_group else "greedy",
             "n_shared_experts": (spec.moe_shared_expert_intermediate_size or 0) // spec.expert_ffn or None,
-            "q_lora_rank": spec.q_lora_rank,  # also null: missing would mean another model
+            "q_lora_rank": spec.q_lora_rank,  # even if null: a missing key would mean another model
             "num_key_value_heads": spec.num_attention_heads}

@@ -9,14 +9,15 @@ from modellink.ckpt_convert.families import register
 from modellink.ckpt_convert.family import LLAMA_KEYS, Family, Key, inverted
 from modellink.ckpt_convert.hf_config import Config
 
-HEAD = {"kv_channels": Key("head_dim"), "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", True)}
+HEAD = {"kv_channels": Key("head_dim"), "untie_embeddings_and_output_weights": inverted("tie_word_embeddings",
+                                                                                        True)}
 
 
 @register
 class Gemma(Family):
     model_type = "gemma"
     architecture = "GemmaForCausalLM"
-    # The public files say "gelu", which transformers reads as its tanh form, as Google's own code computes it.
+    # Public files have "gelu", which transformers reads as its tanh form, like Google's own code.
     keys = LLAMA_KEYS | HEAD | {"activation_func": Key("hidden_act", "gelu_pytorch_tanh", values={
         "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"})}
     features = {"layernorm_zero_centered_gamma": True}

@@ -1,4 +1,4 @@
-"""Gemma2: a Gemma with four norms a layer, soft caps, and a window in every second layer."""
+"""Gemma2: a Gemma with four norms per layer, soft caps, and a sliding window in every second layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ class Gemma2(Gemma):
     architecture = "Gemma2ForCausalLM"
     keys = LLAMA_KEYS | HEAD | {
         "activation_func": Key("hidden_activation", "gelu_pytorch_tanh", values=ACTIVATIONS),
-        "query_pre_attn_scalar": Key("query_pre_attn_scalar", write=lambda value: int(value) if value == int(value) else value),
+        "query_pre_attn_scalar": Key("query_pre_attn_scalar",
+                                     write=lambda value: int(value) if value == int(value) else value),
         "attn_logit_softcapping": Key("attn_logit_softcapping", None),
         "output_logit_softcapping": Key("final_logit_softcapping", None),
         "sliding_window": Key("sliding_window")}

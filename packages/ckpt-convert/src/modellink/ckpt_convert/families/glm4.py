@@ -1,4 +1,5 @@
-"""GLM-4 as transformers itself reads it: gate and up are one tensor, half of each head is rotated in neighbouring pairs."""
+"""GLM-4 in transformers' own form: gate and up are one tensor, half of each head is rotated in adjacent
+pairs."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from modellink.ckpt_convert.family import LLAMA_KEYS, LLAMA_NAMES, Family, Key
 from modellink.ckpt_convert.hf_config import Config, read_rope
 from modellink.ckpt_convert.rules import same
 
-HALF = {"partial_rotary_factor": 0.5}  # where the key is missing, as in the public files
+HALF = {"partial_rotary_factor": 0.5}  # the default, as the public files lack the key
 
 
 @register

@@ -20,9 +20,10 @@ class GPT2(Family):
             "max_position_embeddings": Key("n_positions"), "norm_epsilon": Key("layer_norm_epsilon", 1e-5),
             "activation_func": Key("activation_function", "gelu_new", values=ACTIVATIONS),
             "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", True)}
-    features = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_qkv_bias": True, "add_dense_bias": True,
-                "add_mlp_bias": True, "position_embedding_type": "learned_absolute"}
-    fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+    features = {"normalization": "LayerNorm", "gated_linear_unit": False, "add_qkv_bias": True,
+                "add_dense_bias": True, "add_mlp_bias": True, "position_embedding_type": "learned_absolute"}
+    fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+             "add_cross_attention": False}
     prefix = "transformer."
     buffers = (".attn.bias", ".attn.masked_bias")
     layer = "transformer.h.{layer}."

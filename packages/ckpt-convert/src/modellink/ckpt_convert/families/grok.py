@@ -1,4 +1,5 @@
-"""Grok-1 as ported to Hugging Face: four norms a layer, scaled embedding and logits, capped scores, GELU-gated experts."""
+"""Grok-1 as ported to Hugging Face: four norms per layer, scaled embedding and logits, capped scores,
+GELU-gated experts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Grok1(Family):
     keys = without(LLAMA_KEYS, "kv_channels", "activation_func") | {
         "embedding_multiplier_scale": Key("embedding_multiplier_scale", 1.0),
         "output_multiplier_scale": Key("output_multiplier_scale", 1.0),
-        "query_pre_attn_scalar": Key("attn_output_multiplier", read=lambda scale: scale ** -2, write=lambda size: size ** -0.5),
+        "query_pre_attn_scalar": Key("attn_output_multiplier", read=lambda scale: scale ** -2,
+                                     write=lambda size: size ** -0.5),
         "attn_logit_softcapping": Key("max_attn_value", 30.0),
         "num_experts": Key("num_experts"), "moe_router_topk": Key("num_experts_per_tok"),
         "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", True)}
@@ -34,7 +36,8 @@ class Grok1(Family):
         "post_attn_norm": norm("post_attn_norm"),
         "pre_mlp_layernorm": norm("pre_moe_norm"),
         "mlp.router": same("moe_block.gate"),
-        "mlp.experts.linear_fc1": stack("moe_block.experts.{expert}.linear", "moe_block.experts.{expert}.linear_v"),
+        "mlp.experts.linear_fc1": stack("moe_block.experts.{expert}.linear",
+                                        "moe_block.experts.{expert}.linear_v"),
         "mlp.experts.linear_fc2": same("moe_block.experts.{expert}.linear_1"),
         "post_mlp_layernorm": norm("post_moe_norm"),
         "decoder.final_layernorm": norm("model.norm"),

@@ -1,4 +1,4 @@
-"""InternLM of the first generation: a Llama with biases in the attention where `bias` says so."""
+"""InternLM of the first generation: a Llama with attention biases if `bias` is true."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ class InternLM(Family):
         rotary.refuse("type", "origin", "dynamic")
         values: dict[str, Any] = {"rotary_base": float(rotary.get("base", 10000))}
         if rotary.get("type") == "dynamic":
-            values |= {"rope_scaling_type": "dynamic", "rope_scaling_factor": float(rotary.get("scaling_factor", 1.0)),
+            values |= {"rope_scaling_type": "dynamic",
+                       "rope_scaling_factor": float(rotary.get("scaling_factor", 1.0)),
                        "original_max_position_embeddings": config.count("max_position_embeddings")}
         return values
 
     def write_positions(self, spec: ModelSpec) -> dict[str, Any]:
         if spec.rope_scaling_type is None:
             return {"rotary": {"base": spec.rotary_base, "type": "origin"}}
-        return {"rotary": {"base": spec.rotary_base, "type": spec.rope_scaling_type, "scaling_factor": spec.rope_scaling_factor}}
+        return {"rotary": {"base": spec.rotary_base, "type": spec.rope_scaling_type,
+                           "scaling_factor": spec.rope_scaling_factor}}

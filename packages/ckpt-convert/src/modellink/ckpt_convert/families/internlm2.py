@@ -11,7 +11,8 @@ from modellink.ckpt_convert.rules import same, stack
 class InternLM2(Family):
     model_type = "internlm2"
     architecture = "InternLM2ForCausalLM"
-    keys = without(LLAMA_KEYS, "kv_channels") | {"add_qkv_bias": Key("bias", True), "add_dense_bias": Key("bias", True)}
+    keys = without(LLAMA_KEYS, "kv_channels") | {"add_qkv_bias": Key("bias", True),
+                                                 "add_dense_bias": Key("bias", True)}
     names = {
         "embedding.word_embeddings": same("model.tok_embeddings"),
         "input_layernorm": same("attention_norm"),

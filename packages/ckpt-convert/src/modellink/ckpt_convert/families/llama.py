@@ -15,10 +15,12 @@ class Llama(Family):
     model_type = "llama"
     architecture = "LlamaForCausalLM"
     others = ("Yi", "YiForCausalLM", "LLaMAForCausalLM")
-    keys = LLAMA_KEYS | {"add_dense_bias": Key("attention_bias", False), "add_mlp_bias": Key("mlp_bias", False)}
+    keys = LLAMA_KEYS | {"add_dense_bias": Key("attention_bias", False),
+                         "add_mlp_bias": Key("mlp_bias", False)}
 
     def read(self, config: Config) -> dict[str, Any]:
-        longest = config.get("max_position_embeddings", config.get("max_sequence_length"))  # as the oldest files call it
+        # the key of the oldest files
+        longest = config.get("max_position_embeddings", config.get("max_sequence_length"))
         values = super().read(Config(config.values | {"max_position_embeddings": longest}, config.path))
         return values | {"add_qkv_bias": values["add_dense_bias"]}
 

@@ -1,4 +1,4 @@
-"""MiniCPM and its mixture: a Llama with scales on embedding, residual branches and head."""
+"""MiniCPM and its mixture of experts: a Llama with scales on embedding, residual branches and head."""
 
 from __future__ import annotations
 
@@ -34,4 +34,5 @@ class MiniCPM(Family):
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         base = spec.output_multiplier_scale * spec.hidden_size
-        return super().write(spec) | {"dim_model_base": round(base) if abs(base - round(base)) < 1e-6 else base}
+        return super().write(spec) | {"dim_model_base": round(base) if abs(base - round(base)) < 1e-6
+                                      else base}

@@ -1,4 +1,4 @@
-"""Mistral: a Llama whose tokens may see a window in every layer."""
+"""Mistral: a Llama that may have a sliding window in every layer."""
 
 from __future__ import annotations
 

@@ -12,8 +12,10 @@ from modellink.ckpt_convert.rules import same, stack
 class Mixtral(Mistral):
     model_type = "mixtral"
     architecture = "MixtralForCausalLM"
-    keys = Mistral.keys | {"num_experts": Key("num_local_experts"), "moe_router_topk": Key("num_experts_per_tok")}
+    keys = Mistral.keys | {"num_experts": Key("num_local_experts"),
+                           "moe_router_topk": Key("num_experts_per_tok")}
     names = LLAMA_NAMES | {
         "mlp.router": same("block_sparse_moe.gate"),
-        "mlp.experts.linear_fc1": stack("block_sparse_moe.experts.{expert}.w1", "block_sparse_moe.experts.{expert}.w3"),
+        "mlp.experts.linear_fc1": stack("block_sparse_moe.experts.{expert}.w1",
+                                        "block_sparse_moe.experts.{expert}.w3"),
         "mlp.experts.linear_fc2": same("block_sparse_moe.experts.{expert}.w2")}

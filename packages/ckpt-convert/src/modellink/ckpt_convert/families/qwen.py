@@ -1,6 +1,7 @@
-"""Qwen of the first generation: one tensor [query; key; value] with bias, feed-forward width counted twice in its config.
+"""Qwen of the first generation: one tensor [query; key; value] with bias, the feed-forward size in its config
+counts gate and up.
 
-`use_dynamic_ntk` and `use_logn_attn` act in evaluation beyond `seq_length` alone and are not done here.
+`use_dynamic_ntk` and `use_logn_attn` only act in evaluation beyond `seq_length`, and are not supported.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from modellink.ckpt_convert.spec import ModelSpec
 class Qwen(Family):
     model_type = "qwen"
     architecture = "QWenLMHeadModel"
-    keys = {"num_layers": Key("num_hidden_layers"), "hidden_size": Key("hidden_size"), "vocab_size": Key("vocab_size"),
-            "num_attention_heads": Key("num_attention_heads"), "kv_channels": Key("kv_channels", None),
-            "ffn_hidden_size": Key("intermediate_size", read=lambda both: both // 2, write=lambda width: 2 * width),
+    keys = {"num_layers": Key("num_hidden_layers"), "hidden_size": Key("hidden_size"),
+            "vocab_size": Key("vocab_size"), "num_attention_heads": Key("num_attention_heads"),
+            "kv_channels": Key("kv_channels", None),
+            "ffn_hidden_size": Key("intermediate_size", read=lambda both: both // 2,
+                                   write=lambda width: 2 * width),
             "max_position_embeddings": Key("seq_length"), "norm_epsilon": Key("layer_norm_epsilon"),
             "untie_embeddings_and_output_weights": inverted("tie_word_embeddings", False),
             "rotary_base": Key("rotary_emb_base", 10000.0)}

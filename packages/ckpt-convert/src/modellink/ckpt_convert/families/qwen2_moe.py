@@ -1,4 +1,4 @@
-"""Qwen2-MoE: a Qwen2 in which layers are mixtures of experts beside a gated expert that sees every token."""
+"""Qwen2-MoE: a Qwen2 whose layers have experts and a gated shared expert, which sees every token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Qwen2MoE(Qwen2):
     others = ("qwen2-moe",)
     keys = LLAMA_KEYS | {
         "num_experts": Key("num_experts"), "moe_router_topk": Key("num_experts_per_tok"),
-        "moe_intermediate_size": Key("moe_intermediate_size"), "moe_router_pre_softmax": inverted("norm_topk_prob", False),
+        "moe_intermediate_size": Key("moe_intermediate_size"),
+        "moe_router_pre_softmax": inverted("norm_topk_prob", False),
         "moe_shared_expert_intermediate_size": Key("shared_expert_intermediate_size")}
     features = Qwen2.features | {"shared_expert_gate": True}
     fixed = Qwen2.fixed | {"decoder_sparse_step": 1}

@@ -1,7 +1,8 @@
 """Checkpoint formats, found by registration.
 
-A format is a module with a class marked `@register` (see format.py). Modules in this folder are discovered; modules of other
-distributions are named by entry points of the group `modellink.formats`. Adding a format changes no other file.
+A format is a module with a class marked `@register` (see format.py). Modules in this folder are discovered;
+modules of other distributions are named by entry points of the group `modellink.formats`. Adding a format
+changes no other file.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def _discover() -> None:
         try:
             entry.load()
         except Exception as error:  # another distribution; it must not break the other formats
-            print(f"note: the format {entry.name} of {entry.value} is not available: {type(error).__name__}: {error}",
+            print(f"note: the format {entry.name} of {entry.value} is not available: {type(error).__name__}: "
+                  f"{error}",
                   file=sys.stderr)
 
 
@@ -52,7 +54,7 @@ def format_of(name: str, where: str = "--to") -> Format:
     """Return the format of that name; `_` and `-` are interchangeable.
 
     Raises:
-        ModelLinkError: there is none; it suggests the nearest name.
+        ModelLinkError: the name is unknown; the nearest one is suggested.
     """
     known = format_names()
     return _formats[choose(name, known, flag="--to", where=where, option="to")]

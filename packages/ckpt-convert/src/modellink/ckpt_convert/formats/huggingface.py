@@ -1,7 +1,7 @@
 """Hugging Face folders: config.json, weights in one file or in shards with an index, tokenizer files.
 
-Weights are read from safetensors or, if a folder has none, from `pytorch_model*.bin` by our pickle reader. Written
-are safetensors. Not here: remote code, downloads.
+Weights are read from safetensors or, if a folder has none, from `pytorch_model*.bin` by our pickle reader.
+Written are safetensors. Not here: remote code, downloads.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
         refuse_left_over((name for name in found if name not in targets), folder)
     except ModelLinkError as error:
         if others := fitting(Config.load(folder), found):
-            raise ModelLinkError(error.what, where=folder, fix=f"it was read as {family}, but these are the weights of the "
+            raise ModelLinkError(error.what, where=folder,
+                                 fix=f"it was read as {family}, but these are the weights of the "
                                                                f"family {' or '.join(others)}") from None
         raise
     for name, target in targets.items():
@@ -107,7 +108,8 @@ def _weights(folder: Path, family: str) -> dict[str, Stored]:
     """Return the tensors of a folder under the names of the family's class, without buffers."""
     about = family_of(family)
     found = {name: stored for name, stored in _stored(folder).items() if not name.endswith(about.buffers)}
-    if about.prefix and not any(name.startswith(about.prefix) for name in found):  # saved from the class without a head
+    # saved from the class without a head
+    if about.prefix and not any(name.startswith(about.prefix) for name in found):
         found = {about.prefix + name: stored for name, stored in found.items()}
     return found
 
@@ -132,9 +134,10 @@ def pickled(path: Path) -> dict[str, Stored]:
         raise ModelLinkError("the file has no tensors by name", where=path)
     found = {str(name): value for name, value in content.items() if isinstance(value, Stored)}
     for name, stored in found.items():
-        if stored.kind not in FLOATING and not name.endswith("bias"):  # causal masks of old files have this name
-            raise ModelLinkError(f"{name} is stored as {stored.kind}; only floating point is supported", where=path,
-                                 fix="dequantize the weights first")
+        # causal masks of old files have this name
+        if stored.kind not in FLOATING and not name.endswith("bias"):
+            raise ModelLinkError(f"{name} is stored as {stored.kind}; only floating point is supported",
+                                 where=path, fix="dequantize the weights first")
     return found
 
 
@@ -146,19 +149,22 @@ def _sharded(path: Path, read: Callable[[Path], dict[str, Stored]]) -> dict[str,
         raise ModelLinkError("the index has no weight_map", where=path)
     for file in mapped.values():
         if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise ModelLinkError(f"the index names {file!r}, which is not a file name of this folder", where=path,
-                                 fix="do not use this checkpoint: its index refers to other folders")
+            raise ModelLinkError(f"the index names {file!r}, which is not a file name of this folder",
+                                 where=path, fix="do not use this checkpoint: its index refers to other folders")
     found: dict[str, Stored] = {}
     for file in sorted(set(mapped.values())):
         found |= read(path.parent / file)
-    if ghosts := [name for name, file in mapped.items() if name not in found or found[name].path.name != file]:
-        raise ModelLinkError(f"{ghosts[0]} is not in {mapped[ghosts[0]]}, where the index places it", where=path,
-                             fix="the shards and the index belong to different models; copy all of them again")
+    if ghosts := [name for name, file in mapped.items() if name not in found
+                  or found[name].path.name != file]:
+        raise ModelLinkError(f"{ghosts[0]} is not in {mapped[ghosts[0]]}, where the index places it",
+                             where=path, fix="the shards and the index belong to different models; copy all "
+                                             "of them again")
     return found
 
 
 def _drop_tied_copy(found: dict[str, Stored], family: str, spec: ModelSpec) -> None:
-    """Remove the output layer of a tied model if it equals the embedding; if it does not, the model is not tied."""
+    """Remove the output layer of a tied model if it equals the embedding; if it does not, the model is not
+    tied."""
     untied = ModelSpec(**spec.to_dict() | {"untie_embeddings_and_output_weights": True})
     rules = family_of(family).rules(untied)
     embedding, output = rules[EMBEDDING][0].name, rules[OUTPUT][0].name
@@ -171,19 +177,22 @@ def _drop_tied_copy(found: dict[str, Stored], family: str, spec: ModelSpec) -> N
         rows, columns = range(start, min(start + step, first.shape[0])), range(first.columns)
         same = same and as_bytes(first.read(rows, columns)) == as_bytes(second.read(rows, columns))
     if not same:
-        raise ModelLinkError(f"tie_word_embeddings is true, but {output} differs from {embedding}", where=second.path,
-                             fix="set tie_word_embeddings to false in config.json, or remove the tensor")
+        raise ModelLinkError(f"tie_word_embeddings is true, but {output} differs from {embedding}",
+                             where=second.path, fix="set tie_word_embeddings to false in config.json, or "
+                                                    "remove the tensor")
     del found[output]
 
 
-def plan_huggingface(source: Checkpoint, *, dtype: torch.dtype | None = None, shard_bytes: int = SHARD_BYTES) -> ConversionPlan:
+def plan_huggingface(source: Checkpoint, *, dtype: torch.dtype | None = None,
+                     shard_bytes: int = SHARD_BYTES) -> ConversionPlan:
     """Plan a Hugging Face folder from any source."""
     targets = inverse(source.spec, family_of(source.family).rules(source.spec))
     tensors = {name: _planned(source, target, dtype) for name, target in targets.items()}
     shards = split_into_shards(tensors, shard_bytes)
     files = tuple(PlannedFile(name, safetensors.layout(shard)) for name, shard in shards.items())
     index = {INDEX: index_of(shards)} if len(shards) > 1 else {}
-    return ConversionPlan(source, HuggingFace.name, HuggingFace.title, ParallelLayout(), dtype or source.main_dtype, files, index)
+    return ConversionPlan(source, HuggingFace.name, HuggingFace.title, ParallelLayout(),
+                          dtype or source.main_dtype, files, index)
 
 
 def _planned(source: Checkpoint, target: HFTensor, dtype: torch.dtype | None) -> Planned:
@@ -200,8 +209,10 @@ def _planned(source: Checkpoint, target: HFTensor, dtype: torch.dtype | None) ->
     return blocks.transposed(Planned(kind, target.shape[::-1], rows))
 
 
-def split_into_shards(tensors: Mapping[str, Planned], limit: int = SHARD_BYTES) -> dict[str, dict[str, Planned]]:
-    """Return file name -> tensors: shards of at most `limit` bytes in order; a larger tensor gets its own shard."""
+def split_into_shards(tensors: Mapping[str, Planned],
+                      limit: int = SHARD_BYTES) -> dict[str, dict[str, Planned]]:
+    """Return file name -> tensors: shards of at most `limit` bytes in order; a larger tensor gets its own
+    shard."""
     shards: list[dict[str, Planned]] = [{}]
     size = 0
     for name, planned in tensors.items():
@@ -212,13 +223,15 @@ def split_into_shards(tensors: Mapping[str, Planned], limit: int = SHARD_BYTES) 
         size += planned.nbytes
     if len(shards) == 1:
         return {SINGLE: shards[0]}
-    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard
+            for number, shard in enumerate(shards, 1)}
 
 
 def index_of(shards: Mapping[str, Mapping[str, Planned]]) -> dict[str, object]:
     """Return the content of model.safetensors.index.json."""
     total = sum(planned.nbytes for shard in shards.values() for planned in shard.values())
-    return {"metadata": {"total_size": total}, "weight_map": {name: file for file, shard in shards.items() for name in shard}}
+    return {"metadata": {"total_size": total},
+            "weight_map": {name: file for file, shard in shards.items() for name in shard}}
 
 
 def config_for(spec: ModelSpec, family: str, companions: Path, dtype: str) -> dict[str, Any]:

@@ -54,13 +54,15 @@ class MegatronCore(RankFiles):
     def open(self, request: OpenRequest) -> Checkpoint:
         described = model_description(request)
         found = model.read(request.folder, described.spec)
-        made = Checkpoint(found.kind, request.path, described.spec, described.family, described.companions, found.tensors,
-                          found.layout, iteration_number(request.folder), described.prompt_type)
+        made = Checkpoint(found.kind, request.path, described.spec, described.family, described.companions,
+                          found.tensors, found.layout, iteration_number(request.folder),
+                          described.prompt_type)
         if not found.adapter:
             return made
         if not (found.tensors or request.adapter):
             raise no_model(request.path)
-        config = lora.config_of(found.arguments, found.adapter, request.lora_r, request.lora_alpha, request.path)
+        config = lora.config_of(found.arguments, found.adapter, request.lora_r, request.lora_alpha,
+                                request.path)
         if found.tensors:
             return lora.merge_lora(made, config, found.adapter)
         return replace(made, tensors=found.adapter, adapter=config)
@@ -88,8 +90,8 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *,
     spec, adapter = source.spec, source.adapter
     known = lora.adapter_weights(spec, source.shapes, source.folder) if adapter else weights(spec)
     if adapter and style.dialect == "modellink-1.0" and spec.multi_head_latent_attention:
-        raise ModelLinkError("the original's dialect has no names for adapters of latent attention", where="--dialect",
-                             fix="use --dialect megatron-core")
+        raise ModelLinkError("the original's dialect has no names for adapters of latent attention",
+                             where="--dialect", fix="use --dialect megatron-core")
     spec.check_layout(layout)
     iteration = source.iteration or 1  # a model that was never trained has iteration 1, as in the original
     main = dtype or source.main_dtype
@@ -102,10 +104,12 @@ def plan_megatron(source: Checkpoint, layout: ParallelLayout, style: Style, *,
         names = [stage_names(spec, layout, stage, chunk, expert_rank, names=known if adapter else None)
                  for chunk in range(layout.vpp)]
         models = [{lora.on_disk(ours): planned(name, rank) for ours, name in own.items()} for own in names]
-        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main, adapter=adapter)
+        state = rank_state.rank_state(spec, layout, models, style, iteration=iteration, dtype=main,
+                                      adapter=adapter)
         name = f"{iteration_folder(iteration)}/{ranks.rank_folder(layout, rank, stage, expert_rank)}/{ranks.FILE}"
         return PlannedFile(name, archive.layout(state))
 
-    files = tuple(file(*position) for position in product(range(layout.pp), range(layout.tp), range(layout.ep)))
+    files = tuple(file(*position) for position in product(range(layout.pp), range(layout.tp),
+                                                          range(layout.ep)))
     form = MegatronLegacy if style.legacy else MegatronCore
     return ConversionPlan(source, form.name, form.title, layout, main, files, iteration=iteration)

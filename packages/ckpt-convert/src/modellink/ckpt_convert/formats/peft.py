@@ -37,7 +37,8 @@ class Peft(Format):
     def recognize(self, folder: Path) -> bool:
         if is_peft(folder) or is_peft(folder / SAVED_FOLDER):
             return True
-        return (folder / SAVED_FILE).is_file() and any(is_peft(path / SAVED_FOLDER) for path in folder.glob("iter_*"))
+        return (folder / SAVED_FILE).is_file() and any(is_peft(path / SAVED_FOLDER)
+                                                       for path in folder.glob("iter_*"))
 
     def open(self, request: OpenRequest) -> Checkpoint:
         if is_peft(request.path):
@@ -55,10 +56,11 @@ class Peft(Format):
 
     def plan(self, source: Checkpoint, request: WriteRequest) -> ConversionPlan:
         assert source.adapter is not None
-        layout, config = peft.planned(source.spec, source.family, source.tensors, source.adapter, base=str(source.companions),
-                                      dtype=request.dtype)
-        return ConversionPlan(source, self.name, self.title, ParallelLayout(), request.dtype or source.main_dtype,
-                              (PlannedFile(peft_files.WEIGHTS, layout),), {peft_files.CONFIG: config})
+        layout, config = peft.planned(source.spec, source.family, source.tensors, source.adapter,
+                                      base=str(source.companions), dtype=request.dtype)
+        return ConversionPlan(source, self.name, self.title, ParallelLayout(),
+                              request.dtype or source.main_dtype, (PlannedFile(peft_files.WEIGHTS, layout),),
+                              {peft_files.CONFIG: config})
 
     def write_companions(self, plan: ConversionPlan, folder: Path, described: manifest.Manifest,
                          config: Mapping[str, Any]) -> None:
@@ -85,7 +87,8 @@ def _open(folder: Path, family: str | None, hf: Path | None) -> Checkpoint:
                              fix="give --tokenizer-name-or-path, the Hugging Face folder of the base model")
     spec, family = read_spec(Config.load(base), family)
     config, tensors = peft_files.read(folder, spec, family)
-    return Checkpoint(Peft.title, folder, spec, family, base, tensors, adapter=config, prompt_type=trained_with(folder))
+    return Checkpoint(Peft.title, folder, spec, family, base, tensors, adapter=config,
+                      prompt_type=trained_with(folder))
 
 
 def trained_with(folder: Path) -> str | None:

@@ -31,14 +31,19 @@ class TorchDist(Format):
     def open(self, request: OpenRequest) -> Checkpoint:
         described = model_description(request)
         tensors = distributed.read(request.folder, described.spec)
-        return Checkpoint(self.title, request.path, described.spec, described.family, described.companions, tensors,
-                          iteration=iteration_number(request.folder), prompt_type=described.prompt_type)
+        return Checkpoint(self.title, request.path, described.spec, described.family, described.companions,
+                          tensors, iteration=iteration_number(request.folder),
+                          prompt_type=described.prompt_type)
 
     def plan(self, source: Checkpoint, request: WriteRequest) -> ConversionPlan:
         spec, main, iteration = source.spec, request.dtype or source.main_dtype, source.iteration or 1
         tensors = {name: blocks.shard(source, name, weight, request.dtype or source.dtype(name), tp=1, rank=0)
                    for name, weight in weights(spec).items()}
-        arguments = rank_state.arguments(spec, ParallelLayout(), rank_state.Style(), dtype=main, iteration=iteration)
-        made = distributed_state.files(tensors, spec, arguments, iteration=iteration, shard_bytes=request.shard_bytes)
-        files = tuple(PlannedFile(f"{iteration_folder(iteration)}/{name}", layout) for name, layout in made.items())
-        return ConversionPlan(source, self.name, self.title, ParallelLayout(), main, files, iteration=iteration)
+        arguments = rank_state.arguments(spec, ParallelLayout(), rank_state.Style(), dtype=main,
+                                         iteration=iteration)
+        made = distributed_state.files(tensors, spec, arguments, iteration=iteration,
+                                       shard_bytes=request.shard_bytes)
+        files = tuple(PlannedFile(f"{iteration_folder(iteration)}/{name}", layout)
+                      for name, layout in made.items())
+        return ConversionPlan(source, self.name, self.title, ParallelLayout(), main, files,
+                              iteration=iteration)

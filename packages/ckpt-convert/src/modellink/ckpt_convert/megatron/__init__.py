@@ -1,1 +1,2 @@
-"""The files of Megatron checkpoints: folders of ranks, names of weights in each dialect, distributed checkpoints."""
+"""The files of Megatron checkpoints: folders of ranks, names of weights in each dialect, distributed
+checkpoints."""

@@ -1,14 +1,14 @@
-"""The names that different programs give the weights of a model chunk, and ours (weights.stage_names), in both
-directions.
+"""The names that different programs give the weights of a model chunk, and ours (weights.stage_names), in
+both directions.
 
-    megatron-core     megatron-core 0.16: norms may be fused into the following projection, experts separate or grouped
-    modellink-1.0     the original's Megatron-Core: latent attention in two fused matrices, its own gate of shared experts
-    megatron-legacy   legacy.py
+    megatron-core     megatron-core 0.16: norms may be fused into the following projection, experts separate
+    or grouped modellink-1.0     the original's Megatron-Core: latent attention in two fused matrices, its own
+    gate of shared experts megatron-legacy   legacy.py
 
-Grouped experts are two tensors with all experts of a rank, each expert's matrix transposed: `weight1`, in memory
-[expert, hidden, fc1 width], and `weight2`, [expert, fc2 width, hidden]. The dialect of a file is detected by its
-names. Some names depend on the model: the original's `k_layernorm` is the norm of compressed keys and values in
-latent attention, and a norm of keys elsewhere.
+Grouped experts are two tensors with all experts of a rank, each expert's matrix transposed: `weight1`, in
+memory [expert, hidden, fc1 width], and `weight2`, [expert, fc2 width, hidden]. The dialect of a file is
+detected by its names. Some names depend on the model: the original's `k_layernorm` is the norm of compressed
+keys and values in latent attention, and a norm of keys elsewhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ ORIGINAL = {"self_attention.linear_qb.weight": "self_attention.linear_q_up_proj.
 ORIGINAL_LATENT = {"self_attention.k_layernorm.weight": "self_attention.kv_layernorm.weight"}
 """The same, only in models with latent attention."""
 FUSED_LATENT = "self_attention.linear_qkv.weight"
-KEYS, COMPRESSED, QUERIES = (f"self_attention.linear_{name}.weight" for name in ("kv_down_proj", "q_down_proj", "q_proj"))
+KEYS, COMPRESSED, QUERIES = (f"self_attention.linear_{name}.weight"
+                             for name in ("kv_down_proj", "q_down_proj", "q_proj"))
 GROUPED = {"mlp.experts.weight1": "linear_fc1.weight", "mlp.experts.weight2": "linear_fc2.weight"}
 
 
@@ -54,7 +55,8 @@ def is_latent(names: Iterable[str]) -> bool:
 
 def our_name(name: str, *, latent: bool) -> str:
     """Return our name of a weight; LoRA weights are named as in lora.py."""
-    name = name.replace(".base_layer.", ".").replace(".lora_A.default.", ".lora_A.").replace(".lora_B.default.", ".lora_B.")
+    name = name.replace(".base_layer.", ".").replace(".lora_A.default.",
+                                                     ".lora_A.").replace(".lora_B.default.", ".lora_B.")
     for theirs, ours in (FUSED_NORMS | LATENT | names_of(latent=latent)).items():
         if name.endswith("." + theirs):
             return name.removesuffix(theirs) + ours
@@ -99,7 +101,8 @@ def split_fused(chunk: Mapping[str, Stored], spec: ModelSpec, ep: int, where: ob
         if spec.multi_head_latent_attention and name.endswith(FUSED_LATENT):
             found |= {start + own: part for own, part in _latent(stored, spec, name, where).items()}
         elif f"mlp.experts.{ending}" in GROUPED:
-            found |= {start + own: part for own, part in _experts(f"mlp.experts.{ending}", stored, spec, ep, name, where).items()}
+            found |= {start + own: part
+                      for own, part in _experts(f"mlp.experts.{ending}", stored, spec, ep, name, where).items()}
         else:
             found[name] = stored
     return found
@@ -110,19 +113,23 @@ def _latent(stored: Stored, spec: ModelSpec, name: str, where: object) -> dict[s
     last = (spec.kv_lora_rank or 0) + spec.rotary_dim
     first = stored.shape[0] - last
     if len(stored.shape) != 2 or first <= 0 or stored.transposed:
-        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}; {last} of its rows should be keys and values",
+        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}; {last} of its rows should be keys "
+                             f"and values",
                              where=where)
     columns = stored.shape[1]
     return {COMPRESSED if spec.q_lora_rank else QUERIES: stored.window(0, (first, columns)),
             KEYS: stored.window(first * columns, (last, columns))}
 
 
-def _experts(kind: str, stored: Stored, spec: ModelSpec, ep: int, name: str, where: object) -> dict[str, Stored]:
+def _experts(kind: str, stored: Stored, spec: ModelSpec, ep: int, name: str,
+             where: object) -> dict[str, Stored]:
     count, hidden = (spec.num_experts or 0) // ep, spec.hidden_size
     numbers = stored.nbytes // stored.dtype.itemsize
     if not count or numbers % (count * hidden) or stored.transposed:
-        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}, which does not fit {count} experts with hidden size "
-                             f"{hidden}", where=where, fix="the configuration and the weights belong to different models")
+        raise ModelLinkError(f"{name} has the shape {list(stored.shape)}, which does not fit {count} experts "
+                             f"with hidden size "
+                             f"{hidden}", where=where,
+                             fix="the configuration and the weights belong to different models")
     width = numbers // (count * hidden)
     shape = (hidden, width) if kind.endswith("weight1") else (width, hidden)
     return {f"mlp.{EXPERTS}{expert}.{GROUPED[kind]}": stored.window(expert * hidden * width, shape).flipped
@@ -158,7 +165,8 @@ def _grouped(chunk: Mapping[str, Planned]) -> dict[str, Planned]:
             continue
         kind = next((kind for kind, own in GROUPED.items() if ending.partition(".")[2] == own), None)
         if kind is None:
-            raise ModelLinkError(f"grouped experts cannot hold {name}", where="--moe-grouped-gemm", fix="remove it")
+            raise ModelLinkError(f"grouped experts cannot hold {name}", where="--moe-grouped-gemm",
+                                 fix="remove it")
         experts.setdefault(start + kind, []).append(blocks.transposed(planned))
     for name, parts in experts.items():
         rows, columns = parts[0].shape

@@ -1,9 +1,10 @@
-"""Reading distributed checkpoints of PyTorch and Megatron-Core (`torch-dist`): `.metadata` and `__R_N.distcp` files.
+"""Reading distributed checkpoints of PyTorch and Megatron-Core (`torch-dist`): `.metadata` and `__R_N.distcp`
+files.
 
-`.metadata` is a pickle that says which rectangle (offsets, sizes) of which tensor is stored in which bytes of which
-file; those bytes are a torch.save archive. Both are read by our pickle reader. Layers are named one by one, or
-stacked along a leading layer axis, as Megatron-Core does if all layers are alike. Optimizer states, random states and
-objects are skipped.
+`.metadata` is a pickle that says which rectangle (offsets, sizes) of which tensor is stored in which bytes of
+which file; those bytes are a torch.save archive. Both are read by our pickle reader. Layers are named one by
+one, or stacked along a leading layer axis, as Megatron-Core does if all layers are alike. Optimizer states,
+random states and objects are skipped.
 
 Not here: writing (distributed_state.py), flattened (FSDP) and compressed tensors.
 """
@@ -31,15 +32,19 @@ MODEL = ("decoder.", "embedding.", "output_layer.")
 STACKED = "mlp.experts.experts."
 """Megatron-Core's name of the experts of a layer in such checkpoints."""
 
-KNOWN = {"builtins.getattr", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath", "pathlib._local.PosixPath"} | {
+KNOWN = {"builtins.getattr", "torch.Size", "torch.serialization._get_layout", "pathlib.PosixPath",
+         "pathlib._local.PosixPath"} | {
     f"torch.{name}" for name in DTYPES} | {
     f"torch.distributed.checkpoint.{name}" for name in (
-        "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata", "metadata.Metadata",
-        "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties", "metadata.TensorStorageMetadata",
-        "metadata._MEM_FORMAT_ENCODING", "planner.SavePlan", "planner.TensorWriteData", "planner.WriteItem",
-        "planner.WriteItemType", "planner.WriteItemType.TENSOR", "planner.WriteItemType.SHARD", "planner.WriteItemType.BYTE_IO",
-        *(f"metadata._MEM_FORMAT_ENCODING.TORCH_{name}" for name in ("CONTIGUOUS_FORMAT", "CHANNELS_LAST", "PRESERVE_FORMAT")))}
-"""The names that the metadata of checkpoints of megatron-core and PyTorch refers to; older Pythons pickle an enum by getattr."""
+        "filesystem._StorageInfo", "metadata.BytesStorageMetadata", "metadata.ChunkStorageMetadata",
+        "metadata.Metadata", "metadata.MetadataIndex", "metadata.StorageMeta", "metadata.TensorProperties",
+        "metadata.TensorStorageMetadata", "metadata._MEM_FORMAT_ENCODING", "planner.SavePlan",
+        "planner.TensorWriteData", "planner.WriteItem", "planner.WriteItemType",
+        "planner.WriteItemType.TENSOR", "planner.WriteItemType.SHARD", "planner.WriteItemType.BYTE_IO",
+        *(f"metadata._MEM_FORMAT_ENCODING.TORCH_{name}"
+          for name in ("CONTIGUOUS_FORMAT", "CHANNELS_LAST", "PRESERVE_FORMAT")))}
+"""The names that the metadata of checkpoints of megatron-core and PyTorch refers to; older Pythons pickle an
+enum by getattr."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,8 @@ def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
     """Return the canonical tensors of an iteration folder.
 
     Raises:
-        ModelLinkError: the metadata is damaged, a file is missing or truncated, or the weights do not fit `spec`.
+        ModelLinkError: the metadata is damaged, a file is missing or truncated, or the weights do not fit
+            `spec`.
     """
     entries = _entries(folder)
     known = weights(spec)
@@ -96,7 +102,8 @@ def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
 
 @dataclass(frozen=True)
 class StackedName:
-    """A name in the metadata: its canonical form, and whether its tensor has leading axes for layers and experts."""
+    """A name in the metadata: its canonical form, and whether its tensor has leading axes for layers and
+    experts."""
 
     name: str
     layers: bool
@@ -121,15 +128,18 @@ def _entries(folder: Path) -> dict[str, Entry]:
     metadata = read_pickle(folder / METADATA)
     try:
         fields = metadata.state
-        places = {(key.state["fqn"], key.state.get("offset")): info.state for key, info in fields["storage_data"].items()}
+        places = {(key.state["fqn"], key.state.get("offset")): info.state
+                  for key, info in fields["storage_data"].items()}
         found = {}
         latent = is_latent(map(str, fields["state_dict_metadata"]))
         for full, entry in fields["state_dict_metadata"].items():
             name = our_name(full.removeprefix("model."), latent=latent)
-            if not name.startswith(MODEL) or not isinstance(entry.state, Mapping) or "chunks" not in entry.state:
+            if not name.startswith(MODEL) or not isinstance(entry.state,
+                                                            Mapping) or "chunks" not in entry.state:
                 continue
             boxes = [(box.state["offsets"], box.state["sizes"]) for box in entry.state["chunks"]]
-            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets))) for offsets, sizes in boxes]
+            chunks = [_chunk(folder, full, offsets, sizes, places.get((full, offsets)))
+                      for offsets, sizes in boxes]
             found[name] = Entry(entry.state["size"], chunks)
     except (AttributeError, KeyError, TypeError) as error:
         raise ModelLinkError(f"not the metadata of a distributed checkpoint: {type(error).__name__} {error}",
@@ -143,7 +153,8 @@ def _chunk(folder: Path, name: str, offsets: tuple[int, ...], sizes: tuple[int, 
         raise ModelLinkError(f"no file has the chunk of {name} at {list(offsets)}", where=folder / METADATA)
     file = place["relative_path"]
     if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-        raise ModelLinkError(f"the metadata names {file!r}, which is not a file name of this folder", where=folder / METADATA,
+        raise ModelLinkError(f"the metadata names {file!r}, which is not a file name of this folder",
+                             where=folder / METADATA,
                              fix="do not use this checkpoint: its metadata refers to other folders")
     if place.get("transform_descriptors"):
         raise ModelLinkError(f"{name} is stored compressed, which is not supported", where=folder / file)
@@ -156,7 +167,8 @@ def _check_shape(name: str, entry: Entry, weight: Weight, axes: list[int], folde
     if weight.split == "vocab" and found[1:] == expected[1:] and found[0] >= expected[0]:
         return  # padded
     if found != expected:
-        raise ModelLinkError(f"{name} has the shape {list(found)}; by the configuration it is {list(expected)}", where=folder,
+        raise ModelLinkError(f"{name} has the shape {list(found)}; by the configuration it is "
+                             f"{list(expected)}", where=folder,
                              fix="the configuration and the weights belong to different models")
 
 
@@ -169,7 +181,8 @@ def _parts(name: str, chunk: Chunk, weight: Weight, axes: int) -> Iterator[tuple
     for number, index in enumerate(product(*map(range, chunk.sizes[:axes]))):
         shift = number * prod(sizes) * stored.itemsize
         single = Stored(stored.path, stored.offset + shift, stored.kind, sizes)
-        rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))  # without the padding of a vocabulary
+        # without the padding of a vocabulary
+        rows = range(max(0, min(sizes[0], weight.shape[0] - offsets[0])))
         if len(rows):
             at = (offsets[0], offsets[1] if len(sizes) > 1 else 0)
             yield tuple(map(add, chunk.offsets, index)), Part(single, rows, range(single.columns), at)
@@ -182,6 +195,7 @@ def refuse_unknown_names(folder: Path) -> None:
     """
     unknown = names(folder / METADATA) - KNOWN
     if unknown:
-        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which a checkpoint does not need",
+        raise ModelLinkError(f"the metadata names {', '.join(sorted(unknown))}, which a checkpoint does not "
+                             f"need",
                              where=folder / METADATA,
                              fix="do not open this checkpoint: it may run code, or an unknown program wrote it")

@@ -1,10 +1,13 @@
-"""The files of a distributed checkpoint as megatron-core loads it: `__N_0.distcp`, `.metadata`, `common.pt`, `metadata.json`.
+"""The files of a distributed checkpoint as megatron-core loads it: `__N_0.distcp`, `.metadata`, `common.pt`,
+`metadata.json`.
 
-Tensors are unsharded: each loader reads its part. If all layers are alike they are one tensor with a leading axis, as in
-megatron-core; experts of a layer always are. A chunk of such a tensor is the weight of one layer (and expert), a torch.save
-archive of its own. Vocabularies have their true size; megatron-core allows the difference.
+Tensors are unsharded: each loader reads its part. If all layers are alike they are one tensor with a leading
+axis, as in megatron-core; experts of a layer always are. A chunk of such a tensor is the weight of one layer
+(and expert), a torch.save archive of its own. Vocabularies have their true size; megatron-core allows the
+difference.
 
-Every linear module has an `_extra_state` object, which megatron-core expects; without Transformer Engine it is [None].
+Every linear module has an `_extra_state` object, which megatron-core expects; without Transformer Engine it
+is [None].
 
 Not here: optimizer states. Reading is distributed.py.
 """
@@ -22,7 +25,8 @@ from modellink.ckpt_convert.storage import archive
 from modellink.ckpt_convert.storage.writing import FileLayout, Planned
 from modellink.ckpt_convert.weights import IN_LAYER, LAYERS
 
-BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch", "common_backend_version": 1}
+BACKEND = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch",
+           "common_backend_version": 1}
 
 
 def alike(spec: ModelSpec) -> bool:
@@ -71,7 +75,8 @@ def files(tensors: Mapping[str, Planned], spec: ModelSpec, arguments: object, *,
         if sizes[-1] and sizes[-1] + layout.size > shard_bytes:
             parts.append([])
             sizes.append(0)
-        places[MetadataIndex(name, offsets)] = _StorageInfo(f"__{len(parts) - 1}_0.distcp", sizes[-1], layout.size)
+        places[MetadataIndex(name, offsets)] = _StorageInfo(f"__{len(parts) - 1}_0.distcp", sizes[-1],
+                                                            layout.size)
         parts[-1].append(layout.shifted(sizes[-1]))
         sizes[-1] += layout.size
         if len(planned.shape) > 1 and IN_LAYER.match(canonical) and name.endswith(".weight"):
@@ -83,9 +88,11 @@ def files(tensors: Mapping[str, Planned], spec: ModelSpec, arguments: object, *,
         entry = entries.setdefault(name, TensorStorageMetadata(
             TensorProperties(dtype=planned.dtype), torch.Size((*axes, *planned.shape)), []))
         entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(chunk.shape)))
-    found = {f"__{number}_0.distcp": _joined(part, size) for number, (part, size) in enumerate(zip(parts, sizes, strict=True))}
+    found = {f"__{number}_0.distcp": _joined(part, size)
+             for number, (part, size) in enumerate(zip(parts, sizes, strict=True))}
     common: dict[str, Any] = {
-        "args": arguments, "checkpoint_version": 3.0, "iteration": iteration, "num_floating_point_operations_so_far": 0,
+        "args": arguments, "checkpoint_version": 3.0, "iteration": iteration,
+        "num_floating_point_operations_so_far": 0,
         "content_metadata": {"non_homogeneous_layers": not alike(spec)}}
     found["common.pt"] = archive.layout(common)
     found["metadata.json"] = _bytes(json.dumps(BACKEND).encode())

@@ -2,9 +2,11 @@
 
     language_model: {embedding: {word_embeddings: {weight, norm.weight ...}, position_embeddings: {weight}},
                      encoder: {layers.0.input_norm.weight, ..., final_norm.weight}, output_layer: {weight}}
-    word_embeddings_for_head: {weight}    the last stage's copy of a tied embedding, if there are several stages
+    word_embeddings_for_head: {weight}    the last stage's copy of a tied embedding, if there are several
+    stages
 
-It has no names for experts, latent attention and norms after a branch. The names of older Megatron versions are read too.
+It has no names for experts, latent attention and norms after a branch. The names of older Megatron versions
+are read too.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ ENCODERS = ("encoder", "transformer")
 MODULES = {
     "input_layernorm": "input_norm", "self_attention.linear_qkv": "self_attention.query_key_value",
     "self_attention.linear_proj": "self_attention.dense", "pre_mlp_layernorm": "post_attention_norm",
-    "mlp.linear_fc1": "mlp.dense_h_to_4h", "mlp.linear_fc2": "mlp.dense_4h_to_h", "final_layernorm": "final_norm"}
+    "mlp.linear_fc1": "mlp.dense_h_to_4h", "mlp.linear_fc2": "mlp.dense_4h_to_h",
+    "final_layernorm": "final_norm"}
 """Canonical module inside the decoder or a layer -> legacy module."""
-OLDER = {"attention.query_key_value": "self_attention.linear_qkv", "attention.dense": "self_attention.linear_proj",
-         "post_attention_layernorm": "pre_mlp_layernorm"}
+OLDER = {"attention.query_key_value": "self_attention.linear_qkv",
+         "attention.dense": "self_attention.linear_proj", "post_attention_layernorm": "pre_mlp_layernorm"}
 ADAPTED = re.compile(r"(?P<module>.+?)\.(?P<kind>(?:base_layer|lora_[AB])\..+)")
 """The suffixes that LoRA adds to the name of a module."""
 CANONICAL = {theirs: ours for ours, theirs in MODULES.items()} | OLDER

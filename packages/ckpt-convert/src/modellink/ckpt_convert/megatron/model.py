@@ -1,11 +1,11 @@
 """Reading Megatron checkpoints of the `torch` kind, Core and Legacy: the files of all ranks as one model.
 
-Any tensor, pipeline, virtual pipeline and expert parallel size is read; weights outside of experts are in the folders
-of all expert-parallel ranks. The layout is derived from folder names and tensor shapes, not from the arguments in the
-file. Only weights are read, no optimizer or random states.
+Any tensor, pipeline, virtual pipeline and expert parallel size is read; weights outside of experts are in the
+folders of all expert-parallel ranks. The layout is derived from folder names and tensor shapes, not from the
+arguments in the file. Only weights are read, no optimizer or random states.
 
-Not here: folders (ranks.py), names (dialects.py, legacy.py), distributed checkpoints (distributed.py), writing
-(rank_state.py).
+Not here: folders (ranks.py), names (dialects.py, legacy.py), distributed checkpoints (distributed.py),
+writing (rank_state.py).
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size, shard_ranges
 
-COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-            "untie_embeddings_and_output_weights")
-"""Arguments in the file that must match the configuration; the original's converter leaves the others at their defaults."""
+COMPARED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+            "kv_channels", "untie_embeddings_and_output_weights")
+"""Arguments in the file that must match the configuration; the original's converter leaves the others at
+their defaults."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def read(folder: Path, spec: ModelSpec) -> MegatronModel:
     for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
         names = stage_names(spec, layout, stage, chunk, expert_rank)
         where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE
-        models = [dialects.split_fused(loaded.contents[stage, expert_rank, rank].chunks[chunk], spec, layout.ep, where)
+        models = [dialects.split_fused(loaded.contents[stage, expert_rank, rank].chunks[chunk], spec,
+                                       layout.ep, where)
                   for rank in range(layout.tp)]
         adapter |= _adapter(names, known, models, where)
         if only_adapter:  # the other tensors are copies of the base model's embedding and head
@@ -79,8 +81,10 @@ def read(folder: Path, spec: ModelSpec) -> MegatronModel:
             refuse_left_over((name for name in model if name not in names), where)
         for name, canonical in names.items():
             if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                parts[canonical] = list(shard_parts(name, known[canonical], [model[name] for model in models]))
-    return MegatronModel(kind, {} if only_adapter else assemble(spec, parts, folder), layout, adapter, arguments)
+                parts[canonical] = list(shard_parts(name, known[canonical],
+                                                    [model[name] for model in models]))
+    return MegatronModel(kind, {} if only_adapter else assemble(spec, parts, folder), layout, adapter,
+                         arguments)
 
 
 def _is_adapter(loaded: Ranks) -> bool:
@@ -103,7 +107,8 @@ def _adapter(names: Mapping[str, str], known: Mapping[str, Weight], models: list
         for side, weight in zip((A, B), sides(known[canonical], rank), strict=True):
             refuse_missing((theirs + side for own in taken if theirs + side not in own), where)
             shards = [own.pop(theirs + side) for own in taken]
-            found[module + side] = Assembled(module + side, weight.shape, tuple(shard_parts(theirs + side, weight, shards)))
+            found[module + side] = Assembled(module + side, weight.shape,
+                                             tuple(shard_parts(theirs + side, weight, shards)))
             found[module + side].check()
     refuse_left_over((name for own in taken for name in own), where)
     return found
@@ -120,7 +125,8 @@ def _refuse_other_model(values: Mapping[str, Any], spec: ModelSpec, folder: Path
         if name == "num_query_groups" and not values.get("group_query_attention"):
             continue
         if theirs is not None and theirs != ours[name]:
-            raise ModelLinkError(f"{name} is {theirs} in the checkpoint's arguments and {ours[name]} in the configuration",
+            raise ModelLinkError(f"{name} is {theirs} in the checkpoint's arguments and {ours[name]} in the "
+                                 f"configuration",
                                  where=folder, fix="the checkpoint and the configuration belong to different models")
 
 
@@ -128,11 +134,13 @@ def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:
     """Return the layout, by counting the layers of each stage and chunk."""
     counts = []
     for stage in range(loaded.pp):
-        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith(LAYERS)), default=-1)
+        counts.append([1 + max((int(name.split(".")[2]) for name in chunk if name.startswith(LAYERS)),
+                               default=-1)
                        for chunk in loaded.contents[stage, 0, 0].chunks])
     vpp, flat = len(counts[0]), [count for stage in counts for count in stage]
     if sum(flat) != spec.num_layers or any(len(stage) != vpp for stage in counts):
-        raise ModelLinkError(f"the stages have {counts} layers, the configuration has {spec.num_layers} in total",
+        raise ModelLinkError(f"the stages have {counts} layers, the configuration has {spec.num_layers} in "
+                             f"total",
                              where=folder)
     even = len(set(flat)) == 1
     layout = ParallelLayout(tp=loaded.tp, pp=loaded.pp, vpp=vpp, ep=loaded.ep,
@@ -142,14 +150,17 @@ def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:
 
 
 def shard_parts(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
-    """Yield the positions of a weight's tensor-parallel shards in the unsharded tensor, in the order of ranks.
+    """Yield the positions of a weight's tensor-parallel shards in the unsharded tensor, in the order of
+    ranks.
 
     Raises:
         ModelLinkError: the shape of a shard does not fit the model.
     """
     tp, dim, size = len(shards), weight.dim, weight.shape[weight.dim]
-    if tp > 1 and weight.split in ("column", "row", "gated") and all(shard.shape == weight.shape for shard in shards):
-        yield Part(shards[0], range(weight.shape[0]), range(shards[0].columns), (0, 0))  # the original replicated some
+    if tp > 1 and weight.split in ("column", "row",
+                                   "gated") and all(shard.shape == weight.shape for shard in shards):
+        # the original replicated some
+        yield Part(shards[0], range(weight.shape[0]), range(shards[0].columns), (0, 0))
         return
     if weight.split == "vocab":
         size = max(padded_vocab_size(size, tp), sum(shard.shape[0] for shard in shards if shard.shape))
@@ -163,7 +174,8 @@ def shard_parts(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Par
             continue
         start = 0
         for piece in pieces:
-            inside = range(piece.start, min(piece.stop, weight.shape[dim]))  # without the padding of a vocabulary
+            # without the padding of a vocabulary
+            inside = range(piece.start, min(piece.stop, weight.shape[dim]))
             span, at = range(start, start + len(inside)), [0, 0]
             at[dim] = piece.start
             if len(span):

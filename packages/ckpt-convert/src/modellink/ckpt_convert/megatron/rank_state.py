@@ -34,8 +34,8 @@ class Style:
     divisible_by: int = 1
 
 
-def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *, iteration: int,
-               dtype: torch.dtype, adapter: AdapterConfig | None = None) -> dict[str, Any]:
+def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, Planned]], style: Style, *,
+               iteration: int, dtype: torch.dtype, adapter: AdapterConfig | None = None) -> dict[str, Any]:
     """Return the content of one rank's file.
 
     Args:
@@ -58,21 +58,25 @@ def rank_state(spec: ModelSpec, layout: ParallelLayout, models: list[dict[str, P
     return state
 
 
-def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: torch.dtype, iteration: int) -> Namespace:
+def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: torch.dtype,
+              iteration: int) -> Namespace:
     """Return the arguments that Megatron's loader expects in a checkpoint."""
     per_chunk = spec.num_layers // (layout.pp * layout.vpp) if layout.vpp > 1 else None
     padded = padded_vocab_size(spec.vocab_size, layout.tp, style.divisible_by)
     rotary = spec.position_embedding_type == "rope"
-    architecture = {name: value for name, value in spec.to_dict().items() if name not in ("vocab_size", "activation_func")}
+    architecture = {name: value for name, value in spec.to_dict().items()
+                    if name not in ("vocab_size", "activation_func")}
     namespace = Namespace(**architecture)
     vars(namespace).update(
-        ffn_hidden_size=spec.ffn, num_query_groups=spec.groups, group_query_attention=spec.groups != spec.num_attention_heads,
-        kv_channels=spec.head_dim, seq_length=spec.max_position_embeddings,
-        add_position_embedding=spec.position_embedding_type == "learned_absolute", use_rotary_position_embeddings=rotary,
-        use_rope_scaling=spec.rope_scaling_type == "llama3", apply_layernorm_1p=spec.layernorm_zero_centered_gamma,
-        apply_query_key_layer_scaling=False, swiglu=spec.gated_linear_unit and spec.activation_func == "silu",
-        add_bias_linear=spec.add_mlp_bias, make_vocab_size_divisible_by=style.divisible_by, padded_vocab_size=padded,
-        tokenizer_type=None, use_mcore_models=not style.legacy, moe_grouped_gemm=style.grouped,
+        ffn_hidden_size=spec.ffn, num_query_groups=spec.groups,
+        group_query_attention=spec.groups != spec.num_attention_heads, kv_channels=spec.head_dim,
+        seq_length=spec.max_position_embeddings,
+        add_position_embedding=spec.position_embedding_type == "learned_absolute",
+        use_rotary_position_embeddings=rotary, use_rope_scaling=spec.rope_scaling_type == "llama3",
+        apply_layernorm_1p=spec.layernorm_zero_centered_gamma, apply_query_key_layer_scaling=False,
+        swiglu=spec.gated_linear_unit and spec.activation_func == "silu", add_bias_linear=spec.add_mlp_bias,
+        make_vocab_size_divisible_by=style.divisible_by, padded_vocab_size=padded, tokenizer_type=None,
+        use_mcore_models=not style.legacy, moe_grouped_gemm=style.grouped,
         n_shared_experts=(spec.moe_shared_expert_intermediate_size or 0) // spec.expert_ffn or None,
         tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp, context_parallel_size=1,
         expert_model_parallel_size=layout.ep, sequence_parallel=False,
@@ -80,6 +84,6 @@ def arguments(spec: ModelSpec, layout: ParallelLayout, style: Style, *, dtype: t
         num_layers_per_virtual_pipeline_stage=per_chunk,
         num_layer_list=",".join(map(str, layout.num_layer_list)) if layout.num_layer_list else None,
         params_dtype=dtype, fp16=dtype_name(dtype) == "float16", bf16=dtype_name(dtype) == "bfloat16",
-        world_size=layout.tp * layout.pp * layout.ep,
-        iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
+        world_size=layout.tp * layout.pp * layout.ep, iteration=iteration, consumed_train_samples=0,
+        consumed_valid_samples=0)
     return namespace

@@ -1,7 +1,8 @@
 """The folders of a Megatron checkpoint, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`: one file per rank.
 
-TT is the tensor-parallel rank, PPP the pipeline stage, EEE the expert-parallel rank; the last two are present only if there are
-several. Not here: the names of the tensors in a file (dialects.py) and how they form a model (model.py).
+TT is the tensor-parallel rank, PPP the pipeline stage, EEE the expert-parallel rank; the last two are present
+only if there are several. Not here: the names of the tensors in a file (dialects.py) and how they form a
+model (model.py).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def rank_folder(layout: ParallelLayout, rank: int, stage: int, expert_rank: int 
 
 @dataclass(frozen=True)
 class Content:
-    """The content of one rank's file: Megatron's arguments, the states of its model chunks, their tensors under our names."""
+    """The content of one rank's file: Megatron's arguments, the states of its model chunks, their tensors
+    under our names."""
 
     arguments: Any
     states: list[Mapping[str, Any]]
@@ -67,7 +69,8 @@ def load(folder: Path, num_layers: int | None = None) -> Ranks:
     Raises:
         ModelLinkError: a rank is missing or damaged.
     """
-    paths = {(int(match[1]), match[2], match[3]): path for path in folder.iterdir() if (match := RANK.match(path.name))}
+    paths = {(int(match[1]), match[2], match[3]): path for path in folder.iterdir()
+             if (match := RANK.match(path.name))}
     first = paths[min(paths, key=lambda key: (key[0], key[1] or "", key[2] or ""))]
     loaded = {first: _content(first / FILE)}
     # without stages the second number counts expert ranks
@@ -83,7 +86,8 @@ def load(folder: Path, num_layers: int | None = None) -> Ranks:
             raise ModelLinkError(
                 f"tensor-parallel rank {rank} of {where} is missing", where=folder,
                 fix=f"there are {len(places)} of {pp * ep * tp} folders mp_rank_*; copy the missing ones")
-    return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE) for place, path in places.items()})
+    return Ranks(tp, pp, ep, {place: loaded.get(path) or _content(path / FILE)
+                              for place, path in places.items()})
 
 
 def _is_complete(chunks: list[dict[str, Stored]], num_layers: int | None) -> bool:
@@ -98,7 +102,8 @@ def _content(path: Path) -> Content:
     if not isinstance(content, Mapping):
         raise ModelLinkError("the file has no model state", where=path)
     if isinstance(version := content.get("checkpoint_version"), (int, float)) and version < 2:
-        raise ModelLinkError(f"the checkpoint has version {version}, in which queries, keys and values have another order",
+        raise ModelLinkError(f"the checkpoint has version {version}, in which queries, keys and values have "
+                             f"another order",
                              where=path, fix="load and save it once with a newer Megatron-LM")
     states = [content["model"]] if "model" in content else []
     while f"model{len(states)}" in content:

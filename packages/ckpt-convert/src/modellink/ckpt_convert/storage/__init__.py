@@ -1,2 +1,2 @@
-"""How tensors are stored in files: safetensors, torch.save archives and their pickles; reading slices, writing laid-out
-files."""
+"""How tensors are stored in files: safetensors, torch.save archives and their pickles; reading slices,
+writing laid-out files."""

@@ -1,8 +1,9 @@
 """The layout of a file for `torch.load`, made from names, dtypes and shapes before any tensor exists.
 
-A zip archive of uncompressed records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent ids),
-`archive/data/KEY` aligned to 64 bytes as torch does, so that `torch.load(mmap=True)` works. Equal content gives equal
-bytes (no time stamps). Records have a correct CRC, which torch ignores but other tools check.
+A zip archive of uncompressed records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent
+ids), `archive/data/KEY` aligned to 64 bytes as torch does, so that `torch.load(mmap=True)` works. Equal
+content gives equal bytes (no time stamps). Records have a correct CRC, which torch ignores but other tools
+check.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class _Pickler(pickle.Pickler):
 
 
 def named(value: Any, prefix: str = "") -> dict[int, str]:
-    """Return id -> path of keys (`model.decoder.final_layernorm.weight`) of each `Planned` in nested mappings."""
+    """Return id -> path of keys (`model.decoder.final_layernorm.weight`) of each `Planned` in nested
+    mappings."""
     if isinstance(value, Planned):
         return {id(value): prefix or "tensor"}
     found: dict[int, str] = {}
@@ -70,7 +72,8 @@ def named(value: Any, prefix: str = "") -> dict[int, str]:
 
 
 def layout(value: Any, name: str = "") -> FileLayout:
-    """Return the archive of `value`, in which tensors are `Planned`; `name` names a tensor that is not in a mapping."""
+    """Return the archive of `value`, in which tensors are `Planned`; `name` names a tensor that is not in a
+    mapping."""
     body = io.BytesIO()
     pickler = _Pickler(body)
     pickler.dump(value)
@@ -85,13 +88,15 @@ def layout(value: Any, name: str = "") -> FileLayout:
 
 
 class _Archive:
-    """Local headers and records in order, then the directory; the positions of the tensors' CRCs are recorded."""
+    """Local headers and records in order, then the directory; the positions of the tensors' CRCs are
+    recorded."""
 
     def __init__(self) -> None:
         self.at = 0
         self.fixed: list[tuple[int, bytes]] = []
         self.entries: list[tuple[bytes, int, int, int]] = []  # name, CRC, size, offset of the local header
-        self.waiting: list[tuple[int, str, int, Planned, int]] = []  # entry, name, offset, tensor, position of the local CRC
+        # entry, name, offset, tensor, position of the local CRC
+        self.waiting: list[tuple[int, str, int, Planned, int]] = []
 
     def add(self, name: str, content: bytes) -> None:
         start = self._header(name, len(content), zlib.crc32(content))
@@ -108,7 +113,8 @@ class _Archive:
         wide = struct.pack("<HHQQ", 1, 16, size, size)
         padding = -(self.at + 30 + len(encoded) + len(wide) + 4) % ALIGNMENT
         extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding + wide
-        header = struct.pack("<4sHHHHHLLLHH", b"PK\x03\x04", 45, 0, 0, 0, DATE, crc, LARGE, LARGE, len(encoded), len(extra))
+        header = struct.pack("<4sHHHHHLLLHH", b"PK\x03\x04", 45, 0, 0, 0, DATE, crc, LARGE, LARGE,
+                             len(encoded), len(extra))
         self.fixed.append((self.at, header + encoded + extra))
         self.entries.append((encoded, crc, size, self.at))
         start = self.at + len(header) + len(encoded) + len(extra)
@@ -123,14 +129,14 @@ class _Archive:
             wide = struct.pack("<QQ", size, size) if size >= LARGE else b""
             wide += struct.pack("<Q", offset) if offset >= LARGE else b""
             extra = struct.pack("<HH", 1, len(wide)) + wide if wide else b""
-            directory += struct.pack("<4sHHHHHHLLLHHHHHLL", b"PK\x01\x02", 45, 45, 0, 0, 0, DATE, crc, sizes, sizes, len(name),
-                                     len(extra), 0, 0, 0, 0, where) + name + extra
+            directory += struct.pack("<4sHHHHHHLLLHHHHHLL", b"PK\x01\x02", 45, 45, 0, 0, 0, DATE, crc, sizes,
+                                     sizes, len(name), len(extra), 0, 0, 0, 0, where) + name + extra
         end = self.at + len(directory)
         count, size = len(self.entries), len(directory)
         tail = struct.pack("<4sQHHLLQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, self.at)
         tail += struct.pack("<4sLQL", b"PK\x06\x07", 0, end, 1)
-        tail += struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF), min(size, LARGE),
-                            min(self.at, LARGE), 0)
+        tail += struct.pack("<4sHHHHLLH", b"PK\x05\x06", 0, 0, min(count, 0xFFFF), min(count, 0xFFFF),
+                            min(size, LARGE), min(self.at, LARGE), 0)
         self.fixed.append((self.at, directory + tail))
         slots = (Slot(called, start, planned, (place, places[entry]))
                  for entry, called, start, planned, place in self.waiting)

@@ -1,13 +1,13 @@
 """Our own reader of what `torch.save` writes: nothing in the file is executed, and tensors stay on disk.
 
-A torch.save file is a zip archive without compression: `NAME/data.pkl` is a pickle in which storages are persistent
-ids, `NAME/data/KEY` are their bytes. Every global that the pickle names becomes an inert object that records its
-arguments, except for a short list below, which is replaced by functions of ours without side effects. A tensor
-becomes a `Stored`: file, byte offset, dtype, shape.
+A torch.save file is a zip archive without compression: `NAME/data.pkl` is a pickle in which storages are
+persistent ids, `NAME/data/KEY` are their bytes. Every global that the pickle names becomes an inert object
+that records its arguments, except for a short list below, which is replaced by functions of ours without side
+effects. A tensor becomes a `Stored`: file, byte offset, dtype, shape.
 
-The archive may be a part of a larger file, as in `torch.distributed.checkpoint`. Not here: older torch.save formats
-(not a zip), and tensors with other strides than a matrix or its transpose has. A hostile pickle can still use a lot
-of memory, but nothing else.
+The archive may be a part of a larger file, as in `torch.distributed.checkpoint`. Not here: older torch.save
+formats (not a zip), and tensors with other strides than a matrix or its transpose has. A hostile pickle can
+still use a lot of memory, but nothing else.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ DTYPES = frozenset(STORAGES.values())
 
 
 class Inert:
-    """Stands for an object whose class or function is not called: it records the arguments and has no behavior."""
+    """Stands for an object whose class or function is not called: it records the arguments and has no
+    behavior."""
 
     name = ""  # module.qualified_name in the pickle
 
@@ -83,15 +84,18 @@ def _tensor(record: object, offset: object, shape: Any, stride: Any, *_: object)
     shape, stride = tuple(map(int, shape)), tuple(map(int, stride))
     transposed = len(shape) == 2 and not _row_major(shape, stride) and _row_major(shape[::-1], stride[::-1])
     if not transposed and not _row_major(shape, stride):
-        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is neither row-major nor column-major")
+        raise ValueError(f"a tensor {list(shape)} with strides {list(stride)} is neither row-major nor "
+                         f"column-major")
     if min((offset, *shape)) < 0 or offset + prod(shape) > record.numel:
         raise ValueError(f"a tensor {list(shape)} exceeds its storage of {record.numel} elements")
-    return Stored(record.path, record.offset + offset * ITEM_BYTES[record.kind], record.kind, shape, transposed)
+    return Stored(record.path, record.offset + offset * ITEM_BYTES[record.kind], record.kind, shape,
+                  transposed)
 
 
 def _row_major(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
     expected = (prod(shape[axis + 1:]) for axis in range(len(shape)))
-    return all(step == wanted or size <= 1 for step, wanted, size in zip(stride, expected, shape, strict=True))
+    return all(step == wanted or size <= 1 for step, wanted,
+               size in zip(stride, expected, shape, strict=True))
 
 
 def _parameter(data: object, *_: object) -> object:
@@ -185,14 +189,16 @@ def _guarded(path: Path, read: Callable[[], Any]) -> Any:
     except FileNotFoundError:
         raise ModelLinkError("a file is missing", where=path) from None
     except Exception as error:  # whatever a broken pickle makes the unpickler raise
-        raise ModelLinkError(f"its pickle cannot be read: {type(error).__name__}: {error}", where=path) from None
+        raise ModelLinkError(f"its pickle cannot be read: {type(error).__name__}: {error}",
+                             where=path) from None
 
 
 class _Archive:
     def __init__(self, path: Path, raw: io.FileIO, start: int, length: int) -> None:
         self.path, self.raw, self.start, self.length = path, raw, start, length
         self.zip = zipfile.ZipFile(io.BufferedReader(_Window(raw, start, length)))
-        pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
+        pickles = [name for name in self.zip.namelist() if name.endswith("/data.pkl")
+                   and name.count("/") == 1]
         if len(pickles) != 1:
             raise zipfile.BadZipFile
         self.root = pickles[0].removesuffix("data.pkl")
@@ -206,7 +212,8 @@ class _Archive:
             raise ModelLinkError("its numbers are big-endian", where=self.path)
         offset, size = self._locate(f"{self.root}data/{key}")
         if not 0 <= numel * ITEM_BYTES[kind] <= size:
-            raise ModelLinkError(f"storage {key} has {size} bytes, too few for {numel} elements of {kind}", where=self.path)
+            raise ModelLinkError(f"storage {key} has {size} bytes, too few for {numel} elements of {kind}",
+                                 where=self.path)
         return Record(self.path, offset, kind, numel)
 
     def _locate(self, name: str) -> tuple[int, int]:
@@ -215,7 +222,8 @@ class _Archive:
         if info is None:
             raise ModelLinkError(f"the record {name} is missing from the archive", where=self.path)
         if info.compress_type != zipfile.ZIP_STORED:
-            raise ModelLinkError(f"the record {name} is compressed", where=self.path, fix="save it with torch.save")
+            raise ModelLinkError(f"the record {name} is compressed", where=self.path,
+                                 fix="save it with torch.save")
         header = self._bytes(self.start + info.header_offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise zipfile.BadZipFile

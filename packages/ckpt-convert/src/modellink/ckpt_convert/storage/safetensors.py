@@ -1,9 +1,10 @@
-"""The safetensors file format: reading the positions of tensors, and laying out a file before its tensors exist.
+"""The safetensors file format: reading the positions of tensors, and laying out a file before its tensors
+exist.
 
 Format: 8 bytes little-endian length, a JSON header of that length, the tensors end to end without gaps
-(https://github.com/huggingface/safetensors#format). The library's reader maps the whole file into private memory,
-which a process with a memory limit may not do, and its writer needs all tensors of a file at once; so the header is
-read and checked here.
+(https://github.com/huggingface/safetensors#format). The library's reader maps the whole file into private
+memory, which a process with a memory limit may not do, and its writer needs all tensors of a file at once; so
+the header is read and checked here.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def stored(path: Path) -> dict[str, Stored]:
     """Return the tensors of a file by name.
 
     Raises:
-        ModelLinkError: the file is missing, damaged or truncated, or a dtype is not floating point (quantized weights).
+        ModelLinkError: the file is missing, damaged or truncated, or a dtype is not floating point (quantized
+            weights).
     """
     try:
         with open(path, "rb") as file:
@@ -45,9 +47,11 @@ def stored(path: Path) -> dict[str, Stored]:
                              fix="it is truncated or damaged; copy it again") from None
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ModelLinkError(f"{name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are supported", where=path,
+            raise ModelLinkError(f"{name} is stored as {entry['dtype']}; only {', '.join(DTYPES)} are "
+                                 f"supported", where=path,
                                  fix="dequantize the weights first")
-    return {name: Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    return {name: Stored(path, 8 + length + entry["data_offsets"][0], DTYPES[entry["dtype"]],
+                         tuple(entry["shape"]))
             for name, entry in header.items()}
 
 
@@ -59,7 +63,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(header: dict[str, Any], size: int) -> None:
-    """Raise a ValueError unless the tensors fill the `size` bytes after the header without gaps and fit their shapes."""
+    """Raise a ValueError unless the tensors fill the `size` bytes after the header without gaps and fit their
+    shapes."""
     at = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
@@ -70,7 +75,8 @@ def _check(header: dict[str, Any], size: int) -> None:
             raise ValueError(f"{name} starts at byte {start}, but the previous tensor ends at {at}")
         kind = DTYPES.get(entry["dtype"])
         if kind and stop - start != prod(entry["shape"]) * ITEM_BYTES[kind]:
-            raise ValueError(f"{name} has {stop - start} bytes, which do not fit its shape {entry['shape']} in {entry['dtype']}")
+            raise ValueError(f"{name} has {stop - start} bytes, which do not fit its shape {entry['shape']} "
+                             f"in {entry['dtype']}")
         at = stop
     if at != size:
         raise ValueError(f"its tensors have {at:,} bytes, the file has {size:,}")
@@ -89,5 +95,6 @@ def layout(tensors: Mapping[str, Planned]) -> FileLayout:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    slots = tuple(Slot(name, start + offset, ordered[name]) for name, offset in zip(ordered, offsets, strict=True))
+    slots = tuple(Slot(name, start + offset, ordered[name])
+                  for name, offset in zip(ordered, offsets, strict=True))
     return FileLayout(start + at, ((0, len(text).to_bytes(8, "little") + text),), slots)

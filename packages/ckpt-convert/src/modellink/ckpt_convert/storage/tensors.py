@@ -1,9 +1,9 @@
 """Tensors that stay on disk until some of their rows or columns are read.
 
-All formats meet here: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is assembled from
-rectangles of such runs (`Assembled`). Reading uses plain reads into new memory, not memory maps: memory holds only
-what was asked for, and a file that shrinks is an error, not a crash. Describing a tensor needs no torch; reading one
-does.
+All formats meet here: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is assembled
+from rectangles of such runs (`Assembled`). Reading uses plain reads into new memory, not memory maps: memory
+holds only what was asked for, and a file that shrinks is an error, not a crash. Describing a tensor needs no
+torch; reading one does.
 
 Not here: where the runs are (the format modules) and what they mean (rules.py, weights.py).
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 BLOCK = 1 << 20  # bytes read at once if only some columns are wanted; small enough for the cache
 READ_LIMIT = 1 << 30  # bytes per read call; Linux stops at 2 GiB
-ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2, "int8": 1,
-              "uint8": 1, "bool": 1}
+ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "int32": 4, "int16": 2,
+              "int8": 1, "uint8": 1, "bool": 1}
 """Bytes of one number by the name of its dtype."""
 FLOATING = frozenset({"float64", "float32", "float16", "bfloat16"})
 
@@ -126,14 +126,15 @@ class Stored:
         while done < len(view):
             count = file.readinto(view[done:done + READ_LIMIT])
             if not count:
-                raise ModelLinkError(f"the file ends at byte {offset + done}, in the middle of a tensor", where=self.path,
-                                     fix="it is truncated or still being written; copy it again")
+                raise ModelLinkError(f"the file ends at byte {offset + done}, in the middle of a tensor",
+                                     where=self.path, fix="it is truncated or still being written; copy it again")
             done += count
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rectangle of a stored tensor, and the position (row, column) of its first element in the assembled tensor."""
+    """A rectangle of a stored tensor, and the position (row, column) of its first element in the assembled
+    tensor."""
 
     stored: Stored
     rows: range
@@ -143,7 +144,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Assembled:
-    """A tensor [rows, columns] or [rows] assembled from parts that do not overlap; if it is `sparse`, the rest is zero."""
+    """A tensor [rows, columns] or [rows] assembled from parts that do not overlap; if it is `sparse`, the
+    rest is zero."""
 
     name: str
     shape: tuple[int, ...]
@@ -183,12 +185,14 @@ class Assembled:
             return
         covered = sum(len(part.rows) * len(part.columns) for part in self.parts)
         if covered != prod(self.shape):
-            raise ModelLinkError(f"{self.name} should have the shape {list(self.shape)}, that is {prod(self.shape):,} "
+            raise ModelLinkError(f"{self.name} should have the shape {list(self.shape)}, that is "
+                                 f"{prod(self.shape):,} "
                                  f"numbers; {covered:,} were found",
                                  where=self.parts[0].stored.path if self.parts else None)
 
     def read(self, pieces: Sequence[range], dim: int, across: range | None = None) -> torch.Tensor:
-        """Read index ranges along `dim`, concatenated in order; of the other dimension `across`, or all of it."""
+        """Read index ranges along `dim`, concatenated in order; of the other dimension `across`, or all of
+        it."""
         import torch
 
         size = [self.shape[0], prod(self.shape[1:])]
@@ -200,8 +204,10 @@ class Assembled:
             part.stored.read_into(view, rows, columns)
         return out.view(-1) if len(self.shape) == 1 else out
 
-    def _overlaps(self, pieces: Sequence[range], dim: int, across: range) -> Iterator[tuple[list[int], Part, range, range]]:
-        """Yield (position in the output, part, its rows, its columns) for every overlap of a piece with a part."""
+    def _overlaps(self, pieces: Sequence[range], dim: int,
+                  across: range) -> Iterator[tuple[list[int], Part, range, range]]:
+        """Yield (position in the output, part, its rows, its columns) for every overlap of a piece with a
+        part."""
         done = 0
         for piece in pieces:
             wanted = [piece, across] if dim == 0 else [across, piece]

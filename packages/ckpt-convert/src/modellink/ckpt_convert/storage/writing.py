@@ -1,10 +1,10 @@
 """Writing files in which every byte has its position before the first tensor is read.
 
-A format gives the fixed bytes and the position of each tensor (`FileLayout`). The file is allocated at its full size
-first, so that a full disk is an error before anything is written; then threads fill in tensors block by block.
-Writeback of a tensor starts as soon as it is complete, so that the final fsync has little to wait for. Memory holds
-at most one block per thread. Each tensor gets a checksum, and a zip archive also the CRC of each record (by isal, ten
-times as fast as zlib, which took most of the CPU time).
+A format gives the fixed bytes and the position of each tensor (`FileLayout`). The file is allocated at its
+full size first, so that a full disk is an error before anything is written; then threads fill in tensors
+block by block. Writeback of a tensor starts as soon as it is complete, so that the final fsync has little to
+wait for. Memory holds at most one block per thread. Each tensor gets a checksum, and a zip archive also the
+CRC of each record (by isal, ten times as fast as zlib, which took most of the CPU time).
 
 Not here: the formats themselves (archive.py, safetensors.py) and the content of a tensor (blocks.py).
 """
@@ -73,10 +73,12 @@ class FileLayout:
         """Return the layout of the same content at `start` of a larger file."""
         slots = tuple(replace(slot, offset=slot.offset + start, crcs=tuple(crc + start for crc in slot.crcs))
                       for slot in self.slots)
-        return FileLayout(self.size, tuple((offset + start, content) for offset, content in self.fixed), slots)
+        return FileLayout(self.size, tuple((offset + start, content) for offset, content in self.fixed),
+                          slots)
 
 
-def write(handle: int, layout: FileLayout, pool: Executor, wrote: Callable[[int], None], where: Path) -> dict[str, str]:
+def write(handle: int, layout: FileLayout, pool: Executor, wrote: Callable[[int], None],
+          where: Path) -> dict[str, str]:
     """Fill the new file of descriptor `handle`, and return tensor name -> xxh3_64.
 
     Args:

@@ -1,13 +1,13 @@
-"""Adapters on megatron-core's linears, at every layout; everything else is frozen.
+"""LoRA adapters on megatron-core's linears at every layout; all other parameters are frozen.
 
-    column   y_t = W_t x + s B_t A x     A whole, B cut by rows as W is
-    row      y = sum_t (W_t x_t + s B A_t x_t)     A cut by columns as W is, B whole
+    column   y_t = W_t x + s B_t A x               A replicated, B sharded by rows like W
+    row      y = sum_t (W_t x_t + s B A_t x_t)     A sharded by columns like W, B replicated
 
-Between A and B there are only r numbers a token, and there the ranks speak to each other. The side that is whole has on each
-rank the gradient of all tokens, or with sequence parallelism and in experts that of its part, which megatron-core then sums as it
-does for norms (`sequence_parallel` on a parameter).
+Ranks communicate between A and B, where a token has only r numbers. The replicated factor has on each rank the gradient of all
+tokens; with sequence parallelism and in experts it has that of the rank's tokens, which megatron-core sums as it does for norms
+(`sequence_parallel` on a parameter).
 
-Not here: which linears (adapters.py), merging on disk (ckpt_convert).
+Not here: which linears (targets.py), saved adapters (saved.py), merging on disk (ckpt_convert).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from modellink.kernels.parallel import ParallelLayout
 
 
 class Factor(nn.Module):
-    """One of the two small matrices."""
+    """A or B: a small matrix without bias."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Factor(nn.Module):
 
 
 class Adapted(nn.Module):
-    """What the adapted forms of all linears share; these are set by `adapt`."""
+    """Base of all adapted linears; `adapt` sets its attributes."""
 
     scale: float
     rate: float
@@ -67,7 +67,7 @@ class Adapted(nn.Module):
     lora_B: Factor
 
     def dropped(self, x: Tensor, *, alike: bool) -> Tensor:
-        """The adapter's input; `alike`: tensor-parallel ranks have the same one, and must drop the same of it."""
+        """The adapter's input with dropout; `alike`: tensor-parallel ranks have the same input and need the same mask."""
         if not (self.rate and self.training):
             return x
         if alike:
@@ -76,13 +76,13 @@ class Adapted(nn.Module):
             return F.dropout(x, self.rate)
 
     def added(self, output: Tensor, low: Tensor) -> Tensor:
-        """output [..., out] + s B low [..., r], in one product: passes over the output cost more than r products a number."""
+        """output [..., out] + s B low [..., r], fused into one product to avoid further passes over the output."""
         rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), self.lora_B.weight.t(), alpha=self.scale)
         return rows.view_as(output)
 
 
 class AdaptedParallel(Adapted):
-    """A linear that is cut over tensor-parallel ranks; `tp_group` and `explicit_expert_comm` are its own."""
+    """A linear sharded across tensor-parallel ranks, which defines `tp_group` and `explicit_expert_comm`."""
 
     tp_group: Any
     explicit_expert_comm: bool
@@ -95,7 +95,7 @@ class AdaptedParallel(Adapted):
                if getattr(parameter, "tensor_model_parallel", False)}
         state |= make_sharded_tensors_for_checkpoint(both, prefix, cut, sharded_offsets, tp_group=self.tp_group,
                                                      dp_cp_group=metadata["dp_cp_group"])
-        if self.gated:  # a rank holds rows of both halves
+        if self.gated:  # a rank holds rows of both gate and up
             name = f"{prefix}lora_B.weight"
             whole = state[name]
             assert isinstance(whole, ShardedTensor)
@@ -107,7 +107,7 @@ class AdaptedColumn(AdaptedParallel):
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         output, bias = super().forward(input_, *args, **kwargs)
         low = self.lora_A(self.dropped(input_, alike=self.explicit_expert_comm or not self.sequence_parallel))
-        if not self.explicit_expert_comm:  # there tokens are gathered, and gradients summed, outside
+        if not self.explicit_expert_comm:  # in experts the dispatcher gathers tokens and sums gradients
             low = gather_from_sequence_parallel_region(low, group=self.tp_group) if self.sequence_parallel else (
                 copy_to_tensor_model_parallel_region(low, group=self.tp_group))
         return self.added(output, low), bias
@@ -124,7 +124,7 @@ class AdaptedRow(AdaptedParallel):
 
 
 class AdaptedReplicated(Adapted):
-    """A linear that is whole on every rank; its state is, too."""
+    """A linear that is replicated on every rank, as are its adapters."""
 
     def forward(self, x: Tensor) -> Tensor:
         low = self.lora_A(self.dropped(x, alike=not self.sequence_parallel))
@@ -133,7 +133,7 @@ class AdaptedReplicated(Adapted):
 
 @cache
 def _adapted(kind: Any) -> type[nn.Module]:
-    """The adapted form of a class of linears."""
+    """The adapted subclass of a class of linears."""
     for base, form in ((ColumnParallelLinear, AdaptedColumn), (RowParallelLinear, AdaptedRow),
                        (ReplicatedLinear, AdaptedReplicated)):
         if issubclass(kind, base):
@@ -142,11 +142,11 @@ def _adapted(kind: Any) -> type[nn.Module]:
 
 
 def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraConfig, *, gated: bool) -> None:
-    """Give a linear an adapter, in place: it keeps its own weight and becomes the adapted form of its class.
+    """Add an adapter to a linear in place: it keeps its weight and becomes an instance of the adapted subclass.
 
     Args:
-        parts: `A` and `B`, whole, and how they are cut.
-        gated: the linear is the one before a gated activation.
+        parts: the full `A` and `B`, and how they are sharded.
+        gated: the linear is followed by a gated activation.
     """
     tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
     module.sequence_parallel = module.config.sequence_parallel if hasattr(module, "config") else (
@@ -168,10 +168,10 @@ def adapt(module: Any, parts: Mapping[str, tuple[Weight, Tensor]], lora: LoraCon
 
 def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelLayout, lora: LoraConfig, seed: int,
                  given: Mapping[str, Tensor] | None = None) -> None:
-    """Freeze the model chunks of this rank and give their linears adapters. Their weights should be loaded before.
+    """Freeze the model chunks of this rank and add adapters to their linears. Load the weights before.
 
     Args:
-        given: adapters to go on with, by canonical name; those of `lora` at their beginning where there are none.
+        given: adapters to start from, by canonical name. Default: new ones.
     """
     table, stage = tensors_of(spec, lora, given or {}, seed), parallel_state.get_pipeline_model_parallel_rank()
     expert_rank = parallel_state.get_expert_model_parallel_rank()
@@ -183,5 +183,5 @@ def add_adapters(models: Sequence[nn.Module], spec: ModelSpec, layout: ParallelL
             if module + A in table:
                 parts = {"A": table[module + A], "B": table[module + B]}
                 adapt(whole.get_submodule(own.removesuffix(".weight")), parts, lora, gated=parts["B"][0].split == "gated")
-        if whole.pre_process:  # what is recomputed learns something only if its input asks for a gradient
+        if whole.pre_process:  # recomputed layers have gradients only if their input requires one
             whole.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(torch.is_grad_enabled()))

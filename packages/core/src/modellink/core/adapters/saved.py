@@ -1,15 +1,15 @@
-"""Which adapters a model has, by canonical name, and the folders they are saved in and read from.
+"""Adapters by canonical name, and the folders they are saved in and read from.
 
     decoder.layers.0.self_attention.linear_qkv.lora_A.weight  [r, in]
     decoder.layers.0.self_attention.linear_qkv.lora_B.weight  [out, r]
 
-What a linear adds is scale x B A (Hu et al. 2021, section 4.1). Beside its own form every save holds them as a folder of peft.
+An adapter adds scale x B A to a linear (Hu et al. 2021, section 4.1). Every save also has them in PEFT's format.
 
-    SAVE/lora.json                      what they are
-    SAVE/iter_0000010/*.distcp          adapters and optimizer; also what else a training checkpoint has
-    SAVE/iter_0000010/peft/             for peft and everything that reads its folders
+    SAVE/lora.json                      rank, scale and target modules
+    SAVE/iter_0000010/*.distcp          adapters, optimizer and progress, as in every training checkpoint
+    SAVE/iter_0000010/peft/             the same adapters as a PEFT folder
 
-Not here: modules (lora.py), Hugging Face names and merging (ckpt_convert).
+Not here: the modules (lora.py), Hugging Face names and merging (ckpt_convert).
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ from modellink.kernels.files import read_json, write_json
 
 
 def tensors_of(spec: ModelSpec, lora: LoraConfig, given: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Weight, Tensor]]:
-    """Every A and B, whole, and how tensor parallelism cuts it: a column linear's A and a row linear's B are on every rank.
+    """Every full A and B by name, and how tensor parallelism shards it.
 
-    `given` where there is something to go on with; otherwise A is random, the same at every layout, and B is 0.
+    The A of a column-parallel linear and the B of a row-parallel one are replicated. Without `given`, A is random, the same at
+    every layout, and B is 0.
     """
     made: dict[str, Tensor] = dict(given)
     for name, weight in {} if given else targets(spec, lora).items():
@@ -56,19 +57,19 @@ def tensors_of(spec: ModelSpec, lora: LoraConfig, given: Mapping[str, Tensor], s
 
 
 def initial(name: str, shape: tuple[int, int], seed: int) -> Tensor:
-    """A random A [r, in] for the weight `name`; uniform as PEFT begins."""
+    """A random A [r, in] for the weight `name`, uniform as in PEFT."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     return torch.empty(shape).uniform_(-1 / math.sqrt(shape[1]), 1 / math.sqrt(shape[1]), generator=generator)
 
 
 def write_description(folder: Path, lora: LoraConfig) -> None:
-    """Write `lora.json` into the folder that a run saves in."""
+    """Write lora.json into --save."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / SAVED_FILE, _described(lora.lora_r, lora.lora_alpha, lora.lora_use_rslora, lora.modules))
 
 
 def write_peft(iteration: Path, manifest: Manifest, lora: LoraConfig, base: Path) -> None:
-    """Write the adapters of an iteration's folder as a folder of peft inside it, where the model has a Hugging Face form."""
+    """Write the adapters of an iteration as a PEFT folder inside it, if the model has a Hugging Face format."""
     if manifest.family != NO_FORM:
         config = AdapterConfig(lora.lora_r, lora.lora_alpha, lora.lora_dropout, lora.lora_use_rslora)
         tensors = read_iteration(iteration, manifest.spec)
@@ -77,8 +78,8 @@ def write_peft(iteration: Path, manifest: Manifest, lora: LoraConfig, base: Path
 
 
 def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
-    """The adapters in an iteration's folder, whole, by canonical name."""
-    refuse_unknown_names(folder)  # PyTorch will unpickle the metadata bare
+    """The full adapters in an iteration's folder, by canonical name."""
+    refuse_unknown_names(folder)  # PyTorch unpickles the metadata unchecked
     reader = torch_dist.FileSystemReader(folder)
     entries: dict[str, Any] = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items()
                if name.startswith("decoder.") and name.endswith((A, B))}
@@ -96,14 +97,14 @@ def read_iteration(folder: Path, spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def read(folder: Path, source: Checkpoint, step: int | None = None) -> dict[str, Tensor]:
-    """The adapters of a folder: one of peft, or where a run saved, then of iteration `step` or the last complete one."""
+    """The adapters of a PEFT folder, or of iteration `step` (default: the last complete one) of a saved run."""
     if is_peft(folder):
         return peft.read_peft(folder, source.spec, source.family)[1]
     return read_iteration(last_complete(folder, step), source.spec)
 
 
 def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:
-    """Raise when the adapters of a folder are not those of the options, or not of this model."""
+    """Raise ModelLinkError if the adapters of a folder do not fit the options or the model."""
     if is_peft(folder):
         config, tensors = peft.read_peft(folder, source.spec, source.family)
         theirs = _described(config.r, config.alpha, config.rslora, sorted({name.split(".")[-3] for name in tensors
@@ -119,7 +120,7 @@ def check(folder: Path, lora: LoraConfig, source: Checkpoint) -> None:
     for name, flag in flags.items():
         if theirs.get(name) != ours[name]:
             raise ModelLinkError(f"{flag} is {_text(ours[name])} and {_text(theirs.get(name))} in the adapters",
-                                 where=f"{flag}, {folder}", fix="give what they were made with")
+                                 where=f"{flag}, {folder}", fix="use the value of the adapters")
 
 
 def _described(r: int, alpha: float, rslora: bool, modules: Sequence[str]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run is told: one dataclass a concern, and the rules between them. The model concern is ckpt_convert's ModelSpec."""
+"""The options of a run, one dataclass per concern. The architecture is ckpt_convert's ModelSpec. Imports no torch."""
 
 from modellink.core.config.checkpoint import CheckpointConfig
 from modellink.core.config.data import DataConfig

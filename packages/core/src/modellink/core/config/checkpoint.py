@@ -1,4 +1,4 @@
-"""What a run starts from and what it leaves."""
+"""What a run starts from and what it saves."""
 
 from __future__ import annotations
 
@@ -17,24 +17,23 @@ SaveFormat = Literal["torch-dist", "megatron-core", "megatron-legacy"]
 class CheckpointConfig(ModelPathOptions):
     section: ClassVar[str] = "checkpoint"
 
-    load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or one that "
-                               "training saved, which is then continued. The same empty folder as --save starts anew.")
-    auto_resume: bool = option(False, "Continue the run that --save holds, if it holds one, whatever --load says.")
-    ckpt_step: int | None = option(None, "Start from this iteration of --load; the last complete one where nothing is said.",
+    load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or a saved run, "
+                               "which is resumed. If it is the same empty folder as --save, training starts from scratch.")
+    auto_resume: bool = option(False, "Resume the run in --save if it contains one, regardless of --load.")
+    ckpt_step: int | None = option(None, "Iteration of --load to start from. Default: the last complete one.",
                                    minimum=0)
     ref_load: Path | None = option(None, "Checkpoint of the frozen reference model, for methods that compare with one. "
                                    "Default: --load at the start of the run.")
-    finetune: bool = option(False, "Take only the weights of --load: iteration 0, fresh optimizer, data from the start.")
-    load_optim: bool = option(True, "Of a run that is continued, take the optimizer's state too.")
-    load_rng: bool = option(True, "Of a run that is continued, take the random state too.")
-    save: Path | None = option(None, "Folder to save checkpoints in.")
-    save_format: SaveFormat = option("torch-dist", "Put the weights beside the state of the run also in the files that the "
-                                     "original's programs read.")
-    save_interval: int | None = option(None, "Iterations between two saves; the end of the run is always saved.", minimum=1)
-    save_total_limit: int | None = option(None, "Keep only so many of the newest checkpoints.", minimum=1)
-    async_save: bool = option(False, "Write checkpoints while training goes on; each rank copies its part to host memory first.")
-    exit_interval: int | None = option(None, "Stop, saved, when the iteration is a multiple of this.", minimum=1)
-    exit_duration_in_mins: float | None = option(None, "Stop, saved, after the first iteration that ends later than this.",
+    finetune: bool = option(False, "Load only the weights of --load, and start at iteration 0.")
+    load_optim: bool = option(True, "Resume the optimizer state.")
+    load_rng: bool = option(True, "Resume the random state.")
+    save: Path | None = option(None, "Folder for checkpoints.")
+    save_format: SaveFormat = option("torch-dist", "Also save the weights in the files that the original's programs read.")
+    save_interval: int | None = option(None, "Iterations between saves; the end of the run is always saved.", minimum=1)
+    save_total_limit: int | None = option(None, "Number of newest checkpoints to keep. Default: all.", minimum=1)
+    async_save: bool = option(False, "Write checkpoints in the background, from a copy in host memory.")
+    exit_interval: int | None = option(None, "Save and stop when the iteration is a multiple of this.", minimum=1)
+    exit_duration_in_mins: float | None = option(None, "Save and stop after the first iteration that ends later than this.",
                                                  unit="minutes", minimum=0)
 
     def check(self) -> None:
@@ -42,4 +41,4 @@ class CheckpointConfig(ModelPathOptions):
                             ("--async-save", self.async_save), ("--auto-resume", self.auto_resume),
                             ("--save-format", self.save_format != "torch-dist")):
             if given and self.save is None:
-                raise ModelLinkError("there is no folder to save in", where=flag, fix="give one with --save")
+                raise ModelLinkError(f"{flag} needs a folder to save in", where=flag, fix="set --save")

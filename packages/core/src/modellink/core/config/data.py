@@ -1,4 +1,4 @@
-"""What a run reads."""
+"""Training data and batch sizes."""
 
 from __future__ import annotations
 
@@ -17,31 +17,38 @@ INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
 class DataConfig:
     section: ClassVar[str] = "data"
 
-    data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or weight and prefix in turn for a blend.")
-    is_instruction_dataset: bool = option(False, "The prefixes are of instruction data; `sft` is `pretrain` with this.")
-    split: str = option("969,30,1", "Shares of training, validation and test.")
-    seq_length: int = option(4096, "Tokens of a sample.", unit="tokens", minimum=1)
-    micro_batch_size: int = option(1, "Samples of one forward pass on one rank.", minimum=1)
-    global_batch_size: int | None = option(None, "Samples of one iteration over all ranks; micro batch x DP where nothing "
-                                           "is said.", minimum=1)
+    data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or alternating weights and prefixes for a blend.")
+    is_instruction_dataset: bool = option(False, "The data is instruction data: `pretrain` with this option is `sft`.")
+    split: str = option("969,30,1", "Ratio of training, validation and test data.")
+    seq_length: int = option(4096, "Sequence length.", unit="tokens", minimum=1)
+    micro_batch_size: int = option(1, "Samples per forward pass on one rank.", minimum=1)
+    global_batch_size: int | None = option(
+        None, "Global batch size in samples. Default: micro batch size x DP.", minimum=1)
     rampup_batch_size: tuple[int, ...] | None = option(
-        None, "Begin with a global batch of the first number, and add the second again and again until the third number of "
-        "samples, when it is whole.")
-    reset_position_ids: bool = option(False, "Count positions from the beginning of each document of a sample, and let no token "
-                                      "see another document.")
-    reset_attention_mask: bool = option(False, "Let no token see another document, with positions of the sample.")
-    eod_mask_loss: bool = option(False, "Do not learn what follows an end of document.")
-    eod_token_id: int | None = option(None, "The token that ends a document; eos_token_id of the model's config.json where "
-                                      "nothing is said.", minimum=0)
-    data_cache_path: Path | None = option(None, "Folder of the sample index; beside the data where nothing is said.")
+        None, "START,INCREMENT,SAMPLES: grow the global batch from START by INCREMENT, reaching the full size after SAMPLES "
+        "samples.")
+    reset_position_ids: bool = option(
+        False, "Restart positions at each document of a sample, and keep attention within documents.")
+    reset_attention_mask: bool = option(False, "Keep attention within documents; positions do not restart.")
+    eod_mask_loss: bool = option(False, "Exclude the token after each end of document from the loss.")
+    eod_token_id: int | None = option(
+        None, "Token that ends a document. Default: eos_token_id of the model's config.json.", minimum=0)
+    data_cache_path: Path | None = option(None, "Folder for the sample index. Default: `cache` next to the data.")
 
     @property
     def separates_documents(self) -> bool:
-        """Whether attention keeps to a document."""
+        """Whether attention stays within documents."""
         return self.reset_position_ids or self.reset_attention_mask
 
     def blend(self) -> tuple[list[str], list[float] | None]:
-        """The prefixes, and their weights where they were given."""
+        """The prefixes, and their weights if they are given.
+
+        Raises:
+            ModelLinkError: no prefix, or something else than weights and prefixes in turn.
+        """
+        if not self.data_path:
+            raise ModelLinkError("--data-path is not set", where="--data-path",
+                                 fix="make data with modellink-preprocess, and give the prefix that it prints")
         if len(self.data_path) == 1:
             return list(self.data_path), None
         try:
@@ -50,7 +57,8 @@ class DataConfig:
                 raise ValueError
             return list(self.data_path[1::2]), weights
         except ValueError:
-            raise ModelLinkError(f"{' '.join(self.data_path)} is not weight and prefix in turn", where="--data-path",
+            given = " ".join(self.data_path)
+            raise ModelLinkError(f"{given} is not a list of alternating weights and prefixes", where="--data-path",
                                  fix="e.g. --data-path 0.3 first_text_document 0.7 second_text_document") from None
 
     def indexed_files(self) -> list[Path]:
@@ -58,7 +66,7 @@ class DataConfig:
         return [Path(prefix + suffix) for prefix in self.blend()[0] for suffix in (".idx", ".bin")]
 
     def num_microbatches(self, dp: int, consumed: int | None = None) -> int:
-        """Forward passes on each rank of the iteration that begins with sample `consumed`; None: of one past the ramp-up."""
+        """Micro batches per rank in the iteration that starts at sample `consumed`. Default: after the ramp-up."""
         per_pass = self.micro_batch_size * dp
         total = self.global_batch_size or per_pass
         if total % per_pass:
@@ -67,11 +75,11 @@ class DataConfig:
         return (total if consumed is None else self.batch_size_at(consumed, dp)) // per_pass
 
     def samples_per_iteration(self, dp: int) -> int:
-        """The global batch size, past the ramp-up."""
+        """The global batch size after the ramp-up."""
         return self.num_microbatches(dp) * self.micro_batch_size * dp
 
     def batch_size_at(self, consumed: int, dp: int) -> int:
-        """The global batch size of the iteration that begins with sample `consumed`."""
+        """The global batch size of the iteration that starts at sample `consumed`."""
         whole = self.samples_per_iteration(dp)
         if self.rampup_batch_size is None:
             return whole
@@ -79,51 +87,50 @@ class DataConfig:
         return min(whole, start + step * (consumed * (whole - start) // (samples * step)))
 
     def samples_of(self, iterations: int, dp: int, consumed: int = 0) -> int:
-        """The samples of a run after so many more iterations."""
+        """Samples consumed after `iterations` more iterations."""
         whole = self.samples_per_iteration(dp)
         while iterations and (size := self.batch_size_at(consumed, dp)) < whole:
             consumed, iterations = consumed + size, iterations - 1
         return consumed + iterations * whole
 
     def iterations_of(self, samples: int, dp: int, *, done: int = 0, consumed: int = 0) -> int:
-        """The whole iterations that so many samples give, `done` of which have taken the first `consumed`.
+        """Total iterations of a run of `samples` samples, `done` of which have consumed the first `consumed`.
 
         Raises:
-            ModelLinkError: there is none.
+            ModelLinkError: fewer samples than one global batch.
         """
         iterations, whole = done, self.samples_per_iteration(dp)
         while (size := self.batch_size_at(consumed, dp)) < whole and consumed + size <= samples:
             consumed, iterations = consumed + size, iterations + 1
         if not (total := iterations + max(0, samples - consumed) // whole):
-            raise ModelLinkError(f"{samples} samples are less than one global batch of {size}",
+            raise ModelLinkError(f"{samples} samples are fewer than one global batch of {size}",
                                  where="--train-samples, --global-batch-size")
         return total
 
     def check_rampup(self, dp: int, passes: int = 1) -> None:
-        """Raise where the ramp-up has a global batch that the ranks cannot divide.
+        """Raise ModelLinkError if a global batch of the ramp-up cannot be split across the ranks.
 
         Args:
-            passes: what the number of micro batches of a rank must be a multiple of.
+            passes: the number of micro batches per rank must be a multiple of this.
         """
         if self.rampup_batch_size is None:
             return
         whole, unit = self.samples_per_iteration(dp), self.micro_batch_size * dp * passes
         if len(self.rampup_batch_size) != 3:
-            raise ModelLinkError(f"a ramp-up is three numbers, not {len(self.rampup_batch_size)}", where="--rampup-batch-size",
-                                 fix="give first batch, increment and samples, e.g. 16,16,30000")
+            raise ModelLinkError(f"--rampup-batch-size takes three numbers, not {len(self.rampup_batch_size)}",
+                                 where="--rampup-batch-size", fix="give START,INCREMENT,SAMPLES, e.g. 16,16,30000")
         start, step, samples = self.rampup_batch_size
         if min(start, step, samples) < 1 or start % unit or step % unit or start > whole or (whole - start) % step:
-            raise ModelLinkError(f"a batch that begins with {start} and grows by {step} does not reach {whole} in multiples of "
-                                 f"{unit}, what all ranks take together", where="--rampup-batch-size, --global-batch-size",
+            raise ModelLinkError(f"a global batch that starts at {start} and grows by {step} does not reach {whole} in "
+                                 f"multiples of {unit} (micro batch size x DP x stages if interleaved)",
+                                 where="--rampup-batch-size, --global-batch-size",
                                  fix=f"use multiples of {unit} whose steps end at {whole}")
 
     def check(self) -> None:
-        if not self.data_path:
-            raise ModelLinkError("there is no data", where="--data-path",
-                                 fix="make some with modellink-preprocess, and give its output prefix with _text_document")
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:
             shares = []
         if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-            raise ModelLinkError(f"{self.split!r} is not three shares", where="--split", fix="e.g. --split 969,30,1")
+            raise ModelLinkError(f"{self.split!r} is not a ratio of at most three numbers", where="--split",
+                                 fix="e.g. --split 969,30,1")

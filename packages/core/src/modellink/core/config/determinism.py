@@ -1,4 +1,4 @@
-"""Whether a run gives the same bits again, and what shows where two runs part."""
+"""Reproducible runs, and digests that show where two runs diverge."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class DeterminismConfig:
     section: ClassVar[str] = "determinism"
 
     use_deter_comp: bool = option(
-        False, "Take deterministic forms of all operations and collectives, so that the same run gives the same bits; one that "
-        "has none ends the run.")
+        False, "Use deterministic operations and collectives, so that a repeated run is bit-identical; an operation without a "
+        "deterministic form ends the run.")
     log_digest: Path | None = option(
-        None, "Folder for a digest of every rank's loss, gradients and parameters after each iteration; `modellink-train "
-        "digests A B` names where two runs part.")
+        None, "Folder for digests of every rank's loss, gradients and parameters after each iteration; `modellink-train digests "
+        "A B` shows where two runs diverge.")

@@ -1,4 +1,4 @@
-"""How instruction data is read: padding, order, samples that share a row."""
+"""How instruction data is batched: padding, order and template."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from modellink.kernels.options import option
 class InstructionConfig:
     section: ClassVar[str] = "instruction"
 
-    variable_seq_lengths: bool = option(False, "Pad to the longest sample of a micro batch, not to --seq-length.")
-    pad_to_multiple_of: int = option(8, "With --variable-seq-lengths: round that up to a multiple of this.", unit="tokens",
+    variable_seq_lengths: bool = option(False, "Pad to the longest sample of each micro batch instead of --seq-length.")
+    pad_to_multiple_of: int = option(8, "With --variable-seq-lengths: pad to a multiple of this.", unit="tokens",
                                      minimum=1)
-    shuffle: bool = option(True, "Mix the samples, every epoch anew.")
-    prompt_type: str | None = option(None, "Template the data was made with; noted in the checkpoints, where chat finds it.")
+    shuffle: bool = option(True, "Shuffle the samples, differently in every epoch.")
+    prompt_type: str | None = option(None, "Chat template of the data; saved in the checkpoints, so that chat uses the same.")

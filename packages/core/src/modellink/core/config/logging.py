@@ -1,4 +1,4 @@
-"""What a run tells."""
+"""What a run logs and evaluates."""
 
 from __future__ import annotations
 
@@ -15,26 +15,27 @@ from modellink.kernels.options import option
 class LoggingConfig:
     section: ClassVar[str] = "logging"
 
-    log_interval: int = option(100, "Iterations between two log lines.", minimum=1)
-    eval_interval: int = option(1000, "Iterations between two evaluations on the validation share.", minimum=1)
-    eval_iters: int = option(100, "Iterations of an evaluation; 0 for none.", minimum=0)
-    skip_train: bool = option(False, "Only evaluate on the validation and test shares.")
-    log_throughput: bool = option(False, "Add the model's TFLOP/s and tokens a second per rank to the log line.")
-    peak_tflops: float | None = option(None, "What a device could do, for the share of it that is used (MFU) in the log line.",
+    log_interval: int = option(100, "Iterations between log lines.", minimum=1)
+    eval_interval: int = option(1000, "Iterations between evaluations on the validation data.", minimum=1)
+    eval_iters: int = option(100, "Iterations per evaluation; 0 disables evaluation.", minimum=0)
+    skip_train: bool = option(False, "Only evaluate on the validation and test data.")
+    log_throughput: bool = option(False, "Log TFLOP/s and tokens/s per rank.")
+    peak_tflops: float | None = option(None, "Peak performance of the device, to log the model FLOPs utilization (MFU).",
                                        unit="TFLOP/s", minimum=0)
-    log_num_zeros_in_grad: bool = option(False, "Count the zeros of the gradient, for the log line.")
+    log_num_zeros_in_grad: bool = option(False, "Log the number of zeros in the gradient.")
     tensorboard_dir: Path | None = option(None, "Folder for TensorBoard events.")
-    wandb_project: str | None = option(None, "Project of Weights & Biases to tell the same to; needs the extra [wandb].")
-    wandb_exp_name: str | None = option(None, "Name of the run there; the last part of --save where nothing is said.")
-    wandb_save_dir: Path | None = option(None, "Folder for its files; SAVE/wandb where nothing is said.")
-    curve: Path | None = option(None, "SVG picture of the loss, drawn at the end; SAVE/loss.svg where nothing is said.")
+    wandb_project: str | None = option(None, "Weights & Biases project to log to; needs modellink-core[wandb].")
+    wandb_exp_name: str | None = option(None, "Name of the Weights & Biases run. Default: the last part of --save.")
+    wandb_save_dir: Path | None = option(None, "Folder for Weights & Biases files. Default: SAVE/wandb.")
+    curve: Path | None = option(None, "SVG file for the loss curve, drawn at the end. Default: SAVE/loss.svg.")
 
     def check(self) -> None:
         if self.peak_tflops is not None and not self.log_throughput:
-            raise ModelLinkError("no throughput is shown that could be a share of it", where="--peak-tflops",
+            raise ModelLinkError("--peak-tflops needs --log-throughput", where="--peak-tflops",
                                  fix="add --log-throughput")
         if self.wandb_project is None and (self.wandb_exp_name or self.wandb_save_dir):
-            raise ModelLinkError("there is no project", where="--wandb-exp-name, --wandb-save-dir", fix="give --wandb-project")
+            raise ModelLinkError("Weights & Biases needs a project", where="--wandb-exp-name, --wandb-save-dir",
+                                 fix="set --wandb-project")
         if self.wandb_project is not None and importlib.util.find_spec("wandb") is None:
             raise ModelLinkError("wandb is not installed", where="--wandb-project",
-                                 fix='python -m pip install "modellink-core[wandb]", or leave it out')
+                                 fix='python -m pip install "modellink-core[wandb]"')

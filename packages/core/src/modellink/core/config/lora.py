@@ -1,4 +1,4 @@
-"""Low-rank adapters: which linears get one, and how large it is."""
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): which linears get one, and its size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 
 LEGACY = {"query_key_value": "linear_qkv", "dense": "linear_proj", "dense_h_to_4h": "linear_fc1", "dense_4h_to_h": "linear_fc2"}
-"""Names that Legacy models have for linears."""
+"""Names of linears in Legacy models -> names in Core models."""
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,14 @@ class LoraConfig:
     section: ClassVar[str] = "lora"
 
     lora_target_modules: tuple[str, ...] = option(
-        (), "Learn adapters of these linears and nothing else: linear_qkv, linear_proj, linear_fc1, linear_fc2, or what Legacy "
-        "calls them.")
-    lora_r: int = option(16, "Rank of an adapter.", minimum=1)
-    lora_alpha: float = option(32.0, "What an adapter adds is multiplied by alpha / r.", minimum=0)
-    lora_dropout: float = option(0.0, "Share of an adapter's input dropped.", minimum=0, maximum=1)
-    lora_use_rslora: bool = option(False, "Multiply by alpha / sqrt(r) (rsLoRA).")
-    lora_load: Path | None = option(None, "Adapters to go on with, of a run on the same --load.")
+        (), "Train LoRA adapters of these linears only: linear_qkv, linear_proj, linear_fc1, linear_fc2, or their Legacy names.")
+    lora_r: int = option(16, "Rank of the adapters.", minimum=1)
+    lora_alpha: float = option(32.0, "Scale the adapters by alpha / r.", minimum=0)
+    lora_dropout: float = option(0.0, "Dropout of the adapters' input.", minimum=0, maximum=1)
+    lora_use_rslora: bool = option(False, "Scale the adapters by alpha / sqrt(r) instead (rsLoRA).")
+    lora_load: Path | None = option(None, "Adapters to start from or resume: a saved run on the same --load, or a PEFT folder.")
     lora_quantize: Literal["nf4", "int8"] | None = option(
-        None, "Hold the frozen linears in this form (QLoRA); needs modellink-core[qlora], on CPU and CUDA.")
+        None, "Quantize the frozen linears (QLoRA); needs modellink-core[qlora], on CPU and CUDA.")
 
     @property
     def on(self) -> bool:
@@ -36,7 +35,7 @@ class LoraConfig:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The targets under Core's names."""
+        """The target modules by their names in Core models."""
         return tuple(sorted({LEGACY.get(name, name) for name in self.lora_target_modules}))
 
     @property
@@ -45,13 +44,13 @@ class LoraConfig:
 
     def check(self) -> None:
         if self.lora_load is not None and not self.on:
-            raise ModelLinkError("adapters to go on with, and no linears that have one", where="--lora-load",
+            raise ModelLinkError("--lora-load needs --lora-target-modules", where="--lora-load",
                                  fix="repeat the --lora-target-modules of that run")
         if self.lora_load is not None and not self.lora_load.is_dir():
             raise ModelLinkError("the adapters to load are missing", where=f"--lora-load {self.lora_load}")
         if self.lora_quantize is not None and not self.on:
-            raise ModelLinkError("weights that are learned cannot be held in fewer bits", where=f"--lora-quantize "
-                                 f"{self.lora_quantize}", fix="give --lora-target-modules: then they are frozen")
+            raise ModelLinkError("trained weights cannot be quantized", where=f"--lora-quantize {self.lora_quantize}",
+                                 fix="add --lora-target-modules, which freezes the other weights")
         if self.lora_quantize is not None and find_spec("bitsandbytes") is None:
-            raise ModelLinkError("the library bitsandbytes is missing", where=f"--lora-quantize {self.lora_quantize}",
-                                 fix="install modellink-core[qlora]")
+            raise ModelLinkError("bitsandbytes is not installed", where=f"--lora-quantize {self.lora_quantize}",
+                                 fix='python -m pip install "modellink-core[qlora]"')

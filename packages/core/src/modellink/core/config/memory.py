@@ -1,4 +1,4 @@
-"""What a run does to hold less: compute twice, keep elsewhere, keep once."""
+"""Memory savings: recompute activations, offload them to the host, share fp32 and bf16 parameters."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modellink.kernels.parallel import ParallelLayout
 SWAPPED = "input_layernorm,self_attention,pre_cross_attn_layernorm"
 MODULES = {name: name for name in (*SWAPPED.split(","), "pre_mlp_layernorm", "mlp")} | {
     "input_norm": "input_layernorm", "post_attention_norm": "pre_mlp_layernorm"}
-"""Modules of a layer that can keep their activations elsewhere, also by their names in the original's Legacy models."""
+"""Modules of a layer whose activations can be offloaded, by our name and by that in the original's Legacy models."""
 
 
 @dataclass(frozen=True)
@@ -21,58 +21,59 @@ class MemoryConfig:
     section: ClassVar[str] = "memory"
 
     recompute_granularity: Literal["full", "selective"] | None = option(
-        None, "Keep only the inputs of whole layers (full), or leave out what is inside attention (selective), and compute it "
-        "again in the backward pass.")
+        None, "Recompute activations in the backward pass: those of full layers, or only those inside attention (selective).")
     recompute_method: Literal["uniform", "block"] | None = option(
-        None, "full: keep the input of every group of layers, or of the first layers of each model chunk one by one.")
+        None, "full: store the input of each group of layers (uniform), or recompute the first layers of each model chunk "
+        "(block).")
     recompute_num_layers: int | None = option(
-        None, "uniform: layers of a group; block: how many layers of each model chunk.", minimum=1)
+        None, "Layers per group (uniform), or recomputed layers per model chunk (block).", minimum=1)
     enable_recompute_layers_per_pp_rank: bool = option(
-        False, "block: count the layers of a pipeline stage over all its model chunks.")
+        False, "block: count --recompute-num-layers per pipeline stage instead of per model chunk.")
     recompute_activation_function: bool = option(
-        False, "Compute the output of the feed-forward activation again in layers that are not recomputed in full.")
+        False, "Recompute the feed-forward activation function in layers that are not recomputed in full.")
     recompute_activation_function_num_layers: int | None = option(
-        None, "In so many layers of a pipeline stage; all where nothing is said.", minimum=1)
+        None, "Number of these layers per pipeline stage. Default: all.", minimum=1)
     swap_attention: bool = option(
-        False, "Keep activations of --swap-modules in host memory until their layer goes backward; with --recompute-num-layers "
-        "and no granularity, feed-forward parts of the first so many layers of each model chunk are recomputed.")
-    swap_modules: str | None = option(None, f"Modules of a layer, with commas between; {SWAPPED} where nothing is said.")
+        False, "Offload the activations of --swap-modules to host memory and prefetch them in the backward pass. With "
+        "--recompute-num-layers and no granularity, also recompute the feed-forward part of that many layers per model chunk.")
+    swap_modules: str | None = option(None, f"Comma-separated modules of a layer. Default: {SWAPPED}.")
     reuse_fp32_param: bool = option(
-        False, "bf16: the weights are the upper halves of the optimizer's fp32 parameters, 4 bytes for both instead of 6.")
+        False, "bf16: store the weights as the upper halves of the fp32 parameters, 4 bytes for both instead of 6.")
 
     @property
     def swap_module_names(self) -> list[str]:
-        """What the modules of --swap-modules are called here."""
+        """The modules of --swap-modules by our names."""
         return list(dict.fromkeys(MODULES[name] for name in (self.swap_modules or SWAPPED).split(",")))
 
     @property
     def method_in_full(self) -> str | None:
-        """The method where whole layers are recomputed."""
+        """The method if layers are recomputed in full."""
         return self.recompute_method if self.recompute_granularity == "full" else None
 
     @property
     def feed_forwards_recomputed(self) -> int:
-        """In how many layers the feed-forward part alone is recomputed, counted as whole layers are."""
+        """Number of layers of which only the feed-forward part is recomputed, counted like --recompute-num-layers."""
         return (self.recompute_num_layers or 0) if self.swap_attention and self.recompute_granularity is None else 0
 
     def check(self) -> None:
         self._check_swap()
         full, wrong = self.recompute_granularity == "full", None
         if full and not (self.recompute_method and self.recompute_num_layers):
-            wrong = ("full recomputation needs a method and a number of layers", "--recompute-method, --recompute-num-layers",
-                     "e.g. --recompute-method block --recompute-num-layers 4")
+            wrong = ("full recomputation needs --recompute-method and --recompute-num-layers",
+                     "--recompute-method, --recompute-num-layers", "e.g. --recompute-method block --recompute-num-layers 4")
         elif not full and (self.recompute_method or self.recompute_num_layers) and not self.feed_forwards_recomputed:
-            wrong = (f"a method and a number of layers belong to full recomputation, not to {self.recompute_granularity}",
+            wrong = ("--recompute-method and --recompute-num-layers apply to full recomputation, not to "
+                     f"{self.recompute_granularity}",
                      "--recompute-granularity, --recompute-method, --recompute-num-layers", "use --recompute-granularity full")
         elif self.enable_recompute_layers_per_pp_rank and self.recompute_method != "block":
-            wrong = ("layers are counted by stage with the block method alone",
+            wrong = ("layers are counted per stage only with the block method",
                      "--enable-recompute-layers-per-pp-rank, --recompute-method", "use --recompute-method block")
         elif self.recompute_activation_function and (self.recompute_method == "uniform"
                                                      or self.recompute_granularity == "selective"):
-            wrong = ("the activation is recomputed alone or beside the block method",
+            wrong = ("the activation function cannot be recomputed together with these options",
                      "--recompute-activation-function, --recompute-method, --recompute-granularity", "use one of them")
         elif self.recompute_activation_function_num_layers and not self.recompute_activation_function:
-            wrong = ("a number of layers was given, and nothing to recompute in them",
+            wrong = ("--recompute-activation-function-num-layers needs --recompute-activation-function",
                      "--recompute-activation-function-num-layers", "add --recompute-activation-function")
         if wrong:
             raise ModelLinkError(wrong[0], where=wrong[1], fix=wrong[2])
@@ -80,34 +81,34 @@ class MemoryConfig:
     def _check_swap(self) -> None:
         unknown = [name for name in (self.swap_modules or SWAPPED).split(",") if name not in MODULES]
         if self.swap_modules is not None and not self.swap_attention:
-            raise ModelLinkError("modules were named, and nothing is moved", where="--swap-modules, --swap-attention",
+            raise ModelLinkError("--swap-modules needs --swap-attention", where="--swap-modules, --swap-attention",
                                  fix="add --swap-attention")
         if unknown:
             raise ModelLinkError(f"a layer has no module {unknown[0]}", where="--swap-modules",
                                  fix=f"use some of {', '.join(MODULES)}")
         if self.swap_attention and self.recompute_method == "uniform":
-            raise ModelLinkError("with the uniform method every layer is recomputed and keeps nothing that could be moved",
+            raise ModelLinkError("the uniform method recomputes every layer and leaves nothing to offload",
                                  where="--swap-attention, --recompute-method uniform", fix="use --recompute-method block")
         if self.swap_attention and "mlp" in self.swap_module_names and (
                 self.recompute_activation_function or self.feed_forwards_recomputed):
-            raise ModelLinkError("the feed-forward part is recomputed, and should be moved",
+            raise ModelLinkError("the feed-forward part cannot be both recomputed and offloaded",
                                  where="--swap-modules, --recompute-activation-function, --recompute-num-layers",
-                                 fix="take mlp out of --swap-modules, or recompute nothing in it")
+                                 fix="remove mlp from --swap-modules, or do not recompute it")
 
     def check_layers(self, layout: ParallelLayout, num_layers: int) -> None:
-        """Raise when layers cannot be counted or grouped as they were asked to be recomputed."""
+        """Raise ModelLinkError if the layers of a stage or chunk cannot be recomputed as configured."""
         if self.enable_recompute_layers_per_pp_rank and layout.vpp == 1:
-            raise ModelLinkError("a stage has one model chunk, there is nothing to count together",
+            raise ModelLinkError("--enable-recompute-layers-per-pp-rank needs stages with several model chunks",
                                  where="--enable-recompute-layers-per-pp-rank, --num-layers-per-virtual-pipeline-stage")
         if self.recompute_method == "uniform" and self.recompute_num_layers:
             for held in self._held(layout, num_layers):
                 if held % self.recompute_num_layers:
-                    raise ModelLinkError(f"groups of {self.recompute_num_layers} layers do not fill a model chunk of {held}",
+                    raise ModelLinkError(f"groups of {self.recompute_num_layers} layers do not divide a model chunk of {held}",
                                          where="--recompute-num-layers, --recompute-method uniform",
                                          fix=f"use a divisor of {gcd(*self._held(layout, num_layers))}")
 
     def note(self, layout: ParallelLayout, num_layers: int) -> str | None:
-        """What is to be said where more layers were asked for than any stage or chunk has, as scripts for other layouts do."""
+        """A note if more layers are to be recomputed than any stage or chunk has, as in scripts for other layouts."""
         most = max(self._held(layout, num_layers)) * (layout.vpp if self.enable_recompute_layers_per_pp_rank else 1)
         if (wanted := self.recompute_num_layers or 0) <= most:
             return None
@@ -116,7 +117,7 @@ class MemoryConfig:
 
     @staticmethod
     def _held(layout: ParallelLayout, num_layers: int) -> set[int]:
-        """How many layers model chunks have."""
+        """The numbers of layers of the model chunks."""
         return {len(layout.layers(num_layers, stage, 0)) for stage in range(layout.pp)}
 
     def check_precision(self, dtype: str) -> None:

@@ -1,4 +1,4 @@
-"""How a run learns: iterations, precision, optimizer, learning rate."""
+"""Length of the run, precision, optimizer and learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -17,41 +17,42 @@ class OptimizerConfig:
     section: ClassVar[str] = "optimizer"
 
     lr: float = option(doc="Peak learning rate.", minimum=0)
-    train_iters: int = option(0, "Iterations of the whole run; or --train-samples.", minimum=1)
-    train_samples: int | None = option(None, "Samples of the whole run, in whole batches; schedules then count samples.",
-                                       minimum=1)
+    train_iters: int = option(0, "Total iterations; alternatively --train-samples.", minimum=1)
+    train_samples: int | None = option(
+        None, "Total samples, rounded down to full batches; schedules then count samples.", minimum=1)
     min_lr: float = option(0.0, "Learning rate at the end of the decay.", minimum=0)
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = option("linear", "Shape of the decay.")
-    lr_decay_iters: int | None = option(None, "Iterations of the decay; all of them where nothing is said.", minimum=1)
+    lr_decay_iters: int | None = option(None, "Iterations of the decay. Default: all.", minimum=1)
     lr_warmup_iters: int = option(0, "Iterations of linear warm-up.", minimum=0)
-    lr_decay_samples: int | None = option(None, "With --train-samples: samples of the decay; all of them where nothing is said.",
-                                          minimum=1)
+    lr_decay_samples: int | None = option(None, "With --train-samples: samples of the decay. Default: all.", minimum=1)
     lr_warmup_samples: int = option(0, "With --train-samples: samples of linear warm-up.", minimum=0)
-    lr_warmup_fraction: float | None = option(None, "Warm-up as a share of the decay.", minimum=0, maximum=1)
-    lr_warmup_init: float = option(0.0, "Learning rate at the beginning of the warm-up.", minimum=0)
+    lr_warmup_fraction: float | None = option(None, "Warm-up as a fraction of the decay.", minimum=0, maximum=1)
+    lr_warmup_init: float = option(0.0, "Learning rate at the start of the warm-up.", minimum=0)
     decoupled_lr: float | None = option(None, "Peak learning rate of the embedding and the output layer.", minimum=0)
-    decoupled_min_lr: float | None = option(None, "Their learning rate at the end of the decay.", minimum=0)
-    weight_decay: float = option(0.01, "Decoupled weight decay; norms and biases have none.", minimum=0)
-    start_weight_decay: float | None = option(None, "Weight decay of the first iteration, where it changes.", minimum=0)
-    end_weight_decay: float | None = option(None, "Weight decay of the last iteration.", minimum=0)
-    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option("constant", "How it goes from one to the other.")
-    adam_beta1: float = option(0.9, "Decay of the first moment.", minimum=0, maximum=1)
-    adam_beta2: float = option(0.999, "Decay of the second moment.", minimum=0, maximum=1)
-    adam_eps: float = option(1e-8, "Added to the root of the second moment.", minimum=0)
-    clip_grad: float = option(1.0, "Largest global gradient norm; 0 does not clip.", minimum=0)
+    decoupled_min_lr: float | None = option(
+        None, "Learning rate of the embedding and the output layer at the end of the decay.", minimum=0)
+    weight_decay: float = option(0.01, "Decoupled weight decay; norms and biases are excluded.", minimum=0)
+    start_weight_decay: float | None = option(None, "Weight decay at the first iteration, for a schedule.", minimum=0)
+    end_weight_decay: float | None = option(None, "Weight decay at the last iteration.", minimum=0)
+    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option(
+        "constant", "Schedule of the weight decay.")
+    adam_beta1: float = option(0.9, "Decay rate of the first moment.", minimum=0, maximum=1)
+    adam_beta2: float = option(0.999, "Decay rate of the second moment.", minimum=0, maximum=1)
+    adam_eps: float = option(1e-8, "Term added to the denominator for numerical stability.", minimum=0)
+    clip_grad: float = option(1.0, "Maximum global gradient norm; 0 disables clipping.", minimum=0)
     bf16: bool = option(False, "Weights and activations in bfloat16, master weights and gradients in fp32.")
     fp16: bool = option(False, "Weights and activations in float16, with a dynamic loss scale.")
-    initial_loss_scale: float = option(2.0**32, "fp16: the loss scale to start with.")
-    loss_scale: float | None = option(None, "fp16: a loss scale that stays as it is.", minimum=0)
-    min_loss_scale: float = option(1.0, "fp16: the smallest loss scale.", minimum=0)
+    initial_loss_scale: float = option(2.0**32, "fp16: initial loss scale.")
+    loss_scale: float | None = option(None, "fp16: a constant loss scale.", minimum=0)
+    min_loss_scale: float = option(1.0, "fp16: minimum loss scale.", minimum=0)
     loss_scale_window: int = option(1000, "fp16: iterations without overflow after which the loss scale doubles.", minimum=1)
-    hysteresis: int = option(2, "fp16: overflows after which the loss scale is halved.", minimum=1)
+    hysteresis: int = option(2, "fp16: overflows before the loss scale is halved.", minimum=1)
     check_for_nan_in_loss_and_grad: bool = option(
-        True, "End the run when loss or gradients are not finite, before they reach the weights; fp16 skips such a step.")
-    attention_dropout: float = option(0.0, "Share of attention weights dropped.", minimum=0, maximum=1)
-    hidden_dropout: float = option(0.0, "Share of residual branches dropped.", minimum=0, maximum=1)
-    init_method_std: float = option(0.02, "Standard deviation of random weights.", minimum=0)
-    seed: int = option(1234, "Of random weights, dropout and the order of the data.")
+        True, "Stop before the weights change if the loss or a gradient is not finite; fp16 skips such a step instead.")
+    attention_dropout: float = option(0.0, "Dropout of attention weights.", minimum=0, maximum=1)
+    hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, maximum=1)
+    init_method_std: float = option(0.02, "Standard deviation of randomly initialized weights.", minimum=0)
+    seed: int = option(1234, "Seed for weights, dropout and the order of the data.")
 
     @property
     def dtype_name(self) -> Literal["bfloat16", "float16", "float32"]:
@@ -69,54 +70,54 @@ class OptimizerConfig:
 
     @property
     def by_samples(self) -> bool:
-        """Whether schedules count samples, not iterations."""
+        """Whether schedules count samples instead of iterations."""
         return self.train_samples is not None
 
     @property
     def total(self) -> int:
-        """The length of the run as schedules count it."""
+        """The length of the run in the unit of its schedules."""
         return self.train_samples or self.train_iters
 
     @property
     def decay(self) -> int:
-        """The length of the decay."""
+        """The length of the decay in the unit of the schedules."""
         return (self.lr_decay_samples if self.by_samples else self.lr_decay_iters) or self.total
 
     @property
     def warmup(self) -> float:
-        """The length of the warm-up."""
+        """The length of the warm-up in the unit of the schedules."""
         if self.lr_warmup_fraction is not None:
             return self.lr_warmup_fraction * self.decay
         return self.lr_warmup_samples if self.by_samples else self.lr_warmup_iters
 
     def check(self) -> None:
         if self.bf16 and self.fp16:
-            raise ModelLinkError("a run has one precision", where="--bf16, --fp16")
+            raise ModelLinkError("--bf16 and --fp16 exclude each other", where="--bf16, --fp16")
         self._check_length()
         if self.min_lr > self.lr:
-            raise ModelLinkError(f"the smallest learning rate {self.min_lr} is above the peak {self.lr}", where="--min-lr")
+            raise ModelLinkError(f"--min-lr {self.min_lr} is above the peak learning rate {self.lr}", where="--min-lr")
         if self.lr_warmup_init > self.lr:
-            raise ModelLinkError(f"the warm-up begins at {self.lr_warmup_init}, above the peak {self.lr}",
+            raise ModelLinkError(f"the warm-up starts at {self.lr_warmup_init}, above the peak {self.lr}",
                                  where="--lr-warmup-init")
         if self.decoupled_min_lr is not None and (self.decoupled_lr is None or self.decoupled_min_lr > self.decoupled_lr):
-            raise ModelLinkError(f"the smallest decoupled learning rate {self.decoupled_min_lr} has no peak above it",
+            raise ModelLinkError(f"--decoupled-min-lr {self.decoupled_min_lr} needs a larger --decoupled-lr",
                                  where="--decoupled-min-lr, --decoupled-lr")
         self._check_weight_decay()
 
     def _check_length(self) -> None:
-        """Iterations or samples, for the run and its schedules."""
+        """Run and schedules are measured in the same unit, given once."""
         unit = "samples" if self.by_samples else "iters"
         if bool(self.train_iters) == self.by_samples:
-            raise ModelLinkError("the length of the run is given twice" if self.by_samples else "the run has no length",
+            raise ModelLinkError("the length of the run is set twice" if self.by_samples else "the length of the run is not set",
                                  where="--train-iters, --train-samples", fix="give one of them")
         others = {"--lr-decay-samples": self.lr_decay_samples, "--lr-warmup-samples": self.lr_warmup_samples} if (
             not self.by_samples) else {"--lr-decay-iters": self.lr_decay_iters, "--lr-warmup-iters": self.lr_warmup_iters}
         for flag, given in others.items():
             if given:
-                raise ModelLinkError(f"the run is counted by --train-{unit}, and its schedule in another unit", where=flag,
+                raise ModelLinkError(f"the run is measured by --train-{unit}, its schedule in another unit", where=flag,
                                      fix=f"give {flag.rpartition('-')[0]}-{unit}")
         if (self.lr_warmup_iters or self.lr_warmup_samples) and self.lr_warmup_fraction is not None:
-            raise ModelLinkError("the warm-up is given twice", where=f"--lr-warmup-{unit}, --lr-warmup-fraction")
+            raise ModelLinkError("the warm-up is set twice", where=f"--lr-warmup-{unit}, --lr-warmup-fraction")
         if self.warmup >= self.decay and self.warmup:
             raise ModelLinkError(f"the warm-up of {self.warmup:g} does not end within the decay of {self.decay} {unit}",
                                  where=f"--lr-warmup-{unit}, --lr-decay-{unit}")
@@ -124,5 +125,6 @@ class OptimizerConfig:
     def _check_weight_decay(self) -> None:
         ends = (self.start_weight_decay, self.end_weight_decay)
         if (self.weight_decay_incr_style == "constant") == (ends != (None, None)) or ends.count(None) == 1:
-            raise ModelLinkError(f"a weight decay that is {self.weight_decay_incr_style} has both ends, or none if constant",
+            raise ModelLinkError(f"a {self.weight_decay_incr_style} weight decay needs "
+                                 + ("no ends" if self.weight_decay_incr_style == "constant" else "both ends"),
                                  where="--weight-decay-incr-style, --start-weight-decay, --end-weight-decay")

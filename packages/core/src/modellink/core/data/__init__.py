@@ -1,1 +1,1 @@
-"""What the training loop is fed with."""
+"""Training data: samples of documents and instructions, their order, and which rank reads which."""

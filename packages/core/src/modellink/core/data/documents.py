@@ -1,4 +1,4 @@
-"""Where the documents packed into a sample begin."""
+"""Boundaries of the documents packed into a sample."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def starts_after(tokens: Tensor, eod: int) -> Tensor:
-    """[batch, seq] where the document of each token begins; the token behind an end of document begins one."""
+    """[batch, seq], the position at which the document of each token starts; `eod` tokens end documents."""
     return _starts((tokens == eod).roll(1, dims=1))
 
 
 def starts_by_number(numbers: Tensor) -> Tensor:
-    """The same, of documents that are told apart by a number at every token [batch, seq]."""
+    """The same for documents that are identified by a number at every token, [batch, seq]."""
     return _starts(numbers != numbers.roll(1, dims=1))
 
 

@@ -1,13 +1,13 @@
-"""Instruction samples: three .bin/.idx pairs that modellink-preprocess makes, in an order that the seed alone decides.
+"""Instruction samples from the three .bin/.idx pairs of modellink-preprocess, in an order that depends only on the seed.
 
     PREFIX_packed_input_ids_document        token ids
-    PREFIX_packed_labels_document           the same ids where they are learned, -100 elsewhere; not shifted
-    PREFIX_packed_attention_mask_document   1; in a packed set the number of the sample (from 1) and 0 on padding
+    PREFIX_packed_labels_document           token ids that count towards the loss, -100 elsewhere; not shifted
+    PREFIX_packed_attention_mask_document   1; in a packed set the number of the sample (from 1), and 0 on padding
 
-An iteration's loss is the mean over all its learned tokens, whatever micro batches and ranks they are dealt to. As in
-pretraining, a position in the data is one number, the samples consumed over all ranks.
+The loss of an iteration is the mean over all tokens that count, however they are spread over micro batches and ranks. As in
+pretraining, a position in the data is one number, the samples consumed by all ranks.
 
-Not here: templates and labels (data-prep made them), packing, the order of a blend (mixture.py).
+Not here: templates, labels and packing (data-prep), and the order of a blend (mixture.py).
 """
 
 from __future__ import annotations
@@ -31,14 +31,19 @@ from modellink.core.data.mixture import Mixture, Samples
 from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
 
-LOOKED_AT = 100  # rows, to tell a packed set
+LOOKED_AT = 100  # rows to examine, to detect a packed set
 INPUTS, MASK, LABELS = FIELDS = INSTRUCTION_FIELDS
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Arrays of one length: token ids, what follows each of them (-100 where it is not learned), and which sample of a packed
-    row each belongs to (None: the row is one sample)."""
+    """One row of a data set; all arrays have its length.
+
+    Attributes:
+        tokens: token ids.
+        labels: the token after each position, -100 if it does not count towards the loss.
+        segments: number of the sample that each token of a packed row belongs to. None: the row is one sample.
+    """
 
     tokens: np.ndarray[Any, Any]
     labels: np.ndarray[Any, Any]
@@ -46,7 +51,7 @@ class Sample:
 
 
 class Instructions:
-    """The set under a prefix, whole and in its order; samples longer than `seq_length` are cut at their end."""
+    """All rows under a prefix in file order; rows longer than `seq_length` are truncated."""
 
     def __init__(self, prefix: str, seq_length: int, *, packed: bool) -> None:
         self.seq_length, self.packed, self.prefix = seq_length, packed, prefix
@@ -54,14 +59,14 @@ class Instructions:
         self.lengths = self.fields[INPUTS].sequence_lengths
         for field in (MASK, LABELS):
             if not np.array_equal(self.fields[field].sequence_lengths, self.lengths):
-                raise ModelLinkError(f"{field} and {INPUTS} have samples of other lengths", where=prefix,
-                                     fix="the files are of two sets: make them again with modellink-preprocess")
-
+                raise ModelLinkError(f"{field} and {INPUTS} have samples of different lengths", where=prefix,
+                                     fix="the files belong to different data sets: run modellink-preprocess again")
         if packed and self._is_one_length and not any(self._numbers(row) != {1} for row in range(len(self))):
-            raise ModelLinkError("all rows have one length, as packs have, and the attention mask numbers no samples in them",
+            raise ModelLinkError("all rows have the same length, as packed rows do, but the attention mask does not number "
+                                 "their samples",
                                  where=f"{prefix}_packed_{MASK}_document, --reset-position-ids",
-                                 fix="pack the data with modellink-preprocess --pack (the original's --pack numbers nothing); "
-                                 "leave out --reset-position-ids where a row is one sample")
+                                 fix="pack the data with modellink-preprocess --pack (the original's --pack does not number "
+                                 "samples), or remove --reset-position-ids if a row is one sample")
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -71,38 +76,39 @@ class Instructions:
         return len(self) > 1 and bool((self.lengths == self.lengths[0]).all())
 
     def _numbers(self, row: int) -> set[int]:
-        """What stands in the attention mask of a row."""
+        """The values in the attention mask of a row."""
         return set(np.unique(self.fields[MASK][row]).tolist())
 
     @property
     def looks_packed(self) -> bool:
-        """Whether a row, of some looked at, holds more than one sample."""
+        """Whether any of the examined rows holds more than one sample."""
         return any(max(self._numbers(row), default=1) > 1 for row in range(0, len(self), max(len(self) // LOOKED_AT, 1)))
 
     @property
     def cut(self) -> int:
-        """How many samples lose their end."""
+        """Number of truncated rows."""
         return int((self.lengths > self.seq_length).sum())
 
     def __getitem__(self, row: int) -> Sample:
         tokens, labels = self._read(INPUTS, row), np.append(self._read(LABELS, row)[1:], IGNORE_INDEX)
         segments = self._segments(row) if self.packed else None
         if segments is not None:
-            labels = np.where(np.append(segments[1:], 0) == segments, labels, IGNORE_INDEX)  # a sample does not tell of the next
+            inside = np.append(segments[1:], 0) == segments
+            labels = np.where(inside, labels, IGNORE_INDEX)  # a sample does not predict the next one
         stop = self.seq_length
-        if len(tokens) > stop:  # the last token that is left learns nothing from the one that is not
+        if len(tokens) > stop:  # the label of the last token is cut off
             labels = np.append(labels[:stop - 1], IGNORE_INDEX)
         return Sample(tokens[:stop], labels[:stop], None if segments is None else segments[:stop])
 
     def _read(self, field: str, row: int) -> np.ndarray[Any, Any]:
-        """A copy: what megatron-core gives is memory of its file and dangles when the set is gone."""
+        """A copy: megatron-core returns memory of its file, which becomes invalid with the data set."""
         return np.array(self.fields[field][row], dtype=np.int64)
 
     def _segments(self, row: int) -> np.ndarray[Any, Any]:
         numbers = self._read(MASK, row)
         steps = np.diff(numbers)
         if numbers[0] != 1 or not ((steps == 0) | (steps == 1) | (numbers[1:] == 0)).all():
-            raise ModelLinkError("the attention mask does not number the samples of a row",
+            raise ModelLinkError("the attention mask does not number the samples of the row",
                                  where=f"{self.prefix}_packed_{MASK}_document, row {row}, --reset-position-ids",
                                  fix="pack the data with modellink-preprocess --pack")
         return numbers
@@ -110,7 +116,7 @@ class Instructions:
 
 @dataclass(frozen=True)
 class Share:
-    """The training, validation or test share of a set: sample numbers go on over epochs without end."""
+    """The training, validation or test part of a data set; sample numbers continue over epochs."""
 
     samples: Instructions
     rows: range
@@ -131,7 +137,7 @@ class Share:
 
 
 def shares(total: int, split: str) -> list[range]:
-    """Rows of training, validation and test, one behind the other."""
+    """The rows for training, validation and test, in this order."""
     parts = [float(part) for part in split.split(",")]
     parts += [0.0] * (3 - len(parts))
     edges = [round(total * sum(parts[:count]) / sum(parts)) for count in range(4)]
@@ -139,10 +145,10 @@ def shares(total: int, split: str) -> list[range]:
 
 
 def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -> list[Samples[Sample] | None]:
-    """Training, validation and test samples, of one set or a blend of several; None where no set has any.
+    """Training, validation and test samples of one data set or a blend; None if there are none.
 
     Raises:
-        ModelLinkError: a set with nothing to train on, or files that do not belong together.
+        ModelLinkError: a data set without training samples, or files that do not belong together.
     """
     prefixes, weights = data.blend()
     sets = [_split(prefix, data, instruction, seed) for prefix in prefixes]
@@ -157,20 +163,20 @@ def _split(prefix: str, data: DataConfig, instruction: InstructionConfig, seed: 
     samples = Instructions(prefix, data.seq_length, packed=data.reset_position_ids)
     rows = shares(len(samples), data.split)
     if not rows[0]:
-        raise ModelLinkError(f"the training share of {len(samples)} samples is empty", where=f"--data-path {prefix}, --split",
-                             fix="give more data, or another split")
+        raise ModelLinkError(f"no training data: the training share of {len(samples)} samples is empty",
+                             where=f"--data-path {prefix}, --split", fix="use more data, or another split")
     speaks = not dist.is_initialized() or dist.get_rank() == 0
     if speaks and not samples.packed and samples.looks_packed:
-        print(f"note: rows of {prefix} hold several samples, which attend to each other; --reset-position-ids keeps them apart",
+        print(f"note: rows of {prefix} hold several samples, which attend to each other; --reset-position-ids separates them",
               flush=True)
     if speaks and samples.cut:
         print(f"note: {samples.cut} of {len(samples)} samples of {prefix} are longer than --seq-length {data.seq_length} and "
-              "lose their end", flush=True)
+              "are truncated", flush=True)
     return [Share(samples, part, seed, instruction.shuffle) if part else None for part in rows]
 
 
 def collate(samples: Sequence[Sample], length: int) -> Batch:
-    """Samples as rows of `length` tokens, padded on the right, where causal attention does not look."""
+    """Samples as rows of `length` tokens, padded on the right, which causal attention does not see."""
     shape = (len(samples), length)
     tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORE_INDEX)
     packed = samples[0].segments is not None
@@ -186,7 +192,7 @@ def collate(samples: Sequence[Sample], length: int) -> Batch:
 
 
 def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig, multiple: int) -> int:
-    """To how many tokens a micro batch is padded; `multiple` is what the ranks of a sequence can cut."""
+    """The length that a micro batch is padded to; `multiple` makes it divisible by the ranks of a sequence."""
     if not instruction.variable_seq_lengths:
         return data.seq_length
     step = math.lcm(instruction.pad_to_multiple_of, multiple)
@@ -196,13 +202,13 @@ def padded_length(longest: int, data: DataConfig, instruction: InstructionConfig
 def iteration(share: Samples[Sample], data: DataConfig, instruction: InstructionConfig, *, consumed: int, dp_rank: int, dp: int,
               multiple: int, vocab_size: int, device: torch.device,
               group: Callable[[], dist.ProcessGroup] | None = None) -> Iterator[Batch]:
-    """This rank's micro batches of the iteration that begins with sample `consumed`.
+    """This rank's micro batches of the iteration that starts at sample `consumed`.
 
     Args:
-        group: the data-parallel ranks of now, which count their learned tokens together.
+        group: the current data-parallel group, which counts the tokens of the loss together.
 
     Raises:
-        ModelLinkError: a token id the model does not have.
+        ModelLinkError: a token id is outside the model's vocabulary.
     """
     size, batches = data.micro_batch_size, []
     passes = data.num_microbatches(dp, consumed)
@@ -212,12 +218,12 @@ def iteration(share: Samples[Sample], data: DataConfig, instruction: Instruction
         longest = max(len(sample.tokens) for sample in samples)
         batch = collate(samples, padded_length(longest, data, instruction, multiple))
         if (largest := int(batch.tokens.max())) >= vocab_size:
-            raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
-                                 where=f"--data-path, sample {start}", fix="make the data with the tokenizer of this model")
+            raise ModelLinkError(f"token id {largest} is outside the model's vocabulary of {vocab_size}",
+                                 where=f"--data-path, sample {start}", fix="tokenize the data with this model's tokenizer")
         batches.append(batch.to(device))
     learned = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
     if group is not None and dp > 1:
         dist.all_reduce(learned, group=group())
-    # the mean over all passes of sum / divisor is then the mean over tokens
+    # so that the mean of sum / divisor over micro batches and ranks is the mean over tokens
     divisor = learned.clamp(min=1) / (passes * dp)
     return iter([replace(batch, divisor=divisor) for batch in batches])

@@ -1,7 +1,7 @@
-"""Several sets in one order: sample by sample the set is chosen whose share of what was drawn is due.
+"""A weighted blend of several data sets in a fixed order.
 
-Which sample has which place is arithmetic on the place alone, so that a run goes on anywhere without counting from the beginning:
-of the first n places floor(n w) are of a set of weight w, and so on among the places that are left.
+The sample at a position follows from the position by arithmetic, so that a run can be resumed anywhere: of the first n positions
+floor(n w) belong to the first set, of weight w, and so on among the remaining positions.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ T = TypeVar("T", covariant=True)
 
 
 class Samples(Protocol[T]):
-    """Samples by number, without end."""
+    """Samples by number, endlessly."""
 
     def __getitem__(self, number: int) -> T: ...
 
 
 @dataclass(frozen=True)
 class Mixture(Samples[T]):
-    """Samples of `parts`, in the proportions of `weights` (any positive numbers)."""
+    """A blend of `parts` in proportion to `weights` (positive numbers)."""
 
     parts: Sequence[Samples[T]]
     weights: Sequence[float]

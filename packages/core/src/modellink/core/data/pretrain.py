@@ -1,8 +1,8 @@
-"""Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank takes which sample.
+"""Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank reads which sample.
 
-The order of samples depends on the seed, the data and the length of the run alone. A position in it is one number, the samples
-consumed over all ranks, so a run goes on at any data-parallel size without reading a sample twice. A run that is made longer
-keeps its order and has another one behind it.
+The order of samples depends only on the seed, the data and the length of the run. A position in it is one number, the samples
+consumed by all ranks, so a run can be resumed at any data parallel size without reading a sample twice. Extending a run keeps its
+order and appends another one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from modellink.kernels.errors import ModelLinkError
 
 @dataclass(frozen=True)
 class TokenIds:
-    """What GPTDataset asks of a tokenizer. The ids on disk are final, so no end-of-document or padding id is looked for."""
+    """The tokenizer interface of GPTDataset. Ids on disk are final, so the end-of-document and padding ids never occur."""
 
     vocab_size: int
     eod: int = -1
@@ -40,7 +40,7 @@ class TokenIds:
 
 
 class Texts(GPTDataset):
-    """GPTDataset, which would look for samples without end in a share that has no token and is not asked for any."""
+    """GPTDataset, which would search endlessly for samples in a part without tokens that needs none."""
 
     def _get_num_epochs(self, num_tokens_per_epoch: int) -> int:
         return 1 if num_tokens_per_epoch == 0 else int(super()._get_num_epochs(num_tokens_per_epoch))
@@ -48,7 +48,7 @@ class Texts(GPTDataset):
 
 @dataclass(frozen=True)
 class Parts:
-    """Sets one behind the other: of each so many samples."""
+    """Data sets one after another, with `counts` samples of each."""
 
     sets: Sequence[Any]
     counts: Sequence[int]
@@ -65,12 +65,17 @@ class Parts:
 
 
 def extended(ordered: tuple[int, ...], total: int) -> tuple[int, ...]:
-    """The parts of an order that is to have `total` samples, from those it has already."""
+    """The parts of an order, extended to `total` samples."""
     return ordered if sum(ordered) >= total else (*ordered, total - sum(ordered))
 
 
 def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: int, seed: int, vocab_size: int) -> list[Any]:
-    """The training set, in parts of so many samples, and the validation and test sets (None for an empty share)."""
+    """Training, validation and test set (None for an empty one).
+
+    Args:
+        trained: number of samples in each part of the training set.
+        evaluated: number of samples of validation and test set.
+    """
     config = replace(config, split=usable_split(config, evaluated=bool(evaluated)))
     train, valid, test = _build(config, (trained[0], evaluated, evaluated), seed, vocab_size)
     more = [_build(config, (count, 0, 0), seed + number, vocab_size)[0] for number, count in enumerate(trained[1:], 1)]
@@ -78,10 +83,10 @@ def build_datasets(config: DataConfig, *, trained: tuple[int, ...], evaluated: i
 
 
 def usable_split(config: DataConfig, *, evaluated: bool) -> str:
-    """The split, with 0 for a share of evaluation in which some set would have no document; it says so if that is `evaluated`.
+    """The split, with 0 for validation or test if a data set has no document in it; prints a note if it is `evaluated`.
 
     Raises:
-        ModelLinkError: the training share has none.
+        ModelLinkError: a data set has no document for training.
     """
     shares = [*map(float, config.split.split(",")), 0.0, 0.0][:3]
     edges = [sum(shares[:number]) / sum(shares) for number in range(4)]
@@ -91,27 +96,24 @@ def usable_split(config: DataConfig, *, evaluated: bool) -> str:
             if not shares[number] or round(edges[number] * documents) < round(edges[number + 1] * documents):
                 continue
             if number == 0:
-                raise ModelLinkError(f"the training share has none of the {documents} documents", where=f"{prefix}, --split",
-                                     fix="give more data, or another split")
+                raise ModelLinkError(f"no training data: the training share has none of the {documents} documents",
+                                     where=f"{prefix}, --split", fix="use more data, or another split")
             shares[number] = 0.0
             if evaluated and rank() == 0:
-                print(f"note: the {name} share has none of the {documents} documents of {prefix}; there is no evaluation on it",
+                print(f"note: the {name} share has none of the {documents} documents of {prefix}; evaluation on it is disabled",
                       flush=True)
     return ",".join(f"{share:g}" for share in shares)
 
 
 def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
-    """The three sets of at least that many samples each.
-
-    Rank 0 writes the sample index, the others wait for it and read it.
-    """
+    """The three sets with at least `samples` samples each; rank 0 writes the sample index, the others read it."""
     first = config.blend()[0][0]
     cache = (config.data_cache_path or Path(first).parent / "cache") / _fingerprint(config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ModelLinkError(f"the order of the data cannot be written: {error.strerror}", where=cache,
-                             fix="give a folder that can be written with --data-cache-path") from None
+        raise ModelLinkError(f"the sample index cannot be written: {error.strerror}", where=cache,
+                             fix="set --data-cache-path to a writable folder") from None
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
@@ -119,29 +121,29 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
     try:
         sets = BlendedMegatronDatasetBuilder(Texts, list(samples), lambda: True, dataset_config).build()
     except (IndexError, AssertionError) as error:
-        raise ModelLinkError(f"the data does not give a sample of {config.seq_length} tokens for each share of the split "
+        raise ModelLinkError(f"the data has too few tokens for a sample of {config.seq_length} in each part of the split "
                              f"({error})", where="--data-path, --split, --seq-length",
-                             fix="give more data, a shorter sequence, or another split") from None
+                             fix="use more data, a shorter sequence, or another split") from None
     if dist.is_initialized():
         dist.barrier()
     return list(sets)
 
 
 def _fingerprint(config: DataConfig) -> str:
-    """Changes with the data, which megatron-core's names for what it keeps do not."""
+    """A name for the cache that changes with the data, unlike megatron-core's own."""
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
     told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)  # copies on other machines may have other times
+        dist.broadcast_object_list(told)  # copies on other machines may have other modification times
     return told[0]
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,
                   device: torch.device) -> Iterator[Batch]:
-    """This rank's micro batches from sample number `consumed` on; every pass of all ranks takes micro batch x dp samples.
+    """This rank's micro batches, starting with global sample number `consumed`; endless.
 
     Raises:
-        ModelLinkError: a token id the model does not have.
+        ModelLinkError: a token id is outside the model's vocabulary.
     """
     size = config.micro_batch_size
     while True:
@@ -151,13 +153,13 @@ def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: i
                                 for key in ("tokens", "labels", "loss_mask"))
         largest = int(max(tokens.max(), labels.max()))
         if largest >= vocab_size:
-            raise ModelLinkError(f"token id {largest} is beyond the model's vocabulary of {vocab_size}",
-                                 where=f"--data-path, sample {start}", fix="tokenize with the tokenizer of this model")
+            raise ModelLinkError(f"token id {largest} is outside the model's vocabulary of {vocab_size}",
+                                 where=f"--data-path, sample {start}", fix="tokenize the data with this model's tokenizer")
         batch = Batch(tokens.long(), labels.long(), mask.float())
         if config.eod_mask_loss:
             batch.loss_mask[batch.tokens == config.eod_token_id] = 0.0
         if config.separates_documents:
-            assert config.eod_token_id is not None  # settled before the run was made
+            assert config.eod_token_id is not None  # prepare has set it
             batch = replace(batch, starts=starts_after(batch.tokens, config.eod_token_id), restart=config.reset_position_ids)
         yield batch.to(device)
         consumed += size * dp

@@ -1,7 +1,7 @@
-"""Which layers compute what again in the backward pass; megatron-core does the recomputing of whole layers.
+"""Which layers recompute only a part of their activations; megatron-core recomputes full layers by itself.
 
-Layers of a pipeline stage are taken in the order in which memory fills: layer l of chunk v has the place l x chunks + v. The
-first are recomputed in full, of the next only the activation of the feed-forward part.
+Layers of a pipeline stage are ordered as memory fills: layer l of chunk v has position l x chunks + v. The first ones are
+recomputed in full, of the following ones only the activation function of the feed-forward part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modellink.core.model.feed_forward import FeedForward
 
 
 def feed_forwards(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
-    """Mark the layers of which the feed-forward part alone is recomputed: the first ones, beside --swap-attention."""
+    """Mark the layers of which only the feed-forward part is recomputed: the first ones, with --swap-attention."""
     for chunk, model in enumerate(models):
         layers: Any = model.get_submodule("decoder.layers")
         for number, layer in enumerate(layers):
@@ -24,7 +24,7 @@ def feed_forwards(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
 
 
 def activations(models: Sequence[nn.Module], memory: MemoryConfig) -> None:
-    """Mark the feed-forward parts whose activation is recomputed."""
+    """Mark the feed-forward parts whose activation function is recomputed."""
     if not memory.recompute_activation_function:
         return
     chunks, whole, count = len(models), memory.recompute_num_layers or 0, memory.recompute_activation_function_num_layers

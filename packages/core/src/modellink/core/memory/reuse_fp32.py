@@ -1,13 +1,14 @@
-"""One copy of every parameter in bf16 training (`--reuse-fp32-param`): the bf16 weight is the upper half of the fp32 one.
+"""Stores every parameter once in bf16 training (`--reuse-fp32-param`): the bf16 weight is the upper half of the fp32 one.
 
-An fp32 number is its rounding to bf16, which the model computes with, and what the rounding left over, as a difference of bit
-patterns in 16 bits. The optimizer keeps the second half alone: 4 bytes a parameter instead of 6, with the distributed optimizer
-2 + 2 / data-parallel ranks instead of 2 + 4 / ranks. Numbers are put together a slice at a time while the step goes over them.
+An fp32 number is its rounding to bf16, which the model computes with, plus a 16-bit difference of bit patterns. The optimizer
+keeps only the second part: 4 bytes per parameter instead of 6, with the distributed optimizer 2 + 2 / data-parallel ranks instead
+of 2 + 4 / ranks. The optimizer step assembles the fp32 numbers one slice at a time.
 
-The two halves are the fp32 number exactly but for one case in 131072: of a number half-way between two bf16 ones that rounds
-down, the last bit is lost. Checkpoints hold whole fp32 parameters, as they do without, so both kinds of run continue each other.
+The two halves give the fp32 number exactly, except in one case of 131072: a number half-way between two bf16 numbers
+that rounds down loses its last bit. Checkpoints hold full fp32 parameters in either mode, so a run can be resumed
+with or without this option.
 
-Not here: fp16, whose numbers are no halves of fp32 ones.
+Not here: fp16, which is not the upper half of fp32.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from torch import Tensor
 from modellink.core.model.specialize import specialize
 from modellink.kernels.errors import InternalError
 
-SLICE = 1 << 20  # numbers that are whole at a time
+SLICE = 1 << 20  # numbers assembled at a time
 
 
 class Halves:
-    """The two halves of a parameter, or of this rank's part of one.
+    """The two halves of a parameter, or of this rank's shard of one.
 
     Args:
-        upper: bf16, flat; the model's own memory.
+        upper: bf16, flat; the memory of the model's weight.
     """
 
     def __init__(self, upper: Tensor) -> None:
@@ -53,26 +54,26 @@ class Halves:
 
 
 def share(optimizer: Any) -> None:
-    """Let megatron-core's bf16 optimizer give up its fp32 parameters for halves."""
+    """Replace the fp32 parameters of megatron-core's bf16 optimizer by halves."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.is_stub_optimizer:
             continue
         if type(part) not in KINDS:
-            raise InternalError(f"{type(part).__name__} has no fp32 parameters beside bf16 ones")
+            raise InternalError(f"{type(part).__name__} has no fp32 copies of bf16 parameters")
         specialize(part, KINDS[type(part)])
         _replace(part)
 
 
 def _replace(part: Any) -> None:
-    """Put an empty stand-in of its shape, with halves, in the place of each main parameter: gradient and state are kept by it."""
+    """Replace each main parameter by an empty tensor of its shape with halves, which carries the gradient and the state."""
     made = {}
     for uppers, mains in zip(part.upper_groups(), part.main_groups(), strict=True):
         for number, (upper, main) in enumerate(zip(uppers, mains, strict=True)):
             stand_in = torch.empty(1, device=main.device).expand(main.shape)
-            vars(stand_in).update(vars(main))  # what megatron-core notes on a parameter
+            vars(stand_in).update(vars(main))  # attributes that megatron-core sets on a parameter
             stand_in.halves = Halves(upper.detach().view(-1))  # type: ignore[attr-defined]
             made[main], mains[number] = stand_in, stand_in
-    ranges = [group["orig_group"] for group in getattr(part, "opt_group_ranges", [])]  # would keep the old ones alive
+    ranges = [group["orig_group"] for group in getattr(part, "opt_group_ranges", [])]  # these would keep the old ones alive
     for group in (*part.optimizer.param_groups, *ranges):
         group["params"] = [made.get(param, param) for param in group["params"]]
     for parameter in (parameter for group in part.float16_parameters() for parameter in group):
@@ -80,7 +81,7 @@ def _replace(part: Any) -> None:
 
 
 def _forget_rest(part: Any) -> None:
-    """The main parameters become what the model's are."""
+    """Set the main parameters to the rounded ones of the model."""
     for group in part.main_groups():
         for main in group:
             main.halves.lower.zero_()
@@ -96,7 +97,7 @@ class _SharedPlain(Float16OptimizerWithFloat16Params):
         return self.fp32_from_float16_groups
 
     def _copy_main_params_to_model_params(self) -> None:
-        """They are one."""
+        """Nothing to copy: they share memory."""
 
     def _copy_model_params_to_main_params(self, state_dict: Any = None) -> None:
         _forget_rest(self)
@@ -129,7 +130,7 @@ class _SharedDistributed(DistributedOptimizer):
 
     @contextlib.contextmanager
     def _fp32_alone(self) -> Iterator[None]:
-        """Inside, only parameters that are fp32 in the model, too, are copied."""
+        """Within the context, only parameters that are fp32 in the model are copied."""
         kept, self.shard_fp32_from_float16_groups = self.shard_fp32_from_float16_groups, []
         yield
         self.shard_fp32_from_float16_groups = kept

@@ -1,11 +1,11 @@
-"""Activations that wait in host memory (`--swap-attention`): what named modules of a layer keep for the backward pass is copied
-out in the forward pass and back while the layer above it goes backward.
+"""Offloads the activations of the named modules to host memory in the forward pass and prefetches them in the backward pass
+(`--swap-attention`).
 
-Copies run on a stream of their own, between pinned memory and the device. What is moved are whole storages, each once however
-many tensors of it are kept; parameters and the angles that all layers share stay where they are. On a CPU, where host and device
-are the same memory, everything happens but nothing is saved.
+Copies between pinned host memory and the device run on a separate stream. A storage is moved as a unit, once for all
+saved tensors in it; parameters and the rotary angles shared by all layers stay on the device. On a CPU host and
+device are the same memory, so the copies are made but save nothing.
 
-Not here: layers that are recomputed in full, which keep nothing but their input; moving what optimizers hold.
+Not here: layers that are recomputed in full, which only keep their input, and offloading the optimizer state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from modellink.core import engine
 from modellink.core.config.memory import MemoryConfig
 
-SMALLEST = 1 << 16  # bytes; on an accelerator less is not worth a copy
+SMALLEST = 1 << 16  # bytes; on an accelerator a smaller storage is not worth a copy
 Observer = Callable[[str, int, torch.UntypedStorage], None]
-"""Told of every move: "out" or "in", the layer's place in its chunk, what is moved."""
+"""Called with every move: "out" or "in", number of the layer in its chunk, moved storage."""
 
 
 class _Lane:
-    """Copies between a device and the host, beside what the device computes."""
+    """Copies between device and host, concurrent with computation on the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -41,11 +41,11 @@ class _Lane:
         self.stream.wait_stream(self.module.current_stream())
         with self.module.stream(self.stream):
             host.copy_(x, non_blocking=True)
-        x.record_stream(self.stream)  # its memory is not given away before the copy is done
+        x.record_stream(self.stream)  # its memory is not reused before the copy is done
         return host
 
     def back(self, host: Tensor) -> tuple[Tensor, Any]:
-        """The copy, and what to wait for before it is used."""
+        """The copy, and the event to wait for before it is used."""
         if self.module is None or self.stream is None:
             return host, None
         with self.module.stream(self.stream):
@@ -58,7 +58,7 @@ class _Lane:
 
 
 class _Moved:
-    """One storage, on the host or on its way back; `uses` counts the tensors of it that are kept."""
+    """One storage on the host or on its way back; `uses` counts the saved tensors in it."""
 
     def __init__(self, bytes_: Tensor, lane: _Lane) -> None:
         self.lane, self.uses = lane, 0
@@ -66,7 +66,7 @@ class _Moved:
         self.device: tuple[Tensor, Any] | None = None
 
     def fetch(self) -> bool:
-        """Start to copy it back; False where that was done, or it is not needed any more."""
+        """Start to copy it back; False if that has been done or it is no longer needed."""
         if self.device is not None or self.host is None:
             return False
         self.device = self.lane.back(self.host)
@@ -84,7 +84,7 @@ class _Moved:
 
 
 class _Pass:
-    """What one layer keeps in one forward pass; `below` is the layer that goes backward after it."""
+    """What one layer saves in one forward pass; `below` is the pass of the layer that runs backward after it."""
 
     def __init__(self, below: _Pass | None) -> None:
         self.below: _Pass | None = below
@@ -93,7 +93,7 @@ class _Pass:
 
 
 class _Chain:
-    """The layers of a model chunk; `last` is the layer that went forward last."""
+    """The layers of a model chunk; `last` is the pass of the layer that ran forward last."""
 
     def __init__(self, decoder: Any) -> None:
         self.last: _Pass | None = None
@@ -104,7 +104,7 @@ class _Chain:
 
 
 class _Layer:
-    """Moves what modules of one layer keep."""
+    """Offloads the saved tensors of modules of one layer."""
 
     def __init__(self, layer: Any, number: int, chain: _Chain, lane: _Lane, observe: Observer | None) -> None:
         self.layer, self.number, self.chain, self.lane, self.observe = layer, number, chain, lane, observe
@@ -132,7 +132,7 @@ class _Layer:
     def _end(self, _: Any, args: Any, output: Any) -> None:
         if (done := self.going) is None:
             return
-        self.going, done.known = None, {}  # device memory is free where nobody else needs it
+        self.going, done.known = None, {}  # releases device memory that nothing else refers to
         number, before = self.number, done.below
 
         def ahead(_: Tensor) -> None:
@@ -153,7 +153,7 @@ class _Layer:
         place = storage.data_ptr()
         if self.going is None or tensor.device != self.lane.device or storage.nbytes() <= self.lane.smallest or (
                 place in self.staying or any(place == angle.untyped_storage().data_ptr() for angle in angles)):
-            return tensor if tensor.grad_fn is None else tensor.detach()  # an output must not keep its own graph alive
+            return tensor if tensor.grad_fn is None else tensor.detach()  # a saved output must not keep its own graph alive
         key = (place, tensor._version)
         if key not in self.going.known:
             bytes_ = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
@@ -175,7 +175,7 @@ class _Layer:
 
 
 def swap(models: Sequence[nn.Module], memory: MemoryConfig, observe: Observer | None = None) -> None:
-    """Let the named modules of all layers that are not recomputed in full keep their activations on the host."""
+    """Offload the activations of the configured modules in all layers that are not recomputed in full."""
     if not memory.swap_attention:
         return
     lane = _Lane(engine.current_device())

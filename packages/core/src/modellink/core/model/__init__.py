@@ -1,1 +1,1 @@
-"""From a ModelSpec to megatron-core's GPTModel, and from a checkpoint to its weights."""
+"""A ModelSpec as a model over megatron-core's transformer block, and its weights from any checkpoint."""

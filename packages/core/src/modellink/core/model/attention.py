@@ -1,6 +1,6 @@
-"""Self-attention over megatron-core's parallel linears: positions, a cache where there is one, one fused op.
+"""Self-attention over megatron-core's parallel linears: rotary positions, an optional cache, and one fused op.
 
-megatron-core's own forward ignores position ids, so its parameters and split into heads are kept and the way between is ours.
+megatron-core's own forward ignores position ids, so only its parameters and its split into heads are used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron.core.transformer.attention import SelfAttention as MegatronSelfAtt
 from torch import Tensor, nn
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.model.rotary import RotaryTable
+from modellink.core.model.rotary import Rotary
 from modellink.core.model.state import SequenceState
 from modellink.core.parallel.attention import ContextParallel
 from modellink.kernels import ops
@@ -26,29 +26,8 @@ from modellink.kernels.ops.attention import Variant, alibi_slopes
 from modellink.kernels.ops.rotary import yarn_scale
 
 
-class Rotary:
-    """Turns queries and keys by their positions; one object serves all layers of a stage."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self._table = RotaryTable(spec) if spec.position_embedding_type == "rope" else None
-        self._interleaved = spec.rotary_interleaved
-        self.angles: tuple[Tensor, ...] = ()  # those used last, which are not one layer's own
-
-    def __call__(self, state: SequenceState, *heads: Tensor) -> list[Tensor]:
-        """Heads [seq, batch, heads, dim], rotated; the angles of a pass are looked up once."""
-        if self._table is None:
-            return list(heads)
-        if state.angles is None:
-            length = state.length
-            if length is None:
-                length = heads[0].size(0) if state.positions is None else int(state.positions.max()) + 1
-            state.angles = self._table(length, state.positions, heads[0].device, heads[0].dtype, state.lengths)
-        cos, sin = self.angles = state.angles
-        return [ops.rotary(x, cos, sin, interleaved=self._interleaved) for x in heads]
-
-
 class SelfAttention(MegatronSelfAttention):
-    """hidden [seq (/ tp with sequence parallel), batch, hidden] -> the same."""
+    """Hidden states [seq (/ tp with sequence parallelism), batch, hidden] -> the same shape."""
 
     def __init__(self, *args: Any, rotary: Rotary, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -67,28 +46,34 @@ class SelfAttention(MegatronSelfAttention):
         return output
 
 
-def softmax_scale(spec: ModelSpec) -> float:
-    """What scores are multiplied by; DeepSeek-V2 makes up for yarn's stretching there."""
-    scale = 1 / math.sqrt(spec.query_pre_attn_scalar or spec.head_dim)
-    if spec.multi_head_latent_attention and spec.rope_scaling_type == "yarn":
-        scale *= yarn_scale(spec.rope_scaling_factor, spec.rope_scaling_mscale_all_dim) ** 2
+def softmax_scale(spec: ModelSpec, number: int) -> float:
+    """The factor of the attention scores of layer `number` (from 0); DeepSeek-V2 compensates for yarn scaling here."""
+    layer = spec.layer(number)
+    scale = 1 / math.sqrt(spec.query_pre_attn_scalar or layer.head_dim)
+    scaling = None if layer.rope is None else layer.rope.scaling
+    if layer.attention == "latent" and scaling is not None and scaling.kind == "yarn":
+        scale *= yarn_scale(scaling.factor, scaling.mscale_all_dim) ** 2
     return scale
 
 
 class CoreAttention(nn.Module):
-    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp]."""
+    """query [seq, batch, heads / tp, dim], key and value [key seq, batch, groups / tp, dim] -> [seq, batch, heads x dim / tp].
+
+    Args:
+        layer_number: from 1, as megatron-core counts.
+    """
 
     def __init__(self, config: Any, layer_number: int, spec: ModelSpec, **_: Any) -> None:
         super().__init__()
         self.config = config
         self.dropout = config.attention_dropout
-        slopes = None
-        if spec.position_embedding_type == "alibi":
+        layer, slopes = spec.layer(layer_number - 1), None
+        if layer.alibi:
             tp, rank = parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_tensor_model_parallel_rank()
-            slopes = alibi_slopes(spec.num_attention_heads).chunk(tp)[rank]
-        self.variant = Variant(softmax_scale(spec), window=spec.window(layer_number - 1), softcap=spec.attn_logit_softcapping,
+            slopes = alibi_slopes(layer.heads).chunk(tp)[rank]
+        self.variant = Variant(softmax_scale(spec, layer.number), window=layer.window, softcap=spec.attn_logit_softcapping,
                                slopes=slopes)
-        self.cut = ContextParallel(config.sequence_cut) if config.context_parallel_size > 1 else None
+        self.context_parallel = ContextParallel(config.sequence_cut) if config.context_parallel_size > 1 else None
 
     def on(self, device: torch.device) -> Variant:
         """The variant, with its tensor on the device."""
@@ -109,13 +94,15 @@ class CoreAttention(nn.Module):
             variant = replace(variant, dropout=self.dropout)
         if state is not None and state.documents is not None:
             variant = replace(variant, documents=state.documents)
-        attend = ops.attention if self.cut is None else self.cut
-        with self._draws(variant.dropout):
+        attend = self.context_parallel or ops.attention
+        with self._dropout_generator(variant.dropout):
             return attend(query, key, value, variant).flatten(2)
 
-    def _draws(self, dropout: float) -> AbstractContextManager[None]:
-        """The generator that tensor-parallel ranks, which have other heads, do not share; with sequence parallelism a whole layer
-        is under it."""
+    def _dropout_generator(self, dropout: float) -> AbstractContextManager[None]:
+        """The random generator that differs between tensor-parallel ranks, which hold different heads.
+
+        With sequence parallelism megatron-core already runs the complete layer under it.
+        """
         if not dropout or self.config.sequence_parallel:
             return nullcontext()
         fork: AbstractContextManager[None] = get_cuda_rng_tracker().fork()

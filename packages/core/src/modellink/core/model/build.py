@@ -1,4 +1,4 @@
-"""The one function that turns a ModelSpec and run settings into megatron-core's TransformerConfig, and the models of a rank."""
+"""Builds the model chunks of a rank from a ModelSpec and the settings of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from modellink.kernels.parallel import ParallelLayout, padded_vocab_size
 
 @dataclass(frozen=True)
 class BuildSettings:
-    """What a run decides about a model, beside its architecture."""
+    """Settings of a run that affect the model, in addition to its architecture."""
 
     layout: ParallelLayout = ParallelLayout()
     dtype: torch.dtype = torch.float32
@@ -42,7 +42,7 @@ class BuildSettings:
 
 @dataclass
 class Config(TransformerConfig):
-    """megatron-core's config, and what our router, attention and linears read beside it."""
+    """megatron-core's config with the additional fields that our router, attention and linears read."""
 
     spec: ModelSpec | None = None
     balance: MoEConfig = MoEConfig()
@@ -73,16 +73,16 @@ def transformer_config(spec: ModelSpec, settings: BuildSettings, chunk: int = 0)
         recompute_granularity=settings.memory.recompute_granularity, recompute_method=settings.memory.method_in_full,
         recompute_num_layers=settings.memory.recomputed_in_full(chunk, layout.vpp),
         **_experts(spec, settings.moe),
-        # batched point-to-point gives wrong gradients, silently, with interleaved stages on two ranks; without it it is right
+        # batched point-to-point silently gives wrong gradients with interleaved stages on two ranks
         overlap_p2p_comm=layout.vpp > 1, batch_p2p_comm=layout.vpp == 1,
-        # forms that need Apex, Transformer Engine or a C++ compiler
+        # fused forms that need Apex, Transformer Engine or a C++ compiler
         bias_activation_fusion=False, bias_dropout_fusion=False, masked_softmax_fusion=False, persist_layer_norm=False,
         gradient_accumulation_fusion=False, cuda_graph_scope=[])
 
 
 def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
     if spec.num_experts is None:
-        return {"moe_token_dispatcher_type": "alltoall"}  # the other one, even unused, forbids lengths that differ
+        return {"moe_token_dispatcher_type": "alltoall"}  # allgather, even unused, forbids sequences of different lengths
     return {"num_moe_experts": spec.num_experts, "moe_router_topk": spec.moe_router_topk,
             "moe_ffn_hidden_size": spec.expert_ffn, "moe_grouped_gemm": False,
             "moe_shared_expert_intermediate_size": spec.moe_shared_expert_intermediate_size,
@@ -95,7 +95,7 @@ def _experts(spec: ModelSpec, moe: MoEConfig) -> dict[str, Any]:
 
 
 def _stages(layout: ParallelLayout) -> list[list[str]] | None:
-    """Uneven stages in megatron-core's words."""
+    """Uneven pipeline stages in megatron-core's format; None if they are even."""
     if layout.num_layer_list is None:
         return None
     stages = [["decoder"] * count for count in layout.num_layer_list]
@@ -104,7 +104,7 @@ def _stages(layout: ParallelLayout) -> list[list[str]] | None:
 
 
 class HalfPrecision(Float16Module):
-    """A model chunk in 16 bits whose logits stay so: what is done with them widens a few rows at a time."""
+    """A model chunk in 16-bit precision that returns 16-bit logits: the loss upcasts a few rows at a time."""
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Tensor:
         output: Tensor = super().forward(*inputs, fp32_output=False, **kwargs)
@@ -112,7 +112,7 @@ class HalfPrecision(Float16Module):
 
 
 def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float16Module]:
-    """The model chunks of this rank (one without virtual pipeline stages), on the current device, randomly initialised.
+    """The model chunks of this rank (one without virtual pipeline stages), on the current device, randomly initialized.
 
     The process groups must exist (see processes.py).
     """
@@ -126,6 +126,6 @@ def build_models(spec: ModelSpec, settings: BuildSettings) -> list[Model | Float
             vocab_size=padded_vocab_size(spec.vocab_size, layout.tp, settings.make_vocab_size_divisible_by),
             pre_process=stage == 0 and chunk == 0, post_process=stage == layout.pp - 1 and chunk == layout.vpp - 1,
             vp_stage=chunk if layout.vpp > 1 else None)
-        model.to(engine.current_device())  # norms and other parts of our own are made on the CPU
+        model.to(engine.current_device())  # our own modules, such as norms, are created on the CPU
         models.append(HalfPrecision(config, model) if settings.dtype in (torch.bfloat16, torch.float16) else model)
     return models

@@ -1,4 +1,4 @@
-"""The feed-forward part of a layer, dense, as one expert, or as the expert that sees every token."""
+"""The feed-forward part of a layer: dense, experts one by one or grouped, and the shared expert."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.layer import LayerSpec
 from modellink.core.model.linear import BiasedColumnLinear, BiasedRowLinear, ColumnLinear, RowLinear
 from modellink.kernels import ops
 
@@ -25,20 +25,24 @@ def gelu_tanh(x: Tensor) -> Tensor:
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh}
 
 
-def linears(spec: ModelSpec) -> MLPSubmodules:
-    """fc1 and fc2, with biases where the model has them."""
-    if spec.add_mlp_bias:
+def linears(layer: LayerSpec) -> MLPSubmodules:
+    """The classes of fc1 and fc2, with or without biases."""
+    if layer.mlp_bias:
         return MLPSubmodules(linear_fc1=BiasedColumnLinear, linear_fc2=BiasedRowLinear)
     return MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class FeedForward(MLP):
-    """fc1 (gate and up in one where the activation is gated), activation, fc2."""
+    """fc1 (gate and up in one matrix if gated), activation, fc2."""
 
     recompute_activation = False
 
     def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **_: Any) -> tuple[Tensor, Tensor | None]:
-        """[..., hidden] -> [..., hidden], and a bias still to be added; `per_token_scale` [tokens] is an expert's score."""
+        """[..., hidden] -> [..., hidden] and a bias that the caller adds.
+
+        Args:
+            per_token_scale: [tokens], the score of an expert for each token.
+        """
         x, bias = self.linear_fc1(hidden_states)
         x = x if bias is None else x + bias
         output, bias = self.activated(x, per_token_scale, self.linear_fc2)
@@ -49,7 +53,7 @@ class FeedForward(MLP):
 
     def activated(self, x: Tensor, scale: Tensor | None, then: Callable[[Tensor], tuple[Tensor, Tensor | None]],
                   ) -> tuple[Tensor, Tensor | None]:
-        """The activation, and what comes behind it; the former's output is dropped and computed again where that is wanted."""
+        """Apply the activation and `then`; the output of the activation is recomputed in the backward pass if configured."""
         if not (self.recompute_activation and self.training):
             return then(self._activate(x, scale))
         kept = CheckpointWithoutOutput()
@@ -58,8 +62,10 @@ class FeedForward(MLP):
         return output, bias
 
     def shared_bias(self, bias: Tensor, scale: Tensor) -> Tensor:
-        """What an expert's bias adds: every tensor-parallel rank its share, as the dispatcher sums their outputs. The gradient is
-        that of the whole."""
+        """The contribution of an expert's bias on this rank: an equal share, as the dispatcher sums over tensor-parallel ranks.
+
+        The gradient is that of the full bias.
+        """
         share = bias / self.tp_group.size()
         return (share + (bias - share) - (bias - share).detach()) * scale.unsqueeze(-1)
 
@@ -76,7 +82,7 @@ class FeedForward(MLP):
 
 
 class Experts(SequentialMLP):
-    """The experts of this rank, one after the other; their checkpoint has a tensor an expert."""
+    """The experts of this rank, computed one by one; a checkpoint has one tensor per expert."""
 
     def __init__(self, num_local_experts: int, config: Any, submodules: MLPSubmodules, pg_collection: Any) -> None:
         super().__init__(0, config, submodules, pg_collection)
@@ -87,7 +93,7 @@ class Experts(SequentialMLP):
 
 
 class GroupedExperts(Experts):
-    """The experts of this rank as one product (--moe-grouped-gemm); the same parameters, which lie in one block a linear."""
+    """The experts of this rank as one grouped product (--moe-grouped-gemm); the parameters of a linear share one block."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -99,7 +105,7 @@ class GroupedExperts(Experts):
 
     def forward(self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor,
                 permuted_probs: Tensor) -> tuple[Tensor, None]:
-        """[tokens, hidden] sorted by expert -> the same; scores [tokens]."""
+        """[tokens, hidden] sorted by expert -> the same shape; `permuted_probs` [tokens] are the scores."""
         counts, first = tokens_per_expert.tolist(), self.local_experts[0]
         assert isinstance(first, FeedForward)
         x = self._multiply(permuted_local_hidden_states, "linear_fc1", counts)
@@ -114,7 +120,7 @@ class GroupedExperts(Experts):
         return ops.grouped_matmul(x, [getattr(expert, name).weight for expert in self.local_experts], counts)
 
     def _biases(self, name: str, counts: list[int]) -> Tensor | None:
-        """The bias of each token's expert."""
+        """The bias of the expert of each token, [tokens, out]."""
         biases = [getattr(expert, name).bias for expert in self.local_experts]
         if biases[0] is None:
             return None
@@ -122,4 +128,4 @@ class GroupedExperts(Experts):
 
 
 class SharedExpert(SharedExpertMLP, FeedForward):
-    """The expert that sees every token, behind a gate where the model has one."""
+    """The expert that sees every token, with a gate if the model has one."""

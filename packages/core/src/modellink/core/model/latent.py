@@ -1,8 +1,8 @@
-"""Multi-head latent attention (DeepSeek-V2): keys and values, and queries where the model does so, come from a compressed form.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys, values and optionally queries come from a compressed form.
 
-Compressing matrices are whole on every tensor-parallel rank, expanding ones are cut by heads. Part of every query and key head is
-rotated; the rotated part of the key is one for all heads. A cache holds the compressed form and the rotated part alone: the
-expanding matrices then work on queries and on what attention gives, which is the same product in another order.
+Compressing matrices are replicated on all tensor-parallel ranks, expanding ones are sharded by heads. A part of every query and
+key head is rotated; all heads share the rotated part of the key. A cache holds only the compressed form and the rotated part:
+the expanding matrices are then applied to queries and to the attention output, the same product in another order.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from megatron.core.transformer.spec_utils import build_module
 from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.model.attention import Rotary
 from modellink.core.model.linear import ColumnLinear, ReplicatedLinear
 from modellink.core.model.norm import Norm
+from modellink.core.model.rotary import Rotary
 from modellink.core.model.state import SequenceState
 
 
 class LatentAttention(MegatronModule):
-    """hidden [seq (/ tp with sequence parallel), batch, hidden] -> the same."""
+    """Hidden states [seq (/ tp with sequence parallelism), batch, hidden] -> the same shape."""
 
     def __init__(self, config: Any, submodules: Any, layer_number: int, spec: ModelSpec, rotary: Rotary,
                  attn_mask_type: Any = None, **kwargs: Any) -> None:
         super().__init__(config)
-        self.layer_number, self.rotary, self.spec = layer_number, rotary, spec
-        self.nope, self.rope, self.value_dim = spec.head_dim - spec.rotary_dim, spec.rotary_dim, spec.value_dim
-        hidden, heads, latent = spec.hidden_size, spec.num_attention_heads, spec.kv_lora_rank or 0
-        if spec.q_lora_rank is None:
-            self.linear_q_proj = self._column(hidden, heads * spec.head_dim)
+        layer = spec.layer(layer_number - 1)
+        self.layer_number, self.rotary, self.latent_dim = layer_number, rotary, layer.kv_lora_rank
+        self.nope, self.rope, self.value_dim = layer.nope_dim, layer.head_dim - layer.nope_dim, layer.value_dim
+        hidden, heads, latent = spec.hidden_size, layer.heads, layer.kv_lora_rank
+        self.compressed_query = layer.q_lora_rank is not None
+        if layer.q_lora_rank is None:
+            self.linear_q_proj = self._column(hidden, heads * layer.head_dim)
         else:
-            self.linear_q_down_proj = ReplicatedLinear(config, hidden, spec.q_lora_rank)
-            self.q_layernorm = Norm(config, spec.q_lora_rank, spec.norm_epsilon)
-            self.linear_q_up_proj = self._column(spec.q_lora_rank, heads * spec.head_dim)
+            self.linear_q_down_proj = ReplicatedLinear(config, hidden, layer.q_lora_rank)
+            self.q_layernorm = Norm(config, layer.q_lora_rank, spec.norm_epsilon)
+            self.linear_q_up_proj = self._column(layer.q_lora_rank, heads * layer.head_dim)
         self.linear_kv_down_proj = ReplicatedLinear(config, hidden, latent + self.rope)
         self.kv_layernorm = Norm(config, latent, spec.norm_epsilon)
         self.linear_kv_up_proj = self._column(latent, heads * (self.nope + self.value_dim))
@@ -69,23 +71,23 @@ class LatentAttention(MegatronModule):
         return output
 
     def _query(self, hidden_states: Tensor) -> Tensor:
-        """[seq, batch, heads / tp, nope + rope], not rotated yet."""
-        if self.spec.q_lora_rank is None:
-            query, _ = self.linear_q_proj(hidden_states)
-        else:
+        """Query heads [seq, batch, heads / tp, nope + rope], before rotation."""
+        if self.compressed_query:
             query, _ = self.linear_q_up_proj(self.q_layernorm(self.linear_q_down_proj(hidden_states)))
+        else:
+            query, _ = self.linear_q_proj(hidden_states)
         return query.unflatten(-1, (-1, self.nope + self.rope))
 
     def _compressed(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """[seq (/ tp), batch, latent], and [seq, batch, rope] that is still to be rotated."""
-        latent, rotated = self.linear_kv_down_proj(hidden_states).split([self.spec.kv_lora_rank or 0, self.rope], dim=-1)
-        # the rotated part is used by the heads of every rank: its gradient is the sum over ranks
+        """The latent [seq (/ tp), batch, latent], and the part of the key to rotate [seq, batch, rope]."""
+        latent, rotated = self.linear_kv_down_proj(hidden_states).split([self.latent_dim, self.rope], dim=-1)
+        # the heads of every rank use the rotated part, so its gradient is the sum over ranks
         rotated = gather_from_sequence_parallel_region(rotated) if self.config.sequence_parallel else (
             copy_to_tensor_model_parallel_region(rotated))
         return self.kv_layernorm(latent), rotated
 
     def _cached(self, plain: Tensor, turned: Tensor, latent: Tensor, rotated: Tensor, state: SequenceState) -> Tensor:
-        """Attention over a cache of the compressed form, as if it were one key for all heads."""
+        """Attention over a cache of the compressed form, as one key that all heads share."""
         assert state.cache is not None
         expand = self.linear_kv_up_proj.weight.unflatten(0, (-1, self.nope + self.value_dim))
         query = torch.cat([torch.einsum("sbhd,hdl->sbhl", plain, expand[:, :self.nope]), turned], dim=-1)

@@ -1,4 +1,4 @@
-"""The layer spec: which module stands in which place of megatron-core's transformer layer."""
+"""Which modules megatron-core's transformer layer is made of, for each layer of a ModelSpec."""
 
 from __future__ import annotations
 
@@ -17,19 +17,21 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
+from modellink.ckpt_convert.layer import LayerSpec
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.core.model.attention import CoreAttention, Rotary, SelfAttention
+from modellink.core.model.attention import CoreAttention, SelfAttention
 from modellink.core.model.feed_forward import Experts, FeedForward, GroupedExperts, SharedExpert, linears
 from modellink.core.model.latent import LatentAttention
 from modellink.core.model.linear import BiasedRowLinear, ColumnLinear, RowLinear
 from modellink.core.model.norm import Norm
+from modellink.core.model.rotary import Rotary
 from modellink.core.model.router import Router
 from modellink.core.model.specialize import specialize
 from modellink.core.parallel.experts import OVERLAPPED
 
 
 class Layer(TransformerLayer):
-    """megatron-core's layer, with a norm and a factor on what is added to the residual where the model has them."""
+    """megatron-core's layer, with the post norms and the scale of residual branches that some models have."""
 
     def __init__(self, config: Any, submodules: Any, *args: Any, spec: ModelSpec, **kwargs: Any) -> None:
         super().__init__(config, submodules, *args, **kwargs)
@@ -37,7 +39,7 @@ class Layer(TransformerLayer):
             specialize(self.mlp.token_dispatcher, OVERLAPPED[type(self.mlp.token_dispatcher)])
         scale = 1.0 if spec.scale_depth is None else spec.scale_depth / math.sqrt(spec.num_layers)
         norms: list[Norm | None] = [None, None]
-        if spec.post_norm:
+        if spec.layer(self.layer_number - 1).post_norm:
             self.post_attn_norm = Norm(config, spec.hidden_size, spec.norm_epsilon)
             self.post_mlp_layernorm = Norm(config, spec.hidden_size, spec.norm_epsilon)
             norms = [self.post_attn_norm, self.post_mlp_layernorm]
@@ -45,7 +47,7 @@ class Layer(TransformerLayer):
 
 
 def _adder(norm: Norm | None, scale: float) -> Callable[[bool, bool], Callable[..., Tensor]]:
-    """The step behind attention and feed-forward, in megatron-core's form (training, fused) -> function."""
+    """The step after attention and feed-forward, in megatron-core's form (training, fused) -> function."""
     def add(training: bool, branch: tuple[Tensor, Tensor | None], residual: Tensor, dropout: float) -> Tensor:
         x, bias = branch
         x = x if bias is None else x + bias
@@ -56,10 +58,16 @@ def _adder(norm: Norm | None, scale: float) -> Callable[[bool, bool], Callable[.
 
 
 def layer_spec(spec: ModelSpec, number: int, rotary: Rotary, *, grouped: bool = False) -> ModuleSpec:
-    """The spec of a layer (from 0, over all stages); `grouped`: all experts are one product."""
+    """megatron-core's spec of a layer.
+
+    Args:
+        number: from 0, over all pipeline stages.
+        grouped: compute the experts as one grouped product.
+    """
+    layer = spec.layer(number)
     core = ModuleSpec(module=CoreAttention, params={"spec": spec})
-    projection = BiasedRowLinear if spec.add_dense_bias else RowLinear
-    latent = {"spec": spec} if spec.multi_head_latent_attention else {}
+    projection = BiasedRowLinear if layer.dense_bias else RowLinear
+    latent = {"spec": spec} if layer.attention == "latent" else {}
     attention = ModuleSpec(
         module=LatentAttention if latent else SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "rotary": rotary, **latent},
@@ -67,19 +75,19 @@ def layer_spec(spec: ModelSpec, number: int, rotary: Rotary, *, grouped: bool = 
                                            q_layernorm=IdentityOp, k_layernorm=IdentityOp))
     return ModuleSpec(module=Layer, params={"spec": spec}, submodules=TransformerLayerSubmodules(
         input_layernorm=Norm, self_attention=attention, self_attn_bda=get_bias_dropout_add,
-        pre_mlp_layernorm=Norm, mlp=_feed_forward(spec, number, grouped), mlp_bda=get_bias_dropout_add))
+        pre_mlp_layernorm=Norm, mlp=_feed_forward(layer, grouped), mlp_bda=get_bias_dropout_add))
 
 
-def _feed_forward(spec: ModelSpec, number: int, grouped: bool) -> ModuleSpec:
-    if not spec.has_experts(number):
-        return ModuleSpec(module=FeedForward, params={"ffn_hidden_size": spec.ffn}, submodules=linears(spec))
-    experts = ModuleSpec(module=GroupedExperts if grouped else Experts, submodules=linears(spec))
-    shared = ModuleSpec(module=SharedExpert, submodules=linears(spec))
+def _feed_forward(layer: LayerSpec, grouped: bool) -> ModuleSpec:
+    if layer.experts is None:
+        return ModuleSpec(module=FeedForward, params={"ffn_hidden_size": layer.ffn}, submodules=linears(layer))
+    experts = ModuleSpec(module=GroupedExperts if grouped else Experts, submodules=linears(layer))
+    shared = ModuleSpec(module=SharedExpert, submodules=linears(layer))
     return ModuleSpec(module=MoELayer, submodules=MoESubmodules(router=Router, experts=experts, shared_experts=shared))
 
 
 def block_spec(spec: ModelSpec, layers: range, *, grouped: bool = False) -> TransformerBlockSubmodules:
-    """The spec of a model chunk with these layers and, on the last one, the final norm."""
-    rotary = Rotary(spec)
-    return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(spec, number, rotary, grouped=grouped) for number in layers], layer_norm=Norm)
+    """megatron-core's spec of a model chunk with these layers and, on the last stage, the final norm."""
+    rotary = {rope: Rotary(rope) for rope in {spec.layer(number).rope for number in layers}}
+    specs = [layer_spec(spec, number, rotary[spec.layer(number).rope], grouped=grouped) for number in layers]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=Norm)

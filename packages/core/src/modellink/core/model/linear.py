@@ -1,5 +1,4 @@
-"""megatron-core's parallel linears, also with the collective inside the product (--use-mc2), and with a bias of their own where a
-model has one in some linears and not in others."""
+"""megatron-core's parallel linears, with collectives fused into the product (--use-mc2) and biases chosen per linear."""
 
 from __future__ import annotations
 
@@ -13,9 +12,9 @@ from modellink.kernels import ops
 
 
 class Product:
-    """The step of megatron-core's linears that multiplies: on a CPU, where nothing is sent meanwhile, the op for it.
+    """Replaces the product of megatron-core's linears by `ops.linear` on a CPU, where no communication overlaps with it.
 
-    Not fp32 in inference: oneDNN makes a product anew for every number of rows and keeps it, and there each batch has another.
+    Not for fp32 inference: oneDNN compiles and caches a kernel per number of rows, which differs in every batch.
     """
 
     training: bool
@@ -32,7 +31,7 @@ class Product:
 
 
 class ColumnLinear(Product, ColumnParallelLinear):
-    """[seq / tp, batch, in] -> [seq, batch, out / tp] with sequence parallelism."""
+    """[seq (/ tp with sequence parallelism), batch, in] -> [seq, batch, out / tp]."""
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *, bias: Tensor | None = None, sequence_parallel: bool = False,
                       **kwargs: Any) -> Tensor:
@@ -43,7 +42,7 @@ class ColumnLinear(Product, ColumnParallelLinear):
 
 
 class RowLinear(Product, RowParallelLinear):
-    """[seq, batch, in / tp] -> [seq, batch, out], with sequence parallelism [seq / tp, batch, out]."""
+    """[seq, batch, in / tp] -> [seq (/ tp with sequence parallelism), batch, out]."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if not self.config.use_mc2 or self.explicit_expert_comm:
@@ -57,7 +56,7 @@ class RowLinear(Product, RowParallelLinear):
 
 
 class OutputLinear(Product, ColumnParallelLinear):
-    """Hidden states to logits."""
+    """Hidden states [seq, batch, hidden] -> logits [seq, batch, vocabulary / tp]."""
 
 
 class BiasedColumnLinear(ColumnLinear):
@@ -71,9 +70,9 @@ class BiasedRowLinear(RowLinear):
 
 
 class ReplicatedLinear(nn.Module):
-    """[..., in] -> [..., out] with the whole matrix on every tensor-parallel rank.
+    """[..., in] -> [..., out] with the full matrix on every tensor-parallel rank.
 
-    With sequence parallelism each rank sees other tokens, and megatron-core sums the gradient over them.
+    With sequence parallelism each rank sees different tokens, and megatron-core sums the gradient over ranks.
     """
 
     def __init__(self, config: Any, inputs: int, outputs: int) -> None:

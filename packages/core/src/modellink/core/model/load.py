@@ -1,4 +1,4 @@
-"""Weights from any checkpoint the converter can read into the model chunks of this rank, at any layout."""
+"""Loads weights from any checkpoint that ckpt_convert reads into the model chunks of this rank, at any layout."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from modellink.kernels.progress import Work
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The Model inside precision and data-parallel wrappers."""
+    """The `Model` inside the wrappers for precision and data parallelism."""
     found: nn.Module = get_attr_wrapped_model(model, "decoder", return_model_obj=True)
     return found
 
 
 @torch.no_grad()
 def load_weights(models: Sequence[nn.Module], source: Source, settings: BuildSettings, *, show: bool = False) -> None:
-    """Fill every parameter; each is read, cut and cast on its own, so that memory stays at one tensor beyond the model."""
+    """Fill every parameter; tensors are read, sharded and cast one by one, so that only one exists in addition to the model."""
     spec, layout = source.spec, settings.layout
     table = weights(spec)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -36,7 +36,7 @@ def load_weights(models: Sequence[nn.Module], source: Source, settings: BuildSet
     with Work("loading weights", sum(len(names) for _, names in chunks), unit="tensors", show=show) as work:
         for params, names in chunks:
             if params.keys() != names.keys():
-                raise InternalError(f"the model and the table of weights disagree about {sorted(params.keys() ^ names.keys())}")
+                raise InternalError(f"the model and the table of weights differ in {sorted(params.keys() ^ names.keys())}")
             for own, name in names.items():
                 params[own].copy_(read_shard(source, name, table[name], tp=layout.tp, rank=tp_rank,
                                              divisible_by=settings.make_vocab_size_divisible_by))

@@ -1,4 +1,4 @@
-"""The norms of a transformer, over kernels.ops."""
+"""RMSNorm and LayerNorm over kernels.ops."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from modellink.kernels import ops
 
 
 class Norm(nn.Module):
-    """RMSNorm or LayerNorm over the last dimension, as the config says.
+    """RMSNorm or LayerNorm (config.normalization) over the last dimension.
 
-    With sequence parallelism gradients are summed over tensor-parallel ranks, which each see other tokens.
+    With sequence parallelism megatron-core sums the gradients over tensor-parallel ranks, which see different tokens.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -28,6 +28,6 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is not None:
             return nn.functional.layer_norm(x, self.weight.shape, self.offset + self.weight, self.bias, self.epsilon)
-        if self.offset:  # 1 + weight in fp32: in bf16 a small weight would be rounded away
+        if self.offset:  # 1 + weight in fp32: bf16 would round a small weight away
             return ops.rms_norm(x.float(), self.offset + self.weight.float(), self.epsilon).to(x.dtype)
         return ops.rms_norm(x, self.weight, self.epsilon)

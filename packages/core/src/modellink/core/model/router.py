@@ -1,8 +1,8 @@
-"""Which experts see a token, and the losses that keep them evenly used.
+"""The router of a mixture of experts: which experts see a token, and the load-balancing losses.
 
-The choice follows ModelSpec: the best k of all experts, or of the best groups; scores are a softmax over all experts or over the
-chosen ones. The losses are megatron-core's (a micro batch or a sequence at a time) and, for grouped experts, those of
-DeepSeek-V2 (section 2.1.4 of its report): how much the groups compute, and how much is sent to them.
+ModelSpec selects the top k of all experts or of the top groups, and a softmax over all or over the chosen experts. The losses are
+megatron-core's (per micro batch or per sequence) and, for grouped experts, DeepSeek-V2's balance of computation and communication
+between groups (arXiv:2405.04434, section 2.1.4).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from modellink.ckpt_convert.spec import ModelSpec
 
 
 def choose(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
-    """Scores of the chosen experts (0 elsewhere) and which are chosen, both [tokens, experts], from logits of that shape.
+    """Scores of the chosen experts (0 elsewhere) and a mask of the choice, both [tokens, experts], from logits of that shape.
 
-    A group is as good as its best expert.
+    A group is ranked by its best expert.
     """
     all_scores = logits.float().softmax(-1)
     candidates = all_scores
@@ -36,11 +36,11 @@ def choose(logits: Tensor, spec: ModelSpec) -> tuple[Tensor, Tensor]:
 
 
 def group_losses(all_scores: Tensor, chosen: Tensor, spec: ModelSpec, ranks: Any = None) -> tuple[Tensor, Tensor]:
-    """DeepSeek-V2's device-level and communication losses (equations 26 to 31 of its report), without their factors.
+    """DeepSeek-V2's device-level and communication balance losses (equations 26 to 31), without their coefficients.
 
     Args:
         all_scores, chosen: [tokens, experts].
-        ranks: process group over which the tokens are dealt; each rank gets its part of the losses.
+        ranks: process group that the tokens are sharded across; each rank returns its share of the losses.
     """
     groups = spec.moe_router_num_groups or 1  # D
     counts = torch.cat([chosen.sum(0), chosen.unflatten(-1, (groups, -1)).any(-1).sum(0)]).float()
@@ -56,7 +56,7 @@ def group_losses(all_scores: Tensor, chosen: Tensor, spec: ModelSpec, ranks: Any
 
 
 class Router(TopKRouter):
-    """megatron-core's router with the choice of `choose`."""
+    """megatron-core's router with our `choose`."""
 
     def __init__(self, config: Any, pg_collection: Any = None) -> None:
         super().__init__(config, pg_collection)
@@ -64,11 +64,11 @@ class Router(TopKRouter):
         self.balance = config.balance
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Logits [seq, batch, experts] -> scores and choice, both [tokens, experts]."""
+        """Logits [seq, batch, experts] -> scores and mask of the choice, both [tokens, experts]."""
         seq, batch = logits.shape[:2]
         logits = self.apply_z_loss(logits.view(-1, logits.size(-1)))
         scores, chosen = choose(logits, self.spec)
-        wanted = chosen  # what balance is measured by
+        wanted = chosen  # balance is measured before tokens are dropped
         if (factor := self.balance.capacity_factor) is not None:
             scores, chosen = apply_router_token_dropping(
                 scores, chosen, self.topk, factor, drop_policy=self.balance.moe_token_drop_policy,

@@ -1,1 +1,1 @@
-"""Cutting a sequence over ranks."""
+"""Context and expert parallelism: which tokens a rank holds, and how attention and experts exchange them."""

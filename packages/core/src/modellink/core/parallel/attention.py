@@ -1,7 +1,7 @@
-"""Attention over a sequence that is cut over ranks: Ulysses, ring, or Ulysses inside a ring.
+"""Context-parallel attention: Ulysses, ring attention, or Ulysses within a ring.
 
-`ulysses` ranks first exchange heads for tokens, so that each has all their tokens of some heads; where these are not all tokens
-of the sequence, keys and values then pass round a ring of such sets.
+Groups of `ulysses` ranks first exchange heads for tokens, so that each rank has all tokens of its group for some
+heads. If a group does not hold the full sequence, keys and values then travel round a ring of groups.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from modellink.kernels.ops.attention import Variant
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """How a run cuts sequences.
+    """How a run shards sequences.
 
     Attributes:
-        ulysses: ranks that exchange heads for tokens.
-        overlap: pass keys on round the ring while computing with them, sends and receipts in groups of their own.
-        repeat_in_full: keys and values are repeated for every query head before the exchange, as in the original.
+        ulysses: size of the groups that exchange heads for tokens.
+        overlap: overlap sending keys and values round the ring with computation, with separate groups for send and receive.
+        repeat_in_full: repeat keys and values for every query head before the exchange, as the original does.
     """
 
     ulysses: int = 1
@@ -67,7 +67,7 @@ class ContextParallel:
 
     @staticmethod
     def _sorted(x: Tensor, order: list[int]) -> Tensor:
-        """[seq, ...] with its chunks in another order."""
+        """x [seq, ...] with its chunks reordered."""
         if order == sorted(order):
             return x
         chunks = x.chunk(len(order))

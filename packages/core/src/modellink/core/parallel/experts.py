@@ -1,7 +1,7 @@
-"""How tokens reach experts on other ranks with several transfers at a time (`--moe-permutation-async-comm`).
+"""Token dispatch with overlapped transfers (`--moe-permutation-async-comm`).
 
-megatron-core's dispatchers send hidden states after scores after the routing map, each when the one before has arrived. Here all
-are under way together, and their gradients, too. Not here: which rank has which expert, and sorting (both megatron-core's).
+megatron-core's dispatchers send routing map, scores and hidden states one after another; here all transfers, and those of their
+gradients, run concurrently. Not here: which rank has which expert, and sorting, which are megatron-core's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDisp
 from torch import Tensor
 
 Transfer = Callable[[Tensor], tuple[Tensor, Any]]
-"""Starts a transfer: where the result will be, and what to wait for."""
+"""Starts a transfer: (buffer of the result, handle to wait for)."""
 
 
 def _gather(x: Tensor, group: Any) -> tuple[Tensor, Any]:
@@ -35,7 +35,7 @@ def _exchange(x: Tensor, group: Any, received: Sequence[int] | None, sent: Seque
 
 
 class _Together(torch.autograd.Function):
-    """`there` over all tensors at a time; `back` over their gradients."""
+    """Applies transfer `there` to all tensors concurrently, and `back` to their gradients."""
 
     @staticmethod
     def forward(ctx: Any, there: Transfer, back: Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:

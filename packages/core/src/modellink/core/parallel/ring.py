@@ -1,11 +1,11 @@
-"""Ring attention (Liu et al. 2023): every rank keeps its queries, and the keys and values of all pass by.
+"""Ring attention (Liu et al. 2023, arXiv:2310.01889): each rank keeps its queries while keys and values travel round the ring.
 
-What a rank sees of another is joined by log-sum-exp, so that no rank ever holds more than two sets of keys. Chunks that
-causality or a window hides are not computed; with the tokens dealt as context.py does, that is as much work on each rank.
-Backward lets keys and values pass once more, and their gradients behind them.
+Partial results are combined by their log-sum-exp, so that a rank never holds more than two sets of keys. Chunks
+masked by causality or a window are skipped; with the token order of context.py every rank does the same amount of
+work. The backward pass sends keys and values round once more, followed by their gradients.
 
-Not here: attention dropout. Pairs of chunks that see each other whole, or causally, take a fused form; those of windows, caps and
-biases are plain PyTorch.
+Not here: attention dropout. Pairs of chunks with full or causal attention use a fused kernel; windows, caps and biases use plain
+PyTorch.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from torch import Tensor
 
 from modellink.kernels import ops
 from modellink.kernels.ops.attention import Variant, scores_of
-from modellink.kernels.ops.attention_block import takes
+from modellink.kernels.ops.attention_block import supports
 
 LOWEST = torch.finfo(torch.float32).min
 
 
 @dataclass(frozen=True)
 class Ring:
-    """Who passes what.
+    """A ring of ranks that pass keys and values on.
 
     Attributes:
         group: the ranks of the ring.
-        held: numbers of the chunks each of them holds, in the order of its tokens; all chunks have one length.
-        second: another group of the same ranks. With it transfers are under way while ranks compute, and a rank sends in one of
-            the groups while it receives in the other; without, they follow the computing, in one group.
+        held: chunk numbers that each rank holds, in the order of its tokens; all chunks have the same length.
+        second: another group of the same ranks. With it, transfers overlap with computation, and a rank sends in one group while
+            it receives in the other; without it, transfers follow the computation in one group.
     """
 
     group: Any
@@ -41,7 +41,7 @@ class Ring:
     second: Any = None
 
     def passed_on(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Any]]:
-        """Send to the next rank, receive from the one before: (buffers, what to wait for)."""
+        """Send to the next rank and receive from the previous one: (buffers, handles to wait for)."""
         rank, size = self.group.rank(), self.group.size()
         ahead, behind = (rank + 1) % size, (rank - 1) % size
         buffers = [torch.empty_like(tensor) for tensor in tensors]
@@ -51,18 +51,21 @@ class Ring:
 
         def receive() -> list[Any]:
             return [self._transfer(dist.irecv, buffer, behind, sender=behind) for buffer in buffers]
-        # a first transfer waits for its partner's: so every other rank receives first
+        # the first transfer waits for its partner, so every other rank receives first
         works = send() + receive() if rank % 2 == 0 else receive() + send()
         return buffers, works
 
     def _transfer(self, call: Any, tensor: Tensor, other: int, *, sender: int) -> Any:
-        """Start one; what even ranks send goes through the one group, what odd ranks send through the other."""
+        """Start one transfer; even ranks send in the first group, odd ranks in the second."""
         group = self.group if self.second is None or sender % 2 == 0 else self.second
         return call(tensor, dist.get_global_rank(self.group, other), group=group)
 
     def pairs(self, source: int, seq: int, window: int | None) -> Iterator[tuple[slice, slice, int, int]]:
-        """(query rows, key rows, first query position, first key position) of every pair of chunks that see each other, for the
-        keys of ring rank `source`."""
+        """The pairs of chunks with attention between them, for the keys of ring rank `source`.
+
+        Yields:
+            (query rows, key rows, first query position, first key position)
+        """
         mine, theirs = self.held[self.group.rank()], self.held[source]
         size = seq // len(mine)
         for i, query in enumerate(mine):
@@ -98,7 +101,7 @@ class _Attention(torch.autograd.Function):
         seq, rank, size = query.size(0), ring.group.rank(), ring.group.size()
         of_query = torch.zeros_like(query, dtype=torch.float32)
         block = [key.contiguous(), value.contiguous()]
-        coming: tuple[list[Tensor], list[Any]] = ([], [])  # what the ranks before have found for the block at hand
+        coming: tuple[list[Tensor], list[Any]] = ([], [])  # gradients of the present block from the previous ranks
         for step in range(size):
             last = step + 1 == size
             passing = ring.passed_on(block) if ring.second is not None and not last else None
@@ -112,7 +115,7 @@ class _Attention(torch.autograd.Function):
                 block = _arrived(passing or ring.passed_on(block))
             for mine, before in zip(of_block, _arrived(coming), strict=False):
                 mine += before
-            coming = ring.passed_on(of_block)  # with the last step they go home
+            coming = ring.passed_on(of_block)  # after the last step they are back on their own rank
             if ring.second is None:
                 coming = _arrived(coming), []
         made = (of_query, *_arrived(coming))
@@ -120,26 +123,26 @@ class _Attention(torch.autograd.Function):
 
 
 def attended(query: Tensor, key: Tensor, value: Tensor, variant: Variant, first: int, start: int) -> tuple[Tensor, Tensor]:
-    """A chunk of queries from position `first` over one of keys from `start`: the result and its log-sum-exp, in fp32."""
-    if takes(query, value, variant):
+    """Attention of queries from position `first` over keys from `start`: the result and its log-sum-exp, in fp32."""
+    if supports(query, value, variant):
         return ops.attention_block(query, key, value, variant.scale, causal=first == start)
     scores = scores_of(query, key, variant, first, start)
     lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp(min=LOWEST).unsqueeze(-1)).exp()  # of a query that sees none of them both are -inf
+    weights = (scores - lse.clamp(min=LOWEST).unsqueeze(-1)).exp()  # for a query that sees no key both are -inf
     return _weighted(weights, value), lse.permute(2, 0, 1)
 
 
 def attended_gradients(whole: tuple[Tensor, Tensor, Tensor], query: Tensor, key: Tensor, value: Tensor, variant: Variant,
                        first: int, start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a pair of chunks adds to the gradients of query, key and value.
+    """The contribution of a pair of chunks to the gradients of query, key and value.
 
     Args:
-        whole: of these queries' attention over all keys the gradient, the result and the log-sum-exp.
+        whole: gradient, result and log-sum-exp of the attention of these queries over all keys.
     """
     gradient, out, lse = whole
-    if takes(query, value, variant):
+    if supports(query, value, variant):
         return ops.attention_block_gradients(gradient, query, key, value, out, lse, variant.scale, causal=first == start)
-    with torch.enable_grad():  # the derivative of caps and biases is autograd's
+    with torch.enable_grad():  # autograd differentiates caps and biases
         q, k = (x.detach().requires_grad_() for x in (query, key))
         scores = scores_of(q, k, variant, first, start)
     weights = (scores.detach() - lse.clamp(min=LOWEST).permute(1, 2, 0).unsqueeze(-1)).exp()
@@ -173,6 +176,6 @@ def _weighted(weights: Tensor, value: Tensor) -> Tensor:
 
 
 def ring_attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, ring: Ring) -> Tensor:
-    """Attention of this rank's queries over the keys of all ranks of the ring; shapes as in `ops.attention`."""
+    """Attention of this rank's queries over the keys of all ranks; shapes as in `ops.attention`."""
     out: Tensor = _Attention.apply(query, key, value, variant, ring)
     return out

@@ -1,4 +1,4 @@
-"""Heads for tokens (DeepSpeed Ulysses, Jacobs et al. 2023): each of n ranks gets all tokens of 1/n of the heads, and back."""
+"""All-to-all between heads and tokens (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class _Exchange(torch.autograd.Function):
-    """[n, ...]: entry i goes to rank i, entry i of the result came from rank i; its own inverse."""
+    """All-to-all of [n, ...]: entry i goes to rank i, entry i of the result came from rank i. It is its own inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
@@ -28,8 +28,10 @@ class _Exchange(torch.autograd.Function):
 
 
 def heads_for_tokens(x: Tensor, group: Any) -> Tensor:
-    """[seq, batch, heads, dim] of this rank's tokens -> [n x seq, batch, heads / n, dim] of this rank's heads, the tokens in the
-    order of the ranks."""
+    """[seq, batch, heads, dim] of this rank's tokens -> [n x seq, batch, heads / n, dim] of this rank's heads.
+
+    The tokens are in the order of the ranks.
+    """
     pieces: Tensor = _Exchange.apply(torch.stack(x.chunk(group.size(), dim=2)), group)
     return pieces.flatten(0, 1)
 
@@ -41,9 +43,10 @@ def tokens_for_heads(x: Tensor, group: Any) -> Tensor:
 
 
 def repeated(x: Tensor, ranks: int, heads: int, *, in_full: bool) -> Tensor:
-    """Keys or values [seq, batch, groups, dim] with groups repeated until they can be dealt to `ranks`.
+    """Keys or values [seq, batch, groups, dim] with groups repeated until `ranks` divides them.
 
-    `in_full`: once for every one of the `heads` query heads, as the original does.
+    Args:
+        in_full: repeat to the number of query `heads`, as the original does.
     """
     times = heads // x.size(2) if in_full else ranks // gcd(ranks, x.size(2))
     return x if times == 1 else x.repeat_interleave(times, dim=2)

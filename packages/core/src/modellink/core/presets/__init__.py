@@ -1,10 +1,9 @@
-"""The original's 76 model rows: architecture, layout, batch and precision of each, and what it measured with them.
+"""The original's 76 model rows: architecture, layout, batch size and precision, and the original's measured speed.
 
-The data are the YAML files of this folder, one a series: `common` is what all presets of the file share, `presets` what each
-adds to it. Where a script of the original contradicts the public configuration of the model, the public one wins and a note
-of the preset says so.
+Each YAML file of this folder is one series: `common` is shared by its presets, `presets` has the values of each. If a
+script of the original contradicts the model's public configuration, the preset follows the public one and has a note.
 
-Not here: learning rate, iterations and data, which a run says for itself.
+Not here: learning rate, iterations and data, which every run sets itself.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from modellink.kernels.options import Layer, resolve
 from modellink.kernels.parallel import ParallelLayout
 
 SECTIONS = ("model", "parallel", "data", "optimizer")
-"""What of a preset are options."""
+"""The parts of a preset that are options."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,14 @@ class Preset:
     """One row of the original's table.
 
     Attributes:
-        name: `<model>-<size>-<sequence>`.
-        row: its place in the table, from 1.
-        family: `model_type` of its Hugging Face form; None where it has none.
-        model, parallel, data, optimizer: values of options.
-        original: how the original ran it: `implementation`, `cluster` (machines x devices), `tokens_per_second` (of one device;
-            None where it gives none), and further `switches` of its script.
-        public: name of the public configuration it is; None where there is none, and `public_missing` says why.
-        notes: where this preset differs from the original's script, and why.
+        name: `<model>-<size>-<sequence length>`.
+        row: position in the table, from 1.
+        family: `model_type` of the Hugging Face format; None without one.
+        model, parallel, data, optimizer: option values.
+        original: how the original ran it: `implementation`, `cluster` (machines x devices), `tokens_per_second` (per device; None
+            if it gives none), and further `switches` of its script.
+        public: name of the public configuration; None if there is none, for the reason in `public_missing`.
+        notes: differences from the original's script, with reasons.
     """
 
     name: str
@@ -56,7 +55,7 @@ class Preset:
     notes: tuple[str, ...] = ()
 
     def layer(self) -> Layer:
-        """All its option values, flat, for `resolve`; the family too, which a model from random weights has to be told."""
+        """All option values for `resolve`, including the family, which a model from random weights needs."""
         values = {name: value for section in SECTIONS for name, value in getattr(self, section).items()}
         return Layer(f"preset {self.name}", values | {"model_type_hf": self.family or NO_FORM})
 
@@ -66,33 +65,33 @@ class Preset:
 
     @property
     def devices(self) -> int:
-        """How many devices the original's cluster has."""
+        """Number of devices in the original's cluster."""
         machines, each = self.original["cluster"].split("x")
         return int(machines) * int(each)
 
     @cached_property
     def layout(self) -> ParallelLayout:
-        """The original's layout; what TP, PP and CP leave of its cluster is data parallel, where they divide it."""
+        """The original's layout; devices that TP, PP and CP do not use are data parallel if they divide the cluster."""
         parallel = resolve([ParallelConfig], Layer(f"preset {self.name}", self.parallel))[ParallelConfig]
         ranks = parallel.model_ranks
         return parallel.layout(self.spec.num_layers, ranks if self.devices % ranks else self.devices)
 
 
 def preset_names() -> list[str]:
-    """All of them, in the order of the original's table."""
+    """Names of all presets, in the order of the original's table."""
     return list(_presets())
 
 
 def load_preset(name: str) -> Preset:
-    """The preset of that name.
+    """The preset with this name.
 
     Raises:
-        ModelLinkError: there is none; near names are listed.
+        ModelLinkError: it does not exist; similar names are listed.
     """
     known = _presets()
     if name not in known:
         raise ModelLinkError(f"there is no preset {name!r}",
-                             fix=near(name.lower(), list(known)) or "see `modellink-train models` for what there is")
+                             fix=near(name.lower(), list(known)) or "see `modellink-train models`")
     return known[name]
 
 

@@ -1,12 +1,11 @@
-"""High availability: a run goes on when a rank of it fails.
+"""High availability: a run survives the failure of a rank.
 
-    agent.py    starts the ranks of a machine, and starts them again
-    watch.py    a thread of each rank: learns of failures anywhere, and frees its rank from collectives that will never end
-    commit.py   a step changes the weights on all ranks or on none
-    gasp.py     the survivors agree on a step and save it
-    rebuild.py  a state in host memory, and the same training made anew around it
-    replay.py   a step is undone and done again
-    faults.py   faults for trials
-
-`guard.py` is what the training loop sees of it.
+    agent.py      starts and restarts the ranks of a machine
+    watch.py      a thread of each rank that learns of failures and frees its rank from collectives that cannot complete
+    commit.py     a step changes the weights on all ranks or on none
+    survivors.py  the surviving ranks agree on a step to save
+    rebuild.py    a snapshot in host memory, and the same training rebuilt over other ranks or process groups
+    replay.py     undoes a step, so that it can be repeated
+    faults.py     injects faults for tests
+    guard.py      implements the interface of the training loop (train/guard.py)
 """

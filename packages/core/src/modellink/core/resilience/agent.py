@@ -1,7 +1,7 @@
-"""Starts the ranks of this machine and starts them again when one fails, after the others have saved what they hold.
+"""Starts the ranks of this machine, and restarts them when one fails, after the others have saved the training state.
 
-torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as it is shipped it ends all ranks as
-soon as one fails. A run of several machines lives as long as the machine of its endpoint.
+Based on torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as shipped it stops all ranks as
+soon as one fails. A run on several machines lives as long as the machine of its endpoint.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from modellink.core import launch, processes
-from modellink.core.resilience.watch import GASPED, SAVING, WATCHED, Failure, report, wait_for
+from modellink.core.resilience.watch import PEER_FAILED, SAVING, WATCHED, Failure, report, wait_for
 from modellink.core.run import Run
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
 
-GRACE = 5.0  # seconds for the ranks that are left, when the first of them has saved and gone
-AGREEING = 90.0  # seconds in which survivors on other machines agree on what they do
+GRACE = 5.0  # seconds for the remaining ranks after the first of them has saved and exited
+AGREEING = 90.0  # seconds in which survivors on other machines agree on a plan
 
 
 class Agent(LocalElasticAgent):
-    """Args:
-        fewer: how many ranks this machine has when it is to have less than so many; None where there is no such number.
-        saved: what the last checkpoint is, to see whether a run goes on between two failures.
+    """The agent of one machine.
+
+    Args:
+        fewer: the next smaller possible number of ranks on this machine; None if there is none.
+        saved: identifies the last checkpoint, to detect progress between failures.
     """
 
     def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, fewer: Callable[[int], int | None],
@@ -48,7 +50,7 @@ class Agent(LocalElasticAgent):
 
     def _rendezvous(self, worker_group: WorkerGroup) -> None:
         super()._rendezvous(worker_group)
-        group: Any = worker_group  # whose numbers are there now
+        group: Any = worker_group  # its ranks are known now
         shared, own = self._keys(), group.store
         if group.group_rank == 0:
             own.set("start", str(shared.add("starts", 1)))
@@ -65,7 +67,7 @@ class Agent(LocalElasticAgent):
         return started
 
     def _forward(self, number: int, _: FrameType | None) -> None:
-        """A run that is to end saves first, which rank 0 tells the others."""
+        """Pass a signal to rank 0, which makes all ranks save before they exit."""
         assert self._pcontext is not None
         os.kill(self._pcontext.pids()[0], number)
 
@@ -78,7 +80,7 @@ class Agent(LocalElasticAgent):
         return result
 
     def _codes(self) -> dict[int, int | None]:
-        """By rank of this machine, its exit status; None while it runs."""
+        """Exit status by local rank; None while it runs."""
         return {rank: handler.proc.poll() for rank, handler in self._handlers().items()}
 
     def _handlers(self) -> dict[int, Any]:
@@ -89,41 +91,41 @@ class Agent(LocalElasticAgent):
     def _wait_for_survivors(self) -> None:
         store = self._keys(processes.keys(self._generation()))
         first = self._worker_group.workers[0].global_rank
-        watched = store.check([WATCHED])  # else it failed as it started, and nobody knows of it who could save
+        watched = store.check([WATCHED])  # otherwise it failed at startup, and there is nothing to save
         deadline, told, gone = time.monotonic() + (SAVING if watched else GRACE), 0, 0
         while time.monotonic() < deadline:
             codes = self._codes()
-            dead = [first + rank for rank, code in codes.items() if code not in (None, 0, GASPED)]
+            dead = [first + rank for rank, code in codes.items() if code not in (None, 0, PEER_FAILED)]
             if len(dead) > told:
                 told = len(dead)
                 report(store, Failure(f"rank {', '.join(map(str, dead))} is gone", dead=dead))
             ended = [code for code in codes.values() if code is not None]
             if len(ended) == len(codes):
                 break
-            if GASPED in ended and len(ended) > gone:
+            if PEER_FAILED in ended and len(ended) > gone:
                 deadline, gone = time.monotonic() + GRACE, len(ended)
             time.sleep(0.1)
-        for handler in self._handlers().values():  # it hangs: asked to end, it would not
+        for handler in self._handlers().values():  # a hanging rank does not react to SIGTERM
             if handler.proc.poll() is None:
                 handler.proc.kill()
         if (self._worker_group.group_world_size or 1) > 1 and wait_for(store, "plan", AGREEING):
-            wait_for(store, "over", SAVING)  # a machine that starts again makes the others do so
+            wait_for(store, "over", SAVING)  # a machine that restarts makes the others restart
 
     def _generation(self) -> int:
         return int(self._keys(processes.keys(0)).add("generation", 0))
 
     def _judge(self, result: RunResult) -> None:
-        """What a failure means for the next start."""
+        """Decide about the next start after a failure."""
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         self.status = USER_MISTAKE if USER_MISTAKE in codes.values() else OUR_FAULT
-        if self.status == USER_MISTAKE:  # it would be the same again
+        if self.status == USER_MISTAKE:  # a restart would fail in the same way
             self._remaining_restarts = 0
-        causes = [rank for rank, code in codes.items() if code != GASPED] or sorted(codes)
+        causes = [rank for rank, code in codes.items() if code != PEER_FAILED] or sorted(codes)
         now = (causes[0], self._saved())
-        again = f"; the run starts again, {self._remaining_restarts} times more at most" if self._remaining_restarts else ""
+        again = f"; restarting, at most {self._remaining_restarts} more times" if self._remaining_restarts else ""
         print(f"note: rank {causes[0]} ended with {_told(codes[causes[0]])}{again}", flush=True)
         if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
-            print(f"note: it failed twice without a step between: {count} ranks start now", flush=True)
+            print(f"note: it failed twice without progress: restarting with {count} ranks", flush=True)
             self._worker_group.spec.local_world_size = count
         self._failed_before = now
 
@@ -134,8 +136,12 @@ def _told(code: int) -> str:
 
 def run_agent(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[int], int | None],
            saved: Callable[[], object]) -> int:
-    """Run `python -m module arguments` as the ranks of this machine until they end well; the exit status."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what it would say is said here
+    """Run `python -m module arguments` as the ranks of this machine until they succeed or restarts are used up.
+
+    Returns:
+        The exit status.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # failures are reported here
     low, high = run.resilience.nodes
     count = run.parallel.nproc_per_node or run.parallel.processes()
     endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{launch.free_port()}"

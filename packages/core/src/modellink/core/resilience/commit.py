@@ -1,8 +1,8 @@
 """A step changes the weights on all ranks or on none.
 
-Before megatron-core's optimizer changes anything, all ranks agree that they are ready: each then holds what its own change needs,
-its reduced and clipped gradients. So when one rank has changed its weights every other one still can, alone; and when none has,
-none needs to.
+Before megatron-core's optimizer changes anything, all ranks agree that they are ready: each then has everything its
+own update needs, its reduced and clipped gradients. So if one rank has updated its weights, every other rank can
+still do so by itself; and if none has, none needs to.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Phase = Literal["begun", "ready", "applying"]
 
 
 class StepAborted(Exception):
-    """A rank is not well; no rank has changed anything, and all know it."""
+    """A rank is unhealthy; no rank has changed anything, and all ranks know."""
 
 
 class Commit:
-    """Puts the agreement before the change of `optimizer`.
+    """Inserts the agreement before the update of `optimizer`.
 
     Args:
-        well: whether this rank is fit to go on; asked in every step.
+        well: whether this rank is healthy; called in every step.
     """
 
     def __init__(self, optimizer: Any, device: torch.device, well: Callable[[], bool]) -> None:
@@ -38,11 +38,11 @@ class Commit:
         self._steps: list[int] = []
 
     def begin(self, step: int) -> None:
-        """A step starts."""
+        """Start step number `step`."""
         self._step, self._phase, self._steps = step, "begun", self._counts()
 
     def phase(self, finished: int) -> Phase:
-        """How far a rank that has finished so many steps is in the next one; between two steps it has not begun."""
+        """The phase of the step after `finished` steps; "begun" between steps."""
         return self._phase if finished < self._step else "begun"
 
     def _agree(self) -> bool:
@@ -55,7 +55,7 @@ class Commit:
         return bool(self._change())
 
     def complete(self) -> None:
-        """Change what a rank that is ready has not changed yet, without asking others; they do the same."""
+        """Finish the update on this rank without communication, after the agreement; all ranks do the same."""
         for part, before, now in zip(inner_optimizers(self._optimizer), self._steps, self._counts(), strict=True):
             if now == before:
                 part.optimizer.step()

@@ -23,14 +23,14 @@ LATEST = 1.0  # seconds after the start of a step within which a fault at a rand
 
 
 class RepairableFault(RuntimeError):
-    """The memory of a device lost something, and the device goes on."""
+    """Device memory was corrupted, but the device still works."""
 
 
 class Faults:
     """The faults of this rank.
 
     Args:
-        store: of the agent.
+        store: the store of the agent.
     """
 
     def __init__(self, faults: Sequence[Fault], rank: int, store: Any) -> None:
@@ -38,14 +38,14 @@ class Faults:
         self._store = store
 
     def strike(self, step: int, place: str, models: Sequence[Any]) -> None:
-        """Let happen what is to happen in this step at this place."""
+        """Inject the faults that are due in this step at this moment."""
         for number, fault in self._mine:
             if fault.step == step and (fault.when == place or (fault.when == "random" and place == "start")) \
                     and fault.kind != "disk" and self._first(number):
                 self._let(fault, models)
 
     def disk_is_full(self, step: int) -> bool:
-        """Whether the save after this step finds no room."""
+        """Whether the save after this step should fail for lack of disk space."""
         return any(fault.kind == "disk" and fault.step == step and self._first(number) for number, fault in self._mine)
 
     def _first(self, number: int) -> bool:

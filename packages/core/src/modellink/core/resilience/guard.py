@@ -1,7 +1,4 @@
-"""What the training loop sees of high availability: `attempt` a step, `saving` around a save.
-
-Off, they do nothing of their own.
-"""
+"""High availability around the training loop: repeats or completes steps, and saves what survives a failure."""
 
 from __future__ import annotations
 
@@ -28,11 +25,11 @@ from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
 
-NOTICED = 30.0  # seconds within which a failure elsewhere is known
+NOTICED = 30.0  # seconds within which a failure elsewhere becomes known
 
 
 class HighAvailability:
-    """Watches over a training, which it may make anew in place.
+    """Guards a training, which it may rebuild in place.
 
     Args:
         save: writes a checkpoint of the training, for a run; every rank of the run calls it.
@@ -46,7 +43,7 @@ class HighAvailability:
         self._faults = Faults(read_faults(run.resilience.inject_fault), dist.get_rank(), connect("faults"))
 
     def _watch_over(self) -> None:
-        """Begin to watch the process groups and the training as they are now."""
+        """Start watching the present process groups and training."""
         prefix = processes.keys(self._generation)
         self._store = connect(prefix)
         if self._generation and dist.get_rank() == 0:
@@ -65,7 +62,7 @@ class HighAvailability:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if isinstance(error, Exception):  # between two steps: there is nothing to go back to in this process
+        if isinstance(error, Exception):  # between two steps there is nothing to return to in this process
             self._survive(error, inside=False)
         self._watch.stop()
 
@@ -81,13 +78,13 @@ class HighAvailability:
                 if again:
                     raise
                 again = True
-                self._say(f"step {number} is done again: what it must leave alone had changed on a rank")
+                self._say(f"step {number} is repeated: state that it must not change had changed on a rank")
                 self._back()
             except NotFinite:
                 if again:
                     raise
                 again = True
-                self._say(f"step {number} is done again: its loss or a gradient is not finite")
+                self._say(f"step {number} is repeated: its loss or a gradient is not finite")
                 self._back()
             except Exception as error:
                 self._survive(error)
@@ -101,7 +98,7 @@ class HighAvailability:
         self._watch.beat()
 
     def _back(self) -> None:
-        """To the start of the step; nothing has changed, or the copy knows what was."""
+        """Return to the start of the step."""
         if self._copy is not None:
             self._copy.put_back()
         set_random_state(self._random, self._training.device)
@@ -125,7 +122,7 @@ class HighAvailability:
         except ModelLinkError as error:  # on all ranks
             if last:
                 raise
-            self._say(f"training goes on without this checkpoint: {error.what}")
+            self._say(f"training continues without this checkpoint: {error.what}")
         self._watch.beat()
 
     def _say(self, what: str) -> None:
@@ -133,10 +130,10 @@ class HighAvailability:
             print(f"note: {what}", flush=True)
 
     def _survive(self, error: Exception, *, inside: bool = True) -> None:
-        """Returns where the training stands whole again in this process; else the process ends here.
+        """Return once training is consistent again in this process; otherwise exit.
 
         Args:
-            inside: a step that could be done again.
+            inside: the error occurred in a step that can be repeated.
         """
         rank = dist.get_rank()
         if isinstance(error, RepairableFault):
@@ -156,7 +153,7 @@ class HighAvailability:
         plan = survivors.agree(self._store, rank, dist.get_world_size(), state, run.layout, dp, patience)
         if plan.action == "lost":
             self._store.set("over", "yes")
-            leave(f"{plan.why}: the last checkpoint is what is left" if rank == 0 else None)
+            leave(f"{plan.why}: only the last checkpoint is left" if rank == 0 else None)
         if rank not in plan.ranks:
             wait_for(self._store, "over", SAVING)
             leave()
@@ -170,20 +167,20 @@ class HighAvailability:
             again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
         if plan.action == "save":
             if first:
-                print(f"note: {plan.why}; the ranks that are left save iteration {plan.iteration}", flush=True)
+                print(f"note: {plan.why}; the surviving ranks save iteration {plan.iteration}", flush=True)
             self._save(again)
             store.set("over", "yes")
             leave()
         self._run = again
         self._watch_over()
         set_random_state(self._random, self._training.device)
-        self._say(f"{plan.why}; the training goes on from iteration {plan.iteration}")
+        self._say(f"{plan.why}; training continues from iteration {plan.iteration}")
 
     def _settle(self, iteration: int, *, repaired: bool) -> None:
-        """Bring this rank's training to the end of `iteration`, from the state before the step unless it changes already."""
+        """Bring the training of this rank to the end of `iteration`, restoring the copy first if its memory is damaged."""
         random, copy = self._random, self._copy
         unchanged = self._commit.phase(self._training.iteration) != "applying"
-        if copy is not None and (repaired or (unchanged and copy.damaged())):  # what failed elsewhere may hide what failed here
+        if copy is not None and (repaired or (unchanged and copy.damaged())):  # the failure elsewhere may hide one here
             copy.put_back(gather=False)
         if self._training.iteration < iteration:
             self._commit.complete()
@@ -193,5 +190,6 @@ class HighAvailability:
 
 
 def guard(run: Run, training: Training, save: Callable[[Run], None], advance: Callable[[], None]) -> Guard:
+    """The guard that a run asks for (see `GuardFactory`)."""
     kind: GuardFactory = HighAvailability if run.resilience.enable_high_availability else NoGuard
     return kind(run, training, save, advance)

@@ -1,7 +1,7 @@
-"""A training state in host memory, and the same training made anew around it: over other ranks, or over new process groups.
+"""A training state in host memory, and the same training rebuilt from it over other ranks or new process groups.
 
-A parameter's fp32 number and its moments are taken where the optimizer has them, in its order; which numbers a rank has depends
-on the ranks that share an optimizer (all data-parallel ranks' worth of a half, or one), and these stay as many.
+fp32 parameters and moments are copied from the optimizer in its own order; which of them a rank has depends on the
+number of ranks that share an optimizer instance, which does not change.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from modellink.core.train.training import Training
 
 @dataclass
 class Optimized:
-    """Of one inner optimizer: steps by group, and by parameter its number and its state."""
+    """The state of one inner optimizer: steps by group, and value and moments by parameter."""
 
     steps: list[int]
     values: list[dict[str, Tensor]]
@@ -31,7 +31,7 @@ class Optimized:
 
 @dataclass
 class Snapshot:
-    """All of a rank's training state, on the host."""
+    """The complete training state of a rank in host memory."""
 
     weights: list[dict[str, Tensor]]
     optimized: list[Optimized]
@@ -42,7 +42,7 @@ class Snapshot:
 
 
 def optimized(training: Training) -> list[Optimized]:
-    """A copy of the optimizer's numbers, on the host."""
+    """A copy of the optimizer state in host memory."""
     return [Optimized([group.get("step", 0) for group in part.optimizer.param_groups],
                       [{"": _host(param), **{name: _host(value) for name, value in part.optimizer.state.get(param, {}).items()}}
                        for group in part.optimizer.param_groups for param in group["params"]])
@@ -61,7 +61,7 @@ def _host(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def put_back(training: Training, state: list[Optimized], *, gather: bool = True) -> None:
-    """Give the optimizer its numbers again, and the models theirs after it; with `gather` all ranks call it."""
+    """Restore optimizer state and then model weights; with `gather`, all ranks call it."""
     for part, values in zip(inner_optimizers(training.optimizer), state, strict=True):
         inner = part.optimizer
         for group, step in zip(inner.param_groups, values.steps, strict=True):
@@ -78,7 +78,7 @@ def put_back(training: Training, state: list[Optimized], *, gather: bool = True)
 
 
 def fill(training: Training, snapshot: Snapshot) -> None:
-    """Put the snapshot into a training that was made anew; all of its ranks call it."""
+    """Restore a snapshot into a rebuilt training; all of its ranks call it."""
     with torch.no_grad():
         for model, weights in zip(training.models, snapshot.weights, strict=True):
             for name, parameter in bare(model).named_parameters():
@@ -90,14 +90,14 @@ def fill(training: Training, snapshot: Snapshot) -> None:
 
 
 def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], prefix: str, dp: int) -> Run:
-    """Make the process groups of `ranks` (of before, in their new order) and in them the training, in place.
+    """Create the process groups of `ranks` (old numbers, in their new order) and rebuild the training in them, in place.
 
     Args:
-        prefix: of the keys by which the new groups find each other in the agent's store.
-        dp: data-parallel ranks there are then.
+        prefix: of the keys in the agent's store for the new groups.
+        dp: the new data parallel size.
 
     Returns:
-        The run as it is then.
+        The run with its new layout.
     """
     reference = [{name: _host(parameter) for name, parameter in chunk.named_parameters()} for chunk in training.reference]
     let_go(training.models)

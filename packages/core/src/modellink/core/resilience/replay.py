@@ -1,7 +1,7 @@
-"""A step is undone: the weights and the optimizer's state once more in host memory, and how to see that something changed them.
+"""Undoes a step: a copy of weights and optimizer state in host memory, and digests that detect corruption.
 
-The copy is taken after each step. A digest a tensor, the sum of its numbers' bit patterns, says whether what a step must leave
-alone until its end has been left alone.
+The copy is taken after each step. A digest per tensor, the sum of the bit patterns of its numbers, shows whether
+state that must not change before the end of a step has changed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from modellink.core.train.training import Training
 
 
 class LocalCopy:
-    """Of the state between two steps."""
+    """A copy of the state between two steps."""
 
     def __init__(self, training: Training) -> None:
         self._training = training
@@ -27,19 +27,19 @@ class LocalCopy:
         self._digests = self._digest()
 
     def damaged(self) -> bool:
-        """Whether something has changed since."""
+        """Whether the state has changed since."""
         return self._digests != self._digest()
 
     def put_back(self, *, gather: bool = True) -> None:
-        """All ranks call it, or one alone without `gather`: then its models have the new numbers of its own part alone."""
+        """Restore the copy on all ranks; without `gather` on one rank, whose models then have only its own shard."""
         put_back(self._training, self._state, gather=gather)
 
     def _digest(self) -> list[int]:
-        """In one trip from the device."""
+        """Digests of all tensors, with one synchronization with the device."""
         tensors = [value for part in inner_optimizers(self._training.optimizer) for group in part.optimizer.param_groups
                    for param in group["params"] for value in (param, *part.optimizer.state.get(param, {}).values())]
         for model in self._training.models:
-            if not model.ddp_config.overlap_param_gather:  # else they change while a step goes on
+            if not model.ddp_config.overlap_param_gather:  # otherwise they change during a step
                 tensors += [parameter for parameter in bare(model).parameters() if parameter.requires_grad]
         if not tensors:
             return []

@@ -1,7 +1,7 @@
-"""The survivors of a failure agree on what they have, and on who does what.
+"""The surviving ranks of a failure agree on a step to save, and on who saves it.
 
-Each says how far it is; the first to come decides for all when everybody is there who can be. Not here: how a rank learns of a
-failure (watch.py), and what it does then (guard.py).
+Each rank reports its progress; the first one decides for all when every rank that can has reported. Not here: how a
+rank learns of a failure (watch.py), and what it does then (guard.py).
 """
 
 from __future__ import annotations
@@ -19,12 +19,19 @@ from megatron.core import parallel_state
 from modellink.core.resilience.watch import Failure, read
 from modellink.kernels.parallel import ParallelLayout
 
-PATIENCE = 60.0  # seconds for a rank that is not known to be dead
+PATIENCE = 60.0  # seconds to wait for a rank that is not known to be dead
 
 
 @dataclass(frozen=True)
 class RankState:
-    """Of one rank: finished iterations, the phase of the next, its place, and whether it could go back to the step's start."""
+    """The state of one rank.
+
+    Attributes:
+        iteration: finished iterations.
+        phase: of the next iteration (commit.py).
+        place: tensor, context, pipeline and data-parallel index.
+        copied: the rank can return to the start of the step.
+    """
 
     iteration: int
     phase: str
@@ -34,7 +41,14 @@ class RankState:
 
 @dataclass(frozen=True)
 class RecoveryPlan:
-    """`ranks` make the groups that `action` needs, in that order; all are to have finished `iteration`."""
+    """What the survivors do.
+
+    Attributes:
+        iteration: the iteration that all of them finish first.
+        ranks: members of the new process groups, in this order.
+        dp: data parallel size of the new groups.
+        why: the cause, for the log.
+    """
 
     action: Literal["save", "replay", "lost"]
     iteration: int
@@ -44,25 +58,25 @@ class RecoveryPlan:
 
 
 def place() -> tuple[int, int, int, int]:
-    """This rank's tensor, context, pipeline and data-parallel index."""
+    """Tensor, context, pipeline and data-parallel index of this rank."""
     return (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank(),
             parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_data_parallel_rank())
 
 
 def fewest(layout: ParallelLayout, instances: int, *, distributed: bool) -> int:
-    """How many data-parallel ranks hold a whole state between them: those of one instance of the distributed optimizer, else
-    as many as the experts are dealt to."""
+    """Number of data-parallel ranks that together hold the full state: those of one instance of the distributed optimizer, or
+    those that experts are sharded across."""
     return layout.dp // instances if distributed else layout.ep // gcd(layout.ep, layout.cp)
 
 
 def agree(store: dist.Store, rank: int, world_size: int, mine: RankState, layout: ParallelLayout, dp: int,
           patience: float) -> RecoveryPlan:
-    """What all ranks that are left do next; each calls it.
+    """Agree on what the surviving ranks do next; each of them calls it.
 
     Args:
-        store: of these process groups.
-        dp: data-parallel ranks a save needs.
-        patience: seconds to wait for ranks that may still come.
+        store: keys of these process groups.
+        dp: data-parallel ranks that a save needs.
+        patience: seconds to wait for ranks that may still report.
     """
     store.set(f"here/{rank}", json.dumps(asdict(mine)))
     if store.compare_set("leader", "", str(rank)).decode() == str(rank):
@@ -79,7 +93,7 @@ def agree(store: dist.Store, rank: int, world_size: int, mine: RankState, layout
 
 
 def decide(states: Mapping[int, RankState], failure: Failure, world_size: int, layout: ParallelLayout, dp: int) -> RecoveryPlan:
-    """By rank, how far the survivors are -> what they do."""
+    """The plan for survivors with these states, by rank."""
     iteration = max(state.iteration + (state.phase == "applying") for state in states.values())
     if failure.repairable and len(states) == world_size and all(state.copied for state in states.values()):
         return RecoveryPlan("replay", iteration, list(range(world_size)), layout.dp, failure.what)

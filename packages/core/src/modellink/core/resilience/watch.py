@@ -1,7 +1,7 @@
-"""A thread of each rank that learns of failures anywhere and frees its rank from collectives that will never end.
+"""A thread of each rank that learns of failures and frees its rank from collectives that cannot complete.
 
-A signal could not do it: Python handles signals when the collective returns. gloo has no way to give up a collective, so the
-sockets it made are shut down, and the collective fails; NCCL and HCCL have one. Not here: what is done then (gasp.py, replay.py).
+A signal cannot do this: Python handles signals after the collective returns. gloo cannot abort a collective, so its sockets are
+shut down, which makes the collective fail; NCCL and HCCL can abort. Not here: the recovery (survivors.py, replay.py).
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-PERIOD = 0.25  # seconds between two looks
-SAVING = 1800.0  # seconds a save of the survivors may take
+PERIOD = 0.25  # seconds between checks
+SAVING = 1800.0  # seconds that a save of the survivors may take
 FAILURE, WATCHED = "failure", "watched"  # keys
-GASPED = 75
-"""Exit status of a rank that another one's failure ended, when there is nothing left for it to do (EX_TEMPFAIL of sysexits.h)."""
+PEER_FAILED = 75
+"""Exit status of a rank that ends because another one failed (EX_TEMPFAIL of sysexits.h)."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What is known of it; `dead` are ranks that are no more."""
+    """A known failure; `dead` are the ranks that no longer exist."""
 
     what: str
     dead: list[int] = field(default_factory=list)
@@ -38,14 +38,14 @@ class Failure:
 
 
 def connect(prefix: str = "") -> dist.Store:
-    """The agent's store, which outlives every rank; keys under `prefix`."""
+    """The agent's store, which outlives all ranks, with keys under `prefix`."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                           timeout=timedelta(minutes=10))
     return dist.PrefixStore(prefix, store) if prefix else store
 
 
 def report(store: dist.Store, failure: Failure) -> None:
-    """Tell all ranks; the first to tell is believed, later ones add who is dead."""
+    """Report a failure to all ranks; the first report counts, later ones add dead ranks."""
     text = json.dumps(asdict(failure))
     found = store.compare_set(FAILURE, "", text).decode()
     if found != text:
@@ -61,7 +61,7 @@ def read(store: dist.Store) -> Failure | None:
 
 
 def wait_for(store: dist.Store, key: str, seconds: float) -> bool:
-    """Until the key is there, or the time is over."""
+    """Wait for a key; False on timeout."""
     end = time.monotonic() + seconds
     while not (there := bool(store.check([key]))) and time.monotonic() < end:
         time.sleep(0.1)
@@ -69,7 +69,7 @@ def wait_for(store: dist.Store, key: str, seconds: float) -> bool:
 
 
 def sockets() -> set[str]:
-    """The sockets of this process, by number in the kernel."""
+    """The sockets of this process, by kernel inode."""
     found = set()
     for entry in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(OSError):
@@ -79,25 +79,25 @@ def sockets() -> set[str]:
 
 
 class Watch:
-    """Looks for a failure every moment until `stop`.
+    """Checks for failures periodically until `stop`.
 
     Args:
-        rank: this one.
-        prefix: of the store's keys that belong to these process groups.
+        rank: of this process.
+        prefix: of the store's keys for these process groups.
         hang_timeout: seconds without `beat` after which this rank reports a failure.
     """
 
     def __init__(self, rank: int, prefix: str, hang_timeout: float) -> None:
         self.rank, self.hang_timeout = rank, hang_timeout
         self.failed = threading.Event()
-        self._store, self._sockets = connect(prefix), sockets()  # later ones are not of the groups
+        self._store, self._sockets = connect(prefix), sockets()  # later ones do not belong to the groups
         self._store.set(WATCHED, "yes")
         self._last, self._stopped = time.monotonic(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
     def beat(self) -> None:
-        """This rank goes on."""
+        """Report that this rank is alive."""
         self._last = time.monotonic()
 
     def stop(self) -> None:
@@ -113,11 +113,11 @@ class Watch:
                     self.failed.set()
                     self._abort()
                     return
-        except (RuntimeError, OSError):  # the store is gone, and with it the agent: nobody would start this rank again
+        except (RuntimeError, OSError):  # the store and thus the agent are gone, and nothing would restart this rank
             os._exit(1)
 
     def _abort(self) -> None:
-        if not dist.is_initialized():  # this rank ends
+        if not dist.is_initialized():  # this rank is exiting
             return
         if dist.get_backend() != "gloo":
             for group in list(dist.distributed_c10d._world.pg_map):
@@ -134,25 +134,27 @@ class Watch:
 
 
 def leave(why: str | None = None) -> NoReturn:
-    """End this process at once: its groups are broken, and taking them apart would wait for others."""
+    """Exit at once: the process groups are broken, and destroying them would wait for other ranks."""
     if why:
         print(f"note: {why}", flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(GASPED)
+    os._exit(PEER_FAILED)
 
 
 @contextlib.contextmanager
 def end_with(store: dist.Store, ranks: Collection[int]) -> Iterator[None]:
-    """While the block runs, this process ends when one of `ranks` is gone: they wait for each other in a group that is not made
-    yet, and nothing else would tell them."""
+    """Within the context, exit when one of `ranks` is gone.
+
+    The others wait for it in a group that does not exist yet, and nothing else would notice.
+    """
     met = threading.Event()
 
     def look() -> None:
         while not met.wait(PERIOD):
             if (failure := read(store)) is not None and (gone := sorted(set(ranks) & set(failure.dead))):
                 store.set("over", "yes")
-                leave(f"rank {gone[0]} is gone while the others wait for it: the last checkpoint is what is left")
+                leave(f"rank {gone[0]} is gone while the others wait for it: only the last checkpoint is left")
     looking = threading.Thread(target=look, name="end-with", daemon=True)
     looking.start()
     try:

@@ -1,6 +1,6 @@
-"""How evenly experts are used, as a number for the log: the balance losses of an iteration, without their coefficients.
+"""The load-balancing losses of an iteration for the log, without their coefficients.
 
-megatron-core's routers note them layer by layer while they work; here they are gathered over ranks and forgotten.
+megatron-core's routers record them per layer; this module reduces them over ranks and clears the record.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from modellink.core.engine import current_device
 
 
 def names(spec: ModelSpec, moe: MoEConfig) -> list[str]:
-    """The losses that routers note, as megatron-core and router.py call them."""
+    """Names of the losses that the routers record, as in megatron-core and model/router.py."""
     if spec.num_experts is None:
         return []
     groups = bool(spec.moe_router_num_groups)
@@ -31,19 +31,19 @@ def names(spec: ModelSpec, moe: MoEConfig) -> list[str]:
 
 
 def balance_losses(spec: ModelSpec, moe: MoEConfig, num_microbatches: int) -> dict[str, float]:
-    """The means over layers with experts and micro batches since the last call; every rank calls it."""
+    """Means over layers of experts and micro batches since the last call; every rank calls it."""
     wanted = names(spec, moe)
     if not wanted:
         return {}
     tracker = get_moe_layer_wise_logging_tracker()
-    for name in wanted:  # a stage without experts has noted none, and takes part
+    for name in wanted:  # a stage without experts has recorded none, and takes part in the reduction
         if name not in tracker:
             zeros = torch.zeros(spec.num_layers, device=current_device())
             tracker[name] = {"values": zeros, "reduce_group": None, "avg_group": None, "reduce_group_has_dp": False}
-    if "z_loss" in wanted:  # each rank's is the mean over its own tokens, and megatron-core leaves it there
+    if "z_loss" in wanted:  # each rank has the mean over its own tokens, which megatron-core does not reduce
         tracker["z_loss"]["avg_group"] = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     reduce_aux_losses_tracker_across_ranks(wanted)
-    layers = sum(spec.has_experts(number) for number in range(spec.num_layers))
+    layers = sum(layer.experts is not None for layer in spec.layers)
     found = {name: tracker[name]["values"].sum().item() / layers / num_microbatches for name in wanted}
     clear_aux_losses_tracker()
     return found

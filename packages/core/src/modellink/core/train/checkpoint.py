@@ -1,14 +1,14 @@
-"""Training checkpoints: everything a run needs to go on, in megatron-core's `torch_dist` form, at any layout.
+"""Training checkpoints: everything a run needs to resume at any layout, in megatron-core's torch-dist format.
 
-    SAVE/modellink.json, SAVE/hf/                    what travels with weights (ckpt_convert.manifest)
+    SAVE/modellink.json, SAVE/hf/                    description of the model (ckpt_convert.manifest)
     SAVE/iter_0000010/{*.distcp, .metadata, common.pt, training.json, modellink.complete}
     SAVE/latest_checkpointed_iteration.txt           moved last
 
-Ranks write to `iter_N.tmp/` together, also while training goes on (writer.py); when all have, rank 0 fsyncs, marks, renames,
-moves the tracker and drops old saves. A save that fails leaves nothing. A reader takes the last complete iteration, whatever the
-tracker says. Weights have their canonical names, so the converter reads them too.
+All ranks write to `iter_N.tmp/`, possibly in the background (writer.py); when all are done, rank 0 calls fsync,
+writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind. Readers take
+the last complete iteration, regardless of the tracker. Weights have canonical names, so the converter reads them too.
 
-Not here: loading bare weights (model/load.py).
+Not here: loading only weights (model/load.py).
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ from modellink.kernels.files import atomic_write, finish_folder, kill_point
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
-         beside: Callable[[Path], None] | None = None, keep: int | None = None, behind: Writer | None = None) -> None:
-    """Write the checkpoint of the current iteration into `folder`; all ranks call it.
+         extra_files: Callable[[Path], None] | None = None, keep: int | None = None, background: Writer | None = None) -> None:
+    """Write a checkpoint of the current iteration into `folder`; all ranks call it.
 
     Args:
-        manifest: what the checkpoint says of itself.
-        companions: the folder whose config and tokenizer files travel with the weights; with `tokenizer_alone` without config.
-        beside: writes what else belongs into the iteration's folder, before that is complete; every rank calls it.
-        keep: how many of the newest checkpoints are kept; None: all.
-        behind: writes while training goes on; None: the checkpoint is complete when this returns.
+        manifest: the description that the checkpoint carries.
+        companions: folder of config and tokenizer files to copy; only the tokenizer with `tokenizer_alone`.
+        extra_files: writes further files into the iteration's folder before it is complete; every rank calls it.
+        keep: number of newest checkpoints to keep. Default: all.
+        background: writes in the background. Default: the checkpoint is complete when this returns.
     """
     iteration = training.iteration
     path = folder / iteration_folder(iteration)
     temporary = path.with_name(path.name + ".tmp")
     first = dist.get_rank() == 0
-    writer = behind or Writer()
+    writer = background or Writer()
     writer.wait()
 
     def begin() -> None:
         if first:
-            print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch_dist format", flush=True)
+            print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch-dist format", flush=True)
             for unfinished in folder.glob("iter_*.tmp"):
                 shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
@@ -80,8 +80,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
             print(f"  successfully saved checkpoint at iteration {iteration:7d} to {folder}", flush=True)
 
     def finish() -> None:
-        if beside is not None:
-            beside(temporary)
+        if extra_files is not None:
+            extra_files(temporary)
         dist.barrier()
         on_all_ranks(complete, temporary)
 
@@ -92,13 +92,13 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         state |= _random_state(training)
         state |= {"schedule": training.schedule.state_dict(), "optimizer_common": optimizer.common}
         request = dist_checkpointing.save(state, str(temporary), async_sharded_save=True)
-        writer.start(request, finish, temporary, copy=behind is not None)
-    if behind is None:
+        writer.start(request, finish, temporary, copy=background is not None)
+    if background is None:
         writer.wait()
 
 
 def drop_older(folder: Path, iteration: int, keep: int) -> None:
-    """Of the saves up to `iteration` remove all but the newest `keep`; one that is half removed does not look complete."""
+    """Remove all but the newest `keep` saves up to `iteration`; a partly removed one does not look complete."""
     saves = sorted((int(match[1]), path) for path in folder.glob("iter_*") if (match := FOLDER.match(path.name)))
     for _, path in [save for save in saves if save[0] <= iteration][:-keep]:
         leaving = path.rename(path.with_name(path.name + ".tmp"))
@@ -106,12 +106,15 @@ def drop_older(folder: Path, iteration: int, keep: int) -> None:
 
 
 def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng: bool = True) -> None:
-    """Take weights, optimizer, schedule, random state and progress from an iteration's folder; all ranks call it.
+    """Load weights, optimizer, schedule, random state and progress from an iteration's folder; all ranks call it.
 
-    The layout may be another than the one it was saved at; then only the random state, which dropout uses, starts anew.
-    Without `load_optim` the optimizer starts anew, without `load_rng` the random state.
+    The layout may differ from that of the save; then the random state, which dropout uses, is initialized again.
+
+    Args:
+        load_optim: load the optimizer state. Otherwise it is initialized again.
+        load_rng: load the random state. Otherwise it is initialized again.
     """
-    refuse_unknown_names(path)  # megatron-core will unpickle the metadata bare
+    refuse_unknown_names(path)  # megatron-core unpickles the metadata unchecked
     progress = read_progress(path)
     assert progress is not None
     same = progress.layout == str(training.layout)
@@ -124,12 +127,12 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
         state = dist_checkpointing.load(wanted, str(path))
     except dist_checkpointing.core.CheckpointingException as error:
         raise ModelLinkError(f"the checkpoint does not fit this run: {error}", where=path,
-                             fix="give the settings it was made with; on another kind of device --no-load-rng; or take only its "
+                             fix="use the settings of the saved run; on another kind of device --no-load-rng; or load only its "
                              "weights with --finetune") from None
     for name, model in _chunks(training):
         bare(model).load_state_dict(state[name], strict=all(parameter.requires_grad for parameter in model.parameters()))
     if optimizer is not None:
-        with torch.no_grad():  # in fp32 the optimizer's parameters are the model's
+        with torch.no_grad():  # in fp32 the optimizer and the model share parameters
             training.optimizer.load_state_dict(optimizer.filled(state["optimizer"], state["optimizer_common"]))
     else:
         training.optimizer.reload_model_params()
@@ -137,7 +140,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     if same and load_rng:
         _set_random_state(training, state)
     elif load_rng and dist.get_rank() == 0:
-        print(f"note: saved at {progress.layout}, continued at {training.layout}; the random state starts anew", flush=True)
+        print(f"note: saved at {progress.layout}, resumed at {training.layout}: the random state is initialized again",
+              flush=True)
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
     training.ordered = progress.ordered
     if dist.get_rank() == 0:
@@ -145,7 +149,7 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
             print(f"note: the global batch size was {progress.global_batch_size} and is {training.global_batch_size}", flush=True)
         for name in sorted(progress.order.keys() & training.order.keys()):
             if progress.order[name] != training.order[name]:
-                print(f"note: {name} was {progress.order[name]} and is {training.order[name]}: the place in the data is the same "
+                print(f"note: {name} was {progress.order[name]} and is {training.order[name]}: training resumes after the same "
                       "number of samples, in another order", flush=True)
 
 
@@ -161,29 +165,29 @@ def _metadata() -> dict[str, Any]:
 
 
 def _weights(training: Training) -> dict[str, Any]:
-    """The model chunks as megatron-core's sharded state."""
+    """The sharded state of the model chunks in megatron-core's form."""
     state: dict[str, Any] = {}
     for name, model in _chunks(training):
         whole: Any = bare(model)
         tensors = whole.sharded_state_dict(metadata=_metadata())
-        # `_extra_state` is for Transformer Engine, empty here; without it a checkpoint holds tensors and no pickled object
+        # `_extra_state` is empty without Transformer Engine; dropping it leaves a checkpoint without pickled objects
         state[name] = {key: value for key, value in tensors.items() if not key.endswith("_extra_state")}
         frozen = {key for key, parameter in bare(model).named_parameters() if not parameter.requires_grad}
-        if frozen:  # the run learns adapters alone
+        if frozen:  # only adapters are trained
             state[name] = {key: value for key, value in state[name].items() if ".lora_" in key}
         if lost := dict(bare(model).named_parameters()).keys() - state[name].keys() - frozen:
-            raise InternalError(f"a checkpoint would leave out {sorted(lost)[:5]}")
+            raise InternalError(f"the checkpoint would lack {sorted(lost)[:5]}")
     return state
 
 
 def _optimizer(training: Training, weights: dict[str, Any], *, loading: bool) -> OptimizerState:
-    """The optimizer's state beside that of its weights; `loading` makes room for it in the optimizer."""
+    """The optimizer state for these weights; `loading` allocates it in the optimizer."""
     models = dict(weights) if len(training.models) > 1 else weights["model"]
     return OptimizerState(training.optimizer, models, loading=loading, metadata=_metadata())
 
 
 def _random_state(training: Training) -> dict[str, Any]:
-    """The random generators of this rank, as byte tensors of their own place in a [pp, tp, dp, ...] tensor."""
+    """The states of the random generators of this rank, as byte tensors at its position in a [pp, tp, dp, ...] tensor."""
     layout = training.layout
     place = [(0, parallel_state.get_pipeline_model_parallel_rank(), layout.pp),
              (1, parallel_state.get_tensor_model_parallel_rank(), layout.tp),

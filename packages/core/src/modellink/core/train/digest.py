@@ -1,8 +1,8 @@
-"""Digests of a run (`--log-digest`): one of every gradient and parameter after each iteration, for `digests.py` to compare.
+"""Digests of every gradient and parameter after each iteration (`--log-digest`), which `digests.py` compares.
 
-A digest is 64 bits; two tensors that differ in a single element have different ones. Gradients are those that data parallelism
-has summed, before they are clipped. Parameters are as the model computes with them. Not here: the optimizer's state, whose
-difference shows in the next iteration's parameters.
+A digest has 64 bits; two tensors that differ in one element have different digests. Gradients are taken after data-parallel
+reduction and before clipping, parameters in the precision of the model. Not here: the optimizer state, whose differences show in
+the parameters of the next iteration.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ PIECE = 1 << 20
 
 
 def digest(x: Tensor) -> Tensor:
-    """64 bits of the bits of x, as a tensor on its device."""
+    """A 64-bit digest of the bits of x, int64 scalar on its device."""
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     for words in x.detach().reshape(-1).view(WORDS[x.element_size()]).split(PIECE):
-        odd = 2 * torch.arange(words.numel(), device=x.device) + 1  # an odd factor loses nothing of what it multiplies
+        odd = 2 * torch.arange(words.numel(), device=x.device) + 1  # multiplying by an odd number modulo 2^64 is invertible
         total = total * 1_000_003 + (words.long() * odd).sum()
     return total
 
 
 class Digests:
-    """Writes those of this rank, where the run asks for them, from the iteration on that `training` is at."""
+    """Writes the digests of this rank if the run asks for them, starting with the next iteration."""
 
     def __init__(self, run: Run, training: Training) -> None:
         self.training = training
@@ -50,12 +50,12 @@ class Digests:
             self._file = _continued(path, list(_names(run, training.models)), training.iteration)
 
     def gradients(self) -> None:
-        """Note the gradients, between backward and the optimizer's step."""
+        """Record the gradients, between the backward pass and the optimizer step."""
         if self._file is not None:
             self._gradients = _hex(parameter.main_grad for _, _, parameter in _learned(self.training.models))
 
     def write(self, iteration: int, loss: Tensor) -> None:
-        """Note the parameters after a step, and write the line of the iteration."""
+        """Record the parameters after a step, and write the line of the iteration."""
         if self._file is None:
             return
         with whole_parameters(self.training.models):
@@ -71,12 +71,12 @@ class Digests:
 
 def _hex(tensors: Iterable[Tensor]) -> list[str]:
     made = [digest(tensor) for tensor in tensors]
-    values = torch.stack(made).tolist() if made else []  # one wait for the device
+    values = torch.stack(made).tolist() if made else []  # one synchronization with the device
     return [f"{value & (1 << 64) - 1:016x}" for value in values]
 
 
 def _learned(models: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
-    """(model chunk, name in it, parameter) of what this rank learns."""
+    """(model chunk, name in it, parameter) of every trained parameter of this rank."""
     for chunk, model in enumerate(models):
         for name, parameter in bare(model).named_parameters():
             if parameter.requires_grad:
@@ -84,7 +84,7 @@ def _learned(models: Sequence[Any]) -> Iterator[tuple[int, str, Any]]:
 
 
 def _names(run: Run, models: Sequence[Any]) -> Iterator[str]:
-    """What these are called over all stages, chunks and ranks."""
+    """Canonical names of these parameters over all stages, chunks and ranks."""
     stage, rank = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_expert_model_parallel_rank()
     known = [stage_names(run.spec, run.layout, stage, chunk, rank) for chunk in range(len(models))]
     for chunk, name, _ in _learned(models):
@@ -92,7 +92,7 @@ def _names(run: Run, models: Sequence[Any]) -> Iterator[str]:
 
 
 def _continued(path: Path, names: list[str], resumed: int) -> IO[str]:
-    """The file, with what it holds of iterations up to `resumed`."""
+    """The open file, with the entries of iterations up to `resumed`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = read(path)[1] if resumed and path.is_file() else {}
     with atomic_write(path, "w") as file:

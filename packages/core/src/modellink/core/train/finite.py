@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite ends the run before it reaches the weights, and leaves the batch that made it.
+"""Stops a run before a loss or gradient that is not finite reaches the weights, and keeps the batch that caused it.
 
 Not here: fp16, whose optimizer skips such a step and lowers the loss scale.
 """
@@ -21,15 +21,15 @@ from modellink.kernels.errors import ModelLinkError
 
 
 class NotFinite(ModelLinkError):
-    """A loss or a gradient; no weight has changed."""
+    """A loss or a gradient is not finite; no weight has changed."""
 
 
 def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Callable[[], str]) -> None:
-    """Raise on every rank when the loss, or a gradient on any rank, is NaN or infinite.
+    """Raise NotFinite on every rank if the loss, or a gradient on any rank, is NaN or infinite.
 
     Args:
-        where: which iteration and samples.
-        leave: keeps the batch and says where.
+        where: the iteration and its samples, for the message.
+        leave: keeps the batch and returns a phrase that says where.
     """
     total = torch.zeros((), device=loss.device)
     for model in models:
@@ -40,19 +40,21 @@ def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Ca
     of_loss, of_gradient = bad.tolist()
     if of_loss or of_gradient:
         what = f"the loss is {loss.item()}" if of_loss else "the loss is finite and a gradient is not"
-        raise NotFinite(f"{what}; the last checkpoint is as it was, {leave()}", where=where,
-                             fix="look at these samples and at the learning rate; --no-check-for-nan-in-loss-and-grad goes on")
+        raise NotFinite(f"{what}; the last checkpoint is unchanged, {leave()}", where=where,
+                        fix="inspect these samples and the learning rate; --no-check-for-nan-in-loss-and-grad disables "
+                        "this check")
 
 
 def keep_batch(folder: Path, batches: Iterable[Batch], count: int) -> str:
-    """Write the `count` micro batches of each data-parallel rank into `folder`: (samples, seq) arrays of tokens, labels, mask."""
+    """Write `count` micro batches of each data-parallel rank into `folder`, one [samples, seq] array per tensor of a batch."""
     if all(rank == 0 for rank in (parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_context_parallel_rank(),
                                   parallel_state.get_pipeline_model_parallel_rank())):
         folder.mkdir(parents=True, exist_ok=True)
         taken = list(islice(batches, count))
-        for name in ("tokens", "labels", "loss_mask"):
+        names = [name for name, value in vars(taken[0]).items() if isinstance(value, Tensor) and value.dim() == 2]
+        for name in names:
             rows = [row for batch in taken for row in getattr(batch, name).cpu().numpy()]
             longest = max(map(len, rows))
             filled = np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
             np.save(folder / f"{name}_dp{parallel_state.get_data_parallel_rank()}.npy", filled)
-    return f"and the batch is in {folder}"
+    return f"the batch is in {folder}"

@@ -1,10 +1,11 @@
-"""Weights in the files of the original's Megatron, beside the state of the run in the folder of an iteration.
+"""Weights in the original's Megatron files, next to the state of the run in an iteration's folder.
 
     SAVE/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    --save-format megatron-core or megatron-legacy
-    SAVE/iter_0000010/{*.distcp, .metadata, ...}                   what the run goes on with, as always
+    SAVE/iter_0000010/{*.distcp, .metadata, ...}                   the checkpoint that the run resumes from
 
-The files are cut by the run's own TP, PP, VPP and EP and hold weights alone: the original's programs read them with
---no-load-optim --no-load-rng. They are made of what was just saved, each by another rank. Not here: their layout (ckpt_convert).
+The files are sharded by the run's TP, PP, VPP and EP and hold only weights: the original's programs read them with
+--no-load-optim --no-load-rng. They are converted from the checkpoint just saved, spread over the ranks. Not here: their format
+(ckpt_convert).
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from modellink.kernels.parallel import ParallelLayout
 
 def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int, grouped: bool,
          iteration: Path | None = None) -> ConversionPlan:
-    """All files of an iteration; without its folder only whether they can be made.
+    """The conversion plan of an iteration; without its folder only a check that the format can hold the model.
 
     Raises:
-        ModelLinkError: the form has no place for a weight of the model.
+        ModelLinkError: the format has no name for a weight of the model.
     """
     tensors = {} if iteration is None else distributed.read(iteration, manifest.spec)
     number = 1 if iteration is None else int(iteration.name.removeprefix("iter_").removesuffix(".tmp"))
@@ -48,7 +49,7 @@ def plan(form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible
 
 def write(iteration: Path, form: SaveFormat, manifest: Manifest, layout: ParallelLayout, divisible_by: int,
           grouped: bool) -> None:
-    """Write them into the folder of an iteration; every rank calls it and writes its share of the files."""
+    """Write the files into an iteration's folder; every rank writes its share."""
     files = plan(form, manifest, layout, divisible_by, grouped, iteration).files
     with ThreadPoolExecutor(1) as pool:
         for file in files[dist.get_rank()::dist.get_world_size()]:

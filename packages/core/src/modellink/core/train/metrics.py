@@ -1,7 +1,7 @@
-"""What a run tells: the log line in the original's format, a line of JSON an iteration, TensorBoard events, W&B, a picture.
+"""Reports of a run: the log line in the original's format, metrics.jsonl, TensorBoard, Weights & Biases and the loss curve.
 
-The last rank prints, as the original does. `metrics.jsonl` lies beside the checkpoints; a resumed run drops what it holds of
-iterations that will be done again.
+The last rank prints, as in the original. `metrics.jsonl` is next to the checkpoints; a resumed run drops its entries
+of iterations that will be repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,13 @@ from modellink.kernels.files import Journal, atomic_write
 
 @dataclass(frozen=True)
 class Step:
-    """One finished iteration. `loss` in nats a token, `seconds` of wall clock; `grad_norm` None where it was not taken."""
+    """One finished iteration.
+
+    Attributes:
+        loss: the first metric of the training method; for pretrain and sft in nats per token.
+        grad_norm: global gradient norm before clipping; None if it was not computed.
+        seconds: wall-clock time.
+    """
 
     iteration: int
     consumed_samples: int
@@ -37,7 +43,7 @@ class Step:
     skipped: bool
     seconds: float
     num_zeros: int | None = None
-    """Of the gradient, with --log-num-zeros-in-grad."""
+    """Zeros in the gradient, with --log-num-zeros-in-grad."""
     balance: dict[str, float] = field(default_factory=dict)
     """Balance losses of the routers of experts, by name, without their coefficients."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -45,14 +51,14 @@ class Step:
 
 
 class Metrics:
-    """Gathers steps and writes them, on the last rank.
+    """Collects steps and reports them on the last rank.
 
     Args:
         active: this is the last rank.
-        reports_memory: this rank prints a line on its memory behind the first log line.
-        throughput: what to measure speed by; None leaves it out of the log line.
-        resumed: the iteration the run continues from.
-        tracker: opens an external one.
+        reports_memory: this rank prints a line about its memory after the first log line.
+        resumed: the iteration the run resumes from.
+        throughput: returns the parts of the log line about speed. Default: none.
+        tracker: opens an external tracker. Default: none.
     """
 
     def __init__(self, *, active: bool, reports_memory: bool, device: Device, train_iters: int, log_interval: int,
@@ -72,7 +78,7 @@ class Metrics:
         self._tracker: Tracker | None = None
 
     def _open(self) -> None:
-        """Make the files, once there is something to write: a run that fails in its first iteration leaves none."""
+        """Create the files at the first step, so that a run that fails earlier leaves none."""
         if self.folder is not None:
             self._open_journal(self.folder, self.resumed)
         if self.tensorboard_dir is not None:
@@ -112,7 +118,7 @@ class Metrics:
             self._print()
 
     def _draw(self, values: Mapping[str, float | None], iteration: int) -> None:
-        """Tell TensorBoard and the tracker."""
+        """Send the values to TensorBoard and the tracker."""
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if self._events:
             for name, value in known.items():
@@ -145,7 +151,7 @@ class Metrics:
         print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts) + " |", flush=True)
 
     def _report_memory(self, iterations: int) -> None:
-        """In the original's form; once."""
+        """Print the memory report once, in the original's format."""
         self.reports_memory = False
         megabytes = [f"{name}: {value / 2**20:.1f}" for name, value in self.device.memory_report().items()]
         print(f"[Rank {rank()}] (after {iterations} iterations) memory (MB) | {' | '.join(megabytes)}", flush=True)
@@ -163,7 +169,7 @@ class Metrics:
         self._draw({f"lm loss {share}": loss} | {f"{name} {share}": value for name, value in others}, iteration)
 
     def close(self, curve: Path | None) -> None:
-        """Flush everything; draw the loss where a picture is wanted."""
+        """Close all files, and draw the loss curve if `curve` is a path."""
         if self._events:
             self._events.close()
         if self._tracker:
@@ -178,7 +184,7 @@ class Metrics:
 
 
 class Clock:
-    """Wall-clock seconds of an iteration, after the device has finished it."""
+    """Measures wall-clock seconds of iterations, after the device has finished them."""
 
     def __init__(self, device: Device) -> None:
         self.device, self._last = device, time.perf_counter()

@@ -1,4 +1,4 @@
-"""megatron-core's data-parallel wrapper, optimizer and learning-rate schedule, made from the run's settings."""
+"""megatron-core's data-parallel wrapper, optimizer and learning-rate schedule for the settings of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from modellink.core.config import OptimizerConfig, ParallelConfig
 
 
 def wrap(models: Sequence[Any], parallel: ParallelConfig, instances: int = 1) -> list[DistributedDataParallel]:
-    """Data parallelism around each model chunk; gradients are summed in fp32. `instances` as in `processes.join`."""
+    """Wrap each model chunk for data parallelism; gradients are reduced in fp32. `instances` as in `processes.join`."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, num_distributed_optimizer_instances=instances,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -28,7 +28,7 @@ def wrap(models: Sequence[Any], parallel: ParallelConfig, instances: int = 1) ->
 
 @contextlib.contextmanager
 def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
-    """Inside, every rank has all updated parameters, which --overlap-param-gather otherwise fetches in the next forward pass."""
+    """Within the context every rank has all updated parameters, even with --overlap-param-gather."""
     ahead = [model for model in models if model.ddp_config.overlap_param_gather]
     for model in ahead:
         model.disable_forward_pre_hook(param_sync=True)
@@ -39,7 +39,7 @@ def whole_parameters(models: Sequence[Any]) -> Iterator[None]:
 
 def make_optimizer(models: Sequence[Any], config: OptimizerConfig, parallel: ParallelConfig, *,
                    log_num_zeros_in_grad: bool = False) -> Any:
-    """The (distributed) optimizer over all model chunks, known to their configs, which the schedules ask."""
+    """The (distributed) optimizer over all model chunks, registered in their configs for the pipeline schedules."""
     optimizer = get_megatron_optimizer(MegatronOptimizerConfig(
         optimizer="adam", lr=config.lr, min_lr=config.min_lr, weight_decay=config.weight_decay,
         adam_beta1=config.adam_beta1, adam_beta2=config.adam_beta2, adam_eps=config.adam_eps, clip_grad=config.clip_grad,
@@ -52,7 +52,7 @@ def make_optimizer(models: Sequence[Any], config: OptimizerConfig, parallel: Par
     for model in models:
         model.config.finalize_model_grads_func = finalize_model_grads
         model.config.grad_scale_func = optimizer.scale_loss
-        if parallel.overlap_grad_reduce:  # gradients are complete, and summed, with the last micro batch alone
+        if parallel.overlap_grad_reduce:  # gradients are reduced with the last micro batch only
             model.config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]
     return optimizer
 
@@ -64,10 +64,10 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
 
 
 def let_go(models: Sequence[Any]) -> None:
-    """After a run: untie what its models and its optimizer hold of each other; the models are of no use then.
+    """Break the references between models and optimizer after a run; the models are unusable afterwards.
 
-    Parameters have hooks of the data-parallel wrapper, which so hangs on autograd's nodes, where Python's garbage collection does
-    not see it: with it would stay memory, process groups and their threads.
+    Parameters have hooks of the data-parallel wrapper in autograd nodes, which Python's garbage collector does not see; otherwise
+    memory, process groups and their threads would never be released.
     """
     for model in models:
         model.config.grad_scale_func = model.config.no_sync_func = model.config.finalize_model_grads_func = None
@@ -76,7 +76,7 @@ def let_go(models: Sequence[Any]) -> None:
 
 
 def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamScheduler:
-    """The learning rate as a function of the iterations or samples so far, which `step` is told after each iteration."""
+    """The learning-rate schedule; `step` advances it by iterations or samples after each iteration."""
     start, end = ((config.weight_decay if value is None else value)
                   for value in (config.start_weight_decay, config.end_weight_decay))
     return OptimizerParamScheduler(

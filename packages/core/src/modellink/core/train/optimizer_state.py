@@ -1,8 +1,8 @@
-"""The optimizer's state as tensors by weight name, so that a run can go on at any layout.
+"""The optimizer state as tensors by weight name, so that a run can resume at any layout.
 
-megatron-core keeps one optimizer, or with experts dealt to ranks a chain of two, and which of the two depends on the layout and
-even on the pipeline stage. Its tensors carry the names of their weights and do not depend on that; the rest of its state does,
-and comes down to the number of steps and the loss scale. So these two and the tensors are what a checkpoint holds.
+megatron-core has one optimizer or, with expert parallelism, a chain of two, depending on the layout and even on the
+pipeline stage. Its tensors are named after their weights and independent of that; the rest of its state is not, but
+amounts to the step count and the loss scale. A checkpoint holds these two and the tensors.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ METADATA = {"chained_optim_avoid_prefix": True}
 
 
 class OptimizerState:
-    """One moment of an optimizer: `tensors` and `common` go into a checkpoint, `filled` makes what it loads of them.
+    """A snapshot of an optimizer: `tensors` and `common` go into a checkpoint, `filled` converts them back.
 
     Args:
         optimizer: megatron-core's.
         models: the sharded state of the model chunks.
-        loading: the state is to be filled, not to be saved.
-        metadata: megatron-core's for sharded states.
+        loading: the state will be loaded, not saved.
+        metadata: megatron-core's metadata for sharded states.
     """
 
     def __init__(self, optimizer: Any, models: Any, *, loading: bool, metadata: Mapping[str, Any]) -> None:
         for part in inner_optimizers(optimizer):
-            if not part.optimizer.state:  # no step was taken yet: in fp16 the first ones may overflow
+            if not part.optimizer.state:  # before the first step; in fp16 the first steps may overflow
                 part.init_state_fn(part.optimizer, part.config)
         state = optimizer.sharded_state_dict(models, is_loading=loading, metadata={**metadata, **METADATA})
         self._chained = len(optimizer.chained_optimizers) > 1
@@ -39,13 +39,13 @@ class OptimizerState:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What is no tensor: `step`, and `grad_scaler` with fp16."""
+        """State that is not a tensor: `step`, and `grad_scaler` with fp16."""
         steps = [leaf for path, leaf in _leaves(self._parts) if path[-1] == "step" and "param_groups" in path]
         scalers = [part["grad_scaler"] for part in self._parts if "grad_scaler" in part]
         return {"step": max(steps, default=0), "grad_scaler": scalers[0] if scalers else None}
 
     def filled(self, tensors: Mapping[str, Any], common: Mapping[str, Any]) -> Any:
-        """What the optimizer's `load_state_dict` takes, from the loaded `tensors` and `common`."""
+        """The argument of the optimizer's `load_state_dict`, from the loaded `tensors` and `common`."""
         parts = _filled(self._parts, (), tensors, common["step"])
         for part in parts:
             if "grad_scaler" in part and common["grad_scaler"] is not None:
@@ -71,6 +71,6 @@ def _filled(value: Any, path: Path, tensors: Mapping[str, Any], step: int) -> An
         return made | {"step": step} if "param_groups" in path[-2:-1] else made
     if isinstance(value, list):
         return [_filled(inner, (*path, number), tensors, step) for number, inner in enumerate(value)]
-    if isinstance(value, LocalNonpersistentObject):  # which parameters a group has
+    if isinstance(value, LocalNonpersistentObject):  # the parameters of a group
         return value.unwrap()
     return tensors[_text(path)] if isinstance(value, ShardedBase) else value

@@ -1,4 +1,4 @@
-"""`training.json`: how far a saved run is; its presence says that an iteration's folder holds a run and not only weights."""
+"""`training.json`: the progress of a saved run. Its presence marks an iteration's folder as a run that can be resumed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Progress:
     layout: str
     distributed_optimizer: bool
     by_samples: bool = False
-    """Whether its schedules count samples."""
+    """Whether schedules count samples instead of iterations."""
     ordered: tuple[int, ...] = ()
-    """Samples of each part of the order of the data: a run that was made longer has its first order, then another."""
+    """Number of samples in each part of the data order; extending a run appends a part."""
     method: str = "pretrain"
     """Name of the training method."""
     order: dict[str, Any] = field(default_factory=dict)
-    """By name, the settings that the order of the data comes from."""
+    """Settings that determine the order of the data, by name."""
     global_batch_size: int | None = None
-    """Past the ramp-up; None: not known."""
+    """In samples, after the ramp-up; None if unknown."""
 
 
 def write_progress(folder: Path, progress: Progress) -> None:
@@ -34,7 +34,7 @@ def write_progress(folder: Path, progress: Progress) -> None:
 
 
 def read_progress(folder: Path) -> Progress | None:
-    """None where the folder holds no training run."""
+    """The progress of an iteration's folder; None if it holds only weights."""
     if not (folder / FILE).is_file():
         return None
     values = read_json(folder / FILE)

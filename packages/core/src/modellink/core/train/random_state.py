@@ -1,4 +1,4 @@
-"""The random generators of a rank: the host's, the device's own, and megatron-core's named ones of the parallel layers."""
+"""The random generators of a rank: the host's, the device's, and megatron-core's named ones for parallel layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Their states by name, as byte tensors that later draws leave alone."""
+    """Copies of the generator states by name, as byte tensors."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
         states[device.type] = getattr(torch, device.type).get_rng_state(device)

@@ -19,8 +19,8 @@ from modellink.core.train.writer import Writer
 def save(run: Run, training: Training, folder: Path, writer: Writer) -> None:
     """Save the current iteration in `folder`, in the background if the run asks for it; all ranks call it."""
     checkpoint.save(training, folder, run.manifest, run.companions, tokenizer_alone=run.source is None,
-                    beside=_additional_files(run, folder), keep=run.checkpoint.save_total_limit,
-                    behind=writer if run.checkpoint.async_save else None)
+                    extra_files=_additional_files(run, folder), keep=run.checkpoint.save_total_limit,
+                    background=writer if run.checkpoint.async_save else None)
 
 
 def save_now(training: Training, run: Run) -> None:

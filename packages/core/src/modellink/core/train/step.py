@@ -31,7 +31,7 @@ def forward(model: Any, batch: Batch) -> Tensor:
 
 
 def state_of(batch: Batch) -> SequenceState | None:
-    """What attention needs to know about the batch; None if its samples are whole sequences."""
+    """What attention needs to know about the batch; None if its samples are full sequences."""
     if batch.starts is None:
         return None
     documents = Documents(batch.starts)

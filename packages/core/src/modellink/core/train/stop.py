@@ -1,4 +1,4 @@
-"""Why a run leaves before its last iteration: an interval, a duration, SIGTERM. All ranks leave after the same iteration."""
+"""Reasons to stop before the last iteration: an interval, a duration or SIGTERM. All ranks stop after the same iteration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from modellink.core.config import CheckpointConfig
 
 
 class Stop:
-    """Inside the context SIGTERM is noted and no longer ends the process."""
+    """Within the context SIGTERM is recorded instead of ending the process."""
 
     def __init__(self, config: CheckpointConfig, device: torch.device) -> None:
         self._config, self._device = config, device
@@ -30,7 +30,7 @@ class Stop:
         self._signalled = True
 
     def reason(self, iteration: int) -> str | None:
-        """Why to leave after this iteration, None to go on; every rank asks after each."""
+        """Why to stop after this iteration, or None; every rank calls it after each iteration."""
         if is_multiple(iteration, self._config.exit_interval):
             return f"iteration {iteration} is a multiple of --exit-interval"
         minutes, limit = (time.monotonic() - self._began) / 60, self._config.exit_duration_in_mins

@@ -1,6 +1,6 @@
-"""Weights & Biases, where it is asked for: the numbers of TensorBoard under the same names. WANDB_MODE=offline needs no network.
+"""Weights & Biases: the values of TensorBoard under the same names. WANDB_MODE=offline needs no network.
 
-A run that is continued with the same --save goes on as the same run there.
+A resumed run with the same --save continues the same Weights & Biases run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ ID = "wandb.id"
 
 
 class Tracker:
-    """An open run of Weights & Biases.
+    """An open Weights & Biases run.
 
     Args:
-        save: where the checkpoints go; it also keeps the run's identity.
-        settings: what the run was told, shown beside it.
+        save: folder of the checkpoints, which also stores the id of the run.
+        settings: option values to show with the run.
     """
 
     def __init__(self, config: LoggingConfig, save: Path | None, settings: Mapping[str, Any]) -> None:

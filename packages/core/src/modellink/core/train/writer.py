@@ -1,8 +1,8 @@
-"""A save on its way to disk: threads write it, waited for at once or while training goes on.
+"""Writes a checkpoint with threads, in the foreground or in the background of training.
 
-megatron-core plans which rank writes which tensors and collects what was written. Its own writers are forked processes, and it
-waits forever for one that dies; these are threads, so that a rank and its writers are one process: an error of theirs ends the
-run, and a kill leaves `iter_N.tmp`, which no reader takes for a checkpoint.
+megatron-core plans which rank writes which tensors and collects the results. Its own writers are forked processes,
+and it waits forever for one that dies; threads are part of their rank's process: their errors end the run, and a kill
+leaves `iter_N.tmp`, which readers ignore.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class _Pending:
 
 
 class Writer:
-    """Holds at most one save that is not finished. All ranks call the same methods after the same iterations."""
+    """Holds at most one unfinished save. All ranks call the same methods after the same iterations."""
 
     def __init__(self) -> None:
         self._pending: _Pending | None = None
 
     def start(self, request: AsyncRequest, finish: Callable[[], None], where: Path, *, copy: bool) -> None:
-        """Begin to write; `finish` is called on every rank when all have written.
+        """Start writing; `finish` is called on every rank when all ranks are done.
 
         Args:
-            request: megatron-core's plan of a save.
-            where: the folder that is written, for a message.
-            copy: training goes on, so that tensors in host memory are copied first. Those of a device always are.
+            request: megatron-core's plan of the save.
+            where: the folder being written, for messages.
+            copy: training continues meanwhile, so copy tensors in host memory first. Those of a device are always copied.
         """
         self.wait()
         buckets = _staged(request, copy=copy)
@@ -56,14 +56,14 @@ class Writer:
         self._pending = _Pending(request, writes, finish, where)
 
     def poll(self) -> None:
-        """Finish the save if all ranks have written it."""
+        """Complete the save if all ranks have written it."""
         self._advance(block=False)
 
     def wait(self) -> None:
-        """Wait until nothing is on its way.
+        """Wait for the unfinished save, if any.
 
         Raises:
-            ModelLinkError: on every rank, a rank could not write; what was complete before still is.
+            ModelLinkError: on every rank if a rank could not write; earlier checkpoints are intact.
         """
         self._advance(block=True)
 
@@ -85,7 +85,7 @@ class Writer:
         if writing:
             return
         self._pending = None
-        if pending.writes:  # what megatron-core's own writers would have left for its finalize functions
+        if pending.writes:  # the results that megatron-core's finalize functions expect of its own writers
             results = pending.request.async_fn_args[2]
             results.put({number: write.result() for number, write in enumerate(pending.writes)})
         for function in pending.request.finalize_fns:
@@ -94,7 +94,7 @@ class Writer:
 
 
 def _staged(request: AsyncRequest, *, copy: bool) -> list[Any]:
-    """The files of this rank as (path, name, (bytes, tensors)), tensors in host memory."""
+    """The files of this rank as (path, name, (bytes, tensors)), with tensors in host memory."""
     if request.async_fn is None:
         return []
     staged = []
@@ -106,7 +106,7 @@ def _staged(request: AsyncRequest, *, copy: bool) -> list[Any]:
 
 
 def _write(transforms: list[Any], number: int, bucket: Any) -> Any:
-    """Write one file; megatron-core's list of what lies where in it."""
+    """Write one file; returns megatron-core's list of its contents."""
     kill_point("while-writing")
     results: queue.Queue[tuple[int, Any]] = queue.Queue()
     counted: queue.Queue[int] = queue.Queue()
@@ -119,7 +119,7 @@ def _write(transforms: list[Any], number: int, bucket: Any) -> Any:
 
 
 def on_all_ranks(work: Callable[[], None], where: Path) -> None:
-    """Every rank does its part of a save, which calls no other rank; what the system refuses one of them is raised on all."""
+    """Run `work`, which uses no collectives, on every rank; an OSError of one rank is raised on all."""
     errors: list[BaseException] = []
     try:
         work()
@@ -135,13 +135,14 @@ def _raise(errors: Sequence[BaseException], where: Path) -> None:
     told: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(told, [f"rank {dist.get_rank()}: {type(error).__name__}: {error}" for error in map(_origin, errors)])
     if dist.get_rank() == 0:
-        shutil.rmtree(where, ignore_errors=True)  # it may hold the room that is missing
+        shutil.rmtree(where, ignore_errors=True)  # frees the disk space that may be missing
     raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in told for line in lines),
-                         where=where, fix="make room or choose another --save, and continue from the last complete checkpoint")
+                         where=where,
+                         fix="free disk space or choose another --save, and resume from the last complete checkpoint")
 
 
 def _origin(error: BaseException) -> BaseException:
-    """What the system said, where torch.save puts an error of its own over it."""
+    """The error of the operating system, which torch.save wraps in one of its own."""
     while not isinstance(error, OSError) and (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error

@@ -1,6 +1,7 @@
 """Builds step.c with the system's C compiler, once per processor and compiler, and loads it.
 
-The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler, core's model runs all passes.
+The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler, core's
+model runs all passes.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ class Layer(ctypes.Structure):
 
 class Model(ctypes.Structure):
     _fields_: ClassVar[Any] = [(name, I64) for name in (
-        "layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu", "weights", "cache", "vocab",
-        "window")] + [
-        ("epsilon", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)), ("norm", PTR), ("head", Matrix)]
+        "layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu", "weights",
+        "cache", "vocab", "window")] + [
+        ("epsilon", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
+        ("norm", PTR), ("head", Matrix)]
 
 
 @cache
@@ -51,22 +53,26 @@ def step() -> ctypes.CDLL | None:
         library = ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.SubprocessError):  # RuntimeError: the user has no home folder
         return None
-    library.step.argtypes = [ctypes.POINTER(Model), I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR, I64, PTR, PTR, I64]
+    library.step.argtypes = [ctypes.POINTER(Model), I64, PTR, PTR, PTR, PTR, PTR, PTR, PTR, I64, PTR, I64,
+                             PTR, PTR, I64]
     library.step.restype = None
     return library
 
 
 def _build(compiler: str) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True,
+                             timeout=60).stdout
     known = "\0".join((SOURCE.read_text(encoding="utf-8"), version, *FLAGS, _processor(), torch.__version__))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modellink"
     path = folder / f"step-{hashlib.sha256(known.encode()).hexdigest()[:20]}.so"
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
-            # link the OpenMP library of torch: another one would start a second set of threads on the same cores
+            # link the OpenMP library of torch: another one would start a second set of threads on the same
+            # cores
             torch_libraries = f"-L{Path(torch.__file__).parent / 'lib'}"
-            subprocess.run([compiler, *FLAGS, "-fopenmp", torch_libraries, str(SOURCE), "-o", file.name, "-lm"],
+            subprocess.run([compiler, *FLAGS, "-fopenmp", torch_libraries, str(SOURCE), "-o", file.name,
+                            "-lm"],
                            capture_output=True, check=True, timeout=300)
     return path
 

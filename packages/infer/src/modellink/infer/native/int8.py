@@ -1,7 +1,8 @@
-"""Weight matrices in int8 with a scale per row: half or a quarter of the memory, and of the time to read them.
+"""Weight matrices in int8 with a scale per row: half or a quarter of the memory, and of the time to read
+them.
 
-The compiled step computes with the int8 values. core's model, which runs passes over many tokens, gets each matrix dequantized
-for the duration of the product; over so many tokens this costs little.
+The compiled step computes with the int8 values. core's model, which runs passes over many tokens, gets each
+matrix dequantized for the duration of the product; over so many tokens this costs little.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class Int8Matrix:
 
 
 def dequantize_in_forward(module: nn.Module, parameter: nn.Parameter, weight: Int8Matrix) -> None:
-    """Let a parameter hold the dequantized matrix during the module's forward pass, and its present data otherwise."""
+    """Let a parameter hold the dequantized matrix during the module's forward pass, and its present data
+    otherwise."""
     data = parameter.data
 
     def fill(*_: object) -> None:

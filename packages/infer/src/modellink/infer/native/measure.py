@@ -16,7 +16,8 @@ PASSES = 3  # the first one warms up
 CACHE_TOKENS = 2 * PAGE_SIZE  # what the cache for the measurement must hold
 
 
-def is_faster(compiled: Callable[[Pass], Tensor], model: Callable[[Pass], Tensor], cache: PagedCache) -> tuple[bool, str]:
+def is_faster(compiled: Callable[[Pass], Tensor], model: Callable[[Pass], Tensor],
+              cache: PagedCache) -> tuple[bool, str]:
     """Return whether the compiled step decodes faster than the model, and the two times as text."""
     compiled_seconds, model_seconds = (seconds_per_token(run, cache) for run in (compiled, model))
     text = f"{1e3 * compiled_seconds:.1f} ms per token compiled, {1e3 * model_seconds:.1f} ms with the model"

@@ -1,8 +1,8 @@
 """Runs the compiled step over a model's own parameters, and says which models and passes it supports.
 
-Supported are models with RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU rank, in fp32 or bf16,
-and nothing that a family adds to that (experts, latent attention, caps, ALiBi, post norms). Weights may be int8 (int8.py).
-Activations are fp32, whatever the precision of the weights.
+Supported are models with RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU
+rank, in fp32 or bf16, and nothing that a family adds to that (experts, latent attention, caps, ALiBi, post
+norms). Weights may be int8 (int8.py). Activations are fp32, whatever the precision of the weights.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ MAX_DECODE_TOKENS = 64  # of a decode pass, whose attention costs torch more
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
 # Fields that the step implements or does not depend on. All other fields must have their default.
-KNOWN = {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "ffn_hidden_size", "num_query_groups", "kv_channels",
-         "max_position_embeddings", "norm_epsilon", "activation_func", "add_qkv_bias", "untie_embeddings_and_output_weights",
-         "query_pre_attn_scalar", "layernorm_zero_centered_gamma", "embedding_multiplier_scale", "sliding_window"}
+KNOWN = {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "ffn_hidden_size",
+         "num_query_groups", "kv_channels", "max_position_embeddings", "norm_epsilon", "activation_func",
+         "add_qkv_bias", "untie_embeddings_and_output_weights", "query_pre_attn_scalar",
+         "layernorm_zero_centered_gamma", "embedding_multiplier_scale", "sliding_window"}
 ROTARY = ("rotary", "rope", "original_max", "low_freq", "high_freq")
 
 
@@ -47,8 +48,8 @@ class CompiledStep:
     """A model in the form of the compiled step, which points into the model's parameters.
 
     Args:
-        int8: store the matrices in int8 with a scale per row. The model's own matrices are freed, except the embedding, and
-            dequantized from these whenever the model runs.
+        int8: store the matrices in int8 with a scale per row. The model's own matrices are freed, except the
+            embedding, and dequantized from these whenever the model runs.
     """
 
     def __init__(self, model: nn.Module, spec: ModelSpec, dtype: torch.dtype, *, int8: bool = False) -> None:
@@ -56,18 +57,24 @@ class CompiledStep:
         self._held: list[Tensor] = []
         self._squared_error = self._squared_norm = 0.0
         self._model = cast(Any, bare(model))
-        self._table = RotaryTable(spec)
+        rope = spec.layer(0).rope  # the same in all layers, see `supports`
+        assert rope is not None
+        self._table = RotaryTable(rope)
         self._library = compiled.step()
         self._cache: PagedCache | None = None
         layers = list(self._model.decoder.layers)
         self._layers = (compiled.Layer * len(layers))(*map(self._layer, layers))
-        head = self._model.shared_embedding_or_output_weight() if spec.tied else self._model.output_layer.weight
+        head = self._model.output_layer.weight
+        if spec.tied:
+            head = self._model.shared_embedding_or_output_weight()
         kind = KINDS[torch.int8 if int8 else dtype]
         self._c = compiled.Model(
-            len(layers), spec.hidden_size, spec.num_attention_heads, spec.groups, spec.head_dim, spec.ffn, spec.rotary_dim,
-            int(spec.rotary_interleaved), ACTIVATIONS[spec.activation_func], kind, KINDS[dtype], spec.vocab_size, 0,
-            spec.norm_epsilon, (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
-            self._gain(self._model.decoder.final_layernorm), self._matrix(self._model.output_layer, head, spec.vocab_size))
+            len(layers), spec.hidden_size, spec.num_attention_heads, spec.groups, spec.head_dim, spec.ffn,
+            spec.rotary_dim, int(spec.rotary_interleaved), ACTIVATIONS[spec.activation_func], kind,
+            KINDS[dtype], spec.vocab_size, 0, spec.norm_epsilon,
+            (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
+            self._gain(self._model.decoder.final_layernorm),
+            self._matrix(self._model.output_layer, head, spec.vocab_size))
         if int8:
             trim_heap()
 
@@ -92,8 +99,9 @@ class CompiledStep:
         if not self._int8:
             return compiled.Matrix(self._hold(weight[:rows]), None)
         quantized = Int8Matrix.quantize(weight[:rows])
-        self._squared_error += (quantized.dequantize(torch.float32) - weight[:rows].float()).square().sum().item()
-        self._squared_norm += weight[:rows].float().square().sum().item()
+        exact = weight[:rows].float()
+        self._squared_error += (quantized.dequantize(torch.float32) - exact).square().sum().item()
+        self._squared_norm += exact.square().sum().item()
         if weight is not self._model.embedding.word_embeddings.weight:
             weight.data = weight.data.new_empty(0)
         dequantize_in_forward(linear, weight, quantized)
@@ -121,14 +129,17 @@ class CompiledStep:
         workspace = torch.empty(self._workspace_size(len(ids)) + threads * longest)
         wanted = torch.tensor(work.wanted, dtype=torch.long)
         out = torch.empty(len(wanted), spec.vocab_size)
-        pointers = [tensor.contiguous() for tensor in (hidden, cos, sin, flat.slot, flat.slots, flat.begin, flat.count)]
+        pointers = [tensor.contiguous() for tensor in (hidden, cos, sin, flat.slot, flat.slots, flat.begin,
+                                                       flat.count)]
         assert self._library is not None
-        self._library.step(ctypes.byref(self._c), len(ids), *(tensor.data_ptr() for tensor in pointers), longest,
-                           workspace.data_ptr(), len(wanted), wanted.data_ptr(), out.data_ptr(), threads)
+        self._library.step(ctypes.byref(self._c), len(ids), *(tensor.data_ptr() for tensor in pointers),
+                           longest, workspace.data_ptr(), len(wanted), wanted.data_ptr(), out.data_ptr(),
+                           threads)
         return out
 
     def _workspace_size(self, tokens: int) -> int:
-        """Return the floats of workspace that step.c needs for so many tokens, without the attention scores."""
+        """Return the floats of workspace that step.c needs for so many tokens, without the attention scores.
+        """
         spec = self._spec
         qkv = spec.groups * (spec.num_attention_heads // spec.groups + 2) * spec.head_dim
         context = spec.num_attention_heads * spec.head_dim

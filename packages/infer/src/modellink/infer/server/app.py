@@ -1,7 +1,8 @@
-"""The HTTP endpoints. A handler submits the completions of a request and sends their text; a disconnect cancels them.
+"""The HTTP endpoints. A handler submits the completions of a request and sends their text; a disconnect
+cancels them.
 
-A client that reads slowly delays nobody: its pieces wait in a queue, which is never longer than its completions. Not here: TLS,
-user accounts.
+A client that reads slowly delays nobody: its pieces wait in a queue, which is never longer than its
+completions. Not here: TLS, user accounts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from modellink.infer.server.http import Stream, disconnected, error_object, erro
 from modellink.infer.server.service import Busy, Event, Service, Stopped, Submission
 from modellink.kernels.errors import ModelLinkError
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
+POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; "
+          "img-src data:")
 
 
 def make_app(service: Service, *, name: str, api_key: str | None, max_body: int) -> FastAPI:
@@ -65,7 +67,8 @@ def make_app(service: Service, *, name: str, api_key: str | None, max_body: int)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return PlainTextResponse(service.metrics.text(_gauges(service)), media_type="text/plain; version=0.0.4")
+        return PlainTextResponse(service.metrics.text(_gauges(service)),
+                                 media_type="text/plain; version=0.0.4")
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -89,11 +92,13 @@ def make_app(service: Service, *, name: str, api_key: str | None, max_body: int)
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(404)
     async def not_found(request: Request, _: Exception) -> Response:
-        return error_response(404, f"{request.method} {request.scope['path']} does not exist", "not_found_error")
+        return error_response(404, f"{request.method} {request.scope['path']} does not exist",
+                              "not_found_error")
 
     @app.exception_handler(405)
     async def wrong_method(request: Request, _: Exception) -> Response:
-        return error_response(405, f"{request.scope['path']} does not support {request.method}", "invalid_request_error")
+        return error_response(405, f"{request.scope['path']} does not support {request.method}",
+                              "invalid_request_error")
 
     @app.exception_handler(500)
     async def server_error(_: Request, error: Exception) -> Response:  # the traceback goes to the log
@@ -116,7 +121,8 @@ class AccessMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        if self.api_key is not None and scope["path"].startswith("/v1/"):  # the routed path; the URL depends on the Host header
+        # the routed path; the URL depends on the Host header
+        if self.api_key is not None and scope["path"].startswith("/v1/"):
             given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode("latin-1"), self.api_key.encode()):
                 refused = error_response(401, "the API key is missing or wrong", "authentication_error")
@@ -132,7 +138,8 @@ class AccessMiddleware:
 
 def _gauges(service: Service) -> dict[str, tuple[str, float]]:
     batch = service.batch
-    return {"running": ("Completions in the batch.", len(batch.running)), "waiting": ("Completions waiting.", len(batch.waiting)),
+    return {"running": ("Completions in the batch.", len(batch.running)),
+            "waiting": ("Completions waiting.", len(batch.waiting)),
             "cache_pages_used": ("Cache pages in use.", sum(pool.used for pool in batch.cache.pools)),
             "cache_pages": ("Cache pages in total.", sum(pool.pages for pool in batch.cache.pools))}
 
@@ -153,9 +160,9 @@ async def _complete(service: Service, request: Request, name: str, max_body: int
         wanted = field(body, "model", str, name)
         if wanted != name:
             return _unknown_model(wanted, name)
-        parse = partial(parse_call, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer, model=name,
-                        max_tokens=service.batch.cache.max_sequence_tokens, prompt_type=service.engine.plan.prompt_type,
-                        max_completions=service.max_waiting)
+        parse = partial(parse_call, body, chat=chat, spec=service.engine.spec, tokenizer=tokenizer,
+                        model=name, max_tokens=service.batch.cache.max_sequence_tokens,
+                        prompt_type=service.engine.plan.prompt_type, max_completions=service.max_waiting)
         call = await asyncio.to_thread(parse)
         try:
             submission = service.submit(call.requests, notify, every_piece=call.stream)
@@ -168,7 +175,8 @@ async def _complete(service: Service, request: Request, name: str, max_body: int
         return error_response(503, error.what, "server_error")
     except ModelLinkError as error:
         message = f"{error.what}; {error.fix}" if error.fix else error.what
-        return error_response(400, message, "invalid_request_error", str(error.where) if error.where else None)
+        return error_response(400, message, "invalid_request_error",
+                              str(error.where) if error.where else None)
     if call.stream:
         async def cancel() -> None:
             service.cancel(submission)
@@ -208,9 +216,11 @@ async def _wait_for_all(request: Request, submission: Submission, queue: asyncio
 
 async def _events(call: CompletionCall, submission: Submission, queue: asyncio.Queue[Event],
                   tokenizer: Tokenizer | None) -> AsyncIterator[str]:
-    """Yield server-sent events: pieces of text, the finish reason of each completion, the usage if requested, and [DONE]."""
+    """Yield server-sent events: pieces of text, the finish reason of each completion, the usage if requested,
+    and [DONE]."""
     shown, started = [0] * len(submission.completions), [False] * len(submission.completions)
-    finished = 0  # counted by events: a completion has its finish reason a moment before its last piece arrives
+    # counted by events: a completion has its finish reason a moment before its last piece arrives
+    finished = 0
     while finished < len(submission.completions):
         event = await queue.get()
         index, completion = event.index, submission.completions[event.index]
@@ -218,13 +228,15 @@ async def _events(call: CompletionCall, submission: Submission, queue: asyncio.Q
             yield _event(error_object(event.failure, "server_error"))
             return
         if event.piece or event.done or completion.request.logprobs or not started[index]:
-            probabilities, shown[index] = protocol.logprobs(completion, tokenizer, shown[index], chat=call.chat)
-            yield _event(protocol.chunk(call, index, event.piece, first=not started[index], probabilities=probabilities,
-                                        echo=completion.request.text_prefix))
+            probabilities, shown[index] = protocol.logprobs(completion, tokenizer, shown[index],
+                                                            chat=call.chat)
+            yield _event(protocol.chunk(call, index, event.piece, first=not started[index],
+                                        probabilities=probabilities, echo=completion.request.text_prefix))
             started[index] = True
         if event.done:
             finished += 1
-            yield _event(protocol.chunk(call, index, None, first=False, finish=protocol.finish_reason(completion)))
+            yield _event(protocol.chunk(call, index, None, first=False,
+                                        finish=protocol.finish_reason(completion)))
     if call.usage:
         yield _event(protocol.usage_chunk(call, submission.completions))
     yield "data: [DONE]\n\n"
@@ -235,4 +247,5 @@ def _event(value: dict[str, Any]) -> str:
 
 
 def _unknown_model(wanted: str, name: str) -> Response:
-    return error_response(404, f"unknown model {wanted[:200]!r}, the model is {name!r}", "not_found_error", "model")
+    return error_response(404, f"unknown model {wanted[:200]!r}, the model is {name!r}", "not_found_error",
+                          "model")

@@ -1,4 +1,5 @@
-"""What the server with the model and the server in front of replicas share: read a body, detect a disconnect, write an error.
+"""What the server with the model and the server in front of replicas share: read a body, detect a disconnect,
+write an error.
 
 Imports nothing of the model, so that a server that only forwards requests is small and starts at once.
 """
@@ -26,10 +27,12 @@ async def read_content(request: Request, max_body: int) -> bytes | None:
 
 
 class Stream(StreamingResponse):
-    """A streamed response that always calls `on_close`; a `finally` in `pieces` would not run if the client disconnects first."""
+    """A streamed response that always calls `on_close`; a `finally` in `pieces` would not run if the client
+    disconnects first."""
 
-    def __init__(self, pieces: AsyncIterator[str | bytes], on_close: Callable[[], Awaitable[None]], status: int = 200,
-                 headers: Mapping[str, str] | None = None, media_type: str | None = None) -> None:
+    def __init__(self, pieces: AsyncIterator[str | bytes], on_close: Callable[[], Awaitable[None]],
+                 status: int = 200, headers: Mapping[str, str] | None = None,
+                 media_type: str | None = None) -> None:
         super().__init__(pieces, status, headers, media_type)
         self._on_close = on_close
 

@@ -10,8 +10,9 @@ from collections.abc import Mapping
 BOUNDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # seconds
 COUNTERS = {
     "answers": "Completions that finished.", "failed": "Completions that failed.",
-    "cancelled": "Completions whose client disconnected.", "prompt_tokens": "Prompt tokens of finished completions.",
-    "generated_tokens": "Generated tokens.", "refused": "Requests refused because too many were running or waiting."}
+    "cancelled": "Completions whose client disconnected.",
+    "prompt_tokens": "Prompt tokens of finished completions.", "generated_tokens": "Generated tokens.",
+    "refused": "Requests refused because too many were running or waiting."}
 TIMES = {"time_to_first_token_seconds": "Time from a request to its first token.",
          "answer_seconds": "Time from a request to the end of its completion."}
 
@@ -55,7 +56,8 @@ class Metrics:
         lines = []
         with self._lock:
             for name, meaning in COUNTERS.items():
-                lines += [*_head(f"{name}_total", meaning, "counter"), f"modellink_{name}_total {self._counts[name]}"]
+                lines += [*_head(f"{name}_total", meaning, "counter"),
+                          f"modellink_{name}_total {self._counts[name]}"]
             lines += _head("http_requests_total", "Requests by path and status.", "counter")
             lines += [f'modellink_http_requests_total{{path="{path}",status="{status}"}} {number}'
                       for (path, status), number in sorted(self._requests.items())]

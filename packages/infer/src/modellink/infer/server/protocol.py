@@ -35,11 +35,14 @@ def usage(completions: Sequence[Completion], prompts: int) -> dict[str, int]:
     per_prompt = max(1, len(completions) // prompts)
     prompt_tokens = sum(len(completion.request.prompt) for completion in completions[::per_prompt])
     generated = sum(len(completion.token_ids) for completion in completions)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated, "total_tokens": prompt_tokens + generated}
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": generated,
+            "total_tokens": prompt_tokens + generated}
 
 
-def logprobs(completion: Completion, tokenizer: Tokenizer | None, start: int, *, chat: bool) -> tuple[dict[str, Any] | None, int]:
-    """Return the log-probabilities of the tokens from number `start` in the API's form, and where the next ones start.
+def logprobs(completion: Completion, tokenizer: Tokenizer | None, start: int, *,
+             chat: bool) -> tuple[dict[str, Any] | None, int]:
+    """Return the log-probabilities of the tokens from number `start` in the API's form, and where the next
+    ones start.
 
     Tokens of an echoed prompt count.
     """
@@ -50,16 +53,18 @@ def logprobs(completion: Completion, tokenizer: Tokenizer | None, start: int, *,
 
 
 def _entries(completion: Completion, tokenizer: Tokenizer | None, start: int) -> list[TokenLogprob]:
-    """Return the tokens from number `start`: of the prompt, if its log-probabilities are requested, and of the completion."""
+    """Return the tokens from number `start`: of the prompt, if its log-probabilities are requested, and of
+    the completion."""
     request, found = completion.request, list[TokenLogprob]()
     prompt_tokens = len(request.prompt) if request.prompt_logprobs else 0
     if start < prompt_tokens:
-        found += map(TokenLogprob, request.prompt, [None, *completion.prompt_logprobs], [None, *completion.prompt_top_logprobs],
-                     _prompt_offsets(request, tokenizer))
+        found += map(TokenLogprob, request.prompt, [None, *completion.prompt_logprobs],
+                     [None, *completion.prompt_top_logprobs], _prompt_offsets(request, tokenizer))
     length = min(len(completion.token_ids), len(completion.logprobs), len(completion.top_logprobs),
                  len(completion.offsets))  # another thread may be appending to them
     for index in range(max(0, start - prompt_tokens), length):
-        found.append(TokenLogprob(completion.token_ids[index], completion.logprobs[index], completion.top_logprobs[index],
+        found.append(TokenLogprob(completion.token_ids[index], completion.logprobs[index],
+                                  completion.top_logprobs[index],
                                   len(request.text_prefix) + completion.offsets[index]))
     return found
 
@@ -68,7 +73,9 @@ def _chat_logprobs(entries: Sequence[TokenLogprob], tokenizer: Tokenizer | None)
     def describe(token: int, value: float | None) -> dict[str, Any]:
         text = _text(token, tokenizer)
         return {"token": text, "logprob": value, "bytes": None if "\ufffd" in text else list(text.encode())}
-    return {"content": [describe(entry.token, entry.logprob) | {"top_logprobs": [describe(*other) for other in entry.top or ()]}
+    return {"content": [describe(entry.token, entry.logprob) | {"top_logprobs": [describe(*other)
+                                                                                 for other in entry.top
+                                                                                 or ()]}
                         for entry in entries]}
 
 
@@ -94,7 +101,8 @@ def _text(token: int, tokenizer: Tokenizer | None) -> str:
 
 
 def _prompt_offsets(request: GenerationRequest, tokenizer: Tokenizer | None) -> list[int]:
-    """Return for each prompt token the characters of the echoed text before it; tokens added in front of the text have 0."""
+    """Return for each prompt token the characters of the echoed text before it; tokens added in front of the
+    text have 0."""
     if tokenizer is None:
         return [0] * len(request.prompt)
     offsets: list[int] = []
@@ -109,7 +117,8 @@ def _prompt_offsets(request: GenerationRequest, tokenizer: Tokenizer | None) -> 
     return [min(offset, len(request.text_prefix)) for offset in offsets]
 
 
-def full_response(call: CompletionCall, completions: Sequence[Completion], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def full_response(call: CompletionCall, completions: Sequence[Completion],
+                  tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Return the response object of a call without streaming."""
     choices = []
     for index, completion in enumerate(completions):
@@ -149,5 +158,5 @@ def usage_chunk(call: CompletionCall, completions: Sequence[Completion]) -> dict
 
 
 def _envelope(call: CompletionCall, kind: str) -> dict[str, Any]:
-    return {"id": call.id, "object": f"chat.completion{kind}" if call.chat else "text_completion", "created": call.created,
-            "model": call.model}
+    return {"id": call.id, "object": f"chat.completion{kind}" if call.chat else "text_completion",
+            "created": call.created, "model": call.model}

@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from modellink.infer.engine import Engine
     from modellink.infer.server.replicas import Replica
 
-CONNECTIONS = 1024  # beyond these, or four per completion that may wait, a connection gets status 503; many are only idle
-GRACE_SECONDS = 30  # in which completions may finish after the server is told to stop
+# beyond these, or four per completion that may wait, a connection gets status 503; many are only idle
+CONNECTIONS = 1024
+GRACE_SECONDS = 30  # in which completions may finish after SIGTERM
 
 
 def check_installed() -> None:
     """Raise, with the command that installs them, if the server's libraries are missing."""
     missing = [name for name in ("fastapi", "httpx", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ModelLinkError(f"the server needs {', '.join(missing)}", fix='python -m pip install "modellink-infer[server]"')
+        raise ModelLinkError(f"the server needs {', '.join(missing)}",
+                             fix='python -m pip install "modellink-infer[server]"')
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
@@ -42,7 +44,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in dict.fromkeys(addresses):
             one = socket.socket(family, kind, protocol)
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections of an earlier server may still linger
+            # connections of an earlier server may still linger
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if family == socket.AF_INET6:
                 one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             try:
@@ -59,14 +62,17 @@ def bind(host: str, port: int) -> list[socket.socket]:
         for one in found:
             one.close()
         in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        raise ModelLinkError(f"the server cannot listen on {host}:{port}: {getattr(error, 'strerror', None) or error}",
-                             where="--port" if in_use else "--host, --port",
-                             fix="stop the program that uses the port, or choose another --port" if in_use else None) from None
+        reason = getattr(error, "strerror", None) or error
+        where, fix = "--host, --port", None
+        if in_use:
+            where, fix = "--port", "stop the program that uses the port, or choose another --port"
+        raise ModelLinkError(f"the server cannot listen on {host}:{port}: {reason}", where=where,
+                             fix=fix) from None
     return found
 
 
-def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_key: str | None = None, max_waiting: int = 256,
-          max_body: int = 2 << 20) -> None:
+def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_key: str | None = None,
+          max_waiting: int = 256, max_body: int = 2 << 20) -> None:
     """Serve until SIGTERM or Ctrl-C. Every rank calls it, the first one with the sockets of `bind`.
 
     Args:
@@ -76,7 +82,7 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
         max_body: maximum size of a body in bytes; a larger one gets status 413.
 
     Raises:
-        InternalError: the model failed; its clients have been told.
+        InternalError: the model failed; its clients got an error.
     """
     from modellink.core import launch
     from modellink.infer.server.service import Service
@@ -97,12 +103,12 @@ def serve(engine: Engine, sockets: Sequence[socket.socket], *, name: str, api_ke
 
 def serve_replicas(replicas: Sequence[Replica], sockets: Sequence[socket.socket], *, max_waiting: int = 256,
                    max_body: int = 2 << 20) -> None:
-    """Forward requests to several servers of the same model, until SIGTERM or Ctrl-C; see replicas.py.
+    """Forward requests to several servers of the same model, until SIGTERM or Ctrl-C; see front.py.
 
     Raises:
         ModelLinkError: a replica cannot start with its options.
     """
-    from modellink.infer.server.replicas import make_front
+    from modellink.infer.server.front import make_front
 
     def stop() -> None:
         server.should_exit = True
@@ -114,7 +120,8 @@ def serve_replicas(replicas: Sequence[Replica], sockets: Sequence[socket.socket]
 
 def _server(app: FastAPI, max_waiting: int) -> Server:
     import uvicorn
-    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_SECONDS,
+    return uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False,
+                                         timeout_graceful_shutdown=GRACE_SECONDS,
                                          limit_concurrency=_connections(max_waiting)))
 
 
@@ -138,5 +145,6 @@ def _connections(max_waiting: int) -> int:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = 2 * wanted + 256  # a server in front of replicas has one more connection per request
     if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE,
+                           (needed if hard == resource.RLIM_INFINITY else min(needed, hard), hard))
     return wanted

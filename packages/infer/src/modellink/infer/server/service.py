@@ -1,6 +1,8 @@
-"""The thread between the server and the model: takes requests, runs one batch over all of them, and returns pieces of text.
+"""The thread between the server and the model: takes requests, runs one batch over all of them, and returns
+pieces of text.
 
-The first rank has the queue; before each pass it tells the other ranks which requests join and leave. Not here: HTTP.
+The first rank has the queue; before each pass it tells the other ranks which requests join and leave. Not
+here: HTTP.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from modellink.infer.request import Completion, GenerationRequest
 from modellink.infer.server.metrics import Metrics
 from modellink.kernels.errors import ModelLinkError
 
-IDLE_SECONDS = 30.0  # interval of messages to the other ranks while there are no requests, so that no collective times out
+# interval of messages to the other ranks while there are no requests, so that no collective times out
+IDLE_SECONDS = 30.0
 
 
 class Busy(ModelLinkError):
@@ -78,7 +81,8 @@ class Service:
 
     Attributes:
         failure: the error of the model; the service then accepts no requests.
-        on_failure: called from the thread when the model fails; the process should then exit, so that it can be restarted.
+        on_failure: called from the thread when the model fails; the process should then exit, so that it can
+            be restarted.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int) -> None:
@@ -91,7 +95,8 @@ class Service:
         self._inbox: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._last_number = 0
-        self._jobs: dict[int, tuple[Submission, int]] = {}  # unfinished completions by number, on the first rank
+        # unfinished completions by number, on the first rank
+        self._jobs: dict[int, tuple[Submission, int]] = {}
         self._completions: dict[int, Completion] = {}  # those in the batch, on every rank
         self._thread = threading.Thread(target=self._run, name="modellink-batch", daemon=True)
 
@@ -133,10 +138,11 @@ class Service:
         submission = Submission(completions, notify, every_piece)
         with self._lock:
             if self._ended:  # a request that joined now would never finish
-                raise Stopped(f"the model has failed: {self.failure}" if self.failure else "the server is stopping",
-                              fix="try again later")
+                raise Stopped(f"the model has failed: {self.failure}" if self.failure
+                              else "the server is stopping", fix="try again later")
             if len(self._jobs) + len(requests) > self.max_waiting:
-                raise Busy(f"{len(self._jobs)} completions are running or waiting, the limit is {self.max_waiting}",
+                raise Busy(f"{len(self._jobs)} completions are running or waiting, the limit is "
+                           f"{self.max_waiting}",
                            fix="try again later")
             for index in range(len(requests)):
                 self._last_number += 1
@@ -225,7 +231,8 @@ class Service:
         completion.fail(error)
         self._notify(number, failure=f"the completion failed: {type(error).__name__}: {error}"[:500])
 
-    def _notify(self, number: int, piece: str = "", *, done: bool = False, failure: str | None = None) -> None:
+    def _notify(self, number: int, piece: str = "", *, done: bool = False,
+                failure: str | None = None) -> None:
         if number not in self._jobs:  # on the ranks that follow
             return
         submission, index = self._jobs[number]

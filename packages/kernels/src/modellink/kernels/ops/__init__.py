@@ -1,8 +1,8 @@
-"""The ops that accelerators have fused forms of, each behind one door.
+"""Ops for which accelerators have fused forms, each with one dispatching function.
 
-`ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file holds the plain PyTorch form (`plain`), which is the
-meaning and runs anywhere, and `FORMS`, the fused ones by device type, which are tested against it. Inside
-`plain_forms("rms_norm")` an op takes its plain form on every device (dispatch.py).
+`ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file has the plain PyTorch form (`plain`),
+which defines the op and runs anywhere, and `FORMS`, the fused forms by device type, which are tested against
+it. Inside `plain_forms("rms_norm")` an op uses its plain form on every device (dispatch.py).
 """
 
 from modellink.kernels.ops.adamw import adamw
@@ -18,6 +18,6 @@ from modellink.kernels.ops.rms_norm import rms_norm
 from modellink.kernels.ops.rotary import rotary
 from modellink.kernels.ops.swiglu import swiglu
 
-__all__ = ["adamw", "all_gather_matmul", "attention", "attention_block", "attention_block_gradients", "cross_entropy",
-           "grouped_matmul", "linear", "matmul_all_reduce", "matmul_reduce_scatter", "plain_forms", "ring_update", "rms_norm",
-           "rotary", "swiglu"]
+__all__ = ["adamw", "all_gather_matmul", "attention", "attention_block", "attention_block_gradients",
+           "cross_entropy", "grouped_matmul", "linear", "matmul_all_reduce", "matmul_reduce_scatter",
+           "plain_forms", "ring_update", "rms_norm", "rotary", "swiglu"]

@@ -24,9 +24,9 @@ class Settings:
     decoupled: bool = True
 
 
-def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],
-          settings: Settings) -> None:
-    """Update `params`, `means` (first moments) and `variances` (second moments), all of one device, in place."""
+def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
+          variances: Sequence[Tensor], settings: Settings) -> None:
+    """Update `params`, `means` (first moments) and `variances` (second moments), all on one device, in place."""
     for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
         if not param.shape == grad.shape == mean.shape == variance.shape:
             raise ValueError(f"adamw: a gradient of {list(grad.shape)} and moments of {list(mean.shape)} and "
@@ -35,8 +35,8 @@ def adamw(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Ten
         form_of("adamw", params[0].device.type, FORMS, plain)(params, grads, means, variances, settings)
 
 
-def plain(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],
-          s: Settings) -> None:
+def plain(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
+          variances: Sequence[Tensor], s: Settings) -> None:
     for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
         if s.decoupled:
             param.mul_(1 - s.lr * s.weight_decay)
@@ -52,19 +52,20 @@ def torch_fused(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequen
                 variances: Sequence[Tensor], s: Settings) -> None:
     form = torch._fused_adamw_ if s.decoupled else torch._fused_adam_
     steps = [torch.tensor(float(s.step), device=param.device) for param in params]
-    form(list(params), list(grads), list(means), list(variances), [], steps, lr=s.lr, beta1=s.beta1, beta2=s.beta2,
-         weight_decay=s.weight_decay, eps=s.epsilon, amsgrad=False, maximize=False)
+    form(list(params), list(grads), list(means), list(variances), [], steps, lr=s.lr, beta1=s.beta1,
+         beta2=s.beta2, weight_decay=s.weight_decay, eps=s.epsilon, amsgrad=False, maximize=False)
 
 
-def npu(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor], variances: Sequence[Tensor],
-        s: Settings) -> None:
-    if not s.decoupled:  # the fused op knows decoupled decay only
+def npu(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
+        variances: Sequence[Tensor], s: Settings) -> None:
+    if not s.decoupled:  # the fused op has only decoupled decay
         plain(params, grads, means, variances, s)
         return
     for param, grad, mean, variance in zip(params, grads, means, variances, strict=True):
         # beta^(step - 1): the kernel multiplies by beta once more
-        torch.ops.npu.npu_apply_adam_w(s.beta1 ** (s.step - 1), s.beta2 ** (s.step - 1), s.lr, s.weight_decay, s.beta1,
-                                       s.beta2, s.epsilon, grad, None, False, False, out=[param, mean, variance])
+        torch.ops.npu.npu_apply_adam_w(s.beta1 ** (s.step - 1), s.beta2 ** (s.step - 1), s.lr, s.weight_decay,
+                                       s.beta1, s.beta2, s.epsilon, grad, None, False, False,
+                                       out=[param, mean, variance])
 
 
 FORMS: dict[str, Callable[..., None]] = {"cpu": torch_fused, "cuda": torch_fused, "npu": npu}

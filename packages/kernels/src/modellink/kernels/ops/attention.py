@@ -1,7 +1,7 @@
 """Scaled dot-product attention with grouped queries, causal or over a cache.
 
-Two uses: whole sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache). Variants: a
-sliding window, ALiBi, a soft cap on the scores, several documents packed into a sequence.
+It has two uses: full sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache).
+Variants: a sliding window, ALiBi, a soft cap on the scores, several documents packed into a sequence.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from modellink.kernels.ops.dispatch import form_of
 
-_PACKED = 1 << 24  # the most numbers in a mask over a cache on a CPU with a copy for each head of a group, 64 MB in fp32
-# What torch_npu's documentation of npu_fusion_attention says of it.
-_NPU_MASK = 2048  # the size of its compressed masks
-_NPU_DIM, _NPU_HEADS = 768, 256  # the most it takes
-_NPU_DOCUMENTS = 1024  # the most in one call
+_PACKED = 1 << 24  # largest mask over a cache on a CPU that is copied for each head of a group, 64 MB in fp32
+# Limits from torch_npu's documentation of npu_fusion_attention.
+_NPU_MASK = 2048  # size of its compressed masks
+_NPU_DIM, _NPU_HEADS = 768, 256  # largest head size and number of heads
+_NPU_DOCUMENTS = 1024  # most documents in one call
 
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Documents packed one after the other into the rows of a batch; a token sees its own document alone.
+    """Documents packed one after the other into the rows of a batch; a token sees only its own document.
 
     Attributes:
-        starts: [batch, seq] for each token the position in its row at which its document begins.
+        starts: [batch, seq] position in the row at which the document of each token starts.
     """
 
     starts: Tensor
 
     @functools.cached_property
     def ends(self) -> list[int]:
-        """Where each document ends, counted over the rows laid end to end; a row ends a document."""
+        """The end of each document, counted over the concatenated rows; a row ends a document."""
         positions = torch.arange(self.starts.size(1), device=self.starts.device)
         begins: list[int] = (self.starts == positions).flatten().nonzero().flatten().tolist()
         return [*begins[1:], self.starts.numel()]
@@ -44,16 +44,16 @@ class Documents:
 
 @dataclass(frozen=True)
 class Variant:
-    """What is done beside softmax(query key^T * scale) value.
+    """Variants of softmax(query key^T * scale) value.
 
     Attributes:
-        scale: of the scores.
+        scale: factor of the scores.
         dropout: probability with which a weight is dropped.
         window: a query at position i sees keys i - window + 1 to i; None: all up to i.
         softcap: scores become softcap x tanh(scores / softcap).
-        slopes: [heads]; slope x (j - i) is added to the score of key j (ALiBi, Press et al. 2022). Added is the same for every
-            form in use: a form with slope x j differs by a constant per query, which softmax does not see.
-        documents: of whole sequences; None: a sequence is one document.
+        slopes: [heads]; slope x (j - i) is added to the score of key j (ALiBi, Press et al. 2022).
+            Implementations that add slope x j differ by a constant per query, which softmax cancels.
+        documents: of full sequences; None: a sequence is one document.
     """
 
     scale: float
@@ -64,30 +64,33 @@ class Variant:
     documents: Documents | None = None
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None = None) -> Tensor:
-    """softmax(query key^T * scale) value, with what `variant` adds.
+def attention(query: Tensor, key: Tensor, value: Tensor, variant: Variant,
+              positions: Tensor | None = None) -> Tensor:
+    """Return softmax(query key^T * scale) value, in the given variant.
 
     Args:
         query: [seq, batch, heads, dim].
         key: [key seq, batch, groups, dim]; a group of keys serves heads / groups query heads.
         value: [key seq, batch, groups, value dim].
-        positions: [batch, seq] of the queries; key j is seen by a query at position >= j. None: causal over one sequence,
-            which needs key seq == seq.
+        positions: [batch, seq] of the queries; a query at position >= j sees key j. None: causal over one
+            sequence, which requires key seq == seq.
 
     Returns:
         [seq, batch, heads, value dim].
 
     Raises:
-        ValueError: shapes or types that do not fit each other.
+        ValueError: shapes or dtypes do not fit each other.
     """
     _check(query, key, value, variant, positions)
     return form_of("attention", query.device.type, FORMS, plain)(query, key, value, variant, positions)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> None:
-    if not query.dim() == key.dim() == value.dim() == 4 or key.shape[:3] != value.shape[:3] or query.size(1) != key.size(1) or (
-            query.size(3) != key.size(3)) or query.size(2) % key.size(2):
-        raise ValueError(f"attention: queries of {list(query.shape)} for keys of {list(key.shape)} and values of "
+    four = query.dim() == key.dim() == value.dim() == 4
+    if not four or key.shape[:3] != value.shape[:3] or query.size(1) != key.size(1) or query.size(3) != key.size(3) or (
+            query.size(2) % key.size(2)):
+        raise ValueError(f"attention: queries of {list(query.shape)} for keys of {list(key.shape)} and "
+                         f"values of "
                          f"{list(value.shape)}")
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"attention: {query.dtype} queries, {key.dtype} keys and {value.dtype} values")
@@ -98,15 +101,19 @@ def _check(query: Tensor, key: Tensor, value: Tensor, variant: Variant, position
         raise ValueError(f"attention: positions of {list(positions.shape)} for {batch} x {seq} queries"
                          + " of documents" * (variant.documents is not None))
     if variant.documents is not None and variant.documents.starts.shape != (batch, seq):
-        raise ValueError(f"attention: documents of {list(variant.documents.starts.shape)} for {batch} x {seq} queries")
+        raise ValueError(f"attention: documents of {list(variant.documents.starts.shape)} for {batch} x "
+                         f"{seq} queries")
     if variant.slopes is not None and variant.slopes.shape != (heads,):
         raise ValueError(f"attention: slopes of {list(variant.slopes.shape)} for {heads} heads")
-    if not 0 <= variant.dropout < 1 or (variant.window is not None and variant.window < 1) or variant.softcap == 0:
-        raise ValueError(f"attention: a dropout of {variant.dropout}, a window of {variant.window}, a cap of {variant.softcap}")
+    if not 0 <= variant.dropout < 1 or (variant.window is not None
+                                        and variant.window < 1) or variant.softcap == 0:
+        raise ValueError(f"attention: a dropout of {variant.dropout}, a window of {variant.window}, a cap of "
+                         f"{variant.softcap}")
 
 
 def alibi_slopes(heads: int) -> Tensor:
-    """[heads] slopes of ALiBi: powers of 2^(-8 / n) for the largest power of two n <= heads, then every second of those of 2n."""
+    """Return the slopes of ALiBi [heads]: powers of 2^(-8 / n) for the largest power of two n <= heads, then
+    every second one of 2n."""
     closest = 2 ** math.floor(math.log2(heads))
     slopes = [2 ** (-8 / closest * (head + 1)) for head in range(closest)]
     slopes += [2 ** (-4 / closest * (2 * head + 1)) for head in range(heads - closest)]
@@ -114,22 +121,23 @@ def alibi_slopes(heads: int) -> Tensor:
 
 
 def _distance(query: Tensor, keys: int, positions: Tensor | None) -> Tensor:
-    """[batch or 1, 1, seq, keys]: position of the query minus that of the key."""
+    """Return [batch or 1, 1, seq, keys]: position of the query minus position of the key."""
     if positions is None:
         positions = torch.arange(query.size(0), device=query.device)[None]
     return positions[:, None, :, None] - torch.arange(keys, device=query.device)
 
 
 def _hidden(distance: Tensor, window: int | None) -> Tensor:
-    """True where a query must not see a key."""
+    """Return True for pairs in which the query must not see the key."""
     return (distance < 0) if window is None else (distance < 0) | (distance >= window)
 
 
 def scores_of(query: Tensor, key: Tensor, variant: Variant, first: int = 0, first_key: int = 0,
               positions: Tensor | None = None) -> Tensor:
-    """What is given to softmax: [batch, heads, seq, key seq] in fp32, -inf where a query must not see a key.
+    """Return the input of softmax: [batch, heads, seq, key seq] in fp32, -inf if a query must not see a key.
 
-    Positions of the queries are `positions` [batch, seq], or count from `first`; those of the keys count from `first_key`.
+    Positions of queries are `positions` [batch, seq], or start at `first`; those of keys start at
+    `first_key`.
     """
     heads, groups = query.size(2), key.size(2)
     q, k = (t.permute(1, 2, 0, 3) for t in (query, key))
@@ -153,8 +161,9 @@ def plain(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions
     return (weights.to(v.dtype) @ v).permute(2, 0, 1, 3)
 
 
-def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: Tensor | None) -> Tensor:
-    if variant.softcap is not None:  # scaled_dot_product_attention has no place for it
+def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant,
+                positions: Tensor | None) -> Tensor:
+    if variant.softcap is not None:  # scaled_dot_product_attention does not support it
         return plain(query, key, value, variant, positions)
     if variant.documents is not None:
         return _by_document(query, key, value, variant, variant.documents.ends)
@@ -163,7 +172,8 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
     if positions is not None and query.device.type == "cpu" and each * numbers <= _PACKED:
         return _over_a_cache(q, k, v, variant, positions)
     mask = None
-    if positions is not None or variant.slopes is not None or (variant.window is not None and variant.window < key.size(0)):
+    if positions is not None or variant.slopes is not None or (variant.window is not None
+                                                               and variant.window < key.size(0)):
         mask = _bias(query, key.size(0), variant, positions)
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=variant.scale, dropout_p=variant.dropout,
@@ -172,7 +182,7 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, variant: Variant, pos
 
 
 def _bias(query: Tensor, keys: int, variant: Variant, positions: Tensor | None) -> Tensor:
-    """What is added to the scores [batch or 1, heads or 1, seq, keys], -inf where a key is hidden."""
+    """Return the bias of the scores [batch or 1, heads or 1, seq, keys], -inf for hidden keys."""
     distance = _distance(query, keys, positions)
     hidden = _hidden(distance, variant.window)
     if variant.slopes is not None:
@@ -183,28 +193,29 @@ def _bias(query: Tensor, keys: int, variant: Variant, positions: Tensor | None) 
 
 
 def _over_a_cache(q: Tensor, k: Tensor, v: Tensor, variant: Variant, positions: Tensor) -> Tensor:
-    """[batch, heads, seq, dim] and so on -> [seq, batch, heads, value dim].
+    """Attend over a cache: [batch, heads, seq, dim] and so on -> [seq, batch, heads, value dim].
 
-    The heads of a group become more queries of one head: torch would copy keys and values for each of them, and its blocks of
-    queries are larger this way.
+    The heads of a group are treated as additional queries of one head: torch would otherwise copy keys and
+    values for each of them, and its blocks of queries are larger this way.
     """
     groups, seq = k.size(1), q.size(2)
     each = q.size(1) // groups
     out: Tensor = torch.nn.functional.scaled_dot_product_attention(
-        q.unflatten(1, (groups, each)).flatten(2, 3), k, v, attn_mask=_packed_bias(q, k.size(2), each, variant, positions),
-        scale=variant.scale, dropout_p=variant.dropout)
+        q.unflatten(1, (groups, each)).flatten(2, 3), k, v,
+        attn_mask=_packed_bias(q, k.size(2), each, variant, positions), scale=variant.scale,
+        dropout_p=variant.dropout)
     joined: Tensor = out.unflatten(2, (each, seq)).permute(3, 0, 1, 2, 4).flatten(2, 3)
     return joined
 
 
-_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # positions to what was made of them
+_biases: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # positions -> the bias made from them
 
 
 def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: Tensor) -> Tensor:
-    """`_bias` as [batch, groups or 1, `each` heads of a group x seq, keys].
+    """Return `_bias` as [batch, groups or 1, `each` heads of a group x seq, keys].
 
-    All layers of a pass have the same positions: what is made of them is kept as long as they are. (On a CPU: a captured graph
-    makes it anew, from other positions in the same memory.)
+    All layers of a pass have the same positions, so the bias is cached as long as they exist. (Only on a CPU:
+    a captured graph computes it again, from other positions in the same memory.)
     """
     def make() -> Tensor:
         bias = _bias(q.permute(2, 0, 1, 3), keys, variant, positions)
@@ -223,7 +234,7 @@ def _packed_bias(q: Tensor, keys: int, each: int, variant: Variant, positions: T
 
 
 def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, ends: list[int]) -> Tensor:
-    """Each document by itself: what other documents would be hidden from it is never computed."""
+    """Attend within each document separately, so that hidden scores of other documents are never computed."""
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     alone, outs = replace(variant, documents=None), []
     rows = (x.transpose(0, 1).flatten(0, 1).split(lengths) for x in (query, key, value))
@@ -234,8 +245,8 @@ def _by_document(query: Tensor, key: Tensor, value: Tensor, variant: Variant, en
 
 @functools.lru_cache
 def compressed_causal_mask(device: torch.device) -> Tensor:
-    """True above the diagonal: what must not be seen."""
-    with torch.inference_mode(False):  # training may use it after whoever asked first
+    """Return True above the diagonal: the pairs that must not be seen."""
+    with torch.inference_mode(False):  # a later caller may be in training
         return torch.ones(_NPU_MASK, _NPU_MASK, dtype=torch.bool, device=device).triu(1)
 
 
@@ -244,7 +255,7 @@ def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: 
     if variant.softcap is not None or variant.slopes is not None or value_dim > dim or dim > _NPU_DIM or (
             query.size(2) > _NPU_HEADS):
         return plain(query, key, value, variant, positions)
-    if value_dim < dim:  # its keys and values have one size
+    if value_dim < dim:  # the op needs keys and values of one size
         value = torch.nn.functional.pad(value, (0, dim - value_dim))
     q, k, v = (t.transpose(0, 1).contiguous() for t in (query, key, value))
     if positions is not None:
@@ -258,21 +269,21 @@ def npu(query: Tensor, key: Tensor, value: Tensor, variant: Variant, positions: 
 
 
 def _npu_packed(qkv: list[Tensor], variant: Variant, ends: list[int]) -> Tensor:
-    """Queries, keys and values [tokens, heads, dim], as many documents at a time as one call takes."""
+    """Attend to queries, keys and values [tokens, heads, dim], with as many documents per call as it accepts."""
     outs, start = [], 0
     longest = max(end - begin for begin, end in zip([0, *ends], ends, strict=False))
     for first in range(0, len(ends), _NPU_DOCUMENTS):
         part = ends[first:first + _NPU_DOCUMENTS]
         q, k, v = (x[start:part[-1]] for x in qkv)
-        places = [end - start for end in part]
-        outs.append(_npu(q, k, v, "TND", variant, actual_seq_qlen=places, actual_seq_kvlen=places,
+        offsets = [end - start for end in part]
+        outs.append(_npu(q, k, v, "TND", variant, actual_seq_qlen=offsets, actual_seq_kvlen=offsets,
                          **_npu_causal(q, variant, longest)))
         start = part[-1]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def _npu_causal(query: Tensor, variant: Variant, keys: int) -> dict[str, object]:
-    """Arguments for whole sequences: all keys before (mode 2), or a band of them (mode 4)."""
+    """Return the arguments for full sequences: all earlier keys (mode 2), or a band of them (mode 4)."""
     causal: dict[str, object] = {"atten_mask": compressed_causal_mask(query.device), "sparse_mode": 2}
     if variant.window is None or variant.window >= keys:
         return causal

@@ -1,10 +1,13 @@
-"""Attention over a block of the keys of a longer sequence: what ring attention joins with `ring_update`, and its gradients.
+"""Attention over a block of the keys of a longer sequence, which ring attention combines with `ring_update`,
+and its gradients.
 
-The queries of a block see all of its keys or, where both are the same chunk of the sequence, those before them. A block has no
-window, cap, bias or documents: with those the scores depend on where in the sequence it lies (attention.scores_of).
+The queries of a block see all of its keys or, if both are the same chunk of the sequence, the earlier ones. A
+block has no window, cap, bias or documents: with those the scores depend on its position in the sequence
+(attention.scores_of).
 
-The gradients need nothing of a block but its share of the whole softmax, exp(score - log-sum-exp over all blocks): a kernel
-that is given the whole result and log-sum-exp computes them block by block (as in flash attention, Dao et al. 2022).
+The gradients only need a block's share of the full softmax, exp(score - log-sum-exp over all blocks): a
+kernel that gets the full result and log-sum-exp computes them block by block (as in flash attention, Dao et
+al. 2022).
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ from modellink.kernels.ops.attention import Variant, compressed_causal_mask
 from modellink.kernels.ops.dispatch import form_of
 
 
-def takes(query: Tensor, value: Tensor, variant: Variant) -> bool:
-    """Whether blocks of these heads are what this op computes."""
+def supports(query: Tensor, value: Tensor, variant: Variant) -> bool:
+    """Return whether this op computes blocks of these heads in this variant."""
     plain_scores = variant.window is None and variant.softcap is None and variant.slopes is None and variant.documents is None
     return plain_scores and not variant.dropout and query.size(-1) == value.size(-1)
 
 
-def attention_block(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
-    """softmax(query key^T * scale) value over the keys of a block.
+def attention_block(query: Tensor, key: Tensor, value: Tensor, scale: float, *,
+                    causal: bool) -> tuple[Tensor, Tensor]:
+    """Return softmax(query key^T * scale) value over the keys of a block, and its log-sum-exp.
 
     Args:
         query: [seq, batch, heads, dim].
@@ -33,19 +37,21 @@ def attention_block(query: Tensor, key: Tensor, value: Tensor, scale: float, *, 
         causal: query i sees keys 0 .. i of the block.
 
     Returns:
-        [seq, batch, heads, dim] in fp32, and [seq, batch, heads] the logarithm of the sum of exponentiated scores.
+        [seq, batch, heads, dim] in fp32, and [seq, batch, heads], the logarithm of the sum of exponentiated
+        scores.
     """
     forward, _ = form_of("attention_block", query.device.type, FORMS, (plain, plain_gradients))
     out, lse = forward(query, key, value, scale, causal=causal)
     return out.float(), lse
 
 
-def attention_block_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float,
-                              *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The block's part of the gradients of query, key and value, in their shapes and fp32.
+def attention_block_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor,
+                              lse: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the block's part of the gradients of query, key and value, in their shapes and fp32.
 
     Args:
-        gradient, out: [seq, batch, heads, dim] of attention over all blocks, and lse [seq, batch, heads] of all of them.
+        gradient, out: [seq, batch, heads, dim] of attention over all blocks.
+        lse: [seq, batch, heads] log-sum-exp over all blocks.
     """
     _, backward = form_of("attention_block", query.device.type, FORMS, (plain, plain_gradients))
     of_query, of_key, of_value = backward(gradient, query, key, value, out, lse, scale, causal=causal)
@@ -59,8 +65,8 @@ def plain(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bo
     return ((scores - lse.unsqueeze(-1)).exp() @ values).permute(2, 0, 1, 3), lse.permute(2, 0, 1)
 
 
-def plain_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float,
-                    *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def plain_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                    scale: float, *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     groups, heads = key.size(2), query.size(2)
     upstream = gradient.float().permute(1, 2, 0, 3)
     weights = (_scores(query, key, scale, causal) - lse.permute(1, 2, 0).unsqueeze(-1)).exp()
@@ -72,19 +78,21 @@ def plain_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
-    """[batch, heads, seq, key seq] in fp32."""
+    """Return the scores [batch, heads, seq, key seq] in fp32."""
     q, k = query.permute(1, 2, 0, 3), _per_head(key, query.size(2))
     scores = (q @ k.transpose(-1, -2)).float() * scale
-    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf")) if causal else scores
+    if not causal:
+        return scores
+    return scores.masked_fill(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1), float("-inf"))
 
 
 def _per_head(x: Tensor, heads: int) -> Tensor:
-    """[seq, batch, groups, dim] -> [batch, heads, seq, dim]."""
+    """Repeat groups per head: [seq, batch, groups, dim] -> [batch, heads, seq, dim]."""
     return x.permute(1, 2, 0, 3).repeat_interleave(heads // x.size(2), dim=1)
 
 
 def _per_group(x: Tensor, groups: int) -> Tensor:
-    """The sum over the heads of each group: [batch, heads, seq, dim] -> [seq, batch, groups, dim]."""
+    """Sum over the heads of each group: [batch, heads, seq, dim] -> [seq, batch, groups, dim]."""
     summed: Tensor = x.unflatten(1, (groups, -1)).sum(2)
     return summed.permute(2, 0, 1, 3)
 
@@ -96,8 +104,8 @@ def cpu(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool
     return out.permute(2, 0, 1, 3), lse.permute(2, 0, 1)
 
 
-def cpu_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float,
-                  *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+def cpu_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                  scale: float, *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
     groups, heads = key.size(2), query.size(2)
     upstream, whole = (x.to(query.dtype).permute(1, 2, 0, 3) for x in (gradient, out))
     of_query, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -113,20 +121,24 @@ def npu(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bool
     return out.transpose(0, 1), (largest[..., 0] + total[..., 0].log()).permute(2, 0, 1)
 
 
-def npu_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float,
-                  *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The fused op is given the log-sum-exp as the maximum of the scores, and a sum of one."""
-    q, k, v, upstream, whole = (x.to(query.dtype).transpose(0, 1).contiguous() for x in (query, key, value, gradient, out))
-    largest = lse.permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)  # [batch, heads, seq, 8], eight times the same
+def npu_gradients(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+                  scale: float, *, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Pass the log-sum-exp to the fused op as the maximum of the scores, with a sum of one."""
+    q, k, v, upstream, whole = (x.to(query.dtype).transpose(0, 1).contiguous()
+                                for x in (query, key, value, gradient, out))
+    # [batch, heads, seq, 8], eight equal values
+    largest = lse.permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)
     found = torch.ops.npu.npu_fusion_attention_grad(
-        q, k, v, upstream, q.size(2), "BSND", softmax_max=largest, softmax_sum=torch.ones_like(largest), attention_in=whole,
-        scale_value=scale, keep_prob=1.0, **_seen(query, causal))
+        q, k, v, upstream, q.size(2), "BSND", softmax_max=largest, softmax_sum=torch.ones_like(largest),
+        attention_in=whole, scale_value=scale, keep_prob=1.0, **_seen(query, causal))
     of_query, of_key, of_value = (x.transpose(0, 1) for x in found[:3])
     return of_query, of_key, of_value
 
 
 def _seen(query: Tensor, causal: bool) -> dict[str, object]:
-    return {"atten_mask": compressed_causal_mask(query.device), "sparse_mode": 2} if causal else {"sparse_mode": 0}
+    if not causal:
+        return {"sparse_mode": 0}
+    return {"atten_mask": compressed_causal_mask(query.device), "sparse_mode": 2}
 
 
 Forward = Callable[..., tuple[Tensor, Tensor]]

@@ -1,7 +1,7 @@
-"""Calls of every op in every use it has, on fixed inputs, for whoever compares a device's form with the plain one.
+"""Calls of every op in each of its uses, on fixed inputs, for comparing a device's form with the plain one.
 
-`alone` are the ops of one process, `joined` those over the ranks of a group. Not here: by how much a form may differ
-(check.py).
+`alone` returns the ops of one process, `joined` the ops over the ranks of a group. Not here: the allowed
+differences (check.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Case:
 
     Attributes:
         op: its name in `kernels.ops`.
-        use: what is special about it; empty where nothing is.
+        use: what is special about this use; empty for the ordinary one.
         run: takes the op or its plain form and returns the results and their gradients.
     """
 
@@ -52,7 +52,7 @@ class Case:
 
 
 def plain_form(op: str) -> Form:
-    """The plain form, with the arguments of the op."""
+    """Return the plain form, with the arguments of the op."""
     if op in JOINED:
         return partial(JOINED[op], forms=matmul_collective.PLAIN)
     if op == "rotary":
@@ -69,11 +69,12 @@ def _plain_rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = Fa
 
 
 JOINED: dict[str, Form] = {form.__name__: form for form in (
-    matmul_collective.all_gather_matmul, matmul_collective.matmul_reduce_scatter, matmul_collective.matmul_all_reduce)}
+    matmul_collective.all_gather_matmul, matmul_collective.matmul_reduce_scatter,
+    matmul_collective.matmul_all_reduce)}
 
 
 def with_gradients(results: Tensor | tuple[Tensor, ...], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Results, and the gradients of a sum of them in which every element has a weight of its own."""
+    """Return the results, and the gradients of their weighted sum, in which every element has another weight."""
     results = results if isinstance(results, tuple) else (results,)
     weights = [torch.linspace(-1, 1, x.numel(), device=x.device).view(x.shape).to(x.dtype) for x in results]
     wanted = [x for x in inputs if x.requires_grad]
@@ -91,21 +92,21 @@ class _Inputs:
         made = torch.randn(*shape, generator=self.generator)
         return made.to(self.device, dtype or self.dtype).requires_grad_()
 
-    def angles(self, *shape: int, neighbours: bool = False) -> tuple[Tensor, Tensor]:
-        """cos and sin [..., 2 x the last size], each angle once per dimension of its pair."""
+    def angles(self, *shape: int, neighbors: bool = False) -> tuple[Tensor, Tensor]:
+        """Return cos and sin [..., 2 x the last size], each angle once per dimension of its pair."""
         angle = torch.randn(*shape, generator=self.generator)
-        angle = angle.repeat_interleave(2, -1) if neighbours else torch.cat([angle, angle], -1)
+        angle = angle.repeat_interleave(2, -1) if neighbors else torch.cat([angle, angle], -1)
         return angle.cos().to(self.device, self.dtype), angle.sin().to(self.device, self.dtype)
 
     def heads(self, seq: int = 9, batch: int = 2, dim: int = 16, value_dim: int = 16, keys: int | None = None,
               heads: int = 6) -> list[Tensor]:
-        """Queries, keys and values with half as many groups as heads."""
+        """Return queries, keys and values with half as many groups as heads."""
         return [self.random(seq, batch, heads, dim), self.random(keys or seq, batch, heads // 2, dim),
                 self.random(keys or seq, batch, heads // 2, value_dim)]
 
 
 def alone(device: torch.device, dtype: torch.dtype) -> list[Case]:
-    """The ops of one process."""
+    """Return the ops of one process."""
     made = _Inputs(device, dtype)
     return [*_rows(made), *_rotary(made), *_attention(made), *_blocks(made), *_others(made)]
 
@@ -126,34 +127,39 @@ def _rotary(made: _Inputs) -> list[Case]:
     return [_case("rotary", "", (x, *made.angles(9, 1, 1, 8))),
             _case("rotary", "part of a head", (x, *made.angles(9, 1, 1, 4))),
             _case("rotary", "positions by row", (x, *made.angles(9, 2, 1, 8))),
-            _case("rotary", "neighbours", (x, *made.angles(9, 1, 1, 8, neighbours=True)), interleaved=True),
-            _case("rotary", "neighbours, positions by row", (x, *made.angles(9, 2, 1, 8, neighbours=True)), interleaved=True)]
+            _case("rotary", "neighbors", (x, *made.angles(9, 1, 1, 8, neighbors=True)), interleaved=True),
+            _case("rotary", "neighbors, positions by row", (x, *made.angles(9, 2, 1, 8, neighbors=True)),
+                  interleaved=True)]
 
 
 def _attention(made: _Inputs) -> list[Case]:
     device, causal = made.device, Variant(0.25)
     documents = Documents(torch.tensor([[0, 0, 0, 3, 3, 3, 3, 3, 8], [0, 0, 0, 0, 0, 5, 5, 5, 5]]).to(device))
-    documents.__dict__["ends"] = [3, 8, 9, 14, 18]  # what it would find, without looking at the values of a tensor
+    documents.__dict__["ends"] = [3, 8, 9, 14, 18]  # the value it computes, without reading the tensor
     places = torch.tensor([[3, 4], [6, 7]]).to(device)
     slopes = alibi_slopes(6).to(device)
     qkv, narrow, cached, long = (made.heads(), made.heads(value_dim=12), made.heads(seq=2, keys=8),
                                  made.heads(seq=2112, batch=1, heads=2))
     window = replace(causal, window=4)
 
-    def case(use: str, variant: Variant, inputs: Sequence[Tensor] = qkv, positions: Tensor | None = None) -> Case:
+    def case(use: str, variant: Variant, inputs: Sequence[Tensor] = qkv,
+             positions: Tensor | None = None) -> Case:
         return _case("attention", use, inputs, variant=variant, positions=positions)
 
-    return [case("causal", causal), case("window", window), case("window wider than the sequence", replace(causal, window=20)),
-            case("packed", replace(causal, documents=documents)), case("packed, window", replace(window, documents=documents)),
+    return [case("causal", causal), case("window", window),
+            case("window wider than the sequence", replace(causal, window=20)),
+            case("packed", replace(causal, documents=documents)),
+            case("packed, window", replace(window, documents=documents)),
             case("narrow values", causal, narrow), case("longer than the mask", causal, long),
             case("longer than the mask, window", replace(causal, window=2080), long),
-            case("over a cache", causal, cached, places), case("over a cache, window", window, cached, places),
+            case("over a cache", causal, cached, places),
+            case("over a cache, window", window, cached, places),
             case("soft cap", replace(causal, softcap=0.7)), case("alibi", replace(causal, slopes=slopes)),
             case("packed, soft cap", replace(causal, softcap=0.7, documents=documents))]
 
 
 def _blocks(made: _Inputs) -> list[Case]:
-    """The whole result and log-sum-exp are those of twice the keys."""
+    """The full result and log-sum-exp are those of the keys given twice."""
     query, key, value = (x.detach() for x in made.heads())
     gradient = made.random(9, 2, 6, 16).detach()
     out, lse = plain_block(query, torch.cat([key, key]), torch.cat([value, value]), 0.25, causal=False)
@@ -189,14 +195,17 @@ def _others(made: _Inputs) -> list[Case]:
 
     step = Settings(step=3, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
     return [_case("ring_update", "", (outs[0], sums[0], outs[1], sums[1])),
-            Case("ring_update", "no key seen", lambda form: list(form(nothing, unseen, outs[1].detach(), sums[1].detach()))),
-            Case("ring_update", "no key ever seen", lambda form: list(form(nothing, unseen, nothing, unseen))),
+            Case("ring_update", "no key seen",
+                 lambda form: list(form(nothing, unseen, outs[1].detach(), sums[1].detach()))),
+            Case("ring_update", "no key ever seen",
+                 lambda form: list(form(nothing, unseen, nothing, unseen))),
             grouped("in one block", block.unbind, (block,)), grouped("apart", lambda: apart, apart),
             stepped("", step), stepped("decay in the gradient", replace(step, decoupled=False))]
 
 
 def joined(device: torch.device, dtype: torch.dtype, group: Any) -> list[Case]:
-    """The ops over a group; every rank has inputs of its own, and the same gradient where all have the same result."""
+    """Return the ops over a group; every rank has other inputs, and the same gradient if all have the same
+    result."""
     made = _Inputs(device, dtype)
     made.generator.manual_seed(5 + group.rank())
     rows = 4 * group.size()

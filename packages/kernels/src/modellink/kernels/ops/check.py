@@ -1,7 +1,8 @@
-"""The doctor's measurements that need torch: devices, one collective, every use of every op against its plain form.
+"""The measurements of modellink-doctor that need torch: devices, one collective, every use of every op
+against its plain form.
 
-On an NPU this is the comparison that no other machine can make: what its kernels compute. Under torchrun the ranks also compare
-the ops over ranks. Not here: speed.
+On an NPU this shows what its kernels compute, which no other machine can. Under torchrun the ranks also
+compare the ops over ranks. Not here: speed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from modellink.kernels.device import Device, find
 from modellink.kernels.ops.cases import Case, alone, joined
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
-"""The largest difference allowed, as a share of the plain result's largest value if that is above 1."""
+"""Largest allowed difference, relative to the plain result's largest value if that is above 1."""
 
 
 def local_rank() -> int:
@@ -29,7 +30,7 @@ def local_rank() -> int:
 
 
 def devices(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows about the device and a two-way trip through its collective backend; and what failed."""
+    """Return rows about the device and a collective over its backend, and what failed."""
     device = find(kind, local_rank())  # type: ignore[arg-type]
     count = device.module.device_count() if device.module else 1
     rows: list[tuple[str, ...]] = [("device", str(device.torch)), ("count", str(count)),
@@ -44,12 +45,14 @@ def devices(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
             good = total == 4 * dist.get_world_size()
     except Exception as error:
         return [*rows, (where, "failed")], [f"{device.backend}: {error}"]
-    return [*rows, (where, "works" if good else f"wrong sum {total}")], [] if good else [f"{device.backend}: wrong sum {total}"]
+    return [*rows, (where,
+                    "works" if good else f"wrong sum {total}")], [] if good else [f"{device.backend}: wrong "
+                                                                                  f"sum {total}"]
 
 
 @contextlib.contextmanager
 def _group(device: Device) -> Iterator[None]:
-    """All ranks that a launcher started, which meet once and part when the process ends; or this one alone."""
+    """Join all ranks that a launcher started, once until the process ends; or only this one."""
     device.activate()
     wait = timedelta(minutes=2)
     if "RANK" in os.environ:
@@ -68,10 +71,11 @@ def _group(device: Device) -> Iterator[None]:
 
 
 def difference(case: Case) -> float:
-    """The largest difference of any result or gradient, as a share of the plain one's largest value if that is above 1."""
+    """Return the largest difference of a result or gradient, relative to the plain one's largest value if
+    that is above 1."""
     largest = 0.0
-    for found, meant in zip(case.dispatched(), case.plain(), strict=True):
-        ours, plain = found.cpu(), meant.cpu()
+    for found, expected in zip(case.dispatched(), case.plain(), strict=True):
+        ours, plain = found.cpu(), expected.cpu()
         where = plain.isfinite()
         if not torch.equal(where, ours.isfinite()) or not torch.equal(ours[~where], plain[~where]):
             return float("inf")
@@ -82,7 +86,8 @@ def difference(case: Case) -> float:
 
 
 def ops(kind: str) -> tuple[list[tuple[str, ...]], list[str]]:
-    """Rows of op, use, dtype, difference; and the ops that differ from their plain form by more than is allowed."""
+    """Return rows of op, use, dtype, difference, and the ops that differ from their plain form by more than
+    is allowed."""
     device = find(kind, local_rank())  # type: ignore[arg-type]
     rows: list[tuple[str, ...]] = []
     wrong: list[str] = []
@@ -100,7 +105,7 @@ def _compare(cases: list[Case], dtype: torch.dtype, rows: list[tuple[str, ...]],
     for case in cases:
         try:
             found = difference(case)
-        except RuntimeError as error:  # of the device: the other ops are still to be seen
+        except RuntimeError as error:  # of the device: go through the other ops
             rows.append((case.op, case.use, name, "failed", f"{allowed:.0e}", "wrong"))
             wrong.append(f"op {case.name} in {name} failed: {str(error).splitlines()[0]}")
             continue

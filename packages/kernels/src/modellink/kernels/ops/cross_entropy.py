@@ -1,7 +1,8 @@
-"""Cross entropy over a vocabulary that may be cut over tensor-parallel ranks (Megatron-LM, Shoeybi et al. 2019).
+"""Cross entropy over a vocabulary that may be sharded across tensor-parallel ranks (Megatron-LM, Shoeybi et
+al. 2019).
 
-The logits of a batch are the largest tensor of many a run. They are taken a few rows at a time, wide (fp32) for no longer than
-that, and are what the backward pass keeps; over several ranks there are three reductions of [tokens].
+The logits of a batch are often the largest tensor of a run. They are processed a few rows at a time, in fp32
+only for that long, and are what the backward pass keeps; several ranks exchange three reductions of [tokens].
 """
 
 from __future__ import annotations
@@ -14,18 +15,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 WIDE = {"cpu": 2**21}
-"""Logits that are wide at a time, by device type: on a CPU they stay in its caches."""
+"""Number of logits converted to fp32 at a time, by device type: on a CPU they fit its caches."""
 WIDE_ELSEWHERE = 2**26
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None, *, overwrite: bool = False) -> Tensor:
-    """Negative log-probability of each label, in fp32.
+def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None = None, *,
+                  overwrite: bool = False) -> Tensor:
+    """Return the negative log-probability of each label, in fp32.
 
     Args:
         logits: [..., vocabulary / ranks of `group`], this rank's part, contiguous in the vocabulary.
-        labels: [...] token ids in the whole vocabulary.
-        group: the ranks the vocabulary is cut over; None or one rank: it is whole.
-        overwrite: nobody looks at the logits again: the backward pass may put their gradient in their place.
+        labels: [...] token ids in the full vocabulary.
+        group: the ranks across which the vocabulary is sharded; None or one rank: it is not sharded.
+        overwrite: the logits are not used again; the backward pass may overwrite them with their gradient.
 
     Returns:
         [...] losses in nats.
@@ -33,7 +35,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, group: dist.ProcessGroup | Non
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"cross_entropy: labels of {list(labels.shape)} for logits of {list(logits.shape)}")
     if logits.dim() == 3 and not logits.is_contiguous() and logits.transpose(0, 1).is_contiguous():
-        return cross_entropy(logits.transpose(0, 1), labels.transpose(0, 1), group, overwrite=overwrite).transpose(0, 1)
+        return cross_entropy(logits.transpose(0, 1), labels.transpose(0, 1), group,
+                             overwrite=overwrite).transpose(0, 1)
     cut = group if group is not None and group.size() > 1 else None
     losses: Tensor = _ByRows.apply(logits.flatten(0, -2), labels.flatten(), cut, overwrite)
     return losses.view_as(labels)
@@ -46,7 +49,8 @@ def plain(logits: Tensor, labels: Tensor) -> Tensor:
 
 class _ByRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None, overwrite: bool) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: dist.ProcessGroup | None,
+                overwrite: bool) -> Tensor:
         size = logits.size(-1)
         start = group.rank() * size if group else 0
         elsewhere = (labels < start) | (labels >= start + size)
@@ -55,7 +59,8 @@ class _ByRows(torch.autograd.Function):
         if group:
             dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
         target = (logits.gather(-1, local).float() - largest).masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        total = torch.cat([(logits[rows] - largest[rows]).exp_().sum(-1, keepdim=True) for rows in _rows(logits)])
+        total = torch.cat([(logits[rows] - largest[rows]).exp_().sum(-1, keepdim=True)
+                           for rows in _rows(logits)])
         if group:
             both = torch.stack([target, total])
             dist.all_reduce(both, group=group)
@@ -66,12 +71,12 @@ class _ByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        logits, normaliser, local, elsewhere = ctx.saved_tensors
+        logits, normalizer, local, elsewhere = ctx.saved_tensors
         result = logits if ctx.overwrite else torch.empty_like(logits)
         gradient = gradient.unsqueeze(-1)
-        of_label = -gradient.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # nothing where another rank has the label
+        of_label = -gradient.masked_fill(elsewhere.unsqueeze(-1), 0.0)  # zero if another rank has the label
         for rows in _rows(logits):
-            wide = (logits[rows] - normaliser[rows]).exp_().mul_(gradient[rows])
+            wide = (logits[rows] - normalizer[rows]).exp_().mul_(gradient[rows])
             result[rows] = wide.scatter_add_(-1, local[rows], of_label[rows])
         return result, None, None, None
 

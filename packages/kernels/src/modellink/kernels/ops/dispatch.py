@@ -1,7 +1,7 @@
-"""Which form of an op is taken: the fused one of a tensor's device, or the plain one where that is asked for.
+"""Choosing the form of an op: the fused one of the tensor's device, or the plain one if that is requested.
 
-Not here: the forms, which stand in each op's own file; what joins a product with a collective (matmul_collective.py),
-whose plain form has the same arithmetic.
+Not here: the forms, which are in each op's own file, and products joined with a collective
+(matmul_collective.py), whose plain form has the same arithmetic.
 """
 
 from __future__ import annotations
@@ -11,25 +11,26 @@ from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 Form = TypeVar("Form")
-OPS = frozenset({"adamw", "attention", "attention_block", "grouped_matmul", "linear", "ring_update", "rms_norm", "rotary",
-                 "swiglu"})
-"""Those with a choice."""
+OPS = frozenset({"adamw", "attention", "attention_block", "grouped_matmul", "linear", "ring_update",
+                 "rms_norm", "rotary", "swiglu"})
+"""The ops that have several forms."""
 _plain: frozenset[str] = frozenset()
 
 
 def form_of(op: str, device_type: str, forms: Mapping[str, Form], plain: Form) -> Form:
-    """The form of `op` for tensors on a device of this type."""
+    """Return the form of `op` for tensors on a device of this type."""
     return plain if op in _plain else forms.get(device_type, plain)
 
 
 @contextlib.contextmanager
 def plain_forms(*ops: str) -> Iterator[None]:
-    """Inside, these ops take their plain form on every device: a numeric trouble can so be traced to one of them.
+    """Use the plain form of these ops on every device inside the block, to trace a numerical problem to one
+    of them.
 
-    It holds for the whole process, whose backward passes run in threads of their own.
+    This holds for the whole process, because backward passes run in other threads.
 
     Raises:
-        ValueError: there is no such op, or it has no choice.
+        ValueError: there is no such op, or it has only one form.
     """
     global _plain
     if unknown := sorted(set(ops) - OPS):

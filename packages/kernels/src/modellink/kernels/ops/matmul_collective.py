@@ -1,8 +1,9 @@
 """Matrix products joined with a collective over tensor-parallel ranks (MC2 on Ascend).
 
-Where ranks hold parts of the rows, `all_gather_matmul` multiplies the rows of all ranks, and `matmul_reduce_scatter` sums the
-products of all ranks and leaves each its rows; each is the other's gradient. Where all hold every row, `matmul_all_reduce` sums
-the products. The fused forms overlap the transfer with the product.
+If ranks hold parts of the rows, `all_gather_matmul` multiplies the rows of all ranks, and
+`matmul_reduce_scatter` sums the products of all ranks and leaves each rank its rows; each is the other's
+gradient. If all ranks hold every row, `matmul_all_reduce` sums the products. The fused forms overlap the
+transfer with the product.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# What torch_npu takes: the ranks by its host checks, types and inner sizes by its documentation of the three ops.
+# Limits of torch_npu: ranks from its host checks, dtypes and inner sizes from its documentation of the three
+# ops.
 NPU_RANKS, NPU_RANKS_ALL_REDUCE = (2, 4, 8, 16, 32), (2, 4, 8)
 NPU_INNER = range(256, 65535)
 NPU_TYPES = (torch.float16, torch.bfloat16)
@@ -37,14 +39,16 @@ class Forms:
 
 
 def all_gather_matmul(x: Tensor, weight: Tensor, group: Any, forms: Forms | None = None) -> Tensor:
-    """x [rows, in] of this rank, weight [out, in] -> [ranks x rows, out], the rows in the order of the ranks."""
+    """Gather rows and multiply: x [rows, in] of this rank, weight [out, in] -> [ranks x rows, out], in the
+    order of ranks."""
     _check("all_gather_matmul", x, weight)
     out: Tensor = _AllGatherMatmul.apply(x, weight, group, forms or FORMS.get(x.device.type, PLAIN))
     return out
 
 
 def matmul_reduce_scatter(x: Tensor, weight: Tensor, group: Any, forms: Forms | None = None) -> Tensor:
-    """x [ranks x rows, in], weight [out, in] -> [rows, out], this rank's rows of the sum over ranks."""
+    """Multiply and sum over ranks: x [ranks x rows, in], weight [out, in] -> [rows, out], this rank's rows of
+    the sum."""
     _check("matmul_reduce_scatter", x, weight)
     if x.size(0) % group.size():
         raise ValueError(f"matmul_reduce_scatter: {x.size(0)} rows for {group.size()} ranks")
@@ -53,7 +57,8 @@ def matmul_reduce_scatter(x: Tensor, weight: Tensor, group: Any, forms: Forms | 
 
 
 def matmul_all_reduce(x: Tensor, weight: Tensor, group: Any, forms: Forms | None = None) -> Tensor:
-    """x [rows, in], weight [out, in] -> [rows, out], the sum over ranks; its gradient is one that all ranks have."""
+    """Multiply and sum over ranks: x [rows, in], weight [out, in] -> [rows, out]; the gradient is the same on
+    all ranks."""
     _check("matmul_all_reduce", x, weight)
     out: Tensor = _MatmulAllReduce.apply(x, weight, group, forms or FORMS.get(x.device.type, PLAIN))
     return out
@@ -61,7 +66,8 @@ def matmul_all_reduce(x: Tensor, weight: Tensor, group: Any, forms: Forms | None
 
 def _check(name: str, x: Tensor, weight: Tensor) -> None:
     if x.dim() != 2 or weight.dim() != 2 or x.size(1) != weight.size(1) or x.dtype != weight.dtype:
-        raise ValueError(f"{name}: {x.dtype} rows of {list(x.shape)} for a {weight.dtype} matrix of {list(weight.shape)}")
+        raise ValueError(f"{name}: {x.dtype} rows of {list(x.shape)} for a {weight.dtype} matrix of "
+                         f"{list(weight.shape)}")
 
 
 class _AllGatherMatmul(torch.autograd.Function):
@@ -89,8 +95,8 @@ class _MatmulReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,), (x, weight) = gradients, ctx.saved_tensors
-        of_x, whole = ctx.forms.gather(gradient, weight, ctx.group)
-        return of_x, whole.t() @ x if ctx.needs_input_grad[1] else None, None, None
+        of_x, gathered = ctx.forms.gather(gradient, weight, ctx.group)
+        return of_x, gathered.t() @ x if ctx.needs_input_grad[1] else None, None, None
 
 
 class _MatmulAllReduce(torch.autograd.Function):
@@ -107,14 +113,14 @@ class _MatmulAllReduce(torch.autograd.Function):
 
 
 def _gathered(x: Tensor, group: Any) -> Tensor:
-    whole = x.new_empty(group.size() * x.size(0), x.size(1))
-    dist.all_gather_into_tensor(whole, x.contiguous(), group=group)
-    return whole
+    gathered = x.new_empty(group.size() * x.size(0), x.size(1))
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered
 
 
 def plain_gather(x: Tensor, matrix: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    whole = _gathered(x, group)
-    return whole @ matrix, whole
+    gathered = _gathered(x, group)
+    return gathered @ matrix, gathered
 
 
 def plain_scatter(x: Tensor, matrix: Tensor, group: Any) -> Tensor:
@@ -133,36 +139,38 @@ def plain_reduce(x: Tensor, matrix: Tensor, group: Any) -> Tensor:
 PLAIN = Forms(plain_gather, plain_scatter, plain_reduce)
 
 
-def _npu_takes(x: Tensor, group: Any) -> bool:
+def _npu_supports(x: Tensor, group: Any) -> bool:
     return x.dtype in NPU_TYPES and x.size(1) in NPU_INNER and group.size() in NPU_RANKS
 
 
 def _hcom(group: Any) -> str:
-    """The name of the HCCL communicator of a group."""
+    """Return the name of the HCCL communicator of a group."""
     name: str = group._get_backend(torch.device("npu")).get_hccl_comm_name(dist.get_rank())
     return name
 
 
 def npu_gather(x: Tensor, matrix: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    if not _npu_takes(x, group):
+    if not _npu_supports(x, group):
         return plain_gather(x, matrix, group)
-    out, whole = torch.ops.npu.npu_all_gather_base_mm(x.contiguous(), matrix, _hcom(group), group.size(), bias=None,
+    out, gathered = torch.ops.npu.npu_all_gather_base_mm(x.contiguous(), matrix, _hcom(group), group.size(),
+                                                         bias=None,
                                                       gather_index=0, gather_output=True)
-    return out, whole
+    return out, gathered
 
 
 def npu_scatter(x: Tensor, matrix: Tensor, group: Any) -> Tensor:
-    if not _npu_takes(x, group):
+    if not _npu_supports(x, group):
         return plain_scatter(x, matrix, group)
-    out: Tensor = torch.ops.npu.npu_mm_reduce_scatter_base(x.contiguous(), matrix, _hcom(group), group.size(), reduce_op="sum",
-                                                           bias=None)
+    out: Tensor = torch.ops.npu.npu_mm_reduce_scatter_base(x.contiguous(), matrix, _hcom(group), group.size(),
+                                                           reduce_op="sum", bias=None)
     return out
 
 
 def npu_reduce(x: Tensor, matrix: Tensor, group: Any) -> Tensor:
     if x.dtype not in NPU_TYPES or group.size() not in NPU_RANKS_ALL_REDUCE or not x.size(0):
         return plain_reduce(x, matrix, group)
-    out: Tensor = torch.ops.npu.npu_mm_all_reduce_base(x.contiguous(), matrix, _hcom(group), reduce_op="sum", bias=None)
+    out: Tensor = torch.ops.npu.npu_mm_all_reduce_base(x.contiguous(), matrix, _hcom(group), reduce_op="sum",
+                                                       bias=None)
     return out
 
 

@@ -1,4 +1,6 @@
-"""Joining attention over two sets of keys (as in flash attention, Dao et al. 2022): the step of ring attention."""
+"""Combining attention over two sets of keys (as in flash attention, Dao et al. 2022): the step of ring
+attention.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,20 @@ from modellink.kernels.ops.dispatch import form_of
 
 
 def ring_update(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over both sets of keys, from the attention over each.
+    """Return attention over both sets of keys, from the attention over each.
 
     Args:
         out, new_out: [seq, batch, heads, dim], fp32.
-        lse, new_lse: [seq, batch, heads], logarithm of the sum of exponentiated scores; -inf where no key was seen.
+        lse, new_lse: [seq, batch, heads], logarithm of the sum of exponentiated scores; -inf if no key was
+            seen.
     """
     if not (out.shape == new_out.shape and lse.shape == new_lse.shape == out.shape[:3]):
-        raise ValueError(f"ring_update: outputs of {list(out.shape)} and {list(new_out.shape)} with sums of {list(lse.shape)} "
+        raise ValueError(f"ring_update: outputs of {list(out.shape)} and {list(new_out.shape)} with sums of "
+                         f"{list(lse.shape)} "
                          f"and {list(new_lse.shape)}")
     if not out.dtype == new_out.dtype == lse.dtype == new_lse.dtype == torch.float32:
-        raise ValueError(f"ring_update: {out.dtype}, {lse.dtype}, {new_out.dtype} and {new_lse.dtype} are not all fp32")
+        raise ValueError(f"ring_update: {out.dtype}, {lse.dtype}, {new_out.dtype} and {new_lse.dtype} are "
+                         f"not all fp32")
     return form_of("ring_update", out.device.type, FORMS, plain)(out, lse, new_out, new_lse)
 
 
@@ -37,14 +42,16 @@ _LOWEST = torch.finfo(torch.float32).min
 
 
 class _Npu(torch.autograd.Function):
-    """The fused op, which joins maxima and sums of exponentials: our logarithm as the maximum, with a sum of one. It has no
-    derivative; backward is the plain form's."""
+    """The fused op combines maxima and sums of exponentials: it gets our logarithm as the maximum, with a sum
+    of one. It has no derivative; the backward pass is the plain form's."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, out: Tensor, lse: Tensor, new_out: Tensor,
+                new_lse: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(out, lse, new_out, new_lse)
-        # [batch, heads, seq, 8], eight times the same; -inf minus -inf would be NaN
-        largest, new_largest = (x.clamp(min=_LOWEST).permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8) for x in (lse, new_lse))
+        # [batch, heads, seq, 8], eight equal values; -inf minus -inf would be NaN
+        largest, new_largest = (x.clamp(min=_LOWEST).permute(1, 2, 0).unsqueeze(-1).repeat(1, 1, 1, 8)
+                                for x in (lse, new_lse))
         ones = torch.ones_like(largest)
         joined, largest, total = torch.ops.npu.npu_ring_attention_update(
             out.flatten(2), largest, ones, new_out.flatten(2), new_largest, ones, input_layout="SBH")

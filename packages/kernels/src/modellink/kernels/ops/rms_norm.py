@@ -1,6 +1,7 @@
 """Root-mean-square norm (Zhang and Sennrich 2019).
 
-On a CPU each step of the plain form is a pass over memory that is first asked for: the form of its own takes fewer, in place.
+On a CPU each step of the plain form is a pass over newly allocated memory; the CPU form needs fewer passes,
+in place.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from modellink.kernels.ops.dispatch import form_of
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """`weight` * x / sqrt(mean(x^2) + `epsilon`) over the last dimension; the mean is taken in fp32."""
+    """Return `weight` * x / sqrt(mean(x^2) + `epsilon`) over the last dimension; the mean is computed in
+    fp32."""
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: a weight of {list(weight.shape)} for rows of {x.size(-1)}")
     return form_of("rms_norm", x.device.type, FORMS, plain)(x, weight, epsilon)
@@ -45,8 +47,8 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With n = x * factor: the weight's is the sum of gradient * n, that of x is factor * (g - n * mean(g * n)) for
-        g = gradient * weight."""
+        """With n = x * factor and g = gradient * weight: the weight's gradient is the sum of gradient * n,
+        that of x is factor * (g - n * mean(g * n))."""
         x, weight, factor = ctx.saved_tensors
         normal, product = x * factor, gradient.float()
         scale, size = weight.float(), x.size(-1)
@@ -58,7 +60,7 @@ class _InPlace(torch.autograd.Function):
 
 
 def _factor(wide: Tensor, epsilon: float) -> Tensor:
-    """[..., 1] 1 / sqrt(mean(x^2) + epsilon)."""
+    """Return 1 / sqrt(mean(x^2) + epsilon) [..., 1]."""
     norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     return norm.square_().div_(wide.size(-1)).add_(epsilon).rsqrt_()
 

@@ -1,7 +1,8 @@
-"""Rotary position embedding (Su et al. 2021): pairs of dimensions are turned by an angle that grows with the position.
+"""Rotary position embedding (Su et al. 2021): pairs of dimensions are rotated by an angle that grows with the
+position.
 
-The op turns heads by given angles, with pairs half a head apart or neighbouring; `inverse_frequencies` says by how much a
-position turns each pair, with the published ways to stretch that for longer sequences.
+The op rotates heads by given angles, with adjacent pairs or pairs half a head apart; `inverse_frequencies`
+returns the angle per position of each pair, with the published ways to scale it for longer sequences.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modellink.kernels.ops.dispatch import form_of
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
-    """Rotate the first `cos.size(-1)` dimensions of every head and leave the others.
+    """Rotate the first `cos.size(-1)` dimensions of every head and keep the others.
 
     Args:
         x: [seq, batch, heads, dim].
@@ -27,9 +28,11 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) ->
     """
     size, seq, batch = cos.size(-1), x.size(0), x.size(1)
     if x.dim() != 4 or cos.shape not in ((seq, 1, 1, size), (seq, batch, 1, size)) or sin.shape != cos.shape:
-        raise ValueError(f"rotary: angles of {list(cos.shape)} and {list(sin.shape)} for heads of {list(x.shape)}")
+        raise ValueError(f"rotary: angles of {list(cos.shape)} and {list(sin.shape)} for heads of "
+                         f"{list(x.shape)}")
     if size % 2 or size > x.size(-1) or cos.dtype != x.dtype or sin.dtype != x.dtype:
-        raise ValueError(f"rotary: angles of {size} dimensions in {cos.dtype} for heads of {x.size(-1)} in {x.dtype}")
+        raise ValueError(f"rotary: angles of {size} dimensions in {cos.dtype} for heads of {x.size(-1)} in "
+                         f"{x.dtype}")
     form = form_of("rotary", x.device.type, FORMS, (plain, plain_interleaved))[interleaved]
     if size == x.size(-1):
         return form(x, cos, sin)
@@ -52,20 +55,21 @@ def cpu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Halves(torch.autograd.Function):
-    """Half by half into the place of the result: fewer passes over memory. The gradient is turned back; angles have none."""
+    """Compute both halves directly in the result: fewer passes over memory. The gradient is rotated back;
+    angles have none."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turned(x, cos, sin, 1)
+        return _rotated(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, sin, -1), None, None
+        return _rotated(gradient, cos, sin, -1), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     result = torch.empty_like(x, memory_format=torch.contiguous_format)
     halves = [x.chunk(2, dim=-1), cos.chunk(2, dim=-1), sin.chunk(2, dim=-1), result.chunk(2, dim=-1)]
     (first, second), (cos_first, cos_second), (sin_first, sin_second), (to_first, to_second) = halves
@@ -84,8 +88,8 @@ def npu(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def npu_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """For neighbours the fused op takes angles that all rows of a batch share, and fewer than 1000 heads of them together
-    (torch_npu's documentation of npu_rotary_mul)."""
+    """For adjacent pairs the fused op needs angles that all rows of a batch share, and fewer than 1000 heads
+    in the batch (torch_npu's documentation of npu_rotary_mul)."""
     if cos.size(1) > 1 or x.size(1) * x.size(2) >= 1000:
         return plain_interleaved(x, cos, sin)
     result: Tensor = torch.ops.npu.npu_rotary_mul(x, cos, sin, "interleave")
@@ -94,19 +98,22 @@ def npu_interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 FORMS: dict[str, tuple[Form, Form]] = {"cpu": (cpu, plain_interleaved), "npu": (npu, npu_interleaved)}
-"""Pairs half a head apart, neighbouring pairs."""
+"""(pairs half a head apart, adjacent pairs) by device type."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How frequencies are stretched beyond the original length (in tokens); field names are those of Hugging Face configs.
+    """How frequencies are scaled beyond the original length (in tokens); fields are named as in Hugging Face
+    configs.
 
-    - `linear`: all by `factor` (Chen et al. 2023).
-    - `dynamic`: a larger base once a sequence is longer than the original length (NTK-aware, as in transformers).
-    - `llama3`: waves longer than original length / `low_freq_factor` by `factor`, those shorter than original length /
-      `high_freq_factor` not, those between blended (Llama 3.1).
-    - `yarn`: pairs that turn more than `beta_fast` times in the original length not, those that turn less than `beta_slow`
-      times by `factor`, those between blended linearly (Peng et al. 2023).
+    - `linear`: all are divided by `factor` (Chen et al. 2023).
+    - `dynamic`: a larger base once a sequence is longer than the original length (NTK-aware, as in
+      transformers).
+    - `llama3`: wavelengths longer than original length / `low_freq_factor` are scaled by `factor`, those
+      shorter than original length / `high_freq_factor` are kept, those in between are interpolated (Llama
+      3.1).
+    - `yarn`: pairs with more than `beta_fast` rotations in the original length are kept, those with fewer
+      than `beta_slow` are scaled by `factor`, those in between are interpolated linearly (Peng et al. 2023).
     """
 
     kind: str
@@ -119,9 +126,11 @@ class Scaling:
 
 
 def inverse_frequencies(dim: int, base: float, scaling: Scaling | None = None, *, length: int = 0) -> Tensor:
-    """[dim / 2] angles a position, in fp32: pair i turns by base^(-2i / dim), stretched by `scaling`.
+    """Return the angles per position [dim / 2] in fp32: pair i rotates by base^(-2i / dim), scaled by
+    `scaling`.
 
-    `length` is that of the sequence, in tokens; only `dynamic` asks for it.
+    Args:
+        length: of the sequence, in tokens; only `dynamic` uses it.
     """
     if scaling is not None and scaling.kind == "dynamic" and length > scaling.original_length:
         stretched = scaling.factor * length / scaling.original_length - (scaling.factor - 1)
@@ -136,13 +145,14 @@ def inverse_frequencies(dim: int, base: float, scaling: Scaling | None = None, *
 
 
 def _kept_llama3(frequencies: Tensor, scaling: Scaling) -> Tensor:
-    turns = scaling.original_length * frequencies / (2 * math.pi)  # how often a wave fits into the original length
-    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0, 1)
+    turns = scaling.original_length * frequencies / (2 * math.pi)  # rotations in the original length
+    return ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0,
+                                                                                                            1)
 
 
 def _kept_yarn(dim: int, base: float, scaling: Scaling) -> Tensor:
     def pair(turns: float) -> float:
-        """The pair that turns so often in the original length."""
+        """Return the (fractional) pair with this number of rotations in the original length."""
         return dim * math.log(scaling.original_length / (turns * 2 * math.pi)) / (2 * math.log(base))
 
     low, high = max(math.floor(pair(scaling.beta_fast)), 0), min(math.ceil(pair(scaling.beta_slow)), dim - 1)
@@ -151,5 +161,5 @@ def _kept_yarn(dim: int, base: float, scaling: Scaling) -> Tensor:
 
 
 def yarn_scale(factor: float, mscale: float) -> float:
-    """How much larger yarn makes what it stretches: 0.1 mscale ln(factor) + 1."""
+    """Return yarn's scale of rotated dimensions: 0.1 mscale ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -12,9 +12,9 @@ from modellink.kernels.ops.dispatch import form_of
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """[..., 2 x ffn] (gate, then up) -> silu(gate) * up [..., ffn]."""
+    """Return silu(gate) * up [..., ffn] of x [..., 2 x ffn] (gate, then up)."""
     if x.size(-1) % 2:
-        raise ValueError(f"swiglu: {x.size(-1)} is not gate and up of one size")
+        raise ValueError(f"swiglu: {x.size(-1)} cannot be split into gate and up of equal size")
     return form_of("swiglu", x.device.type, FORMS, plain)(x)
 
 
@@ -29,7 +29,7 @@ def cpu(x: Tensor) -> Tensor:
 
 
 class _InPlace(torch.autograd.Function):
-    """Fewer passes over memory; the gradient's halves are written where they belong."""
+    """Fewer passes over memory; the halves of the gradient are written directly into the result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
