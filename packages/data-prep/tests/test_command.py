@@ -104,13 +104,13 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(command, options, e
     assert (summary["pieces_found_done"] > 0) == (point in POINTS[3:])
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.stress)])
-def test_killed_at_random_moments(command, options, expected, tmp_path, snapshot, times):
+@pytest.mark.stress  # in the default run, test_kills.py kills shares at random moments
+def test_killed_at_random_moments(command, options, expected, tmp_path, snapshot):
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = random.Random(seed)
     arguments = [*options, "--output-prefix", "out/set", "--json-keys", "text", "title", "--workers", "2"]
-    for _ in range(times):
+    for _ in range(30):
         process = subprocess.Popen([sys.executable, "-c", "from modellink.data_prep.cli import main; main()",
                                     *map(str, arguments)], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.5, 2.5))
