@@ -80,7 +80,7 @@ def test_nothing_there_says_what_was_looked_for(tmp_path, write_csv):
     write_csv(tmp_path / "law_test.csv", [("id", "question", "A", "B", "C", "D", "answer")])
     message = fails(MMLU, tmp_path)
     assert "no data of mmlu was found" in message and str(tmp_path) in message
-    assert "looked for files named *_test.csv" in message
+    assert "expected files named *_test.csv" in message
     assert "law_test.csv, row 1 does not match: 7 columns, there must be 6" in message
 
 
