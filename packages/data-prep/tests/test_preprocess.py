@@ -103,7 +103,7 @@ def test_bad_rows_may_be_left_out_and_are_counted(run, tmp_path, write_lines):
     path = write_lines(tmp_path / "bad.jsonl", BAD)
     summary = run(input=(str(path),), on_bad_row="skip")
     assert (summary.rows, summary.skipped_rows) == (2, 3)
-    assert summary.bad_rows == [f"{path}, line 2: 'text' is empty (null), not a text", f"{path}, line 3: it has no 'text'",
+    assert summary.bad_rows == [f"{path}, line 2: 'text' is empty (null), not a text", f"{path}, line 3: the row has no 'text'",
                                 f"{path}, line 4: 'text' is a int, not a text"]
 
 

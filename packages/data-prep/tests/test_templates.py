@@ -302,13 +302,13 @@ def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, b
     (tmp_path / "mine.txt").write_text('{"user": ["Q: {content}"]}')
     assert chat_format(byte_tokenizer, template=tmp_path / "mine.txt").name == "mine"
     for name in ("absent.txt", "qwn"):
-        with pytest.raises(ModelLinkError, match="there is no template") as caught:
+        with pytest.raises(ModelLinkError, match="unknown template") as caught:
             chat_format(byte_tokenizer, template=name)
         assert caught.value.where == "--template"
 
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
-    for options, message in (({}, "no template is given"), ({"prompt_type": "qwn"}, "there is no template 'qwn'"),
+    for options, message in (({}, "no template is given"), ({"prompt_type": "qwn"}, "unknown template 'qwn'"),
                              ({"prompt_type": "qwen", "hf_chat_template": True}, "contradict"),
                              ({"prompt_type": "llama3"}, r"no token '<\|eot_id\|>'")):
         with pytest.raises(ModelLinkError, match=message):
@@ -319,7 +319,7 @@ def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
 
 @pytest.mark.parametrize(("messages", "message"), [
     ([], "conversation is empty"), ([ANSWER], "turn 1 is from assistant"), ([QUESTION, QUESTION], "turn 2 is from user"),
-    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the role 'bot'"),
+    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the unknown role 'bot'"),
     ([{"role": "user", "content": None}], "content of message 1 is a NoneType"), (["Hi"], "message 1 is a str")])
 def test_wrong_conversations_are_named(messages, message):
     with pytest.raises(ModelLinkError, match=message):
