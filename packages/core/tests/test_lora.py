@@ -244,7 +244,9 @@ def test_merged_logits_are_those_of_the_adapters(pools, made, case, tp, modules)
 
 
 @pytest.mark.parametrize(("changes", "message", "fix"), [
-    ({"lora_target_modules": ("linear_vqk",)}, "the model has no linear linear_vqk", "linear_fc1, linear_fc2"),
+    ({"lora_target_modules": ("linear_vqk",)}, "the model has no linear linear_vqk", "did you mean linear_qkv?"),
+    ({"lora_target_modules": ("q_proj",)}, "the model has no linear q_proj", "did you mean linear_qkv?"),
+    ({"lora_target_modules": ("all",)}, "the model has no linear all", "linear_fc1 linear_fc2 linear_proj linear_qkv?"),
     ({"lora_target_modules": (), "lora_load": "."}, "--lora-load needs --lora-target-modules", "repeat"),
     ({"lora_load": "nowhere"}, "the adapters to load are missing", "nowhere"),
     ({"lora_load": "."}, "the folder holds no adapters", "lora.json"),
