@@ -14,9 +14,9 @@ import pytest
 from ranks import beside
 
 from modellink.core.cli import _run
+from modellink.core.config.faults import read_faults
 from modellink.core.launch import free_port
-from modellink.core.resilience.faults import read_faults
-from modellink.core.resilience.survivors import State, decide
+from modellink.core.resilience.survivors import RankState, decide
 from modellink.core.resilience.watch import Failure
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -168,8 +168,8 @@ def test_bytes_of_a_parameter_with_each_half_holding_all(pools, options, tmp_pat
 FOUR = ParallelLayout(dp=4)
 
 
-def states(*ranks: tuple[int, int, str]) -> dict[int, State]:
-    return {rank: State(iteration, phase, (0, 0, 0, rank), False) for rank, iteration, phase in ranks}
+def states(*ranks: tuple[int, int, str]) -> dict[int, RankState]:
+    return {rank: RankState(iteration, phase, (0, 0, 0, rank), False) for rank, iteration, phase in ranks}
 
 
 def test_who_is_left_decides_what_was_finished():

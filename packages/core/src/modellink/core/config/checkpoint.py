@@ -21,7 +21,7 @@ class CheckpointConfig(ModelPathOptions):
                                "which is resumed. If it is the same empty folder as --save, training starts from scratch.")
     auto_resume: bool = option(False, "Resume the run in --save if it contains one, regardless of --load.")
     ckpt_step: int | None = option(None, "Iteration of --load to start from. Default: the last complete one.",
-                                   minimum=0)
+                                   alias="--iteration", minimum=0)
     ref_load: Path | None = option(None, "Checkpoint of the frozen reference model, for methods that compare with one. "
                                    "Default: --load at the start of the run.")
     finetune: bool = option(False, "Load only the weights of --load, and start at iteration 0.")
