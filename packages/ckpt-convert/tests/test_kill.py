@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
 
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.adapter import AdapterConfig
+from modellink.ckpt_convert.cli import main
 from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -29,21 +31,37 @@ Content = Callable[[Path], dict[str, bytes]]
 TARGETS = {"megatron-core": ["--to", "megatron-core", "--tp", "3", "--pp", "2"],
            "hf": ["--to", "hf", "--max-shard-size", "0.00002"]}
 
-SLOWLY = """
-import importlib, time
-from modellink.ckpt_convert.cli import main
-convert = importlib.import_module("modellink.ckpt_convert.convert")
-write, begin = convert.writing.write, convert._write_files
-def slow(*args):
-    time.sleep(0.03)
-    return write(*args)
-def say(*args):
-    print("writing", flush=True)
-    return begin(*args)
-convert.writing.write, convert._write_files = slow, say
-main()
-"""
-"""The command with a pause before each file, so that a kill interrupts it."""
+def start(arguments: Sequence[object]) -> tuple[int, int]:
+    """Fork a process that runs the command with a pause before each file, so that a kill interrupts it.
+
+    Returns (process id, descriptor of a pipe that has a line once it writes).
+    """
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        return child, reading
+    try:
+        convert = importlib.import_module("modellink.ckpt_convert.convert")
+        write, begin = convert.writing.write, convert._write_files
+
+        def slow(*args: Any) -> Any:
+            time.sleep(0.03)
+            return write(*args)
+
+        def say(*args: Any) -> Any:
+            os.write(writing, b"writing\n")
+            return begin(*args)
+
+        vars(convert.writing)["write"], vars(convert)["_write_files"] = slow, say
+        torch.set_num_threads(torch.get_num_threads())  # creates torch's pool again, before several threads do so at once
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.argv = ["modellink-convert", *map(str, arguments)]
+        main()
+    except SystemExit as done:
+        os._exit(done.code if isinstance(done.code, int) else 1)
+    finally:
+        os._exit(99)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -68,28 +86,28 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.stress)])
-def test_killed_at_random_moments(kills: int, make_model: Make, content: Content, tmp_path: Path) -> None:
+def test_killed_at_random_moments(kills: int, make_model: Make, run: Run, content: Content, tmp_path: Path) -> None:
     """The command in its own process, killed repeatedly while it writes, ends with the bytes of an uninterrupted run."""
     seed = int.from_bytes(os.urandom(4), "little")
     print(f"seed {seed}")
     moments = random.Random(seed)
     source = make_model("llama", num_hidden_layers=12, hidden_size=60)
-    command = [sys.executable, "-c", SLOWLY, str(source), str(tmp_path / "out"), "--to", "megatron-core", "--tp=3", "--pp=4"]
+    options = [source, tmp_path / "out", "--to", "megatron-core", "--tp=3", "--pp=4"]
     done = 0
     while done < kills:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert process.stdout is not None and process.stdout.readline() == "writing\n"
+        child, reading = start(options)
+        assert os.read(reading, 100) == b"writing\n"
         time.sleep(moments.uniform(0, 0.6))
-        process.kill()
-        process.wait(timeout=60)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
         if (tmp_path / "out").exists():  # it finished before the kill
             assert open_checkpoint(tmp_path / "out").layout.tp == 3
             shutil.rmtree(tmp_path / "out")
         else:
             done += 1
-    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
-    straight = [*command[:4], str(tmp_path / "straight"), *command[5:]]
-    assert subprocess.run(straight, capture_output=True, check=False).returncode == 0
+    assert run(options).returncode == 0
+    assert run([source, tmp_path / "straight", *options[2:]]).returncode == 0
     assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 

@@ -14,9 +14,9 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
 
 LAYOUTS = {
-    "tp": ParallelLayout(tp=2), "pp": ParallelLayout(pp=2), "vpp": ParallelLayout(tp=2, pp=2, vpp=2),
-    "uneven": ParallelLayout(pp=3, num_layer_list=(1, 2, 1)), "ep": ParallelLayout(ep=2),
+    "tp-pp-vpp": ParallelLayout(tp=2, pp=2, vpp=2), "uneven": ParallelLayout(pp=3, num_layer_list=(1, 2, 1)),
     "tp-pp-ep": ParallelLayout(tp=2, pp=2, ep=2), "pp-ep": ParallelLayout(pp=2, ep=4)}
+"""Each dimension is in one of them; test_properties.py draws layouts for models of any kind."""
 CASES = [(model, layout) for model in MODELS for layout in LAYOUTS
          if LAYOUTS[layout].ep == 1 or spec_of(model)[1].num_experts]
 

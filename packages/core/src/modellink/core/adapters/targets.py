@@ -20,14 +20,8 @@ def targets(spec: ModelSpec, lora: LoraConfig) -> dict[str, Weight]:
     for module in lora.modules:
         if module not in known:
             raise ModelLinkError(f"the model has no linear {module}", where="--lora-target-modules",
-                                 fix=_suggestion(module, known))
+                                 fix=meant_modules(module, known) or f"use some of {', '.join(known)}")
     return {name: weight for name, weight in linears.items() if linear(name) in lora.modules}
-
-
-def _suggestion(module: str, known: list[str]) -> str:
-    if module in ("all", "all-linear"):
-        return f"did you mean {' '.join(known)}?"
-    return meant_modules(module, known) or f"use some of {', '.join(known)}"
 
 
 def linear(name: str) -> str:
