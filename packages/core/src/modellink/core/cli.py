@@ -84,7 +84,7 @@ def _start(method: type[Method], model: str | None, config: Path | None, given: 
 
 
 def newest(folder: Path) -> Path | None:
-    """The last complete checkpoint in a folder; None if there is none."""
+    """The last complete checkpoint in a folder; None without one."""
     with contextlib.suppress(ModelLinkError):
         return last_complete(folder)
     return None

@@ -107,7 +107,7 @@ def facts(preset: Preset) -> dict[str, Any]:
 
 
 def commands(preset: Preset) -> dict[str, list[str] | str]:
-    """Step -> the words of its command, or the reason why there is none. Folders, prompt and learning rate are examples.
+    """Step -> the words of its command, or the reason why it has no command. Folders, prompt and learning rate are examples.
 
     A published model is converted and trained from its weights. Others start from random weights and a tokenizer, and are
     converted to Hugging Face format afterwards if the family has one.

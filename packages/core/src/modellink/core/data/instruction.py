@@ -145,7 +145,7 @@ def shares(total: int, split: str) -> list[range]:
 
 
 def build_sets(data: DataConfig, instruction: InstructionConfig, *, seed: int) -> list[Samples[Sample] | None]:
-    """Training, validation and test samples of one data set or a blend; None if there are none.
+    """Training, validation and test samples of one data set or a blend; None for an empty set.
 
     Raises:
         ModelLinkError: a data set without training samples, or files that do not belong together.

@@ -38,7 +38,7 @@ class Preset:
         model, parallel, data, optimizer: option values.
         original: how the original ran it: `implementation`, `cluster` (machines x devices), `tokens_per_second` (per device; None
             if it gives none), and further `switches` of its script.
-        public: name of the public configuration; None if there is none, for the reason in `public_missing`.
+        public: name of the public configuration; None without one, for the reason in `public_missing`.
         notes: differences from the original's script, with reasons.
     """
 

@@ -37,7 +37,7 @@ class Agent(LocalElasticAgent):
     """The agent of one machine.
 
     Args:
-        fewer: the next smaller possible number of ranks on this machine; None if there is none.
+        fewer: the next smaller possible number of ranks on this machine; None if no smaller number works.
         saved: identifies the last checkpoint, to detect progress between failures.
     """
 

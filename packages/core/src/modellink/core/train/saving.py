@@ -30,7 +30,7 @@ def save_now(training: Training, run: Run) -> None:
 
 
 def _additional_files(run: Run, folder: Path) -> Callable[[Path], None] | None:
-    """A function that writes further files into the folder of an iteration; None if there are none."""
+    """A function that writes further files into the folder of an iteration, if any."""
     form = run.checkpoint.save_format
     if form != "torch-dist":
         return partial(megatron_files.write, form=form, manifest=run.manifest, layout=run.layout,
