@@ -130,7 +130,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def real_text() -> Path:
-    """The folder `text` of the shared test data: MODELLINK_TEST_DATA, or ../shared/data beside the checkout."""
+    """Return the folder `text` of the shared test data: MODELLINK_TEST_DATA, or ../shared/data next to the checkout."""
     checkout = Path(__file__).resolve().parents[3]
     folder = Path(os.environ.get("MODELLINK_TEST_DATA") or checkout.parent / "shared" / "data") / "text"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Text as it grows: pieces add up to the whole, characters stay whole, and the work a token costs does not grow."""
+"""Streaming decode: chunks add up to the full text, characters are never split, and the work per token is constant."""
 
 import pytest
 from hypothesis import given, settings

@@ -103,7 +103,7 @@ def test_many_parts_need_few_open_files(run, byte_folder, tmp_path, write_lines,
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"handler_name": "GeneralPretrainHandler", "prompt_type": None}, "plain text is not packed"),
-    ({"seq_length": None}, "--seq-length must be given"),
+    ({"seq_length": None}, "--pack needs --seq-length"),
     ({"handler_name": "AlpacaStylePairwiseHandler", "map_keys": '{"chosen": "output", "rejected": "output"}'},
      "cannot be packed")])
 def test_what_cannot_be_packed(tmp_path, write_lines, byte_folder, options, message):

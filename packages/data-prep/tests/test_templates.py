@@ -1,4 +1,4 @@
-"""Every prompt template token by token, on tokenizers trained here and real ones; what is said never becomes a control token.
+"""Every prompt template token by token, on tokenizers trained here and real ones; message text never becomes a control token.
 
 `rendered.json` holds, for each template and conversation, the parts of each turn as they must be encoded: asked, then learned.
 """
@@ -109,7 +109,7 @@ def literal_ids(library, plain, part):
 
 
 def outside(text, token, written):
-    """Where the token stands in the text, but not in what people wrote; -1 nowhere."""
+    """Return the position of the token in the text, outside user text, or -1."""
     at = text.find(token)
     while at >= 0 and any((start := text.find(said)) <= at < start + len(said) for said in written if said in text):
         at = text.find(token, at + 1)
@@ -302,13 +302,13 @@ def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, b
     (tmp_path / "mine.txt").write_text('{"user": ["Q: {content}"]}')
     assert chat_format(byte_tokenizer, template=tmp_path / "mine.txt").name == "mine"
     for name in ("absent.txt", "qwn"):
-        with pytest.raises(ModelLinkError, match="there is no template") as caught:
+        with pytest.raises(ModelLinkError, match="unknown template") as caught:
             chat_format(byte_tokenizer, template=name)
         assert caught.value.where == "--template"
 
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
-    for options, message in (({}, "no template is named"), ({"prompt_type": "qwn"}, "there is no template 'qwn'"),
+    for options, message in (({}, "no template is given"), ({"prompt_type": "qwn"}, "unknown template 'qwn'"),
                              ({"prompt_type": "qwen", "hf_chat_template": True}, "contradict"),
                              ({"prompt_type": "llama3"}, r"no token '<\|eot_id\|>'")):
         with pytest.raises(ModelLinkError, match=message):
@@ -318,8 +318,8 @@ def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
 
 
 @pytest.mark.parametrize(("messages", "message"), [
-    ([], "conversation is empty"), ([ANSWER], "turn 1 is of assistant"), ([QUESTION, QUESTION], "turn 2 is of user"),
-    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the role 'bot'"),
+    ([], "conversation is empty"), ([ANSWER], "turn 1 is from assistant"), ([QUESTION, QUESTION], "turn 2 is from user"),
+    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the unknown role 'bot'"),
     ([{"role": "user", "content": None}], "content of message 1 is a NoneType"), (["Hi"], "message 1 is a str")])
 def test_wrong_conversations_are_named(messages, message):
     with pytest.raises(ModelLinkError, match=message):

@@ -36,7 +36,7 @@ def capital_rows(first: int, count: int) -> Rows:
 
 @pytest.fixture(scope="session")
 def write_csv() -> Callable[[Path, Rows], Path]:
-    """Write a file as the MMLU set has it, and the folder it lies in."""
+    """Write a file in the format of the MMLU set, and create its folder."""
     def write_csv(path: Path, rows: Rows) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -47,7 +47,7 @@ def write_csv() -> Callable[[Path, Rows], Path]:
 
 @pytest.fixture(scope="session")
 def write_jsonl() -> Callable[[Path, list[Any]], Path]:
-    """Write objects as lines, and the folder they lie in."""
+    """Write objects as lines, and create the folder."""
     def write_jsonl(path: Path, rows: list[Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -116,7 +116,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The shared test data: MODELLINK_TEST_DATA, or ../shared/data beside the checkout."""
+    """Return the shared test data: MODELLINK_TEST_DATA, or ../shared/data next to the checkout."""
     checkout = Path(__file__).resolve().parents[3]
     folder = Path(os.environ.get("MODELLINK_TEST_DATA") or checkout.parent / "shared" / "data")
     if not (folder / "mmlu").is_dir() or not (folder / "boolq").is_dir():

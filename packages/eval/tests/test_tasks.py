@@ -73,7 +73,7 @@ def test_bbh_lm_eval_shows_thoughts(bbh):
 
 def test_bbh_prompts_that_are_no_such_thing_are_named(bbh):
     (bbh / "cot-prompts" / "snarks.txt").write_text(COT.replace("So the answer is two.", "two"))
-    with pytest.raises(ModelLinkError, match="no thoughts that end") as caught:
+    with pytest.raises(ModelLinkError, match="no reasoning that ends") as caught:
         questions("bbh", bbh)
     assert "snarks.txt, example 2" in str(caught.value)
 
@@ -230,7 +230,7 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
     from modellink.eval import Sandbox
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
         file.write(json.dumps(HUMANEVAL) + "\n")
-    with pytest.raises(ModelLinkError, match="runs programs that the model writes") as caught:
+    with pytest.raises(ModelLinkError, match="runs generated programs") as caught:
         evaluate("humaneval", tmp_path, Coder(), tmp_path / "out")
     assert "--allow-code-execution" in str(caught.value) and not (tmp_path / "out").exists()
     found = evaluate("humaneval", tmp_path, Coder(), tmp_path / "out", sandbox=Sandbox("none"),
@@ -239,7 +239,7 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
                                                                      "pass@4": 1}
     (line,) = (tmp_path / "out" / "humaneval.journal.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["outcomes"] == ["passed", "failed: AssertionError"] * 2
-    with pytest.raises(ModelLinkError, match="one text 3 times"):
+    with pytest.raises(ModelLinkError, match="3 times the same text"):
         evaluate("humaneval", tmp_path, Coder(), settings=EvalSettings(samples=3), sandbox=Sandbox("none"))
 
 

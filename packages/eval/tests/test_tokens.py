@@ -101,7 +101,7 @@ def test_a_fingerprint_changes_with_name_size_content_and_words(tmp_path):
 
 
 def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
-    """As in the harness: the beginning token, or where there is none the end token; a text that brings it keeps one."""
+    """As in the harness: the beginning token, or else the end token; a text that has it already keeps one."""
     engine = tokenizers.Tokenizer.from_str(byte_level_text(byte_level))
     engine.post_processor = processors.ByteLevel()
     engine.save(str(tmp_path / "tokenizer.json"))
@@ -116,7 +116,7 @@ def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
     encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
     assert texts(encode.tokenizer, encode(LikelihoodRequest("", "Yes No")).context) == ["</s>"]
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelLinkError, match="neither a beginning nor an end token"):
+    with pytest.raises(ModelLinkError, match="needs a beginning or end token"):
         Encoder(Tokenizer.from_folder(tmp_path), 100)(LikelihoodRequest("", "Yes"))
 
 
