@@ -309,7 +309,7 @@ def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, b
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
     for options, message in (({}, "no template is given"), ({"prompt_type": "qwn"}, "unknown template 'qwn'"),
-                             ({"prompt_type": "qwen", "hf_chat_template": True}, "contradict"),
+                             ({"prompt_type": "qwen", "hf_chat_template": True}, "exclude each other"),
                              ({"prompt_type": "llama3"}, r"no token '<\|eot_id\|>'")):
         with pytest.raises(ModelLinkError, match=message):
             chat_format(byte_tokenizer, **options)

@@ -109,7 +109,7 @@ def _about(name: str) -> dict[str, Any]:
     known = known_handlers()
     if name not in known:
         raise ModelLinkError(f"unknown handler {name!r}", where="--handler-name",
-                             fix=f"{near(name, list(known))} there are: {', '.join(known)}".strip())
+                             fix=f"{near(name, list(known))} known: {', '.join(known)}".strip())
     return known[name]
 
 

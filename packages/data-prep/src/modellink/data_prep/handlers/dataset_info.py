@@ -36,7 +36,7 @@ def find_datasets(names: Sequence[str], folder: Path | None) -> list[tuple[str, 
     for name in [part.strip().rsplit("/", 1)[-1] for item in names for part in item.split(",") if part.strip()]:
         if name not in known:
             raise ModelLinkError(f"unknown dataset {name!r}", where=file,
-                                 fix=near(name, list(known)) or f"there are: {', '.join(sorted(known)[:20])}")
+                                 fix=near(name, list(known)) or f"known: {', '.join(sorted(known)[:20])}")
         where = f"{file}, {name}"
         found += [(str(path), _map(known[name], where)) for path in _files(known[name], where, folder)]
     return found

@@ -68,7 +68,7 @@ def load_template(name: str, option: str = "--prompt-type") -> Template:
     if name.endswith(".json") or (option == "--template" and path.is_file()):
         return _template(path.stem, read_json(path), str(path))
     raise ModelLinkError(f"unknown template {name!r}", where=option,
-                         fix=near(name, template_names()) or f"there are: {', '.join(template_names())}")
+                         fix=near(name, template_names()) or f"known: {', '.join(template_names())}")
 
 
 def template_names() -> list[str]:
