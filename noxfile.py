@@ -34,7 +34,6 @@ nox.options.sessions = [
 CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
-
 HARNESS = "lm-eval[hf]"  # the benchmark peer of modellink-eval
 
 
@@ -100,9 +99,7 @@ def lint(env: Env) -> None:
     """Ruff over the whole repository; the phrases that texts may not contain (tools/phrases.py)."""
     env.pip("ruff")
     env.python("-m", "ruff", "check", *(env.session.posargs or ["."]))
-    checked = [name for name in (*PACKAGES, "root") if name not in PHRASES_LATER]
-    if checked:
-        env.python("tools/phrases.py", *(part for name in checked for part in ("--package", name)))
+    env.python("tools/phrases.py")
 
 
 @session("types", shared="all")

@@ -1,4 +1,4 @@
-"""Bad inputs: each is refused in one message that names the file and the row and says what to do, and leaves nothing behind."""
+"""Bad inputs: each is refused with one message that names file, row and fix, and leaves no files behind."""
 
 import gzip
 import io

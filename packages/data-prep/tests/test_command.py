@@ -1,4 +1,4 @@
-"""The real command: what it prints, its exit statuses, and what is left when it is killed."""
+"""The command: its output, its exit statuses, and the files left when it is killed."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ def options(corpus, byte_folder):
 
 @pytest.fixture(scope="session")
 def expected(corpus, byte_folder, tmp_path_factory, snapshot):
-    """What an undisturbed run of two columns makes."""
+    """The files of an undisturbed run of two columns."""
     folder = tmp_path_factory.mktemp("undisturbed")
     preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True,
                                  output_prefix=folder / "set", json_keys=("text", "title")), show=False)

@@ -1,4 +1,4 @@
-"""The libraries behind a tokenizer: the same ids where two can read one vocabulary, and which is chosen and why."""
+"""Tokenizer engines: equal ids if two libraries read the same vocabulary, and the choice of a library with its reason."""
 
 import base64
 import importlib.util

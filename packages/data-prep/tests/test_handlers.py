@@ -1,4 +1,4 @@
-"""Instruction and pairwise sets: what rows of each style become, which tokens are learned, and what happens to long samples."""
+"""Instruction and pairwise sets: the samples of each row style, the learned tokens, and the handling of long samples."""
 
 import json
 from xml.etree import ElementTree
@@ -33,7 +33,7 @@ def make(tmp_path, write_lines, byte_folder):
 
 
 def said(tokenizer: Tokenizer, data, index=0, ids="input_ids", labels="labels") -> list[str]:
-    """The learned stretches of a sample as texts; everywhere else labels are -100."""
+    """Return the learned spans of a sample as texts; all other labels are -100."""
     found, row, marks = [[]], data[ids][index], data[labels][index]
     for token, label in zip(row.tolist(), marks.tolist(), strict=True):
         assert label in (token, IGNORE_INDEX)
@@ -264,7 +264,7 @@ def test_a_long_conversation_is_cut_from_its_end_and_keeps_answers():
 
 
 def test_no_end_is_learned_after_an_answer_that_was_cut():
-    """Neither the one that closes the sample nor the one learned where the next turn begins; after whole answers both are."""
+    """Neither the closing end token nor the one learned at the next turn; after complete answers both are learned."""
     turns = [Turn([1] * 4, [2] * 60), Turn([3] * 4, [4] * 4, closing=7)]
     cut = Encoded(turns, [7]).fit(60)
     assert cut.ids[-1] == 7 and 7 not in cut.labels() and 7 not in cut.labels(train_on_prompt=True)

@@ -1,4 +1,4 @@
-"""Megatron's two files: the exact bytes, whole or not at all, and damage that is named."""
+"""Megatron's two files: exact bytes, complete or absent, and errors that name the damage."""
 
 import struct
 

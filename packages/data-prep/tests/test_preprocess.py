@@ -1,4 +1,4 @@
-"""From text to datasets: the ids, the same bytes for any number of workers and any cut, and mistakes that leave nothing."""
+"""Preprocessing: the ids, equal bytes for any workers and pieces, and errors that leave no files."""
 
 import gzip
 import json
@@ -108,7 +108,7 @@ def test_bad_rows_may_be_left_out_and_are_counted(run, tmp_path, write_lines):
 
 
 def test_lines_of_bad_rows_are_counted_once_a_file(run, tmp_path, write_lines, monkeypatch):
-    """Not once a row: over many pieces that took time quadratic in the input."""
+    """Line numbers are not computed per row, which would be quadratic in the input over many pieces."""
     paths = [write_lines(tmp_path / f"{name}.jsonl", [{"text": 1}, *[{"text": "x" * 1000}] * 9] * 8) for name in "ab"]
     named = []
     original = Lines.name_places

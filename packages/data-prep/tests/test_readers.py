@@ -1,4 +1,4 @@
-"""Rows of every format, the same for any cut; broken rows and files named with their place."""
+"""Rows of every format, equal for any split; errors name broken rows and files with their position."""
 
 import csv
 import gzip
@@ -43,7 +43,7 @@ def as_parquet(path):
 
 
 def packed(write, compress):
-    """The writer of a format, its file then compressed."""
+    """Write a format and compress the file."""
     def write_packed(path):
         write(path)
         path.write_bytes(compress(path.read_bytes()))

@@ -1,4 +1,4 @@
-"""Ids, special tokens and templates out of folders of both transformers generations, and what is refused."""
+"""Ids, special tokens and templates from folders of transformers 4 and 5, and errors."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small sets in the original layouts, a small model, and ways to run things in processes of their own."""
+"""Small sets in the original layouts, a small model, and helpers that run processes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Run:
-    """Run the real command in a process of its own; keywords are environment variables."""
+    """Run the command in a new process; keywords are environment variables."""
     def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("modellink-eval")
         start = [str(program)] if program.exists() else [sys.executable, "-m", "modellink.eval.cli"]
@@ -108,7 +108,7 @@ def command(tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """The files of a folder by name."""
+    """Return the content of the files of a folder by name."""
     def snapshot(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     return snapshot

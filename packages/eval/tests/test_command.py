@@ -1,4 +1,4 @@
-"""The command: what it says, and that mistakes end with one message, status 2, and nothing written."""
+"""The command: its output, and that mistakes end with one message, status 2 and no files."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""A server over HTTP: the small model behind OpenAI's interface gives the scores it gives directly."""
+"""A server over HTTP: the small model behind OpenAI's API gives the same scores as directly."""
 
 import json
 import math

@@ -22,7 +22,7 @@ PLACES = {Task: "the file", Layout: "`data`", Examples: "`examples`", Style: "ea
 
 
 class Knowing:
-    """Knows the answers of the page."""
+    """A backend that knows the answers of the page."""
 
     def describe(self):
         return {"fingerprint": "knowing"}

@@ -1,4 +1,4 @@
-"""What a run leaves for people, and two runs side by side."""
+"""Reports of a run, and the comparison of two runs."""
 
 import csv
 import math
@@ -50,7 +50,7 @@ def test_two_runs_side_by_side(command, data, ngram, tmp_path):
 
 
 def test_headlines_stand_beside_the_means_that_are_compared(tmp_path, capsys):
-    """Two subjects of which one has more questions: macro and micro go different ways."""
+    """Two subjects with different numbers of questions: macro and micro differ."""
     results = []
     for run, (large, small) in enumerate((((1, 1, 1, 0), (0,)), ((1, 1, 0, 0), (1,)))):
         folder = tmp_path / str(run)

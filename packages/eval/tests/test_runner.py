@@ -17,7 +17,7 @@ STYLES = ("original", "lm-eval")
 
 
 def results(folder):
-    """results.json without what a clock says."""
+    """Return results.json without timings."""
     found = json.loads((folder / "results.json").read_text())
     del found["run"]
     return found
@@ -29,7 +29,7 @@ def lines(path):
 
 @pytest.fixture
 def start(script):
-    """Evaluate in a process of its own; keywords are environment variables."""
+    """Evaluate in a new process; keywords are environment variables."""
     def start(*args, **environment):
         return subprocess.Popen([sys.executable, str(script), *map(str, args)], env=os.environ | environment,
                                 stderr=subprocess.DEVNULL)

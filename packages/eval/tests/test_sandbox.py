@@ -1,4 +1,4 @@
-"""The sandbox: right programs pass, wrong ones do not, and those that try to get out get nowhere, started as root and as nobody.
+"""The sandbox: right programs pass, wrong ones fail, and escapes fail, started as root and as nobody.
 
 The attempts are in attempts.yaml.
 """
@@ -35,7 +35,7 @@ HELD_WITHOUT = ("memory bomb", "early end", "patched builtins", "an equal text",
 
 
 def attempts(folder: Path, port: int, tool: str = "unshare") -> dict[str, str]:
-    """What each attempt ended with; also run by itself, as another user."""
+    """Return the result of each attempt; also run as a script by another user."""
     limits = Limits(seconds=2.5, cpu_seconds=2, memory=256 << 20)
     sandbox = Sandbox("none", limits) if tool == "none" else Sandbox(limits=limits, tools=(tool,))
     values = {"home": folder, "port": port, "pid": os.getpid()}

@@ -1,4 +1,4 @@
-"""The benchmarks with written answers: prompts character by character on small sets, extraction, chats, and the real sets."""
+"""The benchmarks with generated answers: prompts character by character on small sets, extraction, chats, and the real sets."""
 
 import csv
 import gzip
@@ -217,7 +217,7 @@ HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def one():\n    \"\"\"One.\"\"
 
 
 class Coder:
-    """Writes a right program and a wrong one in turn."""
+    """A backend that generates a right program and a wrong one in turn."""
 
     def describe(self):
         return {"fingerprint": "coder"}
@@ -257,7 +257,7 @@ def test_all_tasks_find_their_real_sets_in_one_folder(real_data, style):
 
 
 def test_targets_are_right_by_their_own_rules(real_data):
-    """A text that says what is right is marked right, in every question of the real sets."""
+    """A text with the right answer is marked right, for every question of the real sets."""
     say = {"gsm8k": "So. The answer is {}.", "bbh": "the answer is {}."}
     for style in ("original", "lm-eval"):
         for job in prepare(["gsm8k", "bbh", "agieval"], real_data, EvalSettings(style)):

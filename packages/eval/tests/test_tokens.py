@@ -1,4 +1,4 @@
-"""Requests as token ids, with real tokenizers trained on the spot."""
+"""Requests as token ids, with real tokenizers trained here."""
 
 import pydoc_data.topics
 
@@ -59,7 +59,7 @@ def test_the_continuation_owns_the_blank(byte_level, pieces):
 
 
 def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
-    """A sentencepiece vocabulary has the blank in it, a byte-level one has not."""
+    """A sentencepiece token includes the space, a byte-level one does not."""
     for tokenizer, wanted in ((byte_level, "Yes"), (pieces, "▁Yes")):
         own = tokenizer.encode("Yes", add_special_tokens=False)
         pair = Encoder(tokenizer, 100)(LikelihoodRequest("Answer:", "Yes", alone=True))
@@ -67,7 +67,7 @@ def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
 
 
 def test_a_token_over_the_boundary_goes_to_neither_side(byte_level):
-    """Two halves of a word that is one token: the continuation is then tokenized by itself."""
+    """Two halves of a word that is one token: the continuation is then tokenized on its own."""
     words = [token for index in range(byte_level.vocab_size) if (token := byte_level.id_to_token(index)) and token.isalpha()]
     word = next(word for word in words if word.isascii() and len(word) > 3
                 and texts(byte_level, byte_level.encode(word, add_special_tokens=False)) == [word])
