@@ -40,8 +40,15 @@ def fit(method: str | type[Method], settings: Mapping[str, Any], callbacks: Sequ
     if not launched and run.layout.world_size > 1:
         raise ModelLinkError(f"{run.layout} needs {run.layout.world_size} processes, and this is one", where="fit",
                              fix=f"start the script with torchrun --nproc-per-node {run.layout.world_size}")
+    if run.resilience.enable_high_availability and launch.START not in os.environ:
+        raise ModelLinkError("only the command restarts the ranks of a run", where="enable_high_availability",
+                             fix="start the run with modellink-train, or remove the option")
+    if run.determinism.use_deter_comp:
+        from modellink.core.determinism import set_variables  # imports torch
+        set_variables(run.device.kind)
     join(run)
-    return train(run, method if isinstance(method, type) else None, callbacks)
+    own = method if isinstance(method, type) and method.name == run.method else None
+    return train(run, own, callbacks)
 
 
 def join(run: Run) -> None:

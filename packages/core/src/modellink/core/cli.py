@@ -43,7 +43,20 @@ class Commands(click.Group):
             module, attribute = TOOLS[name].split(":")
             tool: click.Command = getattr(import_module(f"modellink.core.{module}"), attribute)
             return tool
-        return training_command(name) if name in registered() else None
+        if name not in registered():
+            return None
+        try:
+            return training_command(name)
+        except ModelLinkError as error:  # a broken package must not break the help of the others
+            return _unavailable(name, error)
+
+
+def _unavailable(name: str, error: ModelLinkError) -> click.Command:
+    """A command that raises `error` when it is used."""
+    def fail(words: tuple[str, ...]) -> None:
+        raise error
+    return click.Command(name, callback=fail, params=[click.Argument(["words"], nargs=-1, type=click.UNPROCESSED)],
+                         help=f"Not available: {error.what}.", context_settings={"ignore_unknown_options": True})
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -99,9 +99,11 @@ class ModelPathOptions:
     """What a checkpoint may not say about its model."""
 
     model_type_hf: str | None = option(None,
-                                       "Model family, e.g. qwen2. Default: the one that the checkpoint names.")
+                                       "Model family, e.g. qwen2. Default: that of the checkpoint. Required to save a "
+                                       "model trained from random weights.")
     tokenizer_name_or_path: Path | None = option(
-        None, "Hugging Face folder with config.json and tokenizer, for a checkpoint that has none.")
+        None, "Hugging Face folder with config.json and tokenizer, for a checkpoint that has none; also the tokenizer that is "
+        "saved with random weights.")
 
 
 @dataclass(frozen=True, kw_only=True)

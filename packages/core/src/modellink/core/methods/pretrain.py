@@ -26,7 +26,9 @@ class Pretrain(Method):
 
     @classmethod
     def for_data(cls, data: DataConfig) -> type[Method]:
-        return find_method("sft") if data.is_instruction_dataset else cls
+        if cls is Pretrain and data.is_instruction_dataset:
+            return find_method("sft")
+        return super().for_data(data)
 
     @classmethod
     def complete_data(cls, data: DataConfig, spec: ModelSpec, companions: Path | None) -> DataConfig:

@@ -37,7 +37,7 @@ class Sft(Pretrain):
 
     @classmethod
     def complete_data(cls, data: DataConfig, spec: ModelSpec, companions: Path | None) -> DataConfig:
-        return data
+        return replace(data, is_instruction_dataset=True)  # the original's name for what `sft` implies
 
     def check(self) -> None:
         data = self.run.data

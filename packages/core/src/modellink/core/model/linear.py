@@ -56,7 +56,19 @@ class RowLinear(Product, RowParallelLinear):
 
 
 class OutputLinear(Product, ColumnParallelLinear):
-    """Hidden states [seq, batch, hidden] -> logits [seq, batch, vocabulary / tp]."""
+    """Hidden states [seq, batch, hidden] -> logits [seq, batch, vocabulary / tp].
+
+    Attributes:
+        normalize: scale the rows of the weight to length 1 (Baichuan2).
+    """
+
+    normalize = False
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if self.normalize:  # here and not in the caller: the hooks of --overlap-param-gather have run
+            weight = nn.functional.normalize(self.weight if weight is None else weight)
+        output: tuple[Tensor, Tensor | None] = super().forward(input_, weight=weight, **kwargs)
+        return output
 
 
 class BiasedColumnLinear(ColumnLinear):

@@ -56,6 +56,7 @@ class Model(MegatronModule):
                 config.hidden_size, vocab_size, config=config, init_method=config.init_method, bias=False,
                 skip_bias_add=False, gather_output=False, skip_weight_param_allocation=pre_process and spec.tied,
                 tp_group=self.tp_group)
+            self.output_layer.normalize = spec.normalize_output_weights
         self._mark_shared_weights()
 
     def _mark_shared_weights(self) -> None:
@@ -111,9 +112,7 @@ class Model(MegatronModule):
             hidden = hidden.gather(0, state.wanted.t().unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
         if (scale := self.spec.output_multiplier_scale) != 1.0:
             hidden = hidden * scale
-        weight: Any = self.shared_embedding_or_output_weight() if self.spec.tied else self.output_layer.weight
-        if self.spec.normalize_output_weights:
-            weight = nn.functional.normalize(weight)
+        weight = self.shared_embedding_or_output_weight() if self.spec.tied else None
         logits: Tensor = self.output_layer(hidden, weight=weight)[0].transpose(0, 1)
         if cap := self.spec.output_logit_softcapping:
             logits = cap * torch.tanh(logits / cap)

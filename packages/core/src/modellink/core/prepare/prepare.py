@@ -37,7 +37,10 @@ def prepare(method: str | type[Method], layers: Sequence[Layer], world_size: int
     configs = resolve((*CONFIGS.values(), *own), *other_layers).configs
     chosen = chosen.for_data(configs[DataConfig])
     _check_data(chosen, configs[DataConfig])
-    configs[CheckpointConfig], configs[LoraConfig] = resolve_start(configs[CheckpointConfig], configs[LoraConfig])
+    given = configs[CheckpointConfig]
+    if given.ref_load is not None and not chosen.needs_reference:
+        raise ModelLinkError(f"{chosen.name} uses no reference model", where="--ref-load", fix="remove it")
+    configs[CheckpointConfig], configs[LoraConfig] = resolve_start(given, configs[LoraConfig])
     start = find_start(configs[CheckpointConfig], configs[LoraConfig])
     check_resumed(start, chosen.name, configs[CheckpointConfig], configs[ParallelConfig], configs[OptimizerConfig])
     spec = architecture(start.source, model_layers)
@@ -49,7 +52,7 @@ def prepare(method: str | type[Method], layers: Sequence[Layer], world_size: int
     from modellink.kernels.device import find  # imports torch
     run = Run(
         method=chosen.name, spec=spec, layout=layout, device=find(parallel.device, local_rank), source=start.source,
-        reference=open_reference(configs[CheckpointConfig], start, spec) if chosen.needs_reference else None,
+        reference=open_reference(given, start, configs[LoraConfig], spec) if chosen.needs_reference else None,
         options=configs[chosen.options] if chosen.options else None, resumed=start.resumed,
         optimizer_instances=2 if halves else 1, **{name: configs[kind] for name, kind in CONFIGS.items()})
     rules.check(run)

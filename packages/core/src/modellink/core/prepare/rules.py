@@ -130,4 +130,4 @@ def _save_format(run: Run) -> None:
                              fix="remove --save-format, and merge SAVE/iter_N/peft with modellink-convert")
     from modellink.core.train import megatron_files  # imports torch
     megatron_files.plan(form, run.manifest, run.layout, run.parallel.make_vocab_size_divisible_by,
-                    run.moe.moe_grouped_gemm)
+                        run.moe.moe_grouped_gemm)

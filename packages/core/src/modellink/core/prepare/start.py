@@ -34,6 +34,11 @@ class Start:
     resumed: Path | None = None
     progress: Progress | None = None
 
+    @property
+    def resumed_run(self) -> Path | None:
+        """The folder of the run to resume."""
+        return None if self.resumed is None else self.resumed.parent.resolve()
+
 
 def resolve_start(checkpoint: CheckpointConfig, lora: LoraConfig) -> tuple[CheckpointConfig, LoraConfig]:
     """Point both at the run in --save for --auto-resume, and clear --load if it is the same empty folder as --save."""
@@ -142,22 +147,26 @@ def check_resumed(start: Start, method: str, checkpoint: CheckpointConfig, paral
                              fix=f"give --train-{unit}, or load only the weights with --finetune")
 
 
-def open_reference(config: CheckpointConfig, start: Start, spec: ModelSpec) -> Checkpoint | None:
-    """The checkpoint of the reference model: --ref-load, or --load at the start of a run. None: the random start weights.
+def open_reference(given: CheckpointConfig, start: Start, lora: LoraConfig, spec: ModelSpec) -> Checkpoint | None:
+    """The checkpoint of the reference model: --ref-load, or the --load that the run started with. None: random weights.
+
+    Args:
+        given: the options before --auto-resume replaced --load.
 
     Raises:
-        ModelLinkError: a resumed run without --ref-load, or a reference model of another architecture.
+        ModelLinkError: a resumed run without either, or a reference model of another architecture.
     """
-    if config.ref_load is None:
-        if start.resumed is not None:
-            raise ModelLinkError("the resumed run needs the reference model it started with", where="--ref-load",
-                                 fix="give the checkpoint that was --load when the run started")
+    if given.ref_load is None and (start.resumed is None or lora.on):  # adapters always have their base in --load
         return start.source
-    reference = open_checkpoint(config.ref_load, family=config.model_type_hf,
-                                hf=None if describes_itself(config.ref_load) else config.tokenizer_name_or_path)
+    path = given.ref_load or given.load
+    if path is None or (given.ref_load is None and path.resolve() == start.resumed_run):
+        raise ModelLinkError("the resumed run needs the reference model it started with", where="--ref-load",
+                             fix="give the checkpoint that was --load when the run started")
+    reference = open_checkpoint(path, family=given.model_type_hf,
+                                hf=None if describes_itself(path) else given.tokenizer_name_or_path)
     if reference.spec.explicit() != spec.explicit():
         raise ModelLinkError("the reference model has another architecture than the trained one",
-                             where=f"--ref-load {config.ref_load}")
+                             where=f"--ref-load {path}")
     return reference
 
 

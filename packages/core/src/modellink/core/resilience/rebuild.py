@@ -107,7 +107,8 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     gc.collect()
     layout = replace(run.layout, dp=dp)
     instances = run.optimizer_instances if dp == run.layout.dp else 1
-    again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, source=run.source if run.lora.on else None)
+    again = replace(run, layout=layout, optimizer_instances=instances, resumed=None, reference=None,
+                    source=run.source if run.lora.on else None)
     processes.rejoin(run.device, layout, ranks, prefix, instances, run.parallel.distributed_timeout_minutes)
     made = set_up(again, reference=bool(reference))
     training.models.extend(made.models)
@@ -119,4 +120,4 @@ def rebuild(run: Run, training: Training, snapshot: Snapshot, ranks: list[int], 
     training.optimizer, training.schedule = made.optimizer, made.schedule
     training.layout = layout
     fill(training, snapshot)
-    return replace(again, source=run.source)
+    return replace(again, source=run.source, reference=run.reference)

@@ -5,7 +5,7 @@ Not here: fp16, whose optimizer skips such a step and lowers the loss scale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -51,10 +51,16 @@ def keep_batch(folder: Path, batches: Iterable[Batch], count: int) -> str:
                                   parallel_state.get_pipeline_model_parallel_rank())):
         folder.mkdir(parents=True, exist_ok=True)
         taken = list(islice(batches, count))
-        names = [name for name, value in vars(taken[0]).items() if isinstance(value, Tensor) and value.dim() == 2]
-        for name in names:
-            rows = [row for batch in taken for row in getattr(batch, name).cpu().numpy()]
+        tensors = [_tensors(batch) for batch in taken]
+        for name in tensors[0]:
+            rows = [row for batch in tensors for row in batch[name].cpu().numpy()]
             longest = max(map(len, rows))
             filled = np.stack([np.pad(row, (0, longest - len(row))) for row in rows])
             np.save(folder / f"{name}_dp{parallel_state.get_data_parallel_rank()}.npy", filled)
     return f"the batch is in {folder}"
+
+
+def _tensors(batch: Any) -> dict[str, Tensor]:
+    """The [samples, seq] tensors of a batch, which is a mapping or an object with attributes."""
+    values = batch if isinstance(batch, Mapping) else getattr(batch, "__dict__", {})
+    return {name: value for name, value in values.items() if isinstance(value, Tensor) and value.dim() == 2}

@@ -57,6 +57,7 @@ class Loop:
         self.metrics = _metrics(run, training, method)
         self.clock, self.writer = Clock(run.device), Writer()
         self.digests = Digests(run, training)
+        self.last_step: Step | None = None
         self.guard = guard(run, training, partial(save_now, training), self.advance)
 
     def run_all(self) -> list[Step]:
@@ -83,6 +84,7 @@ class Loop:
         with Stop(run.checkpoint, run.device.torch) as stop, profiling as profiler, guard:
             while training.iteration < last and not run.logging.skip_train:
                 guard.attempt(self.iterate)
+                self._report_step()
                 profiler.step()
                 guard.beat()  # writing a trace takes time
                 with guard.finishing(last=False):
@@ -97,6 +99,14 @@ class Loop:
             with guard.finishing(last=True):
                 self.writer.wait()
 
+    def _report_step(self) -> None:
+        """Call the callbacks; outside of the guarded step, as an error of theirs is not a failure of the rank."""
+        step = self.last_step
+        if step is None or step.iteration != self.training.iteration:  # a repaired step may be finished without its metrics
+            return
+        for callback in self.callbacks:
+            callback.on_step(self.training, step)
+
     def _after_iteration(self, *, leaving: bool) -> None:
         """Evaluate and save if it is time to."""
         run, training, at = self.run, self.training, self.training.iteration
@@ -104,9 +114,11 @@ class Loop:
             self.evaluate(self.feeds.valid, f"iteration {at}", self.guard.beat)
         folder, last = run.checkpoint.save, at == run.optimizer.train_iters or leaving
         if folder is not None and (last or is_multiple(at, run.checkpoint.save_interval)):
+            saved = False
             with self.guard.saving(last=last):
                 save(run, training, folder, self.writer)
-            for callback in self.callbacks:
+                saved = True
+            for callback in self.callbacks if saved else ():
                 callback.on_save(training, folder)
 
     def iterate(self) -> None:
@@ -128,16 +140,14 @@ class Loop:
             updated, grad_norm, zeros = training.optimizer.step()
         self.advance(updated=updated)
         self.digests.write(training.iteration, loss)
-        step = Step(
+        self.last_step = Step(
             iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size,
             loss=loss.item(), learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
             loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=self.clock.lap(),
             num_zeros=None if zeros is None else int(zeros),
             balance=balance_losses(run.spec, run.moe, run.data.num_microbatches(run.layout.dp, start)),
             metrics={name: values[name].item() for name in self.method.metrics[1:]})
-        metrics.add(step)
-        for callback in self.callbacks:
-            callback.on_step(training, step)
+        metrics.add(self.last_step)
 
     def advance(self, *, updated: bool = True) -> None:
         """Count one more iteration, and step the schedule if the weights were updated."""

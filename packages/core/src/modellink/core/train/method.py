@@ -157,10 +157,13 @@ def find_method(name: str) -> type[Method]:
                              fix=near(name, list(known)) or f"use one of {', '.join(known)}")
     try:
         found = known[name].load()
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:
         raise ModelLinkError(f"the training method {name!r} cannot be imported: {error}", where=known[name].value,
                              fix="reinstall the package that provides it") from error
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ModelLinkError(f"the training method {name!r} is not a subclass of modellink.core.Method",
                              where=known[name].value)
+    if found.name != name:
+        raise ModelLinkError(f"the training method registered as {name!r} has the name {found.name!r}", where=known[name].value,
+                             fix="use one name for both")
     return found
