@@ -1,10 +1,10 @@
 """modellink-train pretrain and a plain transformers loop: tokens per second in fp32 and bf16, and memory by memory setting.
 
-A model of SmolLM2-135M's shape with random weights, samples of 512 random tokens, one CPU process with all threads. The peer is
-transformers with torch's fused AdamW and a clipped gradient norm, in bf16 with bf16 weights and optimizer states, as is common;
-ours keeps fp32 main weights and gradients there. Each contender is a separate process, and they take turns; the best round
-counts, and the first step is a warm-up. `limit` is this machine's rate of plain matrix products in the same dtype, in tokens per second of
-this model.
+A model of SmolLM2-135M's shape with random weights, samples of 512 random tokens, one CPU process with all threads.
+The peer is transformers with torch's fused AdamW and a clipped gradient norm, in bf16 with bf16 weights and optimizer
+states, as is common; ours keeps fp32 main weights and gradients there. Each contender is a separate process, and they
+take turns; the best round counts, and the first step is a warm-up. `limit` is this machine's rate of plain matrix
+products in the same dtype, in tokens per second of this model.
 
     python benchmarks/train.py [--layers 30] [--steps 3] [--rounds 2] [--batch 4] [--json FILE]
 """
