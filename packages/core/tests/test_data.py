@@ -88,7 +88,7 @@ def write_low(prefix: str) -> None:
 
 
 def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
-    with pytest.raises(AssertionError, match="beyond the model's vocabulary of 100"):
+    with pytest.raises(AssertionError, match="outside the model's vocabulary of 100"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, vocab_size=100)
 
 
