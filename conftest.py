@@ -1,4 +1,4 @@
-"""For every test of the repository: under nox, what is tested is the installed wheel, never a source folder."""
+"""For all tests: under nox, the installed wheel is tested, never a source folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = Path(__file__).resolve().parent / "packages"
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if "MODELLINK_WHEELS" not in os.environ:  # by hand, an editable installation is welcome
+    if "MODELLINK_WHEELS" not in os.environ:  # outside nox, an editable installation is allowed
         return
     spec = importlib.util.find_spec("modellink")
     for place in (spec and spec.submodule_search_locations) or ():

@@ -1,9 +1,8 @@
-"""Every check of the repository as a nox session; `nox -l` lists them, `nox` without arguments runs the default ones.
+"""All checks of the repository as nox sessions; `nox -l` lists them, `nox` runs the default ones.
 
-Each `tests-<package>` session has a virtual environment of its own in which only that package's wheel, what it declares and
-its test needs are installed. Sessions that need all six packages (types, npu, e2e, quickstart, bench, stress) share one
-environment, the releases another: torch is large, and nothing is proven by unpacking it five times more.
-Building wheels, the summary and the release checks are in `tools/`.
+Each `tests-<package>` session has its own virtual environment with only that package's wheel, its dependencies and its
+test dependencies. Sessions that need all six packages (types, npu, e2e, quickstart, bench, stress) share one environment,
+and so do the releases, because torch is large. Building wheels, the summary and the release checks are in `tools/`.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ nox.options.sessions = [
 CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
-PHRASES_LATER = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval", "root")  # their texts are not rewritten yet
-HARNESS = "lm-eval[hf]"  # the peer of modellink-eval
+PHRASES_LATER = ("core",)  # its texts are not all rewritten yet
+HARNESS = "lm-eval[hf]"  # the benchmark peer of modellink-eval
 
 
 class Env:
-    """A session together with the interpreter its commands run in and the entry its time is counted in."""
+    """A session with the interpreter of its commands and the entry that records its time."""
 
     def __init__(self, session: nox.Session, entry: Entry, shared: str | None) -> None:
         self.session, self.entry = session, entry
@@ -58,17 +57,17 @@ class Env:
             self.python("-m", "pip", "install", "--quiet", "-c", str(CONSTRAINTS), *requirements)
 
     def install(self, package: str, *needs: str, extras: tuple[str, ...] = ()) -> None:
-        """Install a package's wheel, its siblings' and what they declare; a sibling left from an earlier run goes first."""
+        """Install the wheels of a package and its siblings with their dependencies; remove siblings of an earlier run first."""
         with self.entry.installing():
             files = wheels(ROOT, package, extras)
             self.python("-m", "pip", "uninstall", "--quiet", "--yes", *(f"modellink-{name}" for name in PACKAGES))
         self.pip(*files, *needs)
 
     def install_all(self, *needs: str) -> None:
-        """All six, with the server and what tests and benchmarks compare with."""
+        """Install all six packages with the server and the peers of tests and benchmarks."""
         extras = project(ROOT, "infer")["project"]["optional-dependencies"]
         self.install("eval", *PEERS, *extras["server"], *extras["constrained"], *needs,
-                     extras=("local",))  # eval[local] needs infer, which needs all the others
+                     extras=("local",))  # eval[local] needs infer, which needs all others
 
     def pytest(self, *args: str, **environment: str) -> None:
         junit = f"--junitxml={REPORT.junit(self.session.name)}"
@@ -118,7 +117,7 @@ def tests_of(package: str) -> Callable[[Env], None]:
         env.install(package, *test_needs(ROOT, package))
         env.pytest("-m", "not stress", str(ROOT / "packages" / package / "tests"))
 
-    tests.__doc__ = f"The tests of modellink-{package} against its wheel, installed alone."
+    tests.__doc__ = f"The tests of modellink-{package} against its wheel, installed on its own."
     return tests
 
 
@@ -127,7 +126,7 @@ def release_of(package: str) -> Callable[[Env], None]:
         env.pip("hatchling", "twine")
         env.python("tools/release.py", package)
 
-    release.__doc__ = f"Could modellink-{package} be published as it is? Uploads nothing."
+    release.__doc__ = f"Check that modellink-{package} could be published; uploads nothing."
     return release
 
 
@@ -138,14 +137,14 @@ for _package in PACKAGES:
 
 @session("e2e", shared="all")
 def e2e(env: Env) -> None:
-    """What crosses packages: imports, separate installation, README commands, and comparisons with transformers and lm-eval."""
+    """Tests across packages: imports, separate installation, README commands, and comparisons with transformers and lm-eval."""
     env.install_all(HARNESS, "openai")
     env.pytest("-m", "not stress", "tests")
 
 
 @session("npu", shared="all")
 def npu(env: Env) -> None:
-    """The NPU path against the real torch_npu, without an NPU; then the table of what that proves. See kernels' README."""
+    """The NPU path against the real torch_npu, without an NPU; then a table of what is proven. See the README of kernels."""
     env.install_all()
     folder = ROOT / ".nox" / "npu"
     with env.entry.installing():
@@ -160,14 +159,14 @@ def npu(env: Env) -> None:
 
 @session("quickstart", shared="all")
 def quickstart(env: Env) -> None:
-    """The main job on real weights and real text; `nox -s quickstart -- --layout tp1pp2` for another layout."""
+    """The quickstart with real weights and real text; `nox -s quickstart -- --layout tp1pp2` for another layout."""
     env.install_all()
     env.python("examples/quickstart/run.py", *env.session.posargs)
 
 
 @session("stress", shared="all")
 def stress(env: Env) -> None:
-    """What takes long: many kills, soaks, big inputs. The default run holds a short form of each."""
+    """Long tests: many kills, soaks, big inputs. The default run has a short form of each."""
     files = (*ROOT.glob("packages/*/tests/**/*.py"), *ROOT.glob("tests/**/*.py"))
     marked = [path for path in files if "mark.stress" in path.read_text("utf-8")]
     env.install_all(*{need for package in PACKAGES for need in test_needs(ROOT, package)})
@@ -176,6 +175,6 @@ def stress(env: Env) -> None:
 
 @session("bench", shared="all")
 def bench(env: Env) -> None:
-    """Every script in benchmarks/, as one table and results/bench.json; `nox -s bench -- NAME` for some of them."""
+    """All scripts in benchmarks/, as one table and results/bench.json; `nox -s bench -- NAME` for some of them."""
     env.install_all(HARNESS)
     env.python("tools/bench.py", *env.session.posargs)

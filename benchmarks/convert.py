@@ -1,15 +1,15 @@
-"""modellink-convert beside `cp -r` and beside transformers' load and save: MB a second of the same bytes, and peak memory.
+"""modellink-convert against `cp -r` and against load and save of transformers: MB per second of the same bytes, and peak memory.
 
-A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the folder,
-which is the limit of the disk, and transformers, which loads the model and saves it. All of them fsync what they wrote; the
-source is in the page cache for all. Each run has a process of its own, turns are taken in an order that changes, and the best
-round of each counts: a virtual machine takes freed memory back and gives it anew at first touch, which costs more than the work.
-Memory is RssAnon + RssShmem above what the imports take (mapped file pages are the system's to drop), sampled; VmHWM is printed
-beside.
+A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the
+folder, which is the limit of the disk, and transformers, which loads and saves the model. All of them fsync their output;
+the source is in the page cache. Each run is a separate process, the contenders take turns in varying order, and the best
+round of each counts: a virtual machine reclaims freed memory and maps it again on first touch, which costs more than the
+work. Memory is the sampled RssAnon + RssShmem beyond that of the imports (the system can drop mapped file pages); VmHWM
+is printed too.
 
     python benchmarks/convert.py [--billions 1.3] [--sizes 0.5 5] [--rounds 6] [--folder DIR] [--json FILE]
 
-`--sizes` measures the memory of other sizes too, to see that it is flat. Needs three times the model on the disk of `--folder`.
+`--sizes` also measures the memory of other model sizes, which must be flat. `--folder` needs disk space for three models.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--billions", type=float, default=1.3, choices=SHAPES)
     parser.add_argument("--sizes", type=float, nargs="*", default=[], choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--folder", type=Path, help="where to work; a temporary folder where nothing is said")
+    parser.add_argument("--folder", type=Path, help="working folder; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""modellink-eval beside lm-evaluation-harness' Hugging Face back-end: questions a second on MMLU (5 examples) and BoolQ.
+"""modellink-eval against the Hugging Face backend of lm-evaluation-harness: questions per second on MMLU (5 examples) and BoolQ.
 
-The same prompts (style lm-eval), the same checkpoint and dtype, in one run; the harness' model class is called from Python on
-our requests, because its tasks would download their data. It is given several batch sizes and its best one counts; they take
-turns and the best round of each counts. Both compute the four letters of a question in one pass; ours also computes what the
-questions of a subject begin with once (here of one subject; the whole set has 246 questions a subject), and logits only
-where they are wanted. Also compared: the log-likelihoods of `--compare` questions of MMLU, C-Eval and BoolQ in fp32, and the
-texts of a fifth as many of BBH (chain of thought) and of GSM8K; the run fails where they differ (log-likelihoods: by more than
-1e-3).
+The same prompts (style lm-eval), the same checkpoint and dtype, in one run; the harness' model class is called from
+Python on our requests, because its tasks would download their data. Its best of several batch sizes counts; the
+contenders take turns and the best round of each counts. Both compute the four letters of a question in one pass; ours
+also computes the common beginning of a subject's questions only once (here of one subject; the full set has 246 questions
+per subject), and logits only where needed. Also compared: the log-likelihoods of `--compare` questions of MMLU, C-Eval
+and BoolQ in fp32, and the texts of a fifth as many of BBH (chain of thought) and GSM8K; the run fails if they differ
+(log-likelihoods by more than 1e-3).
 
     python benchmarks/eval.py [--model FOLDER] [--data FOLDER] [--dtypes float32 bfloat16] [--questions 96] [--compare 100]
                               [--rounds 2] [--json FILE]

@@ -1,16 +1,18 @@
-"""modellink-preprocess beside the way Megatron's own tool works, and beside the raw tokenizer: MB of text a second, peak memory.
+"""modellink-preprocess against the method of Megatron's tool and against the raw tokenizer: MB of text per second, peak memory.
 
-The way of Megatron's tool: a pool of processes, one document a call, `IndexedDatasetBuilder` in the parent. It is written here
-after `tools/preprocess_data.py`, with transformers' tokenizer as there, and its files must have the bytes of ours. The raw
-tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, nothing written) is the limit of a run without gigatoken.
+The method of Megatron's tool: a pool of processes, one document per call, `IndexedDatasetBuilder` in the parent. It is
+rewritten here after `tools/preprocess_data.py`, with the tokenizer of transformers, and its files must equal ours. The
+raw tokenizer (`tokenizers.encode_batch_fast` on all cores, texts in memory, no output) is the limit of a run without
+gigatoken.
 
     python benchmarks/preprocess.py [--tokenizer FOLDER] [--data FOLDER] [--megabytes 40] [--workers 1 2] [--growth 20 80]
 
-Each run has a process of its own, so that the memory is its own; times are those of the work without the start of Python and its
-imports, with the loading of the tokenizer and of all workers. `--growth` are inputs of that many MB whose peak memory is to be
-the same: a row compares the largest with the smallest. A tokenizer that gigatoken refuses has no row of it. The documents are
-texts of `--data` where it has any, else Python's own help topics, over and over with a number before each: about 4 MB of them
-differ, which favors who remembers words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on them.
+Each run is a separate process, so that its memory can be measured; times exclude the start of Python and imports but
+include loading the tokenizer and starting all workers. `--growth` lists input sizes in MB whose peak memory must be
+equal: a row compares the largest with the smallest. A tokenizer that gigatoken does not support has no gigatoken row. The
+documents are the texts of `--data`, else Python's help topics, repeated with a number before each: about 4 MB of them
+differ, which favors tokenizers that cache words. Without `--tokenizer`, a byte-level BPE of 8,000 entries is trained on
+them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What high availability promises, kind of fault by kind: a table of what was injected, what was lost, and what it cost.
+"""High availability by kind of fault: a table of injected faults, lost steps and cost in time.
 
-Not a speed against a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) into which faults of one kind
-are injected, compared with the same run left alone. `steps lost` counts the iterations that were done again from a checkpoint
-older than the last finished step; losses must be those of the undisturbed run.
+Not a comparison with a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) with faults of one kind,
+compared with the same run without faults. `steps lost` counts the iterations repeated from a checkpoint older than the last
+finished step; losses must equal those of the undisturbed run.
 
     python benchmarks/resilience.py [--layouts plain distributed tensor] [--random N --seed S] [--json FILE]
 
@@ -29,7 +29,7 @@ from modellink.data_prep.indexed import IndexedWriter
 
 KINDS = {"exception": "saved by the survivors", "kill": "saved by the survivors", "hang": "saved by the survivors",
          "memory": "undone and done again", "nan": "undone and done again", "corrupt": "undone and done again",
-         "disk": "goes on", "slow": "goes on"}
+         "disk": "continues", "slow": "continues"}
 LAYOUTS = {"plain": ["--nproc-per-node", "2"],
            "distributed": ["--nproc-per-node", "4", "--use-distributed-optimizer"],
            "tensor": ["--nproc-per-node", "4", "--tp", "2", "--sequence-parallel"]}
@@ -40,7 +40,7 @@ TRAINING = ["--seq-length", "24", "--lr", "1e-3", "--global-batch-size", "8", "-
 
 
 def train(work: Path, name: str, iterations: int, *more: str) -> tuple[dict[int, float], str, float]:
-    """The loss of each iteration, what was said, and seconds."""
+    """Return the loss of each iteration, the output, and seconds."""
     start = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "modellink.core.cli", "pretrain", *MODEL, *TRAINING, "--data-path", str(work / "text_document"),
@@ -53,7 +53,7 @@ def train(work: Path, name: str, iterations: int, *more: str) -> tuple[dict[int,
 
 
 def lost(said: str) -> int:
-    """Iterations that were done again from a checkpoint that is older than the last one shown."""
+    """Return the number of iterations repeated from a checkpoint older than the last logged step."""
     last = again = 0
     for match in re.finditer(r"iteration +(\d+)/|resuming from .* at iteration (\d+)", said):
         if match[1]:

@@ -1,9 +1,10 @@
-"""modellink-train sft beside transformers (and peft): samples a second with dynamic padding, fixed padding and packing.
+"""modellink-train sft against transformers (and peft): samples per second with dynamic padding, fixed padding and packing.
 
-The same samples (random ids, lengths as skewed as those of instructions: half of them are below a quarter of the longest) and the
-same weights in fp32 on one process. All weights are trained, then adapters. The peer pads as we do, with an attention mask, and
-has no packing: packed rows stand beside its dynamic padding. Each contender is a process of its own, so that the memory is its
-own; the rounds take turns and the best counts. A first step warms up and is not counted; reading the data is.
+The same samples (random ids, with lengths as skewed as those of instructions: half are below a quarter of the longest)
+and the same weights in fp32 on one process. All weights are trained, then adapters. The peer pads as we do, with an
+attention mask, and has no packing: packed rows are compared with its dynamic padding. Each contender is a separate
+process, so that its memory can be measured; rounds take turns and the best counts. The first step is a warm-up and not
+counted; reading the data is counted.
 
     python benchmarks/sft.py [--model FOLDER] [--samples 64] [--rounds 2] [--json FILE]
 

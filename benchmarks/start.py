@@ -21,7 +21,7 @@ COMMANDS = {  # command: arguments with a mistake, and the peer
     "modellink-doctor": (["--no-such-option"], "hf"),
     "modellink-convert": (["a", "b", "--to", "nonsense"], "hf"),
     "modellink-preprocess": (["--long-samples", "nonsense"], "hf"),
-    "modellink-train": (["pretrain", "--normalization", "nonsense"], "torchrun"),
+    "modellink-train": (["pretrain", "--save-format", "nonsense"], "torchrun"),
     "modellink-infer": (["generate", "--load", "x", "--device", "nonsense"], "transformers"),
     "modellink-eval": (["run", "--device", "nonsense"], "lm_eval"),
 }

@@ -1,4 +1,4 @@
-"""modellink-train pretrain beside a plain transformers loop: tokens a second in fp32 and in bf16, memory by what is
+"""modellink-train pretrain against a plain transformers loop: tokens per second in fp32 and in bf16, and memory by what is
 recomputed, swapped or kept once.
 
 A model of SmolLM2-135M's shape with random weights, samples of 512 random tokens, one process on the CPU with all threads. The

@@ -1,6 +1,6 @@
 """What ckpt-convert writes, megatron-core loads: rank files strictly, distributed checkpoints by its own loader; the same logits.
 
-The models are built by core at the layout; their weights come from the converted files alone, by torch and megatron-core.
+core builds the models at the layout; their weights are loaded only from the converted files, by torch and megatron-core.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""modellink-eval beside lm-evaluation-harness, where that is installed: the same prompts give the same numbers and texts.
+"""modellink-eval against lm-evaluation-harness, if it is installed: the same prompts give the same numbers and texts.
 
-The harness' own model classes are asked from Python, its Hugging Face one and ours, because its tasks would download data. More
-questions, with real weights, are compared by `benchmarks/eval.py`.
+The model classes of the harness, its Hugging Face class and ours, are called from Python, because its tasks would download data.
+`benchmarks/eval.py` compares more questions with real weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.test_eval_local import DATA, folder
 
 from modellink.eval import EvalSettings, GenerationRequest, LikelihoodRequest
 from modellink.eval.backends.local import LocalBackend
@@ -17,17 +16,17 @@ from modellink.eval.job import prepare
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
-__all__ = ["folder"]
+DATA = Path(__file__).resolve().parent.parent / "examples" / "quickstart" / "eval-data"
 
 
 @pytest.fixture(scope="module")
-def models(folder: Path):
+def models(eval_model: Path):
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     from modellink.eval.backends.harness import harness_model
-    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=2)
-    return theirs, harness_model()(path=str(folder), device="cpu", dtype="float32")
+    theirs = HFLM(pretrained=str(eval_model), device="cpu", dtype="float32", batch_size=2)
+    return theirs, harness_model()(path=str(eval_model), device="cpu", dtype="float32")
 
 
 def asked(kind: str, *args: object):

@@ -1,7 +1,6 @@
-"""modellink-eval over modellink-infer: the likelihood of every choice is the one transformers gives, at one rank and at two.
+"""modellink-eval with modellink-infer: the likelihood of every choice equals that of transformers, on one rank and on two.
 
-A small random llama whose heads and groups, head size and hidden size, feed-forward width differ; a byte-level tokenizer that
-puts a token before every text; the questions of the quickstart.
+The model is `eval_model` of conftest.py, the questions are those of the quickstart.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import pydoc_data.topics
 import subprocess
 import sys
 import time
@@ -19,8 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from modellink.eval import EvalSettings, cli
 from modellink.eval.job import prepare
@@ -32,7 +28,6 @@ pytest.importorskip("modellink.infer")
 DATA = Path(__file__).resolve().parent.parent / "examples" / "quickstart" / "eval-data"
 TASKS = ("boolq", "mmlu")
 LONGEST = 475  # tokens; half of the prompts with five examples are longer
-VOCABULARY = 701
 
 
 class Done(NamedTuple):
@@ -42,7 +37,7 @@ class Done(NamedTuple):
 
 
 def run(*args: object) -> Done:
-    """The command in this process: megatron is imported once for all."""
+    """Run the command in this process, so that megatron is imported only once."""
     out, err, before = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = ["modellink-eval", "run", *map(str, args)]
     try:
@@ -54,7 +49,7 @@ def run(*args: object) -> Done:
 
 
 def start(*args: object, **environment: str) -> Done:
-    """The command in a process of its own."""
+    """Run the command in a new process."""
     program = Path(sys.executable).with_name("modellink-eval")
     command = [str(program)] if program.exists() else [sys.executable, "-m", "modellink.eval.cli"]
     done = subprocess.run([*command, "run", *map(str, args)], capture_output=True, text=True, timeout=300,
@@ -62,35 +57,8 @@ def start(*args: object, **environment: str) -> Done:
     return Done(done.returncode, done.stdout, done.stderr)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(3)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2, head_dim=20,
-        vocab_size=VOCABULARY, max_position_embeddings=LONGEST, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            else:
-                parameter.mul_(6)  # so that choices are not close
-    model.save_pretrained(folder)
-    engine = tokenizers.Tokenizer(models.BPE())
-    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    engine.decoder = decoders.ByteLevel()
-    engine.train_from_iterator(list(pydoc_data.topics.topics.values())[:20], trainers.BpeTrainer(
-        vocab_size=VOCABULARY, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=["<unk>", "<s>", "</s>"]))
-    engine.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A $B", [("<s>", 1)])
-    engine.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({
-        "bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}))
-    return folder
-
-
 def by_hand(model: Any, tokenizer: Any, question: Any) -> list[float]:
-    """Log-probabilities of a question's choices, each in a pass of its own over the whole text."""
+    """Return the log-probabilities of the choices of a question, each in its own pass over the full text."""
     context = tokenizer(question.prompt).input_ids
     assert context[0] == tokenizer.bos_token_id
     found = []
@@ -109,10 +77,11 @@ def by_hand(model: Any, tokenizer: Any, question: Any) -> list[float]:
 
 
 @pytest.fixture(scope="module", params=["original", "lm-eval"])
-def evaluated(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
+def evaluated(request: pytest.FixtureRequest, eval_model: Path,
+              tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, str]:
     """Prompt style, output folder and printed text of a run at one rank."""
     out = tmp_path_factory.mktemp(request.param) / "out"
-    done = run("--task", *TASKS, "--task-data-path", DATA, "--load", folder, "--output", out, "--prompt-style", request.param,
+    done = run("--task", *TASKS, "--task-data-path", DATA, "--load", eval_model, "--output", out, "--prompt-style", request.param,
                "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return request.param, out, done.stdout
@@ -134,10 +103,10 @@ def results(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_likelihoods_are_those_of_transformers(folder: Path, evaluated: tuple[str, Path, str], task: str) -> None:
+def test_likelihoods_are_those_of_transformers(eval_model: Path, evaluated: tuple[str, Path, str], task: str) -> None:
     style, out, _ = evaluated
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(eval_model, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(eval_model)
     (job,) = prepare(task, DATA, EvalSettings(style))
     found = journal(out, task)
     assert len(found) == 20
@@ -163,41 +132,41 @@ def test_the_originals_line_is_printed(evaluated: tuple[str, Path, str]) -> None
     assert f"mmlu acc = {micro['correct']}/20={micro['accuracy']}" in printed.splitlines()
 
 
-def test_a_killed_run_continues_on_two_ranks(folder: Path, tmp_path: Path) -> None:
-    words = ("--task", "mmlu", "--task-data-path", DATA, "--load", folder, "--device", "cpu")
+def test_a_killed_run_continues_on_two_ranks(eval_model: Path, tmp_path: Path) -> None:
+    words = ("--task", "mmlu", "--task-data-path", DATA, "--load", eval_model, "--device", "cpu")
     assert run(*words, "--output", tmp_path / "whole").returncode == 0
     words = (*words, "--output", tmp_path / "out")
     assert start(*words, "--evaluation-batch-size", 6, MODELLINK_KILL_AT="after-batch").returncode < 0
     assert len(journal(tmp_path / "out", "mmlu")) == 6
     done = start(*words, "--tp", 2, "--evaluation-batch-size", 4)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("mmlu acc = ") == 1 and "6 answered before" in done.stdout
+    assert done.stdout.count("mmlu acc = ") == 1 and "6 answered by an earlier run" in done.stdout
     one, two = journal(tmp_path / "whole", "mmlu"), journal(tmp_path / "out", "mmlu")
     assert one.keys() == two.keys()
     assert all(two[key] == pytest.approx(one[key], abs=2e-4) for key in one)
     assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
-def test_written_answers_go_on_on_two_ranks_and_are_noted_one_by_one(folder: Path, tmp_path: Path) -> None:
+def test_written_answers_go_on_on_two_ranks_and_are_noted_one_by_one(eval_model: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN)
-    words = ("--task", tmp_path / "own.yaml", "--task-data-path", DATA, "--load", folder, "--device", "cpu", "--prompt-style",
+    words = ("--task", tmp_path / "own.yaml", "--task-data-path", DATA, "--load", eval_model, "--device", "cpu", "--prompt-style",
              "lm-eval")
     assert run(*words, "--output", tmp_path / "whole").returncode == 0
     words = (*words, "--output", tmp_path / "out", "--evaluation-batch-size", 3)
     assert start(*words, MODELLINK_KILL_AT="after-batch").returncode < 0
     assert len(lines(tmp_path / "out", "own")) == 1
     done = start(*words, "--tp", 2)
-    assert done.returncode == 0 and "1 answered before" in done.stdout, done.stderr
+    assert done.returncode == 0 and "1 answered by an earlier run" in done.stdout, done.stderr
     texts = [{line["key"]: line["texts"] for line in lines(tmp_path / place, "own")} for place in ("whole", "out")]
     assert texts[0] == texts[1] and len(lines(tmp_path / "out", "own")) == len(texts[0])
     assert results(tmp_path / "out") == results(tmp_path / "whole")
 
 
-def test_two_stages_give_the_same(folder: Path, evaluated: tuple[str, Path, str], tmp_path: Path) -> None:
+def test_two_stages_give_the_same(eval_model: Path, evaluated: tuple[str, Path, str], tmp_path: Path) -> None:
     style, out, _ = evaluated
     if style == "original":
         pytest.skip("one style is enough")
-    done = start("--task", "boolq", "--task-data-path", DATA, "--load", folder, "--device", "cpu", "--pp", 2, "--output",
+    done = start("--task", "boolq", "--task-data-path", DATA, "--load", eval_model, "--device", "cpu", "--pp", 2, "--output",
                  tmp_path / "out", "--prompt-style", style)
     assert done.returncode == 0, done.stderr
     one, two = journal(out, "boolq"), journal(tmp_path / "out", "boolq")
@@ -205,14 +174,14 @@ def test_two_stages_give_the_same(folder: Path, evaluated: tuple[str, Path, str]
 
 
 @pytest.fixture(scope="module")
-def served(folder: Path) -> Iterator[str]:
+def served(eval_model: Path) -> Iterator[str]:
     """The address of our own server with the model."""
     httpx = pytest.importorskip("httpx")
     pytest.importorskip("uvicorn")
     from modellink.core.launch import free_port
     port = free_port()
-    process = subprocess.Popen([sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(folder), "--device", "cpu",
-                                "--port", str(port)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, "-m", "modellink.infer.cli", "serve", "--load", str(eval_model),
+                                "--device", "cpu", "--port", str(port)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         for _ in range(600):
             try:
@@ -237,10 +206,10 @@ styles:
 """
 
 
-def test_our_server_gives_what_the_model_gives_here(folder: Path, served: str, tmp_path: Path) -> None:
+def test_our_server_gives_what_the_model_gives_here(eval_model: Path, served: str, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN)
     words = ("--task", "boolq", tmp_path / "own.yaml", "--task-data-path", DATA, "--prompt-style", "lm-eval")
-    for place, model in (("here", ("--load", folder, "--device", "cpu")), ("there", ("--endpoint", served))):
+    for place, model in (("here", ("--load", eval_model, "--device", "cpu")), ("there", ("--endpoint", served))):
         done = run(*words, *model, "--output", tmp_path / place)
         assert done.returncode == 0, done.stderr
     here, there = (journal(tmp_path / place, "boolq") for place in ("here", "there"))
@@ -253,11 +222,11 @@ def test_our_server_gives_what_the_model_gives_here(folder: Path, served: str, t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_texts_are_written_by_the_compiled_step_where_it_is_the_model(folder: Path, dtype: Any) -> None:
+def test_texts_are_written_by_the_compiled_step_where_it_is_the_model(eval_model: Path, dtype: Any) -> None:
     from modellink.eval import GenerationRequest
     from modellink.eval.backends.local import LocalBackend
     from modellink.infer.native import compiled
-    backend = LocalBackend(folder, device="cpu", dtype=dtype, batch_size=2)
+    backend = LocalBackend(eval_model, device="cpu", dtype=dtype, batch_size=2)
     backend.load()
     network = backend._engine.network
     assert bool(network.fast_paths) == (dtype == "float32" and compiled.step() is not None)
@@ -268,10 +237,10 @@ def test_texts_are_written_by_the_compiled_step_where_it_is_the_model(folder: Pa
     assert dict(backend.generate(asked)) == found and len({text.text for text in found.values()}) > 3
 
 
-def test_another_precision_is_another_model(folder: Path, evaluated: tuple[str, Path, str]) -> None:
+def test_another_precision_is_another_model(eval_model: Path, evaluated: tuple[str, Path, str]) -> None:
     style, out, _ = evaluated
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    done = run("--task", "boolq", "--task-data-path", DATA, "--load", folder, "--output", out, "--prompt-style", style,
+    done = run("--task", "boolq", "--task-data-path", DATA, "--load", eval_model, "--output", out, "--prompt-style", style,
                "--device", "cpu", "--dtype", "bfloat16")
     assert done.returncode == 2 and "answers of another model" in done.stderr and "dtype bfloat16" in done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -281,8 +250,8 @@ def test_another_precision_is_another_model(folder: Path, evaluated: tuple[str, 
     (("--tp", 4), "tensor parallel size 4 does not divide the 2 query groups"), (("--load", "nothing"), "nothing"),
     (("--tokenizer-name-or-path", "nothing"), "nothing"),
 ])
-def test_a_mistake_about_the_model(folder: Path, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
-    base = {"--task": "boolq", "--task-data-path": DATA, "--load": folder, "--output": tmp_path / "out", "--device": "cpu"}
+def test_a_mistake_about_the_model(eval_model: Path, tmp_path: Path, words: tuple[object, ...], message: str) -> None:
+    base = {"--task": "boolq", "--task-data-path": DATA, "--load": eval_model, "--output": tmp_path / "out", "--device": "cpu"}
     given = base | {words[0]: words[1]}
     done = run(*(word for pair in given.items() for word in pair))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr

@@ -1,4 +1,4 @@
-"""Rules of the house that a reader would otherwise have to remember: sizes, complete package folders, names that stay out.
+"""Rules of the repository: file sizes, complete package folders, and names that must not occur.
 
 Not covered: style within a file (ruff) and types (mypy), which have sessions of their own.
 """
@@ -24,7 +24,7 @@ FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", ".ci")
 MAX_LINES = 600
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".cfg", ".sh", ""}
 
-# Written in pieces so that this file does not find itself.
+# Written in pieces so that this file does not match itself.
 FORBIDDEN = {
     "a path of one machine": re.compile("|".join((r"/wor" + r"k/", r"/tm" + r"p/[a-z]", r"/roo" + r"t/", r"/hom" + r"e/[a-z]"))),
     "a package index": re.compile("|".join((r"\bpyp" + r"i\.org", r"load\.pytor" + r"ch\.org", r"files\.python" + r"hosted"))),
@@ -32,7 +32,7 @@ FORBIDDEN = {
 
 
 def files() -> Iterator[Path]:
-    """The files of the repository, without what builds and tools leave behind."""
+    """Yield the files of the repository, without build and tool output."""
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -70,7 +70,7 @@ def test_a_package_folder_is_complete(package: str) -> None:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_declares_what_the_house_agreed(package: str) -> None:
+def test_a_package_follows_the_metadata_rules(package: str) -> None:
     table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))
     project = table["project"]
     assert (project["name"], project["license"], project["dynamic"]) == (f"modellink-{package}", "Apache-2.0", ["version"])
@@ -96,8 +96,8 @@ def name(requirement: str) -> str:
 
 
 def test_core_names_no_family() -> None:
-    """A family is one file in ckpt-convert; core reads ModelSpec fields. Only presets, and flags of the
-    original, are named after families."""
+    """A family is one file in ckpt-convert; core reads only ModelSpec. Only presets and flags of the original may
+    contain names of families."""
     families = ROOT / "packages/ckpt-convert/src/modellink/ckpt_convert/families"
     names = [path.stem for path in families.glob("*.py") if not path.stem.startswith("_")]
     assert names
@@ -121,14 +121,14 @@ def test_no_file_names(what: str) -> None:
 
 
 def matches(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[int, re.Match[str]]]:
-    """(line number, match) of every line of a text file in which `pattern` is found."""
+    """Yield (line number, match) for every line of a text file that matches `pattern`."""
     for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
         if match := pattern.search(line):
             yield number, match
 
 
-def test_the_table_of_models_is_whole() -> None:
-    """`python tools/models_table.py` makes it from test outcomes; it must have a line a preset and no open cell."""
+def test_the_table_of_models_is_complete() -> None:
+    """`python tools/models_table.py` makes it from test outcomes; it must have a line per preset and no open cell."""
     text = (ROOT / "packages/core/README.md").read_text(encoding="utf-8")
     table = text.partition("<!-- models -->")[2].partition("<!-- end of models -->")[0].strip().splitlines()[2:]
     names = [line.split(" | ")[0].removeprefix("| ") for line in table]
@@ -139,7 +139,7 @@ def test_the_table_of_models_is_whole() -> None:
 
 
 def test_dialect_is_found_across_lines_and_in_names(tmp_path: Path) -> None:
-    """Written in pieces so that this file does not find itself."""
+    """Written in pieces so that this file does not match itself."""
     path = tmp_path / "module.py"
     path.write_text('A = option("Width; where noth' 'ing "\n           "is sa' 'id.")\n# It starts\n# an' 'ew.\n'
                     'def tokeni' 'se(): "Return the ids of a text."\n')

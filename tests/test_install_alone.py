@@ -1,10 +1,10 @@
 """Each package installs on its own: its wheel, in a fresh environment, and every module of it imports there.
 
-kernels, data-prep and eval are installed as a user would, with pip resolving what they declare; the environments of
-data-prep and eval must end without torch. For ckpt-convert, core and infer a second copy of torch each would cost minutes and
-gigabytes, so their environment gets symbolic links to third-party packages of the environment that runs the tests, and only
-to those which the package declares, directly or through another; an undeclared need is an ImportError here as well. (That
-pip resolves them is shown by the session `tests-<package>`, which installs them in full.)
+kernels, data-prep and eval are installed as by a user, with pip resolving their dependencies; the environments of
+data-prep and eval must not contain torch. For ckpt-convert, core and infer a second copy of torch would cost minutes and
+gigabytes, so their environment gets symbolic links to the third-party packages of the test environment, only to those
+that the package declares, directly or indirectly; an undeclared dependency is an ImportError here too. (The session
+`tests-<package>` installs them with pip.)
 
 Needs the wheels that `nox -s e2e` builds, and names them by path, so no index is asked for `modellink-*`.
 """
@@ -36,8 +36,8 @@ LIGHT = ("kernels", "data-prep", "eval")
 WHEELS = os.environ.get("MODELLINK_WHEELS")
 pytestmark = pytest.mark.skipif(WHEELS is None, reason="the wheels are built by `nox -s e2e`")
 
-# Imports every module of a package but those of ops/ and device.py where torch is not there (the `torch` extra), and infer's
-# web application where fastapi is not (the `server` extra).
+# Imports every module of a package, except ops/ and device.py without torch (extra `torch`), and the web application of infer
+# without fastapi (extra `server`).
 IMPORT_ALL = """
 import importlib, importlib.util, json, pathlib, sys
 top = importlib.import_module(sys.argv[1])
@@ -155,7 +155,7 @@ def test_siblings_are_what_the_wheel_declares(package: str) -> None:
 
 
 def test_one_package_is_upgraded_alone(tmp_path: Path) -> None:
-    """A newer kernels takes the place of the old; data-prep and eval beside it stay as they are and still import."""
+    """A newer kernels replaces the old one; data-prep and eval are unchanged and still import."""
     python = environment(tmp_path / "env")
     pip(python, *(wheel(name) for name in [*SIBLINGS["eval"], "eval"]))
     before = versions(python)

@@ -1,6 +1,6 @@
-"""The main job in small: every command of the quickstart, on a tiny random model, at one layout, in the order a user sees.
+"""The quickstart on a tiny random model: all its commands, at one layout, in order.
 
-The session `quickstart` runs it on real weights; here the point is that the commands fit together.
+The session `quickstart` runs it with real weights; this test checks that the commands fit together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ me
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
-    """A Hugging Face folder with three query groups and a tokenizer of its own."""
+    """A Hugging Face folder with three query groups and its own tokenizer."""
     import pydoc_data.topics
 
     import torch
@@ -42,7 +42,7 @@ def weights(tmp_path_factory) -> Path:
     return folder
 
 
-def test_every_command_of_the_main_job(weights, tmp_path):
+def test_every_command_of_the_quickstart(weights, tmp_path):
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--weights", str(weights), "--folder", str(tmp_path),
          "--iterations", "10", "--seq-length", "48", "--lr", "1e-2"], cwd=tmp_path, capture_output=True, text=True)
@@ -58,7 +58,7 @@ def test_every_command_of_the_main_job(weights, tmp_path):
 
 @pytest.mark.stress
 def test_every_layout_gives_the_same_losses(tmp_path):
-    """The main job itself, on real weights, at all four layouts; it compares their losses."""
+    """The quickstart with real weights at all four layouts; it compares their losses."""
     for layout in ("tp3", "tp1pp2", "dp2", "tp3pp2"):
         done = subprocess.run(
             [sys.executable, str(ROOT / "examples/quickstart/run.py"), "--folder", str(tmp_path), "--layout", layout],

@@ -1,9 +1,9 @@
 """What the READMEs show can be typed: every option of a `modellink-*` command line exists, every Python block compiles.
 
 A ```console block is read line by line (a backslash continues a line); each `modellink-<x> [subcommand] --option ...` in it is
-held against that command's own --help. Of a ```python block the syntax is checked and the imports are executed. A block
-right after a line `<!-- not tested: reason -->` is left out.
-Not covered: running what the lines do; the quickstart session runs the whole chain.
+compared with the --help of that command. Of a ```python block the syntax is checked and the imports are executed. A block right
+after a line `<!-- not tested: reason -->` is skipped.
+Not covered: running the commands; the quickstart session runs the full chain.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_a_command_line_exists(where: str, words: list[str]) -> None:
     assert words[0] in COMMANDS, f"{where}: no package has the command {words[0]}"
     text = help_of(words[0])
     command = [words[0]]
-    if len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):  # a folder is written with a slash
+    if len(words) > 1 and re.fullmatch(r"[a-z]+", words[1]):  # folders are written with a slash
         command.append(words[1])
         text = help_of(*command)
         assert re.search(rf"^Usage: .*{words[0]} {words[1]}\b", text, re.MULTILINE), f"{where}: {words[0]} has no {words[1]}"

@@ -11,7 +11,7 @@ from modellink.ckpt_convert import convert
 from modellink.kernels.parallel import ParallelLayout
 
 TP3, TP3PP2 = ParallelLayout(tp=3), ParallelLayout(tp=3, pp=2)
-# Mean negative log-likelihood in nats a token of the first 8 windows of 512 tokens of the first 40,000 characters, in fp32,
+# Mean negative log-likelihood in nats per token of the first 8 windows of 512 tokens of the first 40,000 characters, in fp32,
 # without special tokens; computed once with transformers from the weights that examples/quickstart/weights.py makes.
 LIKELIHOOD = {"wikitext-2-valid": 2.97058, "tinyshakespeare": 3.84136}
 PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time, in a village by the sea,",

@@ -1,12 +1,11 @@
-"""Runs every `benchmarks/*.py` (or those named), prints one table and writes `results/bench.json`.
+"""Run every `benchmarks/*.py` (or those named), print one table and write `results/bench.json`.
 
-A benchmark script takes `--json PATH` and writes there a list of rows; each row is one claim, measured with its peer in the
-same run:
+A benchmark script writes a list of rows to `--json PATH`; each row is one claim, measured together with its peer:
     {"claim": str, "ours": number, "peer": number, "unit": str, "peer_name": str, "peak_memory": bytes, "limit": number or null}
-`limit` is the physical limit in the same unit (copy bandwidth, raw tokenizer, matmul rate). The ratio ours / peer is made here.
-Scripts find a model and data by MODELLINK_TEST_MODEL and MODELLINK_TEST_DATA; where they are not set, the model is the one of the
-quickstart, made if it is not there, and the data those of ../shared/data, if they are there.
-Not here: a verdict. A benchmark that fails is reported, the others still run, and the exit status is 1.
+`limit` is the physical limit in the same unit (copy bandwidth, raw tokenizer, matmul rate). The ratio ours / peer is
+computed here. Scripts find a model and data by MODELLINK_TEST_MODEL and MODELLINK_TEST_DATA. Default: the model of the
+quickstart, created if necessary, and ../shared/data if it exists. Not here: a verdict. A benchmark that fails is
+reported, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment() -> dict[str, str]:
-    """What the scripts find a model and data by."""
+    """Return the environment with the model and the data for the scripts."""
     found = dict(os.environ)
     weights, data = ROOT / "quickstart" / "SmolLM2-135M-Instruct", ROOT.parent / "shared" / "data"
     if "MODELLINK_TEST_MODEL" not in found:
@@ -39,7 +38,7 @@ def environment() -> dict[str, str]:
 
 
 def measure(script: Path, environment: dict[str, str]) -> list[dict[str, Any]] | None:
-    """The rows of one script, or None if it failed."""
+    """Run one script and return its rows, or None if it failed."""
     print(f"== {script.relative_to(ROOT)}", flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         rows = Path(temporary) / "rows.json"

@@ -1,6 +1,6 @@
-"""Fill the option tables of the READMEs from the dataclasses: `python tools/docs.py`; `--check` only says which are stale.
+"""Fill the option tables of the READMEs from the dataclasses: `python tools/docs.py`; `--check` only lists stale files.
 
-A table stands between `<!-- options of MODULE:CLASS -->` and `<!-- end of options -->`. All six packages must be installed.
+A table is enclosed by `<!-- options of MODULE:CLASS -->` and `<!-- end of options -->`. All six packages must be installed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ TABLE = re.compile(r"(<!-- options of (\S+):(\w+) -->\n).*?(\n<!-- end of option
 
 
 def filled(text: str) -> str:
-    """A README with every table made anew."""
+    """Return a README with all tables regenerated."""
     def table(match: re.Match[str]) -> str:
         return match[1] + describe(getattr(importlib.import_module(match[2]), match[3])) + match[4]
     return TABLE.sub(table, text)
 
 
 def stale() -> list[Path]:
-    """The READMEs whose tables are not those of the code."""
+    """Return the READMEs with outdated tables."""
     files = [ROOT / "README.md", *sorted(ROOT.glob("packages/*/README.md"))]
     return [path for path in files if filled(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
 

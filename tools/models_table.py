@@ -1,8 +1,8 @@
 """Fill the table of models in core's README from test results: `python tools/models_table.py`.
 
-It runs the tests that say something about a model row and reads their outcomes; no cell is typed. A row's cells about computing
-come from the tiny model of its family that has the same features (every field of ModelSpec that is no size). All six packages and
-the test needs of core and ckpt-convert must be installed; takes about two minutes.
+It runs the tests that say something about a model row and reads their outcomes; no cell is typed. A row's cells about
+computing come from the tiny model of its family that has the same features (every field of ModelSpec that is no size).
+All six packages and the test needs of core and ckpt-convert must be installed; takes about two minutes.
 """
 
 from __future__ import annotations

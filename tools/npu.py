@@ -1,6 +1,6 @@
-"""What the nox session `npu` needs beside the shared environment: torch_npu in a folder of its own, and stand-ins for CANN.
+"""Prepare the nox session `npu`: torch_npu in a separate folder, and stubs of CANN.
 
-torch_npu changes torch wherever it can be imported, so it is never installed into an environment that other sessions use.
+torch_npu modifies torch wherever it can be imported, so it is never installed into an environment of other sessions.
 """
 
 from __future__ import annotations

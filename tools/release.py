@@ -1,6 +1,6 @@
 """Checks that one package could be published: `python tools/release.py kernels`. Run by `nox -s release-<package>`.
 
-The source archive is built first and the wheel out of the unpacked archive, so a file missing from the archive is found.
+The source archive is built first, and the wheel from the unpacked archive, so a file missing from the archive is found.
 Checked: version against the newest heading of the changelog, complete metadata, a README that renders, the license file,
 py.typed, no stray files in either. Nothing is uploaded.
 """
@@ -34,7 +34,7 @@ def build(folder: Path, out: Path) -> tuple[Path, Path]:
     run("hatchling", "build", "-t", "sdist", "-d", str(out), cwd=folder)
     (sdist,) = out.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(out)  # our own archive
+        archive.extractall(out)  # an archive we built
     run("hatchling", "build", "-t", "wheel", "-d", str(out), cwd=out / sdist.name.removesuffix(".tar.gz"))
     (wheel,) = out.glob("*.whl")
     return sdist, wheel
@@ -78,7 +78,7 @@ def check_files(package: str, sdist: Path, wheel: Path) -> list[str]:
 def check(package: str) -> list[str]:
     with tempfile.TemporaryDirectory() as temporary:
         sdist, wheel = build(ROOT / "packages" / package, Path(temporary))
-        run("twine", "check", "--strict", str(sdist), str(wheel), cwd=ROOT)  # renders the README as an index would
+        run("twine", "check", "--strict", str(sdist), str(wheel), cwd=ROOT)  # renders the README as a package index does
         with zipfile.ZipFile(wheel) as archive:
             (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
             meta = message_from_string(archive.read(metadata).decode("utf-8"))

@@ -1,12 +1,11 @@
-"""What a run of nox prints at its end: each session's minutes against its share, the disk used, and the closing line.
+"""The summary of a nox run: minutes of each session against its share, disk usage, and the closing line.
 
-Counts come from the junit files pytest writes into `.nox/results/`; a session without one (lint, types, release-*) counts as
-one check. A session that failed outside its tests (an install, a crash) counts as one failure, so that the closing line can
-never say "0 failed" while nox exits with 1. nox prints its own summary after the last session, so this one is printed when
-the process ends (`atexit`): the closing line stays the last.
-A share is compared with the minutes after installation, which belong to the network and to whichever session filled a shared
-environment; the total is compared with everything.
-Not here: any judgment. A session over its share is marked; it does not fail.
+Counts come from the junit files of pytest in `.nox/results/`; a session without one (lint, types, release-*) counts as
+one check. A session that fails outside its tests (an install, a crash) counts as one failure, so that the closing line
+never reports "0 failed" while nox exits with 1. The summary is printed by `atexit`, after that of nox, so that the
+closing line is the last line. A share is compared with the minutes without installation, which depend on the network and
+on which session fills a shared environment; the total is compared with all minutes. A session over its share is marked
+OVER; it does not fail.
 """
 
 from __future__ import annotations
@@ -20,28 +19,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-DISK_LIMIT_GB = 15
-TOTAL_MINUTES = 40
+DISK_LIMIT_GB = 10
+TOTAL_MINUTES = 26
 
-# (label, minutes on 2 cores, sessions that share them). The releases have what the others leave of the total.
+# (label, minutes on 2 idle cores, sessions that share them)
 SHARES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
-    ("kernels", 1, ("tests-kernels",)),
-    ("convert", 4, ("tests-ckpt-convert",)),
-    ("data-prep", 3, ("tests-data-prep",)),
-    ("core", 10, ("tests-core",)),
-    ("infer", 5, ("tests-infer",)),
-    ("eval", 5, ("tests-eval",)),
-    ("npu", 3, ("npu",)),
-    ("e2e", 6, ("e2e",)),
-    ("lint, types", 1, ("lint", "types")),
-    ("release", 2, tuple(f"release-{name}" for name in ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval"))),
+    ("kernels", 0.6, ("tests-kernels",)),
+    ("convert", 2.4, ("tests-ckpt-convert",)),
+    ("data-prep", 1.8, ("tests-data-prep",)),
+    ("core", 8, ("tests-core",)),
+    ("infer", 3, ("tests-infer",)),
+    ("eval", 3, ("tests-eval",)),
+    ("npu", 1.8, ("npu",)),
+    ("e2e", 3.6, ("e2e",)),
+    ("lint, types", 0.6, ("lint", "types")),
+    ("release", 1.2, tuple(f"release-{name}" for name in ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval"))),
     ("quickstart", 10, ("quickstart",)),
 )
 
 
 @dataclass
 class Entry:
-    """One session: seconds as a whole, seconds of it spent in pip, and how it ended."""
+    """One session: total seconds, seconds spent in pip, and its status."""
 
     name: str
     seconds: float = 0.0
@@ -50,7 +49,7 @@ class Entry:
 
     @contextmanager
     def installing(self) -> Iterator[None]:
-        """Count what happens inside as installation."""
+        """Count the time of the block as installation."""
         start = time.monotonic()
         try:
             yield
@@ -120,7 +119,7 @@ class Report:
 
 
 def disk_bytes(folders: list[Path]) -> int:
-    """Bytes on disk below `folders`; a hard-linked file counts once, a symbolic link not at all."""
+    """Return the bytes on disk below `folders`; a hard-linked file counts once, symbolic links do not count."""
     seen: set[tuple[int, int]] = set()
     total, stack = 0, [folder for folder in folders if folder.is_dir()]
     while stack:

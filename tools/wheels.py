@@ -1,7 +1,7 @@
 """The wheels of the six packages: which package needs which, and building them into one folder when their sources changed.
 
-Sessions install these files by path, never by name: a package index is not asked for `modellink-*`, and what is tested is
-what a user would install. Not here: publishing.
+Sessions install these files by path, never by name: `modellink-*` is not looked up on a package index, and the tests use what a
+user would install. Not here: publishing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
 _OURS = re.compile(r"modellink-([a-z-]+?)(?:\[([a-z,]+)\])?(?=[>=<!~;\s]|$)")
-# What ends up in a wheel; a changed test does not make a new one.
+# The files that affect a wheel; a changed test does not rebuild it.
 _INPUTS = ("pyproject.toml", "README.md", "LICENSE", "src")
 
 

@@ -1,11 +1,11 @@
-"""Fine-tuning beside transformers and peft: the same samples in the same order, in fp32, drawn in one picture.
+"""Fine-tuning against transformers and peft: the same samples in the same order, in fp32, in one chart.
 
     python examples/fine-tuning/curves.py --model ./SmolLM2-135M-Instruct --data alpaca_en_demo.json --work ./curves
 
-It prepares the data and trains all weights, then adapters, with `modellink-train sft` and with a plain loop over transformers
-(and peft), writes WORK/curves.svg and fails when two losses of a step differ by more than 1e-3. Our adapter of query, key and
-value is one, with one A, and so is that of gate and up: in peft's model these modules share theirs, which is the same model. Not
-shown here: speed (benchmarks/sft.py) and layouts (the tests of modellink-core).
+It prepares the data and trains all weights, then adapters, with `modellink-train sft` and with a plain loop over
+transformers (and peft), writes WORK/curves.svg and fails when two losses of a step differ by more than 1e-3. Our adapter
+of query, key and value is one, with one A, and so is that of gate and up: in peft's model these modules share theirs,
+which is the same model. Not shown here: speed (benchmarks/sft.py) and layouts (the tests of modellink-core).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run(module: str, *words: str) -> None:
 
 
 def prepare(given: argparse.Namespace) -> Path:
-    """The instruction set; a prefix."""
+    """Preprocess the instruction set and return its prefix."""
     prefix = given.work / "data" / "alpaca"
     run("modellink.data_prep.cli", "--input", str(given.data), "--handler-name", "AlpacaStyleInstructionHandler", "--prompt-type",
         "chatml", "--tokenizer-name-or-path", str(given.model), "--output-prefix", str(prefix), "--seq-length",
@@ -52,7 +52,7 @@ def ours(given: argparse.Namespace, prefix: Path, kind: str) -> list[float]:
 
 
 def theirs(given: argparse.Namespace, prefix: Path, kind: str) -> list[float]:
-    """The mean loss over learned tokens of each step, by a plain loop."""
+    """Train with a plain loop and return the mean loss over learned tokens of each step."""
     import torch
     import transformers
 
@@ -85,7 +85,7 @@ def theirs(given: argparse.Namespace, prefix: Path, kind: str) -> list[float]:
 
 
 def with_adapters(model: Any, folder: Path) -> Any:
-    """peft's model with adapters that begin as ours do."""
+    """Return the peft model with adapters initialized like ours."""
     import peft
     import torch
 

@@ -1,4 +1,4 @@
-"""What the main job proves: a resumed run is the uninterrupted one to the bit, and transformers computes our logits.
+"""Compare results of the quickstart: a resumed run equals the uninterrupted one bit for bit, and transformers computes our logits.
 
 Usage: compare.py training STRAIGHT RESUMED --from-iteration N
        compare.py logits CHECKPOINT HUGGING_FACE_FOLDER --before HUGGING_FACE_FOLDER --text FILE.jsonl
@@ -18,7 +18,7 @@ DOCUMENTS = 8
 
 
 def training(straight: Path, resumed: Path, first: int) -> None:
-    """Losses, gradient norms and final weights."""
+    """Compare losses, gradient norms and final weights."""
     from modellink.ckpt_convert import open_checkpoint
     from modellink.ckpt_convert.verify import compare
 
@@ -34,8 +34,8 @@ def training(straight: Path, resumed: Path, first: int) -> None:
 
 
 def logits(checkpoint: Path, folder: Path, before: Path, text: Path) -> None:
-    """The logits of a text, ours from the training checkpoint, theirs from the Hugging Face folder, both in fp32; and what
-    transformers says of the weights before and after training, on documents they were trained on."""
+    """Compare the logits of a text, ours from the training checkpoint and those of transformers from the Hugging Face folder, in fp32;
+    and the loss of transformers before and after training on the training documents."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

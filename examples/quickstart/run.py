@@ -1,9 +1,9 @@
-"""The main job: real text and real weights through every package, with the commands a user would type.
+"""The quickstart: real text and real weights through every package, with the commands a user would type.
 
     python -m nox -s quickstart [-- --layout tp3|tp1pp2|dp2|tp3pp2]
 
-Every command is printed before it runs; a table of seconds and peak memory comes at the end; what was made stays in
-`./quickstart/LAYOUT/`. A step that fails ends the job with its status.
+Every command is printed before it runs; a table of seconds and peak memory follows at the end; the results stay in
+`./quickstart/LAYOUT/`. A step that fails ends the script with its status.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layout", choices=LAYOUTS, default="tp3")
     parser.add_argument("--folder", type=Path, default=Path("quickstart"))
-    parser.add_argument("--weights", type=Path, help="a Hugging Face folder to use in the place of SmolLM2")
-    parser.add_argument("--iterations", type=int, default=20, help="of training, an even number")
+    parser.add_argument("--weights", type=Path, help="a Hugging Face folder to use instead of SmolLM2")
+    parser.add_argument("--iterations", type=int, default=20, help="training iterations, an even number")
     parser.add_argument("--seq-length", type=int, default=384)
     parser.add_argument("--lr", default="1e-5")
     arguments = parser.parse_args()
@@ -44,7 +44,7 @@ def main() -> None:
 
     steps.title("1. Real weights: SmolLM2-135M-Instruct as a Hugging Face folder")
     if weights.exists():
-        print(f"{weights} is there already")
+        print(f"{weights} already exists")
     else:
         steps.run("weights", sys.executable, HERE / "weights.py", weights)
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def losses(folder: Path, top: Path) -> None:
-    """The loss of this layout, beside that of the layouts done before."""
+    """Print the loss of this layout and compare it with those of earlier layouts."""
     curves = {path.parent.parent.name: [json.loads(line)["loss"] for line in path.read_text().splitlines()]
               for path in sorted(top.glob("*/straight/metrics.jsonl"))}
     mine = curves.pop(folder.name)

@@ -1,4 +1,4 @@
-"""Running commands one after the other: each printed as typed, timed, its memory measured; a table at the end."""
+"""Run commands in order: each is printed as typed, timed, and its memory measured; a table follows at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.table import Table
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes resident in a process and its descendants; on Linux what they share is divided among them (PSS)."""
+    """Return the resident bytes of a process and its descendants; on Linux, shared pages are divided among them (PSS)."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -34,7 +34,7 @@ class Steps:
         self.console.print(f"\n{text}", style="bold")
 
     def run(self, name: str, *command: object, expect: int = 0) -> None:
-        """Run a command and note it; end the job when its status is not `expect`."""
+        """Run and record a command; exit if its status is not `expect`."""
         words = [str(word) for word in command]
         shown = ["python" if word == sys.executable else word for word in words]
         print(f"$ {shlex.join(shown)}", flush=True)
@@ -58,7 +58,7 @@ class Steps:
             print(f"(status {status}: refused, as it should be)")
 
     def table(self, path: Path) -> None:
-        """Print what every step took, and write it to `path` as JSON."""
+        """Print time and memory of every step, and write them to `path` as JSON."""
         table = Table("step", "seconds", "peak memory (MB)", title="\nwhat it took", title_justify="left")
         for row in self.rows:
             table.add_row(str(row["step"]), f"{row['seconds']:.1f}", f"{row['peak_bytes'] / 1e6:,.0f}")

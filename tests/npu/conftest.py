@@ -1,7 +1,7 @@
-"""The tests of the NPU path: `nox -s npu` runs them, with the torch_npu wheel in a folder of its own.
+"""The tests of the NPU path: `nox -s npu` runs them, with the torch_npu wheel in a separate folder.
 
-The process of pytest never imports torch_npu, which would change torch for every other test: what needs it runs in processes
-that these fixtures start. Elsewhere this folder has no tests.
+The pytest process never imports torch_npu, which would modify torch for every other test: code that needs it runs in processes
+started by these fixtures. Without MODELLINK_NPU this folder has no tests.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A simulated NPU in this process: torch_npu itself over host memory, with PyTorch's own CPU kernels in the place of CANN's.
+"""A simulated NPU in this process: torch_npu itself over host memory, with PyTorch's own CPU kernels instead of those of CANN.
 
 Real: torch_npu's front end, dispatch, autograd formulas, allocator, streams, and the host code of its operators up to the call
 of a CANN kernel. Simulated: what a kernel computes. `load` comes before the first import of torch; `kernels` gives aten's
@@ -275,7 +275,7 @@ COMMUNICATORS: dict[str, Any] = {}
 
 
 def _comm_name(backend: Any, rank: int) -> str:
-    """HCCL's name of a communicator, which an operator is told; asked for by the global rank."""
+    """Return HCCL's name of a communicator, an argument of operators, by the global rank."""
     import torch.distributed as dist
 
     assert rank == dist.get_rank(), f"asked by rank {rank}, this is {dist.get_rank()}"

@@ -32,7 +32,7 @@ def undefined(library: Path) -> set[str]:
 
 
 def operators(library: Path) -> set[str]:
-    """The operators, which are looked up while running: their names stand in the library as strings."""
+    """Return the operators that are looked up at run time: their names are strings in the library."""
     names = {name.decode() for name in re.findall(rb"\0(aclnn[A-Z]\w+)(?=\0)", library.read_bytes())}
     return names | {name if name.endswith("GetWorkspaceSize") else f"{name}GetWorkspaceSize" for name in names}
 

@@ -1,4 +1,4 @@
-"""Small real tokenizers, trained on the spot, and ways to run the command."""
+"""Small real tokenizers, trained here, and helpers that run the command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
-    """Real English documents of 1 to 60 kB that any Python carries."""
+    """Real English documents of 1 to 60 kB that every Python contains."""
     return TEXTS
 
 
@@ -110,7 +110,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Run:
-    """Run the real command in a process of its own; keywords are environment variables."""
+    """Run the command in a new process; keywords are environment variables."""
     def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("modellink-preprocess")
         start = [str(program)] if program.exists() else [
@@ -122,7 +122,7 @@ def command(tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """The files of a folder by name."""
+    """Return the content of the files of a folder by name."""
     def snapshot(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     return snapshot
@@ -130,7 +130,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def real_text() -> Path:
-    """The folder `text` of the shared test data: MODELLINK_TEST_DATA, or ../shared/data beside the checkout."""
+    """Return the folder `text` of the shared test data: MODELLINK_TEST_DATA, or ../shared/data next to the checkout."""
     checkout = Path(__file__).resolve().parents[3]
     folder = Path(os.environ.get("MODELLINK_TEST_DATA") or checkout.parent / "shared" / "data") / "text"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""Bad inputs: each is refused in one message that names the file and the row and says what to do, and leaves nothing behind."""
+"""Bad inputs: each is refused with one message that names file, row and fix, and leaves no files behind."""
 
 import gzip
 import io
@@ -52,19 +52,19 @@ def tool(**parameters):
 # name: (file, content, options, message, place)
 BAD = {
     "a column is missing": ("a.jsonl", lines({"body": "a"}), {}, "no column 'text'", "a.jsonl"),
-    "a column is missing in one row": ("a.jsonl", lines(TEXT, {"body": "a"}), {}, "it has no 'text'", "line 2"),
+    "a column is missing in one row": ("a.jsonl", lines(TEXT, {"body": "a"}), {}, "the row has no 'text'", "line 2"),
     "null": ("a.jsonl", lines(TEXT, TEXT, {"text": None}), {}, "'text' is empty (null)", "line 3"),
     "a number": ("a.jsonl", lines({"text": 5}), {}, "'text' is a int", "line 1"),
     "a list": ("a.jsonl", lines({"text": ["a"]}), {}, "'text' is a list", "line 1"),
     "half a line of JSON": ("a.jsonl", lines(TEXT, '{"text": "a'), {}, "not JSON", "line 2"),
-    "no object in a line": ("a.jsonl", lines(TEXT, "3"), {}, "a int where a JSON object belongs", "line 2"),
+    "no object in a line": ("a.jsonl", lines(TEXT, "3"), {}, "a int where a JSON object is expected", "line 2"),
     "broken UTF-8 in JSON lines": ("a.jsonl", lines(TEXT) + b'{"text": "\xff"}\n', {}, "not JSON", "line 2"),
     "a lone surrogate": ("a.json", b'[{"text": "\\ud800"}]', {}, "'text' is not UTF-8", "row 1"),
     "broken UTF-8 in text": ("a.txt", b"a\n\xc3\x28\n", {}, "not UTF-8", "line 2"),
     "broken UTF-8 in an array": ("a.json", b'[{"text": "a"}, {"text": "\xff"}]', {}, "not UTF-8", "a.json"),
     "an array cut off": ("a.json", b'[{"text": "a"}, {"te', {}, "not a JSON array", "row 2"),
-    "something after an array": ("a.json", b'[{"text": "a"}] x', {}, "after the end of the array", "row 2"),
-    "no object in an array": ("a.json", b'[{"text": "a"}, "b"]', {}, "a str where a JSON object belongs", "row 2"),
+    "something after an array": ("a.json", b'[{"text": "a"}] x', {}, "follows the end of the array", "row 2"),
+    "no object in an array": ("a.json", b'[{"text": "a"}, "b"]', {}, "a str where a JSON object is expected", "row 2"),
     "a field too many in CSV": ("a.csv", b"text\na\nb,c\n", {}, "2 fields, the header has 1", "row 2"),
     "an open quote in CSV": ("a.csv", b'text\n"a', {}, "not CSV", "a.csv"),
     "broken UTF-8 in CSV": ("a.csv", b"text\na\n\xff\n", {}, "'text' is not UTF-8", "row 2"),
@@ -78,37 +78,37 @@ BAD = {
     "not gzip": ("a.jsonl.gz", b"\x1f\x8b\x08 nonsense", {}, "cannot be read", "a.jsonl.gz"),
     "zstd cut off": ("a.jsonl.zst", pyarrow.compress(lines(*[TEXT] * 999), "zstd", asbytes=True)[:-9], {},
                      "cannot be read to its end", "a.jsonl.zst"),
-    "an unknown ending": ("a.docx", b"PK", {}, "no reader for .docx", "a.docx"),
-    "an empty file": ("a.jsonl", b"", {}, "no tokens came out", "a.jsonl"),
+    "an unknown ending": ("a.docx", b"PK", {}, ".docx is not a supported format", "a.docx"),
+    "an empty file": ("a.jsonl", b"", {}, "has no tokens", "a.jsonl"),
     "no instruction": ("a.jsonl", lines({"output": "a"}), ALPACA, "no column 'instruction'", "a.jsonl"),
     "an answer that is null": ("a.jsonl", lines({"instruction": "q", "output": None}), ALPACA, "'output' is empty", "line 1"),
     "two answers": ("a.jsonl", lines({"instruction": "q", "output": ["a", "b"]}), ALPACA, "'output' is a list", "line 1"),
     "a history of one": ("a.jsonl", lines({"instruction": "q", "output": "a", "history": [["q"]]}), ALPACA,
                          "history is not a list of questions and answers", "line 1"),
     "no messages": ("a.jsonl", chat(), SHAREGPT, "the conversation is empty", "line 1"),
-    "the assistant begins": ("a.jsonl", chat(SAY, ASK), SHAREGPT, "turn 1 is of assistant", "line 1"),
-    "two questions": ("a.jsonl", chat(ASK, ASK, SAY), SHAREGPT, "turn 2 is of user", "line 1"),
+    "the assistant begins": ("a.jsonl", chat(SAY, ASK), SHAREGPT, "turn 1 is from assistant", "line 1"),
+    "two questions": ("a.jsonl", chat(ASK, ASK, SAY), SHAREGPT, "turn 2 is from user", "line 1"),
     "no answer": ("a.jsonl", chat(ASK, SAY, ASK), SHAREGPT, "the last message is not answered", "line 1"),
     "an unknown speaker": ("a.jsonl", chat({"from": "bot", "value": "a"}), SHAREGPT, "a message is from 'bot'", "line 1"),
     "a message without text": ("a.jsonl", chat({"from": "human"}, SAY), SHAREGPT, "'value' is empty", "line 1"),
     "messages of another form": ("a.jsonl", chat({"role": "user", "content": "q"}, SAY), SHAREGPT, "a message has no 'from'",
                                  "line 1"),
-    "messages that are a text": ("a.jsonl", lines({"conversations": "q"}), SHAREGPT, "a text and not a JSON list", "line 1"),
+    "messages that are a text": ("a.jsonl", lines({"conversations": "q"}), SHAREGPT, "a text but not a JSON list", "line 1"),
     "tools that are no JSON": ("a.jsonl", chat(ASK, SAY, tools="add"), SHAREGPT, "the tools are not JSON", "line 1"),
     "a tool without a name": ("a.jsonl", chat(ASK, SAY, tools='[{"a": 1}]'), SHAREGPT, "a tool has no name", "line 1"),
     "a speaker that is a list": ("a.jsonl", chat({"from": ["human"], "value": "a"}, SAY), SHAREGPT,
                                  "a message is from ['human']", "line 1"),
     "a tool that is a number": ("a.jsonl", chat(ASK, SAY, tools='[{"function": 3}]'), SHAREGPT, "a tool has no name: 3",
                                 "line 1"),
-    "required arguments that are no list": ("a.jsonl", chat(ASK, SAY, tools=tool(required=True)), SHAREGPT,
+    "required arguments that are not a list": ("a.jsonl", chat(ASK, SAY, tools=tool(required=True)), SHAREGPT,
                                             "required of the tool 'f' is a bool", "line 1"),
-    "choices that are no list": ("a.jsonl", chat(ASK, SAY, tools=tool(properties={"a": {"enum": 5}})), SHAREGPT,
+    "choices that are not a list": ("a.jsonl", chat(ASK, SAY, tools=tool(properties={"a": {"enum": 5}})), SHAREGPT,
                                  "enum of the tool 'f' is a int", "line 1"),
     "a call that is no JSON": ("a.jsonl", chat(ASK, {"from": "function_call", "value": "add(1)"}), SHAREGPT,
                                "a function call is not JSON", "line 1"),
     "no rejected answer": ("a.jsonl", chat(ASK, chosen=SAY, rejected=None), RANKED, "'rejected' is empty", "line 1"),
     "an answered question with a choice": ("a.jsonl", chat(ASK, SAY, chosen=SAY, rejected=SAY), RANKED,
-                                           "the last message is of the assistant", "line 1"),
+                                           "the last message is from the assistant", "line 1"),
     "a map of an unknown column": ("a.jsonl", lines(TEXT), ALPACA | {"map_keys": '{"promt": "text"}'}, "unknown key 'promt'",
                                    "--map-keys"),
     "a map to a column that is not there": ("a.jsonl", lines(TEXT), ALPACA | {"map_keys": '{"prompt": "txt"}'},
@@ -117,8 +117,8 @@ BAD = {
     "an unknown tag": ("a.jsonl", chat(ASK, SAY), SHAREGPT | {"map_keys": '{"tags": {"user": "human"}}'},
                        "unknown key 'user'", "--map-keys, tags"),
     "a map without use": ("a.jsonl", lines(TEXT), {"map_keys": "{}"}, "no columns to map", "--map-keys"),
-    "no template": ("a.jsonl", chat(ASK, SAY), SHAREGPT | {"prompt_type": None}, "no template is named", "--prompt-type"),
-    "a template without use": ("a.jsonl", lines(TEXT), {"prompt_type": "qwen"}, "no use for a template", "--prompt-type"),
+    "no template": ("a.jsonl", chat(ASK, SAY), SHAREGPT | {"prompt_type": None}, "no template is given", "--prompt-type"),
+    "a template without use": ("a.jsonl", lines(TEXT), {"prompt_type": "qwen"}, "uses no template", "--prompt-type"),
 }
 ROWS = [name for name in BAD if BAD[name][4].startswith(("line", "row")) and "array" not in name]
 
@@ -155,7 +155,7 @@ def test_bad_rows_are_skipped_and_listed(tmp_path, byte_folder, name):
     try:
         summary = work()
     except ModelLinkError as error:  # nothing else was in the file
-        assert "no tokens came out" in error.what
+        assert "has no tokens" in error.what
         return
     assert summary.skipped_rows >= 1 and summary.rows >= 1
     assert message in summary.bad_rows[0] and place in summary.bad_rows[0]

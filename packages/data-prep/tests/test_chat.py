@@ -1,4 +1,4 @@
-"""Chat templates: what transformers renders, clear failures, and attacks that the sandbox stops."""
+"""Chat templates: the same text as transformers, clear errors, and attacks that the sandbox stops."""
 
 import json
 from enum import Enum

@@ -1,4 +1,4 @@
-"""The real command: what it prints, its exit statuses, and what is left when it is killed."""
+"""The command: its output, its exit statuses, and the files left when it is killed."""
 
 import fcntl
 import json
@@ -24,7 +24,7 @@ def options(corpus, byte_folder):
 
 @pytest.fixture(scope="session")
 def expected(corpus, byte_folder, tmp_path_factory, snapshot):
-    """What an undisturbed run of two columns makes."""
+    """The files of an undisturbed run of two columns."""
     folder = tmp_path_factory.mktemp("undisturbed")
     preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True,
                                  output_prefix=folder / "set", json_keys=("text", "title")), show=False)
@@ -56,7 +56,7 @@ def test_merge_as_a_word_and_as_the_originals_flag(command, tmp_path, write_line
     assert command(*keys, "--output-prefix", "old/both", "--seed", "5").returncode == 0
     assert snapshot(tmp_path / "new") == snapshot(tmp_path / "old") == snapshot(tmp_path / "whole")
     again = command("merge", *keys, "--output-prefix", "new/both")
-    assert again.returncode == 2 and "the output exists" in again.stderr
+    assert again.returncode == 2 and "the output already exists" in again.stderr
     nothing = command("merge", "--input", "parts", "--merge-group-keys", "labels", "--output-prefix", "new/x")
     assert nothing.returncode == 2 and "no file name contains 'labels'" in nothing.stderr
 
@@ -97,20 +97,20 @@ def test_a_killed_run_continues_and_ends_with_the_same_bytes(command, options, e
     killed = command(*arguments, MODELLINK_KILL_AT=point)
     assert killed.returncode == -signal.SIGKILL
     if point in POINTS[:5]:
-        assert not list((tmp_path / "out").glob("*.idx")), "an output before it is whole"
+        assert not list((tmp_path / "out").glob("*.idx")), "an output before it is complete"
     assert command(*arguments).returncode == 0
     assert snapshot(tmp_path / "out") == expected
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["pieces_found_done"] > 0) == (point in POINTS[3:])
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.stress)])
-def test_killed_at_random_moments(command, options, expected, tmp_path, snapshot, times):
+@pytest.mark.stress  # in the default run, test_kills.py kills shares at random moments
+def test_killed_at_random_moments(command, options, expected, tmp_path, snapshot):
     seed = random.randrange(10**6)
     print("seed", seed)
     rng = random.Random(seed)
     arguments = [*options, "--output-prefix", "out/set", "--json-keys", "text", "title", "--workers", "2"]
-    for _ in range(times):
+    for _ in range(30):
         process = subprocess.Popen([sys.executable, "-c", "from modellink.data_prep.cli import main; main()",
                                     *map(str, arguments)], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         time.sleep(rng.uniform(0.5, 2.5))

@@ -1,4 +1,4 @@
-"""What a run that goes on depends on: whatever changes a byte of the result makes it start anew."""
+"""Conditions of a resumed run: anything that changes a byte of the result makes it start over."""
 
 import datetime
 import json
@@ -22,7 +22,7 @@ def made_from(tmp_path, write_lines, byte_folder):
 
 
 def test_a_run_that_is_continued_keeps_its_date(tmp_path, write_lines, byte_folder, monkeypatch):
-    """A template that tells of the day gives the same bytes on both sides of midnight, and for shares."""
+    """A template that prints the date gives the same bytes on both sides of midnight, and for shares."""
     class Day(datetime.date):
         @classmethod
         def today(cls):

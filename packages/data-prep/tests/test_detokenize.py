@@ -1,4 +1,4 @@
-"""Text as it grows: pieces add up to the whole, characters stay whole, and the work a token costs does not grow."""
+"""Streaming decode: chunks add up to the full text, characters are never split, and the work per token is constant."""
 
 import pytest
 from hypothesis import given, settings
@@ -46,7 +46,7 @@ def test_special_tokens(byte_tokenizer):
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_ids_add_up_to_what_decode_makes(byte_tokenizer, piece_tokenizer, data):
-    """Also rows of ids no text encodes to: lone bytes, special tokens in the middle of a character."""
+    """Also id sequences that no text encodes to: lone bytes, special tokens in the middle of a character."""
     for tokenizer in (byte_tokenizer, piece_tokenizer):
         some = st.integers(0, tokenizer.vocab_size - 1) | st.integers(3, 258) | st.integers(0, 2)  # bytes and special tokens
         ids = data.draw(st.lists(some, max_size=120))

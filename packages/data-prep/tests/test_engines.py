@@ -1,4 +1,4 @@
-"""The libraries behind a tokenizer: the same ids where two can read one vocabulary, and which is chosen and why."""
+"""Tokenizer engines: equal ids if two libraries read the same vocabulary, and the choice of a library with its reason."""
 
 import base64
 import importlib.util
@@ -115,7 +115,7 @@ def test_without_the_extra_tokenizers_is_used(run, monkeypatch):
 def test_conversations_do_not_use_gigatoken(run, tmp_path, write_lines):
     path = write_lines(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
     summary = run(input=(str(path),), handler_name="AlpacaStyleInstructionHandler", prompt_type="qwen")
-    assert summary.backend_why == "conversations are tokenized part by part"
+    assert summary.backend_why == "conversations are tokenized in short parts"
 
 
 def test_another_library_is_another_run(run, monkeypatch, tmp_path):
@@ -200,7 +200,7 @@ def test_what_sentencepiece_adds_is_part_of_the_fingerprint(sentencepiece_folder
     (tmp_path / "hf" / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     assert Tokenizer.from_folder(tmp_path).fingerprint != before  # and a checkpoint's folder hf/ is found
     (tmp_path / "hf" / "added_tokens.json").write_text('{"a": "b"}')
-    with pytest.raises(ModelLinkError, match="not texts with their ids"):
+    with pytest.raises(ModelLinkError, match="not a mapping of strings to ids"):
         Tokenizer.from_folder(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_tiktoken_files(tiktoken_folder):
     encoded = chat_format(tokenizer, "qwen").encode(from_messages(CHAT))
     assert sum(index == 263 for index in encoded.ids) == 3  # system, question, answer; not the one in the question's text
     (tiktoken_folder / "qwen.tiktoken").rename(tiktoken_folder / "other.tiktoken")
-    with pytest.raises(ModelLinkError, match="does not say how text is cut"):
+    with pytest.raises(ModelLinkError, match="neither a split pattern nor control tokens"):
         Tokenizer.from_folder(tiktoken_folder)
     (tiktoken_folder / "other.tiktoken").write_text("not base64\n")
     with pytest.raises(ModelLinkError, match="not a token and its rank"):

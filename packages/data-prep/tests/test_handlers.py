@@ -1,4 +1,4 @@
-"""Instruction and pairwise sets: what rows of each style become, which tokens are learned, and what happens to long samples."""
+"""Instruction and pairwise sets: the samples of each row style, the learned tokens, and the handling of long samples."""
 
 import json
 from xml.etree import ElementTree
@@ -33,7 +33,7 @@ def make(tmp_path, write_lines, byte_folder):
 
 
 def said(tokenizer: Tokenizer, data, index=0, ids="input_ids", labels="labels") -> list[str]:
-    """The learned stretches of a sample as texts; everywhere else labels are -100."""
+    """Return the learned spans of a sample as texts; all other labels are -100."""
     found, row, marks = [[]], data[ids][index], data[labels][index]
     for token, label in zip(row.tolist(), marks.tolist(), strict=True):
         assert label in (token, IGNORE_INDEX)
@@ -139,7 +139,7 @@ def test_datasets_by_name(make, byte_tokenizer, tmp_path, write_lines):
         "some": {"file_name": "a.jsonl", "num_samples": 5}, "part": {"file_name": "a.jsonl", "subset": "en"}}))
     data, _ = make("first,second", "LlamaFactoryInstructionHandler", dataset_dir=tmp_path)
     assert [said(byte_tokenizer, data, index) for index in (0, 1)] == [["2<|im_end|>"], ["Yo<|im_end|>"]]
-    for names, message in (("frist", "no dataset 'frist'"), ("away", "outside the folder"), ("hub", "no file_name"),
+    for names, message in (("frist", "unknown dataset 'frist'"), ("away", "outside the folder"), ("hub", "no file_name"),
                            ("some", "num_samples is 5"), ("part", "subset is 'en'")):
         with pytest.raises(ModelLinkError, match=message):
             make(names, "LlamaFactoryInstructionHandler", dataset_dir=tmp_path, name="other")
@@ -180,7 +180,7 @@ def test_samples_with_an_empty_question_or_answer_are_left_out_and_counted(make,
     data, summary = make([empty, good, empty], handler)
     assert (summary.rows, summary.empty_samples, summary.skipped_rows) == (3, 2, 0)
     assert all(len(field) == 1 for field in data.values())
-    with pytest.raises(ModelLinkError, match="no tokens came out") as caught:
+    with pytest.raises(ModelLinkError, match="has no tokens") as caught:
         make([empty], handler, name="none")
     assert caught.value.fix == "samples with an empty question or answer: 1"
 
@@ -226,7 +226,7 @@ def test_every_handler_has_a_test():
 
 
 def test_an_unknown_handler_lists_them(make):
-    with pytest.raises(ModelLinkError, match="no handler 'AlpacaHandler'") as caught:
+    with pytest.raises(ModelLinkError, match="unknown handler 'AlpacaHandler'") as caught:
         make([ALPACA], "AlpacaHandler")
     assert all(name in str(caught.value.fix) for name in known_handlers())
 
@@ -264,14 +264,14 @@ def test_a_long_conversation_is_cut_from_its_end_and_keeps_answers():
 
 
 def test_no_end_is_learned_after_an_answer_that_was_cut():
-    """Neither the one that closes the sample nor the one learned where the next turn begins; after whole answers both are."""
+    """Neither the closing end token nor the one learned at the next turn; after complete answers both are learned."""
     turns = [Turn([1] * 4, [2] * 60), Turn([3] * 4, [4] * 4, closing=7)]
     cut = Encoded(turns, [7]).fit(60)
     assert cut.ids[-1] == 7 and 7 not in cut.labels() and 7 not in cut.labels(train_on_prompt=True)
     both = Encoded([Turn([1] * 40, [2] * 4), Turn([3] * 40, [4] * 4, closing=7)], [7]).fit(60)
     assert both.labels()[-1] == 7 and both.labels().count(7) == 2
     first = Encoded([Turn([1] * 30, [2] * 40), Turn([3] * 9, [4] * 9, closing=7)], []).fit(80)
-    assert first.labels().count(7) == 1  # the first answer is whole
+    assert first.labels().count(7) == 1  # the first answer is complete
     shared = Encoded([Turn([1] * 100, [2] * 100), Turn([3] * 9, [4] * 9, closing=7)], [7])
     assert 7 not in shared.fit(100).labels()
 
@@ -296,7 +296,7 @@ def test_long_pairs_are_counted(make, choice, counts):
 
 
 def test_all_samples_too_long(make):
-    with pytest.raises(ModelLinkError, match="no tokens came out") as caught:
+    with pytest.raises(ModelLinkError, match="has no tokens") as caught:
         make([ALPACA | {"output": "long " * 99}], "AlpacaStyleInstructionHandler", seq_length=20, long_samples="drop")
     assert "longer than --seq-length" in str(caught.value.fix)
 

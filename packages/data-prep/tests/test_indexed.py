@@ -1,4 +1,4 @@
-"""Megatron's two files: the exact bytes, whole or not at all, and damage that is named."""
+"""Megatron's two files: exact bytes, complete or absent, and errors that name the damage."""
 
 import struct
 
@@ -93,14 +93,14 @@ def test_no_moment_shows_an_index_beside_tokens_of_another_dataset(tmp_path, mon
     monkeypatch.setattr("modellink.data_prep.indexed.kill_point", stop)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "a", [[[9] * 7]])
-    with pytest.raises(ModelLinkError, match="not finished"):
+    with pytest.raises(ModelLinkError, match="unfinished"):
         IndexedDataset(tmp_path / "a")
 
 
 def test_parts_of_other_types_do_not_merge(tmp_path):
     write(tmp_path / "a", dtype="<u2")
     write(tmp_path / "b", dtype="<i4")
-    with pytest.raises(ModelLinkError, match="it holds int32, what it is appended to uint16"):
+    with pytest.raises(ModelLinkError, match="the token type is int32, that of the output is uint16"):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "c", show=False)
     assert not (tmp_path / "c.bin").exists()
 
@@ -114,11 +114,11 @@ def put(value, at):
 @pytest.mark.parametrize(("file", "damage", "message"), [
     ("idx", put(b"X", 0), "not an index"), ("idx", lambda content: content[:20], "not an index"),
     ("idx", put(b"\x02", 9), "unknown version"), ("idx", put(b"\x09", 17), "unknown version 1 or token type 9"),
-    ("idx", lambda content: content[:-1], "its header speaks of"), ("idx", put(b"\xff" * 8, 18), "its header speaks of"),
+    ("idx", lambda content: content[:-1], "its header implies"), ("idx", put(b"\xff" * 8, 18), "its header implies"),
     ("idx", put(struct.pack("<i", -1), 34), "sequence 0 does not begin"),
     ("idx", put(struct.pack("<q", 7), 34 + 16 + 8), "sequence 1 does not begin where"),
     ("idx", put(struct.pack("<q", 1), 34 + 48), "do not cover"), ("idx", put(struct.pack("<q", 4), 34 + 48 + 8), "do not cover"),
-    ("bin", lambda content: content[:-2], "the tokens take 12 bytes, the index speaks of 14"),
+    ("bin", lambda content: content[:-2], "the tokens take 12 bytes, the index implies 14"),
     ("bin", lambda content: content + b"\x00", "the tokens take 15 bytes")])
 def test_damage_is_named(tmp_path, file, damage, message):
     write(tmp_path / "a")
@@ -132,7 +132,7 @@ def test_damage_is_named(tmp_path, file, damage, message):
 def test_one_file_alone_is_unfinished(tmp_path):
     write(tmp_path / "a")
     (tmp_path / "a.idx").unlink()
-    with pytest.raises(ModelLinkError, match="not finished"):
+    with pytest.raises(ModelLinkError, match="unfinished"):
         IndexedDataset(tmp_path / "a.bin")
-    with pytest.raises(ModelLinkError, match="no such dataset"):
+    with pytest.raises(ModelLinkError, match="dataset does not exist"):
         IndexedDataset(tmp_path / "b")

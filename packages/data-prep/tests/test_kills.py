@@ -1,4 +1,4 @@
-"""Packed instruction sets and shares under kills: at named points and at random moments, and the same bytes afterwards."""
+"""Packed instruction sets and shares, killed at named points and at random moments, end with the same bytes."""
 
 import random
 import shutil
@@ -45,7 +45,7 @@ def test_a_killed_packing_continues(command, arguments, expected, tmp_path, snap
 
 
 def test_parts_without_the_outputs_made_of_them_are_not_trusted(command, arguments, expected, tmp_path, snapshot):
-    """Killed while it tidied up, and then an output was removed."""
+    """Killed while removing the parts; then an output was deleted."""
     assert command(*arguments, MODELLINK_KILL_AT="merged").returncode == -signal.SIGKILL
     min((tmp_path / "out" / "set.parts").glob("*.bin")).unlink()
     min((tmp_path / "out").glob("*.idx")).unlink()

@@ -1,4 +1,4 @@
-"""Command lines of the original's preprocess_data.py: every flag is an option, or is answered with a reason."""
+"""Command lines of the original's preprocess_data.py: every flag is an option, or is ignored or refused with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: no sample is lost or cut, labels stay masked, ends are kept, and the bytes do not depend on how the work was cut."""
+"""Packing: no sample is lost or cut, labels stay masked, ends are kept, and the bytes do not depend on the pieces."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def run(tmp_path, write_lines, byte_folder):
 
 
 def first_fit_decreasing(lengths, capacity):
-    """The rule in its plainest form."""
+    """The packing rule, written as simply as possible."""
     room, found = [], {}
     for sample in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         pack = next((pack for pack, left in enumerate(room) if left >= lengths[sample]), len(room))
@@ -74,7 +74,7 @@ def test_packs_hold_every_sample_whole(run):
 
 
 def test_a_turn_does_not_end_a_sample(run):
-    """Samples of two turns have an end token in their middle, and one number all the same."""
+    """Samples of two turns contain an end token but have a single number."""
     (ids, mask, _), _ = run("packed", pack=True)
     inside = sum(1 for row, numbers in zip(ids, mask, strict=True) for at in np.flatnonzero(row == 2)
                  if at + 1 < LENGTH and numbers[at] == numbers[at + 1] and numbers[at])
@@ -103,7 +103,7 @@ def test_many_parts_need_few_open_files(run, byte_folder, tmp_path, write_lines,
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"handler_name": "GeneralPretrainHandler", "prompt_type": None}, "plain text is not packed"),
-    ({"seq_length": None}, "--seq-length must be given"),
+    ({"seq_length": None}, "--pack needs --seq-length"),
     ({"handler_name": "AlpacaStylePairwiseHandler", "map_keys": '{"chosen": "output", "rejected": "output"}'},
      "cannot be packed")])
 def test_what_cannot_be_packed(tmp_path, write_lines, byte_folder, options, message):

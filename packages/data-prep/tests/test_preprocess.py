@@ -1,4 +1,4 @@
-"""From text to datasets: the ids, the same bytes for any number of workers and any cut, and mistakes that leave nothing."""
+"""Preprocessing: the ids, equal bytes for any workers and pieces, and errors that leave no files."""
 
 import gzip
 import json
@@ -103,12 +103,12 @@ def test_bad_rows_may_be_left_out_and_are_counted(run, tmp_path, write_lines):
     path = write_lines(tmp_path / "bad.jsonl", BAD)
     summary = run(input=(str(path),), on_bad_row="skip")
     assert (summary.rows, summary.skipped_rows) == (2, 3)
-    assert summary.bad_rows == [f"{path}, line 2: 'text' is empty (null), not a text", f"{path}, line 3: it has no 'text'",
+    assert summary.bad_rows == [f"{path}, line 2: 'text' is empty (null), not a text", f"{path}, line 3: the row has no 'text'",
                                 f"{path}, line 4: 'text' is a int, not a text"]
 
 
 def test_lines_of_bad_rows_are_counted_once_a_file(run, tmp_path, write_lines, monkeypatch):
-    """Not once a row: over many pieces that took time quadratic in the input."""
+    """Line numbers are not computed per row, which would be quadratic in the input over many pieces."""
     paths = [write_lines(tmp_path / f"{name}.jsonl", [{"text": 1}, *[{"text": "x" * 1000}] * 9] * 8) for name in "ab"]
     named = []
     original = Lines.name_places
@@ -151,8 +151,8 @@ def test_other_options_do_not_use_what_is_there(run, tmp_path, write_lines, snap
 MISTAKES = {
     "missing input": ({"input": ("absent.jsonl",)}, "does not exist"),
     "misspelt column": ({"json_keys": ("titel",)}, "no column 'titel'"),
-    "no tokenizer": ({"tokenizer_name_or_path": "absent"}, "no tokenizer folder"),
-    "unknown handler": ({"handler_name": "GeneralPretrain"}, "no handler 'GeneralPretrain'"),
+    "no tokenizer": ({"tokenizer_name_or_path": "absent"}, "tokenizer folder does not exist"),
+    "unknown handler": ({"handler_name": "GeneralPretrain"}, "unknown handler 'GeneralPretrain'"),
     "id beyond the vocabulary": ({"vocab_size": 300}, "is beyond the vocabulary of 300"),
 }
 
@@ -173,7 +173,7 @@ def test_near_columns_are_named(run):
 
 def test_an_empty_input_is_no_dataset(run, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ModelLinkError, match="no tokens came out"):
+    with pytest.raises(ModelLinkError, match="has no tokens"):
         run(input=(str(tmp_path / "empty.jsonl"),))
     assert not (tmp_path / "out").exists()
 
@@ -188,7 +188,7 @@ def test_a_tokenizer_without_an_end_cannot_append_it(run, tmp_path, byte_folder)
 def test_an_output_that_exists_is_kept_or_replaced(run, tmp_path, snapshot):
     run()
     before = snapshot(tmp_path / "out")
-    with pytest.raises(ModelLinkError, match="the output exists"):
+    with pytest.raises(ModelLinkError, match="the output already exists"):
         run(append_eod=True)
     assert snapshot(tmp_path / "out") == before
     run(append_eod=True, overwrite=True)

@@ -1,4 +1,4 @@
-"""Rows of every format, the same for any cut; broken rows and files named with their place."""
+"""Rows of every format, equal for any split; errors name broken rows and files with their position."""
 
 import csv
 import gzip
@@ -43,7 +43,7 @@ def as_parquet(path):
 
 
 def packed(write, compress):
-    """The writer of a format, its file then compressed."""
+    """Write a format and compress the file."""
     def write_packed(path):
         write(path)
         path.write_bytes(compress(path.read_bytes()))
@@ -133,7 +133,7 @@ def test_broken_utf8_in_parquet_spoils_its_row_alone(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.parquet", b"PAR1", "not a parquet file"), ("a.json", b'[{"text": "a"}, {"te', "not a JSON array of objects"),
-    ("a.json", b'[{"text": "a"} {"text": "b"}]', "'{' where , or ]"), ("a.json", b'[1, 2] 3', "after the end of the array"),
+    ("a.json", b'[{"text": "a"} {"text": "b"}]', "'{' where , or ]"), ("a.json", b'[1, 2] 3', "follows the end of the array"),
     ("a.json", b'"text"', "where \\[ belongs"), ("a.csv", b'text\n"a', "not CSV"), ("a.json", b'[{"a": "\xff"}]', "not UTF-8"),
     ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n')[:-9], "cannot be read to its end"),
     ("a.txt.gz", b"\x1f\x8bnonsense", "cannot be read to its end")])
@@ -183,8 +183,9 @@ def test_small_files_share_a_piece(tmp_path):
 
 
 @pytest.mark.parametrize(("inputs", "message"), [
-    (["absent.jsonl"], "does not exist"), (["*.parquet"], "fits no file"), (["empty"], "no file with a known ending"),
-    (["mixed"], "several kinds: .jsonl, .txt"), (["a.jsonl", "a.jsonl"], "given twice"), (["a.docx"], "no reader for .docx")])
+    (["absent.jsonl"], "does not exist"), (["*.parquet"], "matches no file"), (["empty"], "no file with a supported extension"),
+    (["mixed"], "several formats: .jsonl, .txt"), (["a.jsonl", "a.jsonl"], "given twice"),
+    (["a.docx"], ".docx is not a supported format")])
 def test_wrong_inputs_are_named(tmp_path, monkeypatch, inputs, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()

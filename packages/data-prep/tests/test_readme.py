@@ -1,4 +1,4 @@
-"""What the README says is what the package does."""
+"""The README matches the package."""
 
 import re
 from pathlib import Path

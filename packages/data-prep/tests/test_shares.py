@@ -1,4 +1,4 @@
-"""Work in shares: the same bytes as one run, whoever did which share, in any order, killed or not, and on a Ray cluster."""
+"""Shares: the same bytes as a single run, in any order and distribution, killed or not, and on a Ray cluster."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ def arguments(corpus, byte_folder):
 
 @pytest.fixture(scope="session")
 def expected(corpus, byte_folder, tmp_path_factory, snapshot):
-    """What an undisturbed run makes."""
+    """The files of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole")
     preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True,
                                  output_prefix=folder / "set"), show=False)
@@ -70,7 +70,7 @@ def test_shares_with_other_options_are_not_joined_and_not_thrown_away(command, a
 
 
 def test_a_part_of_the_right_size_and_other_bytes_is_made_anew(command, arguments, expected, snapshot, tmp_path):
-    """What a power cut leaves of a part: parts are written without waiting for the disk."""
+    """A part truncated by a power cut: parts are written without waiting for the disk."""
     assert command(*arguments, "--piece", "0/2").returncode == 0
     part = min((tmp_path / "out" / "set.parts").glob("*.bin"))
     part.write_bytes(bytes(part.stat().st_size))
@@ -96,11 +96,11 @@ def test_a_disk_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with alone(tmp_path / "parts", (0, 2), show=True):
-        assert capsys.readouterr().err.count("has no locks (Function not implemented)") == 1
+        assert capsys.readouterr().err.count("does not support locks (Function not implemented)") == 1
 
 
 def test_on_nfs_shares_lock_and_the_folder_goes(corpus, byte_folder, expected, snapshot, tmp_path, monkeypatch, capsys):
-    """There flock is fcntl's lock, and a file that is removed while it is open keeps its folder from being removed."""
+    """On NFS flock is an fcntl lock, and a file removed while open blocks the removal of its folder."""
     def rmdir(path, **options):
         opened = [str(link.readlink()) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
         if any(name.startswith(str(path)) for name in opened):
@@ -113,7 +113,7 @@ def test_on_nfs_shares_lock_and_the_folder_goes(corpus, byte_folder, expected, s
     for piece in ("0/2", "1/2", None):
         preprocess(PreprocessOptions(input=(str(corpus),), tokenizer_name_or_path=byte_folder, append_eod=True, piece_size=0.1,
                                      output_prefix=tmp_path / "out" / "set", piece=piece))
-    assert "has no locks" not in capsys.readouterr().err
+    assert "does not support locks" not in capsys.readouterr().err
     assert snapshot(tmp_path / "out") == expected and not (tmp_path / "out" / "set.parts").exists()
 
 

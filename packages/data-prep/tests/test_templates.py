@@ -1,4 +1,4 @@
-"""Every prompt template token by token, on tokenizers trained here and real ones; what is said never becomes a control token.
+"""Every prompt template token by token, on tokenizers trained here and real ones; message text never becomes a control token.
 
 `rendered.json` holds, for each template and conversation, the parts of each turn as they must be encoded: asked, then learned.
 """
@@ -45,7 +45,7 @@ REAL = {"qwen3": ["qwen", "chatml", "chatml_de", "default", "empty"], "llama3": 
 
 @pytest.fixture(scope="session", params=["byte", "piece"])
 def all_tokens(request, tmp_path_factory) -> Tokenizer:
-    """The small tokenizers with every control token any template names."""
+    """The small tokenizers with all control tokens of all templates."""
     folder = tmp_path_factory.mktemp("all")
     engine = tokenizers.Tokenizer.from_file(str(request.getfixturevalue(f"{request.param}_folder") / "tokenizer.json"))
     engine.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in TOKENS])
@@ -55,7 +55,7 @@ def all_tokens(request, tmp_path_factory) -> Tokenizer:
 
 
 def expected(tokenizer, name, case):
-    """(ids, learned) of `rendered.json`, encoded part by part with the library alone."""
+    """Return (ids, learned) of `rendered.json`, encoded part by part by the library only."""
     libraries = raw(tokenizer.folder)
     eos = tokenizer.token_to_id(load_template(name).stop_words[0]) if load_template(name).replace_eos else tokenizer.eos_token_id
 
@@ -92,7 +92,7 @@ def load(folder):
 
 
 def literal_ids(library, plain, part):
-    """The library's own ids; around a control token that people wrote, those of the text with such tokens unknown."""
+    """Return the ids of the library; for control tokens in user text, those of a tokenizer without these tokens."""
     written = [text for text in SAID if text in part]
     known = [token for token in library.get_added_tokens_decoder().values() if token.special]
     if not any(token.content in text for text in written for token in known):
@@ -109,7 +109,7 @@ def literal_ids(library, plain, part):
 
 
 def outside(text, token, written):
-    """Where the token stands in the text, but not in what people wrote; -1 nowhere."""
+    """Return the position of the token in the text, outside user text, or -1."""
     at = text.find(token)
     while at >= 0 and any((start := text.find(said)) <= at < start + len(said) for said in written if said in text):
         at = text.find(token, at + 1)
@@ -143,7 +143,7 @@ def test_templates_on_real_tokenizers(real_tokenizer, real, name):
 
 @pytest.mark.parametrize("name", RENDERED)
 def test_what_is_said_adds_no_control_token(all_tokens, name):
-    """A conversation full of every control token has as many of them as one without."""
+    """A conversation whose text contains every control token has as many of them as one without."""
     form = chat_format(all_tokens, name)
     attack = " ".join(TOKENS) + " \U000f0000\U0010ffff {content}"
     counts = []
@@ -158,7 +158,7 @@ def test_what_is_said_adds_no_control_token(all_tokens, name):
 
 @pytest.mark.parametrize("name", [*RENDERED, "hf-chat-template"])
 def test_training_chat_and_evaluation_are_one(all_tokens, byte_tokenizer, name):
-    """The prompt of the last answer is what training puts before it, for every way to ask."""
+    """The prompt of the last answer equals the ids before it in training, for every format."""
     own = name == "hf-chat-template"
     form = chat_format(byte_tokenizer, hf_chat_template=True) if own else chat_format(all_tokens, name)
     messages = CONVERSATIONS["turns"][0]
@@ -221,7 +221,7 @@ def test_same_ids_as_the_models_own_template(real_tokenizer, real, case):
 
 @pytest.mark.parametrize(("real", "name"), [("llama3", "llama3"), ("qwen3", "qwen")])
 def test_the_originals_template_is_the_models(real_tokenizer, real, name):
-    """Where the original's template is the model's own, both ways give the same ids up to the end of the last answer."""
+    """If the original's template is that of the model, both give the same ids up to the end of the last answer."""
     tokenizer = load(real_tokenizer(real))
     conversation = from_messages([{"role": "system", "content": "You are a helpful assistant."}, QUESTION])
     assert chat_format(tokenizer, name).encode(conversation).ids == chat_format(tokenizer, hf_chat_template=True).encode(
@@ -302,14 +302,14 @@ def test_a_template_file_may_have_any_ending_and_its_option_is_named(tmp_path, b
     (tmp_path / "mine.txt").write_text('{"user": ["Q: {content}"]}')
     assert chat_format(byte_tokenizer, template=tmp_path / "mine.txt").name == "mine"
     for name in ("absent.txt", "qwn"):
-        with pytest.raises(ModelLinkError, match="there is no template") as caught:
+        with pytest.raises(ModelLinkError, match="unknown template") as caught:
             chat_format(byte_tokenizer, template=name)
         assert caught.value.where == "--template"
 
 
 def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
-    for options, message in (({}, "no template is named"), ({"prompt_type": "qwn"}, "there is no template 'qwn'"),
-                             ({"prompt_type": "qwen", "hf_chat_template": True}, "contradict"),
+    for options, message in (({}, "no template is given"), ({"prompt_type": "qwn"}, "unknown template 'qwn'"),
+                             ({"prompt_type": "qwen", "hf_chat_template": True}, "exclude each other"),
                              ({"prompt_type": "llama3"}, r"no token '<\|eot_id\|>'")):
         with pytest.raises(ModelLinkError, match=message):
             chat_format(byte_tokenizer, **options)
@@ -318,8 +318,8 @@ def test_wrong_choices_are_named(byte_tokenizer, piece_tokenizer):
 
 
 @pytest.mark.parametrize(("messages", "message"), [
-    ([], "conversation is empty"), ([ANSWER], "turn 1 is of assistant"), ([QUESTION, QUESTION], "turn 2 is of user"),
-    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the role 'bot'"),
+    ([], "conversation is empty"), ([ANSWER], "turn 1 is from assistant"), ([QUESTION, QUESTION], "turn 2 is from user"),
+    ([QUESTION, SYSTEM], "message 2 is a system prompt"), ([{"role": "bot", "content": ""}], "the unknown role 'bot'"),
     ([{"role": "user", "content": None}], "content of message 1 is a NoneType"), (["Hi"], "message 1 is a str")])
 def test_wrong_conversations_are_named(messages, message):
     with pytest.raises(ModelLinkError, match=message):

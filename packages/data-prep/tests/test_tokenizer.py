@@ -1,4 +1,4 @@
-"""Ids, special tokens and templates out of folders of both transformers generations, and what is refused."""
+"""Ids, special tokens and templates from folders of transformers 4 and 5, and errors."""
 
 import json
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_checkpoint_of_ours_carries_its_tokenizer(tmp_path, byte_folder, byte_
 
 
 def test_wrong_folders_are_named(tmp_path: Path):
-    with pytest.raises(ModelLinkError, match="no tokenizer folder"):
+    with pytest.raises(ModelLinkError, match="tokenizer folder does not exist"):
         Tokenizer.from_folder(tmp_path / "absent")
     with pytest.raises(ModelLinkError, match=r"no tokenizer\.json"):
         Tokenizer.from_folder(tmp_path)

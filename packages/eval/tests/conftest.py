@@ -1,4 +1,4 @@
-"""Small sets in the original layouts, a small model, and ways to run things in processes of their own."""
+"""Small sets in the original layouts, a small model, and helpers that run processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def capital_rows(first: int, count: int) -> Rows:
 
 @pytest.fixture(scope="session")
 def write_csv() -> Callable[[Path, Rows], Path]:
-    """Write a file as the MMLU set has it, and the folder it lies in."""
+    """Write a file in the format of the MMLU set, and create its folder."""
     def write_csv(path: Path, rows: Rows) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", encoding="utf-8", newline="") as file:
@@ -47,7 +47,7 @@ def write_csv() -> Callable[[Path, Rows], Path]:
 
 @pytest.fixture(scope="session")
 def write_jsonl() -> Callable[[Path, list[Any]], Path]:
-    """Write objects as lines, and the folder they lie in."""
+    """Write objects as lines, and create the folder."""
     def write_jsonl(path: Path, rows: list[Any]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -97,7 +97,7 @@ Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Run:
-    """Run the real command in a process of its own; keywords are environment variables."""
+    """Run the command in a new process; keywords are environment variables."""
     def run(*args: object, **environment: str) -> subprocess.CompletedProcess[str]:
         program = Path(sys.executable).with_name("modellink-eval")
         start = [str(program)] if program.exists() else [sys.executable, "-m", "modellink.eval.cli"]
@@ -108,7 +108,7 @@ def command(tmp_path: Path) -> Run:
 
 @pytest.fixture(scope="session")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """The files of a folder by name."""
+    """Return the content of the files of a folder by name."""
     def snapshot(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     return snapshot
@@ -116,7 +116,7 @@ def snapshot() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The shared test data: MODELLINK_TEST_DATA, or ../shared/data beside the checkout."""
+    """Return the shared test data: MODELLINK_TEST_DATA, or ../shared/data next to the checkout."""
     checkout = Path(__file__).resolve().parents[3]
     folder = Path(os.environ.get("MODELLINK_TEST_DATA") or checkout.parent / "shared" / "data")
     if not (folder / "mmlu").is_dir() or not (folder / "boolq").is_dir():

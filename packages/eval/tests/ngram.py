@@ -22,7 +22,7 @@ def counts(text):
 
 
 class NgramBackend:
-    """log p is exact and the same whatever else is asked together with it."""
+    """Log-probabilities are exact and do not depend on other requests of the batch."""
 
     def __init__(self, name="ngram", pause=0.0):
         self.name, self.pause, self.asked = name, pause, []

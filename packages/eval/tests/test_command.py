@@ -1,4 +1,4 @@
-"""The command: what it says, and that mistakes end with one message, status 2, and nothing written."""
+"""The command: its output, and that mistakes end with one message, status 2 and no files."""
 
 import importlib.util
 import subprocess
@@ -30,26 +30,26 @@ def test_report_prints_a_run_again(command, data, backend, tmp_path):
 
 def test_report_of_an_empty_folder(command, tmp_path):
     done = command("report", tmp_path)
-    assert done.returncode == 2 and "there are no results" in done.stderr
+    assert done.returncode == 2 and "no results were found" in done.stderr
 
 
 GOOD = {"--task": ["mmlu"], "--task-data-path": ["data"], "--load": ["model"], "--output": ["out"]}
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"--task": ["mmlo"]}, "there is no task 'mmlo'"),
-    ({"--task": ["mmlu", "mmlu"]}, "a task is named twice"),
-    ({"--task-data-path": ["nowhere"]}, "there is no such folder"),
-    ({"--task-data-path": ["data/boolq"]}, "there is no data of mmlu"),
+    ({"--task": ["mmlo"]}, "unknown task 'mmlo'"),
+    ({"--task": ["mmlu", "mmlu"]}, "a task is given twice"),
+    ({"--task-data-path": ["nowhere"]}, "the folder does not exist"),
+    ({"--task-data-path": ["data/boolq"]}, "no data of mmlu was found"),
     ({"--prompt-style": ["chat"]}, "--prompt-style is 'chat', it must be one of original, lm-eval"),
     ({"--evaluation-batch-size": ["0"]}, "--evaluation-batch-size is 0"),
     ({"--max-eval-samples": ["0"]}, "--max-eval-samples is 0"),
     ({"--tp": ["x"]}, "--tensor-model-parallel-size is 'x'"),
-    ({"--load": None}, "a model is needed"),
-    ({"--endpoint": ["http://x/v1"]}, "one only"),
+    ({"--load": None}, "exactly one model is required"),
+    ({"--endpoint": ["http://x/v1"]}, "exactly one model"),
     ({"--prompt-type": ["qwen"], "--no-chat-template": ["--seed", "1"]}, "contradict each other"),
     ({"--prompt-type": ["qwen"], "--eval-language": ["fr"]}, "--eval-language is 'fr', it must be one of"),
-    ({"--num-samples": ["5"]}, "one text 5 times"),
+    ({"--num-samples": ["5"]}, "5 times the same text"),
     ({"--task": ["gsm8k"], "--max-new-tokens": ["0"]}, "--max-new-tokens is 0"),
     ({"--output": None}, "--output is required"),
     ({"--task-data-paht": ["data"]}, "unknown option"),
@@ -74,7 +74,7 @@ def test_without_infer_a_local_model_is_refused_with_the_command_that_helps(comm
 def test_options_may_come_from_a_file(command, tmp_path):
     (tmp_path / "run.yaml").write_text("task: [mmlu]\ntask-data-path: [nowhere]\nload: model\noutput: out\n")
     done = command("run", "--config", "run.yaml")
-    assert done.returncode == 2 and "no such folder" in done.stderr and "nowhere" in done.stderr
+    assert done.returncode == 2 and "folder does not exist" in done.stderr and "nowhere" in done.stderr
 
 
 def test_no_import_needs_torch():

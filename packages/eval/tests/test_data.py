@@ -52,7 +52,7 @@ def test_the_same_file_through_two_folders_counts_once(data):
 def test_two_files_of_one_subject_are_refused(data, write_csv):
     write_csv(data / "copy" / "rivers_test.csv", [GOOD])
     message = fails(MMLU, data)
-    assert "rivers is there twice" in message and "copy/rivers_test.csv" in message
+    assert "rivers was found twice" in message and "copy/rivers_test.csv" in message
 
 
 def test_max_samples_takes_the_first_rows_of_each_subject(data):
@@ -79,13 +79,13 @@ def test_another_sets_files_of_the_same_name_are_left_alone(data, write_csv):
 def test_nothing_there_says_what_was_looked_for(tmp_path, write_csv):
     write_csv(tmp_path / "law_test.csv", [("id", "question", "A", "B", "C", "D", "answer")])
     message = fails(MMLU, tmp_path)
-    assert "there is no data of mmlu" in message and str(tmp_path) in message
-    assert "looked for files named *_test.csv" in message
-    assert "law_test.csv, row 1 does not fit: 7 columns, there must be 6" in message
+    assert "no data of mmlu was found" in message and str(tmp_path) in message
+    assert "expected files named *_test.csv" in message
+    assert "law_test.csv, row 1 does not match: 7 columns, there must be 6" in message
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    assert "there is no such folder" in fails(MMLU, tmp_path / "nothing") and "nothing" in fails(MMLU, tmp_path / "nothing")
+    assert "the folder does not exist" in fails(MMLU, tmp_path / "nothing") and "nothing" in fails(MMLU, tmp_path / "nothing")
 
 
 def test_a_missing_file_of_examples_is_named(data):

@@ -1,4 +1,4 @@
-"""A server over HTTP: the small model behind OpenAI's interface gives the scores it gives directly."""
+"""A server over HTTP: the small model behind OpenAI's API gives the same scores as directly."""
 
 import json
 import math
@@ -97,7 +97,7 @@ def test_a_beginning_token_that_counts_as_text_shifts_nothing(endpoint, server):
 
 
 def test_the_bytes_of_a_character_all_belong_to_the_choice(endpoint, server, monkeypatch):
-    """Three tokens that are one character stand at the same place."""
+    """Three tokens that form one character have the same offset."""
     told = {"text_offset": [0, 1, 2, 2, 2, 3], "token_logprobs": [None, -1.0, -2.0, -3.0, -4.0, -9.0],
             "top_logprobs": [None, *({"x": -1.0} for _ in range(5))]}
     monkeypatch.setattr(Handler, "logprobs", lambda self, text: told)
@@ -137,7 +137,7 @@ def test_a_server_that_goes_away_is_named_in_the_end(endpoint, server, monkeypat
     monkeypatch.setattr("modellink.eval.backends.endpoint.WAITS", (0.01, 0.01))
     server.shutdown()
     server.server_close()
-    with pytest.raises(ModelLinkError, match="cannot be asked"):
+    with pytest.raises(ModelLinkError, match="request to the server failed"):
         list(endpoint.generate([GenerationRequest("x", (), 8)]))
 
 
@@ -154,7 +154,7 @@ def test_another_address_is_another_model(endpoint):
     assert endpoint.address in endpoint.describe()["fingerprint"] and "small" in endpoint.describe()["fingerprint"]
 
 
-@pytest.mark.parametrize(("mode", "message"), [("none", "does not give the log-probabilities"), ("refuses", "answers 400")])
+@pytest.mark.parametrize(("mode", "message"), [("none", "does not return the log-probabilities"), ("refuses", "responds 400")])
 def test_a_server_without_likelihoods_is_named(endpoint, server, mode, message):
     server.mode = mode
     with pytest.raises(ModelLinkError, match=message):
@@ -177,5 +177,5 @@ def test_which_model(server, monkeypatch):
 def test_nobody_there(command, data, tmp_path, snapshot):
     before = snapshot(tmp_path)
     done = command("run", "--task", "mmlu", "--task-data-path", "data", "--output", "out", "--endpoint", "http://127.0.0.1:9/v1")
-    assert done.returncode == 2 and "cannot be asked" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "request to the server failed" in done.stderr and "Traceback" not in done.stderr
     assert snapshot(tmp_path) == before

@@ -1,4 +1,4 @@
-"""Command lines of the original's evaluation.py: every flag is an option, is called otherwise, or is answered with a reason."""
+"""Command lines of the original's evaluation.py: every flag is an option, translated, or ignored or refused with a reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/your-own-task.md: its two tasks run as written, print what it shows, and its table is what the dataclasses say."""
+"""docs/your-own-task.md: its two tasks run as written and print what it shows, and its table matches the dataclasses."""
 
 import dataclasses
 import inspect
@@ -22,7 +22,7 @@ PLACES = {Task: "the file", Layout: "`data`", Examples: "`examples`", Style: "ea
 
 
 class Knowing:
-    """Knows the answers of the page."""
+    """A backend that knows the answers of the page."""
 
     def describe(self):
         return {"fingerprint": "knowing"}
@@ -61,7 +61,7 @@ def default(field):
 
 
 def rows():
-    """The table of keys: what a field may hold is said in its class' docstring."""
+    """Yield the lines of the table of keys; the meaning of a field is in the docstring of its class."""
     yield from ("| in | key | default | meaning |", "| --- | --- | --- | --- |")
     for cls, place in PLACES.items():
         said = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(cls), re.MULTILINE))

@@ -82,7 +82,7 @@ def test_a_key_changes_with_everything_an_answer_depends_on(physics):
 
 
 @pytest.mark.parametrize(("question", "message"), [
-    ("{{ ''.__class__.__mro__ }}", "a template does not work"), ("{{ qestion }}", "qestion")])
+    ("{{ ''.__class__.__mro__ }}", "a template failed"), ("{{ qestion }}", "qestion")])
 def test_a_template_cannot_reach_python_and_names_columns_that_are_there(physics, question, message):
     task = load_task("mmlu")
     style = replace(task.style("original"), question=question)
@@ -103,9 +103,9 @@ styles: {original: {question: "{{ question }}", choices: {a: " a", b: " b"}}}
     ("version: 1", "version: 1\nshot: 3", "unknown key 'shot'"),
     ("summary: mine", "", "summary is missing"),
     ("reader: jsonl", "reader: xml", "reader is 'xml'"),
-    ("question: text", "question: number", "column question is of kind 'number'"),
+    ("question: text", "question: number", "column question has the unknown kind 'number'"),
     ('"{{ question }}"', '"{{ question }} "', "ends with white space"),
-    ("version: 1", "version: 1\nshots: 2", "no file of examples"),
+    ("version: 1", "version: 1\nshots: 2", "no examples file"),
     ("version: 1", "version: 1\naggregation: best", "aggregation is 'best'"),
     ("version: 1", "version: one", "version is 'one'"),
     ('choices: {a: " a", b: " b"}', "head: x", "needs either choices or generate"),

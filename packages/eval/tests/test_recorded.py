@@ -1,4 +1,4 @@
-"""The template a checkpoint was trained with is the one it is asked in, unless something else is said."""
+"""Prompts use the chat template a checkpoint was trained with, unless options choose another."""
 
 import json
 
@@ -43,5 +43,5 @@ def test_the_name_is_that_of_the_converter(tmp_path):
 def test_the_command_says_which_one_it_takes(command, data, checkpoint, tmp_path):
     pytest.importorskip("modellink.infer")
     words = ("run", "--task", "mmlu", "--task-data-path", "data", "--load", checkpoint, "--output", "out")
-    assert "in the template qwen that the checkpoint was trained with" in command(*words).stderr
+    assert "the chat template qwen, with which the checkpoint was trained" in command(*words).stderr
     assert "in the template" not in command(*words, "--no-chat-template").stderr

@@ -1,4 +1,4 @@
-"""What a run leaves for people, and two runs side by side."""
+"""Reports of a run, and the comparison of two runs."""
 
 import csv
 import math
@@ -46,11 +46,11 @@ def test_two_runs_side_by_side(command, data, ngram, tmp_path):
     assert all(f"{100 * results['tasks']['boolq']['accuracy']:.2f} %" in row for results in (found, other))
     assert "prompts differ, original and lm-eval" in done.stdout and "mmlu" not in done.stdout
     (tmp_path / "two" / "boolq.questions.csv").unlink()
-    assert "questions of a run are missing" in command("report", tmp_path / "one", tmp_path / "two").stderr
+    assert "questions file of a run is missing" in command("report", tmp_path / "one", tmp_path / "two").stderr
 
 
 def test_headlines_stand_beside_the_means_that_are_compared(tmp_path, capsys):
-    """Two subjects of which one has more questions: macro and micro go different ways."""
+    """Two subjects with different numbers of questions: macro and micro differ."""
     results = []
     for run, (large, small) in enumerate((((1, 1, 1, 0), (0,)), ((1, 1, 0, 0), (1,)))):
         folder = tmp_path / str(run)
@@ -64,8 +64,8 @@ def test_headlines_stand_beside_the_means_that_are_compared(tmp_path, capsys):
     printed = capsys.readouterr().out
     (row,) = [line for line in printed.splitlines() if "McNemar" in line]
     assert "37.50 %, 75.00 %" in row and row.count("60.00 %") == 2 and "+0.00" in row
-    assert "task versions differ, 1 and 2" in printed and "mean of its subjects (macro)" in printed
-    assert "means over the questions that are compared" in printed
+    assert "task versions differ, 1 and 2" in printed and "mean over subjects (macro)" in printed
+    assert "unweighted means over the compared questions" in printed
 
 
 def test_tables_for_programs_and_a_page_for_people(data, backend, tmp_path):

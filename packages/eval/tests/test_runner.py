@@ -17,7 +17,7 @@ STYLES = ("original", "lm-eval")
 
 
 def results(folder):
-    """results.json without what a clock says."""
+    """Return results.json without timings."""
     found = json.loads((folder / "results.json").read_text())
     del found["run"]
     return found
@@ -29,7 +29,7 @@ def lines(path):
 
 @pytest.fixture
 def start(script):
-    """Evaluate in a process of its own; keywords are environment variables."""
+    """Evaluate in a new process; keywords are environment variables."""
     def start(*args, **environment):
         return subprocess.Popen([sys.executable, str(script), *map(str, args)], env=os.environ | environment,
                                 stderr=subprocess.DEVNULL)
@@ -57,7 +57,7 @@ def test_scores_are_those_of_the_likelihoods(data, backend, style):
 
 
 def gold_answers(data):
-    """The line a question stands in, to the first letter of its answer."""
+    """Return the first letter of the answer by the line of the question."""
     import csv
     gold = {}
     for path in (data / "mmlu" / "test").iterdir():
@@ -191,7 +191,7 @@ def test_tasks_of_one_model_share_a_folder(data, ngram, tmp_path):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"prompt_style": "lm-eval"}, "answers of prompt style original, this run is of lm-eval"),
+    ({"prompt_style": "lm-eval"}, "answers of prompt style original, this run has lm-eval"),
     ({"model": "another"}, "answers of another model, name ngram, fingerprint ngram-1"),
     ({"task": "boolq", "model": "another"}, "results of another model"),
 ])
@@ -215,7 +215,7 @@ def test_another_task_version_is_refused(data, ngram, tmp_path):
 def test_a_strange_file_in_the_journals_place_is_refused(data, backend, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mmlu.journal.jsonl").write_text("shopping list\nmilk\n")
-    with pytest.raises(ModelLinkError, match="not a journal of ours"):
+    with pytest.raises(ModelLinkError, match="not a journal of modellink-eval"):
         evaluate("mmlu", data, backend, tmp_path / "out")
 
 

@@ -1,4 +1,4 @@
-"""The sandbox: right programs pass, wrong ones do not, and those that try to get out get nowhere, started as root and as nobody.
+"""The sandbox: right programs pass, wrong ones fail, and escapes fail, started as root and as nobody.
 
 The attempts are in attempts.yaml.
 """
@@ -35,7 +35,7 @@ HELD_WITHOUT = ("memory bomb", "early end", "patched builtins", "an equal text",
 
 
 def attempts(folder: Path, port: int, tool: str = "unshare") -> dict[str, str]:
-    """What each attempt ended with; also run by itself, as another user."""
+    """Return the result of each attempt; also run as a script by another user."""
     limits = Limits(seconds=2.5, cpu_seconds=2, memory=256 << 20)
     sandbox = Sandbox("none", limits) if tool == "none" else Sandbox(limits=limits, tools=(tool,))
     values = {"home": folder, "port": port, "pid": os.getpid()}
@@ -126,7 +126,7 @@ def closed(path: Path) -> list[Path]:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start something as nobody; this run is not root's")
 @pytest.mark.parametrize("tool", ["unshare", "bwrap", "none"])
 def test_every_attempt_is_contained_where_the_runner_is_nobody(sandbox, world, tmp_path_factory, tool):
-    """Interpreter and packages that lie in folders only root may enter are shown to nobody in a mount namespace of its own."""
+    """An interpreter and packages in folders only root may enter are visible to nobody in its mount namespace."""
     folder, port, calls = world
     if tool != "none" and shutil.which(tool) is None:
         pytest.skip(f"{tool} is not installed")
@@ -167,7 +167,7 @@ def test_a_short_clock_is_no_reason_to_refuse():
     except ModelLinkError as error:
         assert "seconds" not in str(error), error
         pytest.skip(str(error))
-    assert sandbox.passes("", "def f():\n    return 1", "assert f() == 1", "f") == "failed: not done after 0.01 seconds"
+    assert sandbox.passes("", "def f():\n    return 1", "assert f() == 1", "f") == "failed: timeout after 0.01 seconds"
 
 
 def test_where_isolation_is_not_to_be_had_it_is_refused(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Marks and accuracies, against numbers worked out by hand."""
+"""Marks and accuracies, against numbers computed by hand."""
 
 import math
 

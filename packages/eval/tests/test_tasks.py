@@ -1,4 +1,4 @@
-"""The benchmarks with written answers: prompts character by character on small sets, extraction, chats, and the real sets."""
+"""The benchmarks with generated answers: prompts character by character on small sets, extraction, chats, and the real sets."""
 
 import csv
 import gzip
@@ -73,7 +73,7 @@ def test_bbh_lm_eval_shows_thoughts(bbh):
 
 def test_bbh_prompts_that_are_no_such_thing_are_named(bbh):
     (bbh / "cot-prompts" / "snarks.txt").write_text(COT.replace("So the answer is two.", "two"))
-    with pytest.raises(ModelLinkError, match="no thoughts that end") as caught:
+    with pytest.raises(ModelLinkError, match="no reasoning that ends") as caught:
         questions("bbh", bbh)
     assert "snarks.txt, example 2" in str(caught.value)
 
@@ -217,7 +217,7 @@ HUMANEVAL = {"task_id": "HumanEval/0", "prompt": "def one():\n    \"\"\"One.\"\"
 
 
 class Coder:
-    """Writes a right program and a wrong one in turn."""
+    """A backend that generates a right program and a wrong one in turn."""
 
     def describe(self):
         return {"fingerprint": "coder"}
@@ -230,7 +230,7 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
     from modellink.eval import Sandbox
     with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
         file.write(json.dumps(HUMANEVAL) + "\n")
-    with pytest.raises(ModelLinkError, match="runs programs that the model writes") as caught:
+    with pytest.raises(ModelLinkError, match="runs generated programs") as caught:
         evaluate("humaneval", tmp_path, Coder(), tmp_path / "out")
     assert "--allow-code-execution" in str(caught.value) and not (tmp_path / "out").exists()
     found = evaluate("humaneval", tmp_path, Coder(), tmp_path / "out", sandbox=Sandbox("none"),
@@ -239,7 +239,7 @@ def test_programs_are_run_only_where_that_is_allowed(tmp_path):
                                                                      "pass@4": 1}
     (line,) = (tmp_path / "out" / "humaneval.journal.jsonl").read_text().splitlines()[1:]
     assert json.loads(line)["outcomes"] == ["passed", "failed: AssertionError"] * 2
-    with pytest.raises(ModelLinkError, match="one text 3 times"):
+    with pytest.raises(ModelLinkError, match="3 times the same text"):
         evaluate("humaneval", tmp_path, Coder(), settings=EvalSettings(samples=3), sandbox=Sandbox("none"))
 
 
@@ -257,7 +257,7 @@ def test_all_tasks_find_their_real_sets_in_one_folder(real_data, style):
 
 
 def test_targets_are_right_by_their_own_rules(real_data):
-    """A text that says what is right is marked right, in every question of the real sets."""
+    """A text with the right answer is marked right, for every question of the real sets."""
     say = {"gsm8k": "So. The answer is {}.", "bbh": "the answer is {}."}
     for style in ("original", "lm-eval"):
         for job in prepare(["gsm8k", "bbh", "agieval"], real_data, EvalSettings(style)):

@@ -1,4 +1,4 @@
-"""Requests as token ids, with real tokenizers trained on the spot."""
+"""Requests as token ids, with real tokenizers trained here."""
 
 import pydoc_data.topics
 
@@ -59,7 +59,7 @@ def test_the_continuation_owns_the_blank(byte_level, pieces):
 
 
 def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
-    """A sentencepiece vocabulary has the blank in it, a byte-level one has not."""
+    """A sentencepiece token includes the space, a byte-level one does not."""
     for tokenizer, wanted in ((byte_level, "Yes"), (pieces, "▁Yes")):
         own = tokenizer.encode("Yes", add_special_tokens=False)
         pair = Encoder(tokenizer, 100)(LikelihoodRequest("Answer:", "Yes", alone=True))
@@ -67,7 +67,7 @@ def test_alone_takes_the_last_token_as_the_tokenizer_has_it(byte_level, pieces):
 
 
 def test_a_token_over_the_boundary_goes_to_neither_side(byte_level):
-    """Two halves of a word that is one token: the continuation is then tokenized by itself."""
+    """Two halves of a word that is one token: the continuation is then tokenized on its own."""
     words = [token for index in range(byte_level.vocab_size) if (token := byte_level.id_to_token(index)) and token.isalpha()]
     word = next(word for word in words if word.isascii() and len(word) > 3
                 and texts(byte_level, byte_level.encode(word, add_special_tokens=False)) == [word])
@@ -101,7 +101,7 @@ def test_a_fingerprint_changes_with_name_size_content_and_words(tmp_path):
 
 
 def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
-    """As in the harness: the beginning token, or where there is none the end token; a text that brings it keeps one."""
+    """As in the harness: the beginning token, or else the end token; a text that has it already keeps one."""
     engine = tokenizers.Tokenizer.from_str(byte_level_text(byte_level))
     engine.post_processor = processors.ByteLevel()
     engine.save(str(tmp_path / "tokenizer.json"))
@@ -116,7 +116,7 @@ def test_an_empty_context_is_the_token_before_all_texts(byte_level, tmp_path):
     encode = Encoder(Tokenizer.from_folder(tmp_path), 100)
     assert texts(encode.tokenizer, encode(LikelihoodRequest("", "Yes No")).context) == ["</s>"]
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(ModelLinkError, match="neither a beginning nor an end token"):
+    with pytest.raises(ModelLinkError, match="needs a beginning or end token"):
         Encoder(Tokenizer.from_folder(tmp_path), 100)(LikelihoodRequest("", "Yes"))
 
 

@@ -1,4 +1,4 @@
-"""`modellink-preprocess`: texts to datasets; `modellink-preprocess merge` and `inspect` for what is made already."""
+"""The command `modellink-preprocess` and its subcommands `inspect` and `merge`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from modellink.kernels.files import write_json
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
 from modellink.kernels.original import original_flags, translate
 
-EPILOG = """Turn text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
+HELP = """Tokenize text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
 
-A run that was killed continues when the same command is given again.
+To resume a run that was killed, give the same command again.
 
-`modellink-preprocess inspect PREFIX` shows what is in a dataset, `modellink-preprocess merge` joins several."""
+`modellink-preprocess inspect PREFIX` shows the contents of a dataset, `modellink-preprocess merge` joins several."""
 
 
-@command(PreprocessOptions, name="modellink-preprocess", help=EPILOG)
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of these options; the command line wins over it.")
+@command(PreprocessOptions, name="modellink-preprocess", help=HELP)
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with these options; the command line overrides it.")
 def preprocess_command(config: Path | None, given: Layer) -> None:
     layers = ([yaml_layer(config)] if config else []) + [given]
     options = resolve([PreprocessOptions], *layers)[PreprocessOptions]
@@ -42,15 +42,15 @@ def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tupl
         yield f"{name}: tokens", summary.tokens[name]
         yield f"{name}: written to", f"{prefix}.bin, .idx ({summary.dtype})" if not options.piece else "not yet joined"
     yield "rows", summary.rows
-    yield "rows left out", summary.skipped_rows
+    yield "rows skipped", summary.skipped_rows
     yield from (("", text) for text in summary.bad_rows)
     if summary.learned_tokens:
         yield "learned tokens", summary.learned_tokens
     if options.seq_length and summary.learned_tokens:
         yield "samples cut", summary.cut_samples
-        yield "samples too long, dropped", summary.dropped_samples
+        yield "long samples dropped", summary.dropped_samples
     if summary.empty_samples:
-        yield "samples with an empty question or answer, left out", summary.empty_samples
+        yield "samples with an empty question or answer, skipped", summary.empty_samples
     if summary.packs:
         yield "packs", f"{summary.packs:,} of {options.seq_length:,} tokens, {summary.fill:.1%} filled"
     yield "text", f"{summary.text_bytes:,} bytes"
@@ -62,7 +62,7 @@ def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tupl
 
 @command(MergeOptions, name="modellink-preprocess merge")
 def merge_command(given: Layer) -> None:
-    """Join datasets of a folder whose file names contain a key, sorted by name."""
+    """Merge the datasets in a folder whose file names contain a key, sorted by name."""
     for data in merge_groups(resolve([MergeOptions], given)[MergeOptions]):
         _print_table(str(data.prefix), [("documents", data.document_count), ("tokens", data.token_count)])
 
@@ -96,7 +96,7 @@ def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
 
 
 def main() -> None:
-    """The console command."""
+    """Entry point of `modellink-preprocess`."""
     args = sys.argv[1:]
     if args[:1] == ["inspect"]:
         run_command(lambda: inspect_command.main(args[1:], "modellink-preprocess inspect", standalone_mode=False))

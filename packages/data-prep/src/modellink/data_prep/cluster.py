@@ -1,6 +1,6 @@
-"""Pieces on a Ray cluster (extra `ray`) whose nodes see one disk. The parts are those of a local run, byte for byte.
+"""Tokenize pieces on a Ray cluster (extra `ray`) whose nodes share a disk. The parts equal those of a local run, byte for byte.
 
-The cluster is the one Ray finds: RAY_ADDRESS, the one this machine belongs to, or one of this machine alone.
+Ray chooses the cluster: RAY_ADDRESS, the cluster this machine belongs to, or a new one on this machine.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from modellink.data_prep.inputs import Piece
 from modellink.data_prep.pieces import Done, Job, WorkerDied, tokenize_piece
 from modellink.kernels.errors import ModelLinkError
 
-AHEAD = 4  # pieces a processor that are handed out at a time
-RETRIES = 3  # of a piece whose node or process died: it is made again, byte for byte; a bad row is not tried again
+AHEAD = 4  # pieces in flight per processor
+RETRIES = 3  # retries of a piece whose node or process died; a bad row is not retried
 
 
 def tokenize_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handler) -> Iterator[Done]:
-    """Work through pieces on all nodes, whatever `workers` is, each with a handler of its own; results come as they are ready.
+    """Tokenize pieces on all nodes, whatever `workers` is, and yield results as they finish. Each task makes its own handler.
 
-    When a piece fails, those handed out are finished first and the error of the earliest is raised.
+    When a piece fails, the pieces already submitted are finished first; then the error of the earliest one is raised.
 
     Raises:
         ModelLinkError: Ray is not installed, or a piece fails.
@@ -54,7 +54,7 @@ def tokenize_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
                 failed[index] = error.cause if isinstance(error.cause, ModelLinkError) else error
             except ray.exceptions.RayError as error:
                 failed[index] = WorkerDied(f"a node or process died near piece {index}: {str(error).splitlines()[0]}",
-                                           where="--executor", fix="what is finished is kept, run the command again")
+                                           where="--executor", fix="finished pieces are kept: run the command again")
         if failed:
             raise failed[min(failed)]
     finally:
@@ -63,10 +63,10 @@ def tokenize_on_ray(job: Job, pieces: list[Piece], workers: int, handler: Handle
 
 
 def _tokenize_there(folder: str, job: Job, piece: Piece) -> Done:
-    """On a node: paths are meant from where the command was given."""
+    """On a node: resolve relative paths against the folder in which the command was given."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("RAYON_NUM_THREADS", "1")  # of gigatoken; a task is one processor
     if not Path(folder).is_dir():
-        raise ModelLinkError("this node does not see the folder", where=folder, fix="all nodes must see one disk")
+        raise ModelLinkError("the folder is missing on this node", where=folder, fix="all nodes must share a disk")
     os.chdir(folder)
     return tokenize_piece(job, piece)

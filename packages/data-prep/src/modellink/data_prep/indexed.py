@@ -1,11 +1,11 @@
-"""Megatron's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx where each sequence and each document begins.
+"""Reader and writer of Megatron's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx the sequence bounds.
 
 The index, all little endian: 9 bytes `MMIDIDX\\0\\0`; u64 version 1; u8 code of the token type; u64 number of sequences; u64
 number of document boundaries (documents + 1); int32 length of each sequence; int64 byte offset of each sequence in the .bin;
-int64 boundaries (a sequence number each; the first is 0, the last the number of sequences). Source: megatron-core 0.16.1,
-`megatron/core/datasets/indexed_dataset.py`. Not here: its optional int8 mode of each sequence (multimodal), and S3.
+int64 boundaries (sequence numbers; the first is 0, the last the number of sequences). Source: megatron-core 0.16.1,
+`megatron/core/datasets/indexed_dataset.py`. Not here: the optional int8 mode of each sequence (multimodal), and S3.
 
-Writing needs memory for neither tokens nor index, and both files appear whole, the .idx last: a .bin without .idx is unfinished.
+Writing streams both files in constant memory. They appear only when complete, the .idx last: a .bin without .idx is unfinished.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 HEADER = struct.Struct("<9sQBQQ")
 CODES: dict[int, np.dtype[Any]] = {1: np.dtype("u1"), 2: np.dtype("i1"), 3: np.dtype("<i2"), 4: np.dtype("<i4"),
                                    5: np.dtype("<i8"), 6: np.dtype("<f8"), 7: np.dtype("<f4"), 8: np.dtype("<u2")}
-SMALL_VOCABULARY = 65_500  # Megatron stores ids in two bytes below this
-CHUNK = 1 << 20  # entries of the index looked at in one go
+SMALL_VOCABULARY = 65_500  # below this vocabulary size Megatron stores an id in two bytes
+CHUNK = 1 << 20  # index entries checked per step
 
 
 def token_dtype(vocab_size: int | None) -> np.dtype[Any]:
-    """The type Megatron stores ids of such a vocabulary in: uint16 below 65,500 ids, else int32."""
+    """Return the type in which Megatron stores ids of this vocabulary: uint16 below 65,500 ids, else int32."""
     return np.dtype("<u2") if vocab_size is not None and vocab_size < SMALL_VOCABULARY else np.dtype("<i4")
 
 
 def files_of(prefix: Path | str) -> tuple[Path, Path]:
-    """The .bin and the .idx of a prefix."""
+    """Return the .bin and .idx paths of a prefix."""
     return Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
 
 
 class IndexedWriter:
-    """Writes one dataset, as a context manager; when the block raises, nothing appears.
+    """Context manager that writes one dataset; if the block raises, no file appears.
 
     An existing dataset of that name is replaced.
 
     Args:
-        durable: wait until it is on the disk. Without that a power cut may leave files with less in them than was written.
+        durable: wait until the files are on the disk. Otherwise a power cut may leave truncated files.
     """
 
     def __init__(self, prefix: Path | str, dtype: np.dtype[Any], *, durable: bool = True) -> None:
@@ -64,7 +64,7 @@ class IndexedWriter:
     def __enter__(self) -> IndexedWriter:
         bin_path, _ = files_of(self.prefix)
         self._bin: IO[bytes] = self._stack.enter_context(atomic_write(bin_path, durable=self._durable))
-        # Nameless files: they vanish with the process, however it ends.
+        # Unnamed files: they disappear with the process, however it ends.
         with ExitStack() as nameless:
             self._lengths = nameless.enter_context(tempfile.TemporaryFile(dir=bin_path.parent))
             self._boundaries = nameless.enter_context(tempfile.TemporaryFile(dir=bin_path.parent))
@@ -87,7 +87,7 @@ class IndexedWriter:
         self._boundaries.write(struct.pack("<q", self.sequences))
 
     def add_documents(self, tokens: NDArray[Any], lengths: NDArray[Any]) -> None:
-        """Add documents of one sequence each: `tokens` are those of all in one row; one without tokens is none.
+        """Add documents of one sequence each; `tokens` are those of all documents, concatenated. Empty documents are skipped.
 
         Raises:
             ModelLinkError: an id does not fit the type.
@@ -111,8 +111,8 @@ class IndexedWriter:
     def add_dataset(self, dataset: IndexedDataset) -> None:
         """Append all documents of another dataset of the same type."""
         if dataset.dtype != self.dtype:
-            raise ModelLinkError(f"it holds {dataset.dtype}, what it is appended to {self.dtype}", where=dataset.prefix,
-                                 fix="make both with the same --output-dtype")
+            raise ModelLinkError(f"the token type is {dataset.dtype}, that of the output is {self.dtype}", where=dataset.prefix,
+                                 fix="write both with the same --output-dtype")
         with files_of(dataset.prefix)[0].open("rb") as source:
             shutil.copyfileobj(source, self._bin, 1 << 20)
         for part in _chunks(dataset.lengths):
@@ -126,7 +126,7 @@ class IndexedWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._nameless:
             if kind is None:
-                # With the old index gone first, no moment shows an index beside tokens it does not belong to.
+                # The old index is removed first, so that an index never appears next to tokens it does not belong to.
                 files_of(self.prefix)[1].unlink(missing_ok=True)
             self._stack.__exit__(kind, error, trace)
             if kind is None:
@@ -150,16 +150,16 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """Reads a dataset; tokens stay on disk until they are asked for.
+    """A dataset on disk, memory-mapped.
 
     Attributes:
-        dtype: of the tokens.
+        dtype: type of the tokens.
         lengths: tokens of each sequence, int32 [sequences].
-        offsets: where each sequence begins in the .bin, int64 [sequences] (bytes).
-        boundaries: the sequence each document begins with and, last, the number of sequences, int64 [documents + 1].
+        offsets: start of each sequence in the .bin in bytes, int64 [sequences].
+        boundaries: first sequence of each document, then the number of sequences, int64 [documents + 1].
 
     Raises:
-        ModelLinkError: a file is missing or unfinished, not an index, or index and tokens do not fit each other.
+        ModelLinkError: a file is missing or unfinished, is not an index, or index and tokens do not match.
     """
 
     def __init__(self, prefix: Path | str) -> None:
@@ -167,8 +167,8 @@ class IndexedDataset:
         bin_path, idx_path = files_of(self.prefix)
         for path, other in ((bin_path, idx_path), (idx_path, bin_path)):
             if not path.is_file():
-                raise ModelLinkError("a dataset is not finished: one of its two files is missing" if other.is_file()
-                                     else "there is no such dataset", where=path, fix="give the path without .bin or .idx")
+                raise ModelLinkError("the dataset is unfinished: one of its two files is missing" if other.is_file()
+                                     else "the dataset does not exist", where=path, fix="give the path without .bin or .idx")
         size = idx_path.stat().st_size
         with idx_path.open("rb") as file:
             head = file.read(HEADER.size)
@@ -180,8 +180,8 @@ class IndexedDataset:
         self.dtype = CODES[code]
         wanted = HEADER.size + 12 * sequences + 8 * boundaries
         if size not in (wanted, wanted + sequences):  # with the modes of a multimodal set
-            raise ModelLinkError(f"the index has {size:,} bytes, its header speaks of {wanted:,}", where=idx_path,
-                                 fix="it was cut off or mixed up; copy or make it anew")
+            raise ModelLinkError(f"the index has {size:,} bytes, its header implies {wanted:,}", where=idx_path,
+                                 fix="the file is truncated or damaged; copy or create it again")
         index = np.memmap(idx_path, mode="r")
         parts = np.split(index[HEADER.size:wanted], [4 * sequences, 12 * sequences])
         self.lengths, self.offsets, self.boundaries = (
@@ -196,21 +196,21 @@ class IndexedDataset:
             ends = np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize + offset
             wrong = (lengths < 0) | (offsets != np.concatenate([[offset], ends[:-1]]))
             if wrong.any():
-                raise ModelLinkError(f"sequence {number * CHUNK + int(wrong.argmax())} does not begin where the one before it "
-                                     "ends", where=idx_path, fix="make the dataset anew")
+                raise ModelLinkError(f"sequence {number * CHUNK + int(wrong.argmax())} does not begin where the previous one "
+                                     "ends", where=idx_path, fix="create the dataset again")
             offset = int(ends[-1])
         self.token_count = offset // self.dtype.itemsize
         if (size := bin_path.stat().st_size) != offset:
-            raise ModelLinkError(f"the tokens take {size:,} bytes, the index speaks of {offset:,}", where=bin_path,
-                                 fix="one of the two files was cut off or belongs to another dataset; make it anew")
+            raise ModelLinkError(f"the tokens take {size:,} bytes, the index implies {offset:,}", where=bin_path,
+                                 fix="one of the two files is truncated or belongs to another dataset; create it again")
         steps = self.boundaries
         falls = any((np.diff(steps[at:at + CHUNK + 1]) < 0).any() for at in range(0, len(steps) - 1, CHUNK))
         if not len(steps) or steps[0] != 0 or steps[-1] != len(self) or falls:
             raise ModelLinkError("the documents do not cover the sequences from first to last", where=idx_path,
-                                 fix="make the dataset anew")
+                                 fix="create the dataset again")
 
     def __len__(self) -> int:
-        """Number of sequences."""
+        """Return the number of sequences."""
         return len(self.lengths)
 
     @property
@@ -218,14 +218,14 @@ class IndexedDataset:
         return len(self.boundaries) - 1
 
     def __getitem__(self, index: int) -> NDArray[Any]:
-        """Tokens of a sequence, [length], read-only."""
+        """Return the tokens of a sequence, [length], read-only."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         start = int(self.offsets[index]) // self.dtype.itemsize
         return self.tokens[start:start + int(self.lengths[index])]
 
     def document(self, index: int) -> list[NDArray[Any]]:
-        """The sequences of a document."""
+        """Return the sequences of a document."""
         if not 0 <= index < self.document_count:
             raise IndexError(f"document {index} of {self.document_count}")
         return [self[item] for item in range(int(self.boundaries[index]), int(self.boundaries[index + 1]))]
@@ -239,7 +239,7 @@ def _chunks(array: NDArray[Any]) -> Iterator[NDArray[Any]]:
 
 
 def checksum(path: Path) -> int | None:
-    """CRC-32 of a file, None where there is none."""
+    """Return the CRC-32 of a file, or None if it does not exist."""
     found = 0
     try:
         with path.open("rb", buffering=0) as file:
@@ -251,5 +251,5 @@ def checksum(path: Path) -> int | None:
 
 
 def existing(prefixes: Sequence[Path]) -> list[Path]:
-    """The files of these datasets that are there already."""
+    """Return the files of these datasets that exist."""
     return [path for prefix in prefixes for path in files_of(prefix) if path.exists()]

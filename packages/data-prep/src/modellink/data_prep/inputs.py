@@ -1,8 +1,8 @@
-"""From `--input` to pieces of work.
+"""Resolve `--input` and split it into pieces of work.
 
-An input is a file, a folder (the files in it that have a known ending, sorted by name) or a glob. All of them in order are cut
-into pieces of about the same number of bytes. Pieces depend on the inputs and that number alone, so that any number of
-workers makes the same ones, and a run that continues finds the ones it knows.
+An input is a file, a folder (its files with a known extension, sorted by name) or a glob. All files in order are split into
+pieces of about the same number of bytes. The pieces depend only on the inputs and that number, so they are the same for any
+number of workers and for a resumed run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modellink.kernels.errors import ModelLinkError, near
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive spans of the inputs: the unit that one worker tokenizes and that is noted when it is done."""
+    """Consecutive spans of the inputs: the unit that one worker tokenizes and the journal records."""
 
     index: int
     spans: tuple[tuple[Path, Span], ...]
@@ -29,15 +29,15 @@ class Piece:
 
 
 def open_source(path: Path) -> Source:
-    """The reader for a file, chosen by its ending.
+    """Return the reader of a file, chosen by its extension.
 
     Raises:
-        ModelLinkError: the ending is unknown, or the file is not what its ending says.
+        ModelLinkError: the extension is unknown, or the file is of another format.
     """
     ending = _ending(path)
     if ending is None:
-        raise ModelLinkError(f"no reader for {path.suffix or 'a file without an ending'}", where=path,
-                             fix=f"known endings are {', '.join(FORMATS)}")
+        raise ModelLinkError(f"{path.suffix or 'a file without an extension'} is not a supported format", where=path,
+                             fix=f"supported extensions: {', '.join(FORMATS)}")
     try:
         return FORMATS[ending](path)
     except unreadable() as error:
@@ -45,10 +45,10 @@ def open_source(path: Path) -> Source:
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Path]:
-    """The files that files, folders and globs stand for, in order.
+    """Resolve files, folders and globs to files, in order.
 
     Raises:
-        ModelLinkError: one of them does not exist or holds no file with a known ending.
+        ModelLinkError: one of them does not exist or contains no file with a supported extension.
     """
     found: list[Path] = []
     for item in inputs:
@@ -62,8 +62,8 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
                            if Path(name).is_file())
         if not files:
             names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise ModelLinkError("the input does not exist, or the pattern fits no file", where=item,
-                                 fix=near(path.name, names) or "give a file, a folder, or a pattern in quotation marks")
+            raise ModelLinkError("the input does not exist, or the pattern matches no file", where=item,
+                                 fix=near(path.name, names) or "give a file, a folder, or a quoted pattern")
         found += files
     seen: set[Path] = set()
     for path in found:
@@ -74,7 +74,7 @@ def find_inputs(inputs: Sequence[str]) -> list[Path]:
 
 
 def cut(sources: Sequence[Source], size: int) -> list[Piece]:
-    """Cut the sources into pieces of about `size` bytes, small files together and large ones apart."""
+    """Split the sources into pieces of about `size` bytes: small files are combined, large ones divided."""
     pieces: list[Piece] = []
     spans: list[tuple[Path, Span]] = []
     weight = 0
@@ -91,7 +91,7 @@ def cut(sources: Sequence[Source], size: int) -> list[Piece]:
 
 
 def fingerprint(paths: Sequence[Path]) -> str:
-    """SHA-256 over names, sizes and times of change: whether a run that continues has the same files before it."""
+    """Return the SHA-256 of paths, sizes and modification times, which shows whether a resumed run has the same inputs."""
     digest = hashlib.sha256()
     for path in paths:
         status = path.stat()
@@ -110,10 +110,10 @@ def _folder(folder: Path) -> list[Path]:
     files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
     readable = [path for path in files if _ending(path)]
     if not readable:
-        raise ModelLinkError("the folder holds no file with a known ending", where=folder,
-                             fix=f"known endings are {', '.join(FORMATS)}")
+        raise ModelLinkError("the folder contains no file with a supported extension", where=folder,
+                             fix=f"supported extensions: {', '.join(FORMATS)}")
     kinds = sorted({_ending(path) or "" for path in readable})
-    if len(kinds) > 1 and kinds != [".json", ".jsonl"]:  # a LICENSE.txt beside the data is not data
-        raise ModelLinkError(f"the folder holds files of several kinds: {', '.join(kinds)}", where=folder,
-                             fix=f"say which you mean with a pattern, e.g. --input '{folder}/*{kinds[0]}'")
+    if len(kinds) > 1 and kinds != [".json", ".jsonl"]:  # a LICENSE.txt next to the data is not data
+        raise ModelLinkError(f"the folder contains files of several formats: {', '.join(kinds)}", where=folder,
+                             fix=f"choose one with a pattern, e.g. --input '{folder}/*{kinds[0]}'")
     return readable

@@ -1,4 +1,4 @@
-"""What is in a dataset: counts, lengths, and a few documents as text; of an instruction set also which of it is learned."""
+"""Inspect a dataset: counts, lengths and a few documents as text, with the learned tokens of an instruction set marked."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.files import atomic_write
 from modellink.kernels.options import option
 
-# What a set of several fields is known by: the ids that are shown, and their labels.
+# The fields that identify an instruction set: the ids that are shown, and their labels.
 FIELDS = (("_packed_input_ids_document", "_packed_labels_document"),
           ("_packed_chosen_input_ids_document", "_packed_chosen_labels_document"))
 
 
 @dataclass(frozen=True)
 class InspectOptions:
-    """What `modellink-preprocess inspect` is told."""
+    """Options of `modellink-preprocess inspect`."""
 
-    tokenizer_name_or_path: Path | None = option(None, "folder with tokenizer.json; without it samples are ids")
-    samples: int = option(3, "documents to show, evenly spread; what is learned stands in ⟦ ⟧", minimum=0)
-    shown: int = option(60, "most tokens of a document that are shown", unit="tokens", minimum=1)
-    histogram: Path | None = option(None, "draw the lengths of documents into this SVG file")
-    summary: Path | None = option(None, "write the same to this file as JSON too")
+    tokenizer_name_or_path: Path | None = option(None, "Folder with tokenizer.json. Default: samples are shown as ids.")
+    samples: int = option(3, "Documents to show, evenly spaced; learned tokens are in ⟦ ⟧.", minimum=0)
+    shown: int = option(60, "Maximum number of tokens shown per document.", unit="tokens", minimum=1)
+    histogram: Path | None = option(None, "Write a histogram of document lengths to this SVG file.")
+    summary: Path | None = option(None, "Also write the report to this file as JSON.")
 
 
 @dataclass
 class Inspection:
-    """Counts of a dataset; `lengths` are tokens a document: shortest, quartiles, 95 %, longest, mean. Sizes are bytes.
+    """Counts of a dataset. `lengths` are tokens per document: minimum, quartiles, 95 %, maximum, mean. Sizes are bytes.
 
-    `learned` counts the tokens with a label, where there are labels.
+    `learned` counts the tokens with a label, if the dataset has labels.
     """
 
     prefix: str
@@ -52,10 +52,10 @@ class Inspection:
 
 
 def inspect(prefix: Path | str, options: InspectOptions | None = None) -> Inspection:
-    """Look at the dataset `prefix` (with or without .bin or .idx; of an instruction set as it was given to preprocess).
+    """Inspect the dataset `prefix` (with or without .bin or .idx; for an instruction set, the prefix given to preprocess).
 
     Raises:
-        ModelLinkError: it is missing or damaged, or the tokenizer is.
+        ModelLinkError: the dataset or the tokenizer is missing or damaged.
     """
     options = options or InspectOptions()
     data, labels = _open(str(prefix))
@@ -84,7 +84,7 @@ def inspect(prefix: Path | str, options: InspectOptions | None = None) -> Inspec
 
 
 def _open(prefix: str) -> tuple[IndexedDataset, IndexedDataset | None]:
-    """The ids and, where there are some, their labels."""
+    """Return the ids and, if the dataset has labels, the labels."""
     prefix = prefix.removesuffix(".bin").removesuffix(".idx")
     for ids, labels in FIELDS:
         bare = prefix.removesuffix(ids)

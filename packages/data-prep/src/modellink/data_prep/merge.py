@@ -1,4 +1,4 @@
-"""Several datasets into one: a streamed copy, in the order given."""
+"""Merge several datasets into one by a streamed copy, in the given order."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from modellink.kernels.progress import Work
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What `modellink-preprocess merge` is told."""
+    """Options of `modellink-preprocess merge`."""
 
-    input: Path = option(doc="folder with the .bin and .idx files")
-    output_prefix: Path = option(doc="where the merged files go: PREFIX_KEY.bin and PREFIX_KEY.idx")
-    merge_group_keys: tuple[str, ...] = option(doc="each key merges the files whose names contain it, e.g. text_document")
-    overwrite: bool = option(False, "replace an output that exists")
+    input: Path = option(doc="Folder with the .bin and .idx files.")
+    output_prefix: Path = option(doc="Prefix of the merged files, PREFIX_KEY.bin and PREFIX_KEY.idx.")
+    merge_group_keys: tuple[str, ...] = option(doc="For each key, merge the files whose names contain it, e.g. text_document.")
+    overwrite: bool = option(False, "Replace an existing output.")
 
 
 def merge(prefixes: Sequence[Path], output: Path, *, show: bool = True) -> IndexedDataset:
     """Write all documents of the datasets `prefixes`, in that order, as the dataset `output`.
 
     Raises:
-        ModelLinkError: there are none, one is damaged, or their token types differ.
+        ModelLinkError: the list is empty, a dataset is damaged, or the token types differ.
     """
     if not prefixes:
-        raise ModelLinkError("there is nothing to merge", where=output)
+        raise ModelLinkError("no datasets to merge were given", where=output)
     output.parent.mkdir(parents=True, exist_ok=True)
     for path in (Path(f"{output}.bin"), Path(f"{output}.idx")):
         remove_leftovers(path)
@@ -46,10 +46,11 @@ def merge_groups(options: MergeOptions) -> list[IndexedDataset]:
     """For each key, merge the datasets in a folder whose names contain it, sorted by name.
 
     Raises:
-        ModelLinkError: no folder, no dataset for a key, a .bin or .idx without the other, or an output that exists.
+        ModelLinkError: the folder or a dataset for a key is missing, a .bin lacks its .idx or the reverse, or an output exists.
     """
     if not options.input.is_dir():
-        raise ModelLinkError("there is no such folder", where=options.input, fix="--input is the folder of the files to merge")
+        raise ModelLinkError("the folder does not exist", where=options.input,
+                             fix="--input must be the folder of the files to merge")
     files = {path.stem: path for path in options.input.iterdir() if path.suffix in (".bin", ".idx")}
     groups = {}
     for key in options.merge_group_keys:
@@ -59,9 +60,9 @@ def merge_groups(options: MergeOptions) -> list[IndexedDataset]:
                           != own]
         if not groups[output]:
             raise ModelLinkError(f"no file name contains {key!r}", where=options.input,
-                                 fix=f"there are: {', '.join(sorted(files)[:10]) or 'no .bin and .idx files at all'}")
+                                 fix=f"the folder contains: {', '.join(sorted(files)[:10]) or 'no .bin and .idx files'}")
         for prefix in groups[output]:
             IndexedDataset(prefix)
     if (there := existing(list(groups))) and not options.overwrite:
-        raise ModelLinkError("the output exists", where=there[0], fix="choose another prefix, or pass --overwrite")
+        raise ModelLinkError("the output already exists", where=there[0], fix="choose another prefix, or pass --overwrite")
     return [merge(prefixes, output) for output, prefixes in groups.items()]

@@ -1,4 +1,4 @@
-"""What preprocessing is told and what it tells."""
+"""The options and the summary of preprocessing."""
 
 from __future__ import annotations
 
@@ -13,44 +13,45 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What `preprocess` is told; the command's options are made from this."""
+    """Options of `preprocess` and of the command."""
 
-    input: tuple[str, ...] = option(doc="files, folders or quoted patterns: .jsonl, .json, .csv, .txt (also .gz and .zst), "
-                                    ".parquet, .arrow; for LlamaFactoryInstructionHandler names in dataset_info.json")
-    output_prefix: Path = option(doc="where results go: PREFIX_KEY_document.bin and .idx; the folder is made")
-    tokenizer_name_or_path: Path = option(doc="folder with tokenizer.json, tokenizer.model or a .tiktoken file")
-    tokenizer_type: Literal["PretrainedFromHF"] = option("PretrainedFromHF", "kind of tokenizer")
-    tokenizer_backend: Choice = option("auto", "library that tokenizes; auto is gigatoken where it is installed and gives the "
-                                       "same ids, else what the folder's files need")
-    verify_tokenizer: bool = option(False, "compare gigatoken's ids with those of tokenizers for every document")
-    handler_name: str = option("GeneralPretrainHandler", "how rows are read")
-    json_keys: tuple[str, ...] = option(("text",), "columns to tokenize, each into a dataset of its own", alias="--json-key")
-    map_keys: str | None = option(None, "JSON of what the columns of an instruction set are called, e.g. "
+    input: tuple[str, ...] = option(doc="Files, folders or quoted patterns: .jsonl, .json, .csv, .txt (also .gz and .zst), "
+                                    ".parquet, .arrow. For LlamaFactoryInstructionHandler: names in dataset_info.json.")
+    output_prefix: Path = option(doc="Prefix of the output files, PREFIX_KEY_document.bin and .idx. The folder is created.")
+    tokenizer_name_or_path: Path = option(doc="Folder with tokenizer.json, tokenizer.model or a .tiktoken file.")
+    tokenizer_type: Literal["PretrainedFromHF"] = option("PretrainedFromHF", "Kind of tokenizer.")
+    tokenizer_backend: Choice = option("auto", "Tokenizer library. auto: gigatoken if it is installed and gives the same ids, "
+                                       "else the library that the folder's files need.")
+    verify_tokenizer: bool = option(False, "Compare the ids of gigatoken with those of tokenizers for every document.")
+    handler_name: str = option("GeneralPretrainHandler", "How rows are read.")
+    json_keys: tuple[str, ...] = option(("text",), "Columns to tokenize, each into its own dataset.", alias="--json-key")
+    map_keys: str | None = option(None, "Column names of an instruction set as JSON, e.g. "
                                   "'{\"prompt\": \"question\", \"tags\": {\"role_tag\": \"role\"}}'")
-    dataset_dir: Path | None = option(None, "folder of dataset_info.json")
-    prompt_type: str | None = option(None, "template by name: empty, default, chatglm2, chatglm3, chatglm3_system, glm4, chatml, "
-                                     "chatml_de, qwen, llama2, llama3, mistral, mixtral, gemma, alpaca, deepseek2, "
-                                     "deepseek2-lite")
-    template: Path | None = option(None, "template of your own, a JSON file")
-    hf_chat_template: bool = option(False, "use the tokenizer's own chat template")
-    train_on_prompt: bool = option(False, "learn all tokens of a sample, not only what the assistant says")
-    seq_length: int | None = option(None, "most tokens of a sample (instruction sets)", unit="tokens", minimum=2)
-    long_samples: Literal["cut", "drop"] = option("cut", "what becomes of longer samples: cut so that part of an answer stays, "
-                                                  "or dropped as the original did")
-    pack: bool = option(False, "put several samples into one of exactly --seq-length tokens")
-    neat_pack: bool = option(False, "the later original's name for --pack; the same here")
-    append_eod: bool = option(False, "end each document or sample with the end token (eos)")
-    workers: int = option(1, "processes; one alone tokenizes on all cores too, but reads and writes on one", minimum=1)
-    piece: str | None = option(None, "i/N: do only the i-th of N shares (from 0), for jobs on several machines with one disk; "
-                               "the command without it, run last, joins them")
-    executor: Literal["local", "ray"] = option("local", "where the work runs: on this machine, or on a Ray cluster with one disk")
-    output_dtype: Literal["auto", "int32"] = option("auto", "token type: auto is uint16 below 65,500 ids and else int32; int32 "
-                                                    "is what the original always wrote")
-    vocab_size: int | None = option(None, "the model's vocabulary; an id beyond it is an error", unit="ids", minimum=1)
-    on_bad_row: Literal["fail", "skip"] = option("fail", "what to do with a row that is broken or no text")
-    piece_size: float = option(8.0, "input of one piece of work; changes no result", unit="MiB", minimum=0.001)
-    overwrite: bool = option(False, "replace an output that exists")
-    summary: Path | None = option(None, "write the summary to this file as JSON too")
+    dataset_dir: Path | None = option(None, "Folder of dataset_info.json.")
+    prompt_type: str | None = option(
+        None, "Name of a prompt template: empty, default, chatglm2, chatglm3, chatglm3_system, glm4, chatml, chatml_de, qwen, "
+        "llama2, llama3, mistral, mixtral, gemma, alpaca, deepseek2, deepseek2-lite.")
+    template: Path | None = option(None, "Your own prompt template, a JSON file.")
+    hf_chat_template: bool = option(False, "Use the chat template of the tokenizer.")
+    train_on_prompt: bool = option(False, "Train on all tokens of a sample, not only on those of the assistant.")
+    seq_length: int | None = option(None, "Maximum number of tokens of a sample (instruction sets).", unit="tokens", minimum=2)
+    long_samples: Literal["cut", "drop"] = option("cut", "Longer samples are cut such that part of each answer stays, or "
+                                                  "dropped as by the original.")
+    pack: bool = option(False, "Pack several samples into sequences of exactly --seq-length tokens.")
+    neat_pack: bool = option(False, "Same as --pack (the name in later versions of the original).")
+    append_eod: bool = option(False, "End each document or sample with the end token (eos).")
+    workers: int = option(1, "Worker processes. A single one also tokenizes on all cores, but reads and writes on one.",
+                          minimum=1)
+    piece: str | None = option(None, "i/N: do only share i (from 0) of N, for jobs on several machines that share a disk. Run "
+                               "the command without it last, to join the shares.")
+    executor: Literal["local", "ray"] = option("local", "Run on this machine, or on a Ray cluster with a shared disk.")
+    output_dtype: Literal["auto", "int32"] = option("auto", "Token type. auto: uint16 below 65,500 ids, else int32, which "
+                                                    "the original always wrote.")
+    vocab_size: int | None = option(None, "Vocabulary size of the model; an id beyond it is an error.", unit="ids", minimum=1)
+    on_bad_row: Literal["fail", "skip"] = option("fail", "What to do with a row that is broken or is not text.")
+    piece_size: float = option(8.0, "Input bytes per piece of work; does not change the result.", unit="MiB", minimum=0.001)
+    overwrite: bool = option(False, "Replace an existing output.")
+    summary: Path | None = option(None, "Also write the summary to this file as JSON.")
 
     @property
     def packs(self) -> bool:
@@ -58,7 +59,7 @@ class PreprocessOptions:
 
     @property
     def share(self) -> tuple[int, int] | None:
-        """`--piece` as numbers.
+        """Return `--piece` as (i, N), or None.
 
         Raises:
             ModelLinkError: it is not i/N with 0 <= i < N.
@@ -74,21 +75,21 @@ class PreprocessOptions:
 
 @dataclass
 class Summary:
-    """What came out.
+    """The result of a run.
 
     Attributes:
-        outputs: name of the output to the prefix of its dataset.
-        documents, tokens: counts by output, as they are in the files (of packs with their padding).
-        rows, skipped_rows: rows used and rows left out; `bad_rows` names the first of these.
-        cut_samples, dropped_samples: samples longer than --seq-length, by what became of them.
-        empty_samples: left out because a question or an answer is empty.
-        learned_tokens: tokens with a label, of instruction sets.
-        packs, fill: number of packs, and the part of them that is not padding.
+        outputs: prefix of the dataset of each output, by name.
+        documents, tokens: counts in the files by output (packs include their padding).
+        rows, skipped_rows: rows used and rows skipped; `bad_rows` names the first skipped ones.
+        cut_samples, dropped_samples: samples longer than --seq-length that were cut or dropped.
+        empty_samples: samples skipped because a question or an answer is empty.
+        learned_tokens: tokens with a label (instruction sets).
+        packs, fill: number of packs, and the fraction of them that is not padding.
         text_bytes: UTF-8 bytes of the texts used.
-        dtype: of the tokens on disk.
-        backend: library and version that tokenized; `backend_why` why it was chosen.
-        seconds: of this run; `tokens_per_second` counts what this run tokenized, not what it found done.
-        pieces, pieces_found_done: of the work, all and those an earlier run had finished.
+        dtype: token type on disk.
+        backend: tokenizer library and version; `backend_why`: why it was chosen.
+        seconds: duration of this run; `tokens_per_second` counts only the tokens of this run.
+        pieces, pieces_found_done: number of pieces, and of those that an earlier run had finished.
     """
 
     outputs: dict[str, str] = field(default_factory=dict)

@@ -1,9 +1,9 @@
-"""Several samples in one of a fixed length: first fit decreasing over all samples, the longest first.
+"""Pack several samples into sequences of a fixed length, by first fit decreasing over all samples.
 
-`packed_attention_mask` numbers the samples of a pack from 1 and is 0 on padding, so that a reader sees where each sample ends
-without looking for end tokens, which stand after every turn too. Padding has the id 0 and the label -100. Each pack is one
-sequence and one document of exactly `length` tokens. In memory are four numbers a sample and one pack; of the parts, of which a
-large input has thousands, a few are open at a time.
+`packed_attention_mask` numbers the samples of a pack from 1 and is 0 on padding, so that a reader sees the end of each sample
+without looking for end tokens, which also follow every turn. Padding has the id 0 and the label -100. Each pack is one sequence
+and one document of exactly `length` tokens. Memory holds four numbers per sample and one pack; only a few parts are open at a
+time, since a large input has thousands.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from modellink.kernels.progress import Work
 
 INPUTS, MASK, LABELS = "packed_input_ids", "packed_attention_mask", "packed_labels"
 PADDING = {INPUTS: 0, MASK: 0, LABELS: IGNORE_INDEX}
-OPEN = 16  # parts at a time
+OPEN = 16  # parts open at a time
 
 
 @dataclass
 class Packed:
-    """What packing made of `samples` samples of `tokens` tokens."""
+    """The result of packing `samples` samples with `tokens` tokens in total."""
 
     packs: int
     samples: int
@@ -37,12 +37,12 @@ class Packed:
 
     @property
     def fill(self) -> float:
-        """The part of all packs that is not padding."""
+        """Return the fraction of all packs that is not padding."""
         return self.tokens / (self.packs * self.length) if self.packs else 0.0
 
 
 def assign(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
-    """The pack of each sample: the first with room, samples taken by falling length and, of one length, in their order.
+    """Assign each sample to the first pack with room, longest samples first; samples of one length keep their order.
 
     Raises:
         ModelLinkError: a sample is longer than a pack.
@@ -50,7 +50,7 @@ def assign(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
     if len(lengths) and int(lengths.max()) > capacity:
         raise ModelLinkError(f"a sample of {int(lengths.max()):,} tokens is longer than a pack of {capacity:,}")
     leaves = 1 << max(len(lengths) - 1, 0).bit_length()
-    room = [capacity] * (2 * leaves)  # a tree: each node knows the most room of the packs below it
+    room = [capacity] * (2 * leaves)  # a tree: each node holds the largest free space among the packs below it
     found = np.empty(len(lengths), np.int64)
     for sample in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         length, node = int(lengths[sample]), 1
@@ -67,11 +67,11 @@ def assign(lengths: NDArray[np.int32], capacity: int) -> NDArray[np.int64]:
 
 
 def pack(parts: Mapping[str, Sequence[Path]], outputs: dict[str, Path], length: int, *, show: bool = True) -> Packed:
-    """Write the samples of `parts` (prefixes by field, in order) as packs.
+    """Write the samples of `parts` (prefixes by field, in order) as packs and return the counts.
 
-    Returns what came of it; a pack holds its samples in the order of the input.
+    A pack holds its samples in the order of the input.
     """
-    sizes = [np.array(IndexedDataset(prefix).lengths) for prefix in parts[INPUTS]]  # copies, so that no file stays open
+    sizes = [np.array(IndexedDataset(prefix).lengths) for prefix in parts[INPUTS]]  # copies, so that the files can be closed
     lengths = np.concatenate(sizes) if sizes else np.zeros(0, np.int32)
     firsts = np.cumsum([0, *map(len, sizes)])
     begins = np.concatenate([np.cumsum(part, dtype=np.int64) - part for part in sizes]) if sizes else lengths

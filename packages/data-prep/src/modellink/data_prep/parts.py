@@ -1,8 +1,8 @@
-"""What is finished of a run, in PREFIX.parts/: a dataset a piece, and journals that say which of them to trust.
+"""The finished parts of a run in PREFIX.parts/: one dataset per piece, and journals that record which parts are complete.
 
-A run has `journal.jsonl`; the i-th of N shares has `journal.i-of-N.jsonl` and touches nothing of the others. The run that joins
-them reads all journals. Parts made from other inputs or options are not used. A part is written without waiting for the disk;
-its checksum is in the journal, and is compared before a later run uses it.
+A run writes `journal.jsonl`, share i of N writes `journal.i-of-N.jsonl` and touches no files of the others. The run that joins
+the shares reads all journals. Parts made from other inputs or options are not used. A part is written without waiting for the
+disk; its checksum is in the journal and is verified before a later run uses it.
 """
 
 from __future__ import annotations
@@ -33,49 +33,49 @@ def suffix(share: Share | None) -> str:
 
 @contextmanager
 def alone(parts: Path, share: Share | None, *, show: bool) -> Iterator[None]:
-    """One run at a time on the parts, or on a share of them; a lock is its process's and vanishes with it.
+    """Allow one run at a time on the parts, or on a share of them; the lock ends with the process.
 
-    All shares hold `lock` together, the run that joins them holds it alone. The folder goes when nothing was left in it.
+    Shares hold `lock` in shared mode, the run that joins them in exclusive mode. The folder is removed if it is empty at the end.
 
     Raises:
-        ModelLinkError: another run is at work.
+        ModelLinkError: another run is active.
     """
     parts.mkdir(exist_ok=True)
     wanted = [("lock", fcntl.LOCK_EX)] if share is None else [("lock", fcntl.LOCK_SH), (f"lock{suffix(share)}", fcntl.LOCK_EX)]
     try:
         with ExitStack() as stack:
             for name, kind in wanted:
-                # Read and write: NFS makes fcntl locks of these, and a shared one wants a file that is open for reading.
+                # Open for reading and writing: NFS turns these into fcntl locks, and a shared lock requires a readable file.
                 file = stack.enter_context((parts / name).open("a+"))
                 _lock(file, kind, parts / name, show=show and name == "lock")
             yield
     finally:
-        with suppress(OSError):  # there is something left
-            parts.rmdir()  # only now: on NFS a file that is removed stays in its folder until it is closed
+        with suppress(OSError):  # the folder is not empty
+            parts.rmdir()  # only now: on NFS a removed file stays in its folder until it is closed
 
 
 def _lock(file: IO[str], kind: int, path: Path, *, show: bool) -> None:
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ModelLinkError("another run is writing this output", where=path, fix="wait for it to end") from None
+        raise ModelLinkError("another run is writing this output", where=path, fix="wait until it ends") from None
     except OSError as error:  # Lustre mounted without flock, some network disks
         if show:
-            print(f"note: {path.parent} has no locks ({error.strerror}): see to it yourself that no two runs write one output",
+            print(f"note: {path.parent} does not support locks ({error.strerror}): make sure that no two runs write one output",
                   file=sys.stderr)
 
 
 def clear(parts: Path) -> None:
-    """Remove all that is in the folder: parts before the journals that tell of them, locks last."""
+    """Empty the folder: parts before the journals that record them, locks last."""
     for path in sorted(parts.iterdir()):
         path.unlink()
 
 
 def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *, overwrite: bool, show: bool) -> Journal:
-    """The journal of this run, empty when what it tells of was made from something else.
+    """Open the journal of this run; it is emptied if its parts were made from other inputs or options.
 
     Raises:
-        ModelLinkError: what shares have finished was made from something else, and is not to be overwritten.
+        ModelLinkError: finished shares were made from other inputs or options, and `overwrite` is not set.
     """
     if share is None and not overwrite:
         _refuse_foreign_shares(parts, made_from)
@@ -90,7 +90,7 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
         journal = Journal(path)
         journal.append({"made_from": made_from})
         if before is not None and show:
-            print(f"starting anew: the unfinished run here had {_difference(before, made_from)}", file=sys.stderr)
+            print(f"starting over: the unfinished run here had {_difference(before, made_from)}", file=sys.stderr)
     if share is None:
         for path in parts.glob(".*.tmp"):
             path.unlink()
@@ -98,7 +98,7 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
 
 
 def date_before(parts: Path, made_from: dict[str, Any]) -> str | None:
-    """The date in texts of the run, or of a share, that this one goes on with: all but the date is the same."""
+    """Return the date in the texts of the run or share that this one resumes: everything but the date must be equal."""
     for path in sorted(parts.glob("journal*.jsonl")):
         before = _first_entry(path).get("made_from", {})
         if before | {"date": None} == made_from:
@@ -107,7 +107,7 @@ def date_before(parts: Path, made_from: dict[str, Any]) -> str | None:
 
 
 def _first_entry(path: Path) -> dict[str, Any]:
-    """Only looked at: another run may be writing."""
+    """Read a journal without opening it for writing: another run may be writing it."""
     with path.open("rb") as file:
         line = file.readline()
     with suppress(ValueError):
@@ -116,18 +116,18 @@ def _first_entry(path: Path) -> dict[str, Any]:
 
 
 def entries_of_shares(parts: Path, made_from: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the shares of this very work have noted."""
+    """Return the journal entries of the shares of this work."""
     return [entry for _, entries in _shares(parts) if entries[0].get("made_from") == made_from for entry in entries]
 
 
 def noted(entries: list[dict[str, Any]], job: Job) -> dict[int, Done]:
-    """Pieces that are told of and that the job can use: none with bad rows when those must fail, and none unverified."""
+    """Return the recorded pieces that the job can use: without bad rows if those must fail, and verified if required."""
     pieces = [Done(**entry) for entry in entries if "piece" in entry]
     return {done.piece: done for done in pieces if (job.skip_bad_rows or not done.skipped) and (done.verified or not job.verify)}
 
 
 def finished(parts: Path, noted: dict[int, Done], *, show: bool) -> dict[int, Done]:
-    """Of the noted pieces those whose files are there as they were noted."""
+    """Return the recorded pieces whose files have the recorded checksums."""
     if not noted:
         return {}
     found: dict[int, Done] = {}
@@ -143,7 +143,7 @@ def _is_whole(parts: Path, done: Done) -> bool:
 
 
 def _shares(parts: Path) -> Iterator[tuple[Path, list[dict[str, Any]]]]:
-    """The journals of shares that have begun."""
+    """Return the journals of the shares that were started."""
     for path in sorted(parts.glob("journal.*-of-*.jsonl")):
         with Journal(path) as journal:
             if journal.entries:
@@ -159,17 +159,17 @@ def _difference(before: dict[str, Any], made_from: dict[str, Any]) -> str:
 
 
 def _refuse_foreign_shares(parts: Path, made_from: dict[str, Any]) -> None:
-    """An option forgotten in the run that joins must not throw away what other machines worked on."""
+    """Refuse to join shares with other options: a forgotten option must not discard the work of other machines."""
     for path, entries in _shares(parts):
         before = entries[0].get("made_from", {})
         if before != made_from and len(entries) > 1:
             raise ModelLinkError(f"a share of this output was made with {_difference(before, made_from)}", where=path,
-                                 fix="give all shares and the run that joins them the same options, or throw their work away "
+                                 fix="give all shares and the run that joins them the same options, or discard their work "
                                  "with --overwrite")
 
 
 def _remove_foreign(parts: Path, made_from: dict[str, Any]) -> None:
-    """Remove what another run left, unless shares of this one have parts there too."""
+    """Remove the files of another run, unless shares of this run have parts there too."""
     if entries_of_shares(parts, made_from):
         return
     for path in parts.iterdir():

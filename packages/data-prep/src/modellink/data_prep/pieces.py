@@ -1,6 +1,6 @@
-"""The work on one piece of the input: read its rows, tokenize them, write them as a dataset of its own.
+"""Tokenize one piece of the input: read its rows, tokenize them and write them as a dataset, the part of that piece.
 
-A part is a function of the piece and the job alone; which process makes it, and when, changes no byte.
+A part is a function of the piece and the job only: its bytes do not depend on the process or the time.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError
 from modellink.kernels.files import kill_point
 
-BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text: what is tokenized in one call
-NAMED = 5  # bad rows of a piece that are noted
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 1000  # of text per tokenizer call
+NAMED = 5  # bad rows recorded per piece
 
 
 class WorkerDied(ModelLinkError):
-    """A process was killed; what was finished stays."""
+    """A worker process was killed; finished pieces are kept."""
 
     exit_status = OUR_FAULT
 
 
 @dataclass(frozen=True)
 class Around:
-    """The ids around a text and after it, where `gigatoken` alone tokenizes; see `Fast`."""
+    """The ids before and after a text when only `gigatoken` tokenizes; see `Fast`."""
 
     head: tuple[int, ...]
     tail: tuple[int, ...]
@@ -53,7 +53,7 @@ class Around:
 
 @dataclass(frozen=True)
 class Job:
-    """What is the same for all pieces. With `around` a worker needs no more of the tokenizer than `Fast`."""
+    """The settings shared by all pieces. With `around`, a worker needs only `Fast` of the tokenizer."""
 
     tokenizer: Path
     backend: Choice
@@ -68,11 +68,11 @@ class Job:
 
 @dataclass
 class Done:
-    """What came of a piece; it is noted in the journal.
+    """The result of a piece, as recorded in the journal.
 
-    `verified`: its ids were compared with another library's. `tokens` and `documents` count by output; `cut` and `dropped` the
-    samples longer than allowed; `empty` those with an empty question or answer; `learned` tokens with a label; `checksums` are
-    of the files of the part; `bad` has file, place and fault of the first bad rows.
+    `verified`: the ids were compared with those of another library. `tokens` and `documents` are counts by output; `cut` and
+    `dropped` count samples longer than allowed, `empty` those with an empty question or answer, `learned` tokens with a label.
+    `checksums` are those of the files of the part; `bad` holds file, position and fault of the first bad rows.
     """
 
     piece: int
@@ -95,10 +95,10 @@ def part_prefix(parts: Path, piece: int, output: str) -> Path:
 
 
 def tokenize_piece(job: Job, piece: Piece, handler: Handler | None = None) -> Done:
-    """Make the part of a piece and say what is in it.
+    """Write the part of a piece and return its counts.
 
     Raises:
-        ModelLinkError: a row cannot be used and is not to be skipped, or an id lies beyond the vocabulary.
+        ModelLinkError: a row cannot be used and is not to be skipped, or an id is beyond the vocabulary.
     """
     handler, done = handler or _handler(job), Done(piece.index, job.verify)
     with ExitStack() as stack:
@@ -156,7 +156,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
             except ValueError as error:
                 if not job.skip_bad_rows:
                     raise ModelLinkError(f"a row cannot be used: {error}", where=_place((path, at)),
-                                         fix="mend it, or leave out such rows with --on-bad-row skip") from None
+                                         fix="fix it, or skip such rows with --on-bad-row skip") from None
                 done.skipped += 1
                 if len(done.bad) < NAMED:
                     done.bad.append((str(path), at, str(error)))
@@ -174,7 +174,7 @@ def _batches(job: Job, piece: Piece, handler: Handler, done: Done) -> Iterator[l
 
 
 def _text_bytes(value: object) -> int:
-    """UTF-8 bytes of the texts in a value."""
+    """Return the UTF-8 bytes of the texts in a value."""
     if isinstance(value, str):
         return len(value) if value.isascii() else len(value.encode("utf-8", "replace"))
     if isinstance(value, dict):
@@ -184,11 +184,11 @@ def _text_bytes(value: object) -> int:
 
 def _beyond(job: Job, token: int, where: str) -> ModelLinkError:
     return ModelLinkError(f"token id {token} is beyond the vocabulary of {job.vocab_size:,}", where=where,
-                          fix="use the tokenizer that belongs to the model, or correct --vocab-size")
+                          fix="use the tokenizer of the model, or correct --vocab-size")
 
 
 class Workers:
-    """Processes that tokenize, as a context manager. They start while the parent still checks what else there is to check."""
+    """Pool of tokenizing processes, a context manager. They start while the parent is still checking inputs and options."""
 
     def __init__(self) -> None:
         self.pool: ProcessPoolExecutor | None = None
@@ -201,9 +201,9 @@ class Workers:
             self.pool.shutdown(cancel_futures=True)
 
     def start(self, count: int) -> None:
-        """Start that many; one is this process."""
+        """Start `count` processes; with 1, this process does the work."""
         if count > 1 and self.pool is None:
-            # Processes start clean (spawn): a copy of a process with threads, which tokenizers has, may hang.
+            # spawn, not fork: a forked copy of a process with threads, which tokenizers starts, may hang.
             self.pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_start_worker)
             for _ in range(count):
                 self.pool.submit(_warm_up)
@@ -211,9 +211,9 @@ class Workers:
 
 def tokenize(job: Job, pieces: list[Piece], workers: int, handler: Handler | None = None,
              started: Workers | None = None) -> Iterator[Done]:
-    """Work through pieces, here (with `handler`) or in `workers` processes; results come as they are ready.
+    """Tokenize pieces in this process (with `handler`) or in `workers` processes; yield results as they finish.
 
-    When pieces fail, those under way are finished first and the error of the earliest one is raised, so that the same input
+    When pieces fail, the running ones are finished first and the error of the earliest one is raised, so that the same input
     gives the same message for any number of workers.
     """
     if workers <= 1:
@@ -244,19 +244,19 @@ def tokenize(job: Job, pieces: list[Piece], workers: int, handler: Handler | Non
         index, error = min(failed.items())
         if isinstance(error, BrokenProcessPool):
             raise WorkerDied(f"a worker process died near piece {index}", where="--workers",
-                             fix="out of memory is the usual reason: use fewer workers. What is finished is kept, run the "
-                             "command again. (From a script of yours, call preprocess() under `if __name__ == '__main__':`.)")
+                             fix="this usually means out of memory: use fewer workers. Finished pieces are kept: run the "
+                             "command again. (In your own script, call preprocess() under `if __name__ == '__main__':`.)")
         raise error
 
 
 def _warm_up() -> None:
-    """Import what the first piece would wait for."""
+    """Import in advance what the first piece needs."""
     with suppress(ImportError):
         import_module("gigatoken")
 
 
 def _start_worker() -> None:
-    """Ctrl-C is for the parent, which also must not be outlived; and one process is one core here."""
+    """Set up a worker: ignore Ctrl-C, which the parent handles; end with the parent; use one core."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if (parent := parent_process()) is not None:

@@ -1,4 +1,4 @@
-"""From options to checked work: everything that can be known to be wrong is found here, before anything is written."""
+"""Validate options and inputs and plan the work; mistakes are reported here, before anything is written."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from modellink.data_prep.rows import BadRow, Source, Span
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
 
-LAYOUT = 4  # of the parts; a change of what is in them makes older ones unusable
+LAYOUT = 4  # format version of the parts; increase it when their content changes
 MIB = 1 << 20
-SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpus, on which gigatoken must agree
+SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_CHARACTERS = 20, 500, 1 << 18  # of the corpus sample on which gigatoken must agree
 
 
 @dataclass
 class PreprocessPlan:
-    """The work, checked.
+    """The validated work.
 
     Attributes:
-        handler: what reads and encodes here; other processes make their own.
-        made_from: what the parts depend on; parts made from something else are not used.
-        why: why this library tokenizes.
+        handler: the handler of this process; other processes make their own.
+        made_from: everything the parts depend on; parts made from something else are not used.
+        why: the reason for the tokenizer library.
     """
 
     job: Job
@@ -53,13 +53,13 @@ class PreprocessPlan:
 
 def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lambda pieces: None,
               show: bool = True) -> PreprocessPlan:
-    """Check everything and cut the work into pieces.
+    """Validate options and inputs and split the work into pieces.
 
     Args:
-        begin: called with the number of pieces as soon as it is known, before what takes longest is checked.
+        begin: called with the number of pieces as soon as it is known, before the slow checks.
 
     Raises:
-        ModelLinkError: a wrong input or option.
+        ModelLinkError: an input or option is wrong.
     """
     names, maps = choose_maps(options.handler_name, options.map_keys, options.input, options.dataset_dir)
     paths = inputs.find_inputs(names)
@@ -70,7 +70,7 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     for source in sources:
         _check_columns(source, handler.rows_of(source.path), options.handler_name, show=show)
     if options.packs and handler.ranking:
-        raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="leave it out")
+        raise ModelLinkError("pairs of answers cannot be packed", where="--pack", fix="remove --pack")
     pieces = inputs.cut(sources, int(options.piece_size * MIB))
     begin(len(pieces))
     engine, why = _engine(options, tokenizer, handler, sources)
@@ -82,10 +82,10 @@ def make_plan(options: PreprocessOptions, *, begin: Callable[[int], None] = lamb
     dtype = token_dtype(tokenizer.vocab_size if small else None).name
     parts = Path(f"{options.output_prefix}.parts")
     made_from = _made_from(options, paths, tokenizer, handler, reading, dtype)
-    if reading.hf_chat_template and "strftime_now" in handler.wording:  # one day for all pieces, however long the work takes
+    if reading.hf_chat_template and "strftime_now" in handler.wording:  # one date for all pieces, however long the work takes
         reading = replace(reading, date=date_before(parts, made_from) or date.today().isoformat())
         handler, made_from["date"] = make_handler(tokenizer, reading), reading.date
-    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # else it is tokenizers that tokenizes
+    verify = options.verify_tokenizer and isinstance(engine, GigaToken)  # otherwise tokenizers itself does the work
     job = Job(tokenizer.folder.resolve(), backend, verify, reading, dtype, options.on_bad_row == "skip",
               options.vocab_size, parts, _around(engine, tokenizer) if not verify else None)
     plan = PreprocessPlan(job, handler, pieces,
@@ -104,18 +104,19 @@ def _around(engine: Engine, tokenizer: Tokenizer) -> Around | None:
 
 
 def output_exists(path: Path) -> ModelLinkError:
-    return ModelLinkError("the output exists", where=path, fix="choose another --output-prefix, remove it, or pass --overwrite")
+    return ModelLinkError("the output already exists", where=path,
+                          fix="choose another --output-prefix, remove it, or pass --overwrite")
 
 
 def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, show: bool) -> Reading:
     chats = trains_on_chats(options.handler_name)
     if options.packs and not chats:
-        raise ModelLinkError("plain text is not packed: training cuts its windows out of all documents", where="--pack",
-                             fix="leave it out, or choose an instruction handler")
+        raise ModelLinkError("plain text is not packed: training cuts its sequences from all documents", where="--pack",
+                             fix="remove --pack, or choose an instruction handler")
     if options.packs and options.seq_length is None:
-        raise ModelLinkError("--seq-length must be given", where="--pack", fix="it is how long each pack is")
+        raise ModelLinkError("--pack needs --seq-length", where="--pack", fix="set --seq-length to the length of a pack")
     if options.seq_length is not None and not chats and show:
-        print("note: --seq-length is ignored: documents of plain text are kept whole, training cuts its windows", file=sys.stderr)
+        print("note: --seq-length is ignored: plain text keeps full documents, training cuts its own sequences", file=sys.stderr)
     return Reading(options.handler_name, tuple(dict.fromkeys(options.json_keys)), options.append_eod, maps, options.prompt_type,
                    str(options.template) if options.template else None, options.hf_chat_template, None, options.train_on_prompt,
                    options.seq_length if chats else None, options.long_samples)
@@ -141,9 +142,9 @@ def _check_columns(source: Source, rows: Rows, handler: str, *, show: bool) -> N
     for column in [column for column in (*rows.columns, *rows.named) if column not in names]:
         if column in rows.columns or source.has_header:
             raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names) or
-                                 f"{option} says what columns are called; here they are: {', '.join(names)}")
+                                 f"{option} names the columns; available: {', '.join(names)}")
         if show:
-            print(f"note: {source.path} has no column {column!r} in its first rows, which {handler} can do without",
+            print(f"note: {source.path} has no column {column!r} in its first rows; it is optional for {handler}",
                   file=sys.stderr)
 
 
@@ -152,14 +153,14 @@ def _before_check(choice: Choice) -> Choice:
 
 
 def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, sources: list[Source]) -> tuple[Engine, str]:
-    """What tokenizes, and why."""
+    """Choose the tokenizer library; return it with the reason."""
     asked = options.tokenizer_backend
     if asked not in ("auto", "gigatoken"):
         return tokenizer.engine, "--tokenizer-backend asks for it"
     if not isinstance(tokenizer.engine, HuggingFace):
         return tokenizer.engine, tokenizer.engine.why
     if trains_on_chats(options.handler_name):
-        why = "conversations are tokenized part by part"
+        why = "conversations are tokenized in short parts"
     elif find_spec("gigatoken") is None:
         why = "gigatoken is not installed"
     else:
@@ -174,12 +175,12 @@ def _engine(options: PreprocessOptions, tokenizer: Tokenizer, handler: Handler, 
                 return engine, engine.why
             why = f"gigatoken differs {difference}"
     if asked == "gigatoken":
-        raise ModelLinkError(f"gigatoken cannot be used: {why}", where="--tokenizer-backend", fix="leave it out")
+        raise ModelLinkError(f"gigatoken cannot be used: {why}", where="--tokenizer-backend", fix="remove the option")
     return tokenizer.engine, why
 
 
 def _sample(handler: Handler, sources: list[Source]) -> list[str]:
-    """Texts from places spread evenly over all inputs; of a file that cannot be entered in its middle from its beginning."""
+    """Return texts sampled evenly from all inputs; a file without seekable rows is sampled at its beginning."""
     texts: list[str] = []
     chosen = _spread(sources, SAMPLE_PLACES)
     for source in chosen:
@@ -192,7 +193,7 @@ def _sample(handler: Handler, sources: list[Source]) -> list[str]:
 def _some_texts(reader: Rows, source: Source, span: Span, characters: int) -> list[str]:
     texts: list[str] = []
     for _, row in islice(source.rows(span, [*reader.columns, *reader.optional]), SAMPLE_ROWS // SAMPLE_PLACES):
-        with suppress(ValueError):  # a bad row is told of when its turn comes
+        with suppress(ValueError):  # a bad row is reported when its piece is processed
             texts += [] if isinstance(row, BadRow) else reader.parse(row)
         if sum(map(len, texts)) > characters:
             break

@@ -1,8 +1,8 @@
-"""From text files to Megatron datasets, in pieces: each is tokenized, noted when done, and at the end all are joined in order.
+"""Tokenize text files into Megatron datasets, piece by piece; the parts are recorded in a journal and joined in order at the end.
 
-`PREFIX.parts/` holds what is finished: a run that was killed continues from there and ends with the same bytes, and so does any
-number of workers, of shares on several machines, or a Ray cluster. The parts of a run with other input or options are not used.
-Needs the disk space of the result twice; memory does not grow with the input, but for four numbers a sample when packing.
+`PREFIX.parts/` holds the finished parts. A run that was killed resumes from them and ends with the same bytes, as does any number
+of workers, shares on several machines or Ray nodes. Parts of a run with other inputs or options are not used. The disk needs
+twice the space of the result; memory does not grow with the input, except for four numbers per sample when packing.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from modellink.kernels.progress import Work
 
 __all__ = ["PreprocessOptions", "Summary", "preprocess"]
 
-NAMED = 20  # bad rows in the summary
+NAMED = 20  # bad rows listed in the summary
 
 
 def preprocess(options: PreprocessOptions, *, show: bool = True) -> Summary:
-    """Tokenize the inputs into `{output_prefix}_{key}_document.bin` and `.idx`; with `options.piece`, do a share of the work.
+    """Tokenize the inputs into `{output_prefix}_{key}_document.bin` and `.idx`; with `options.piece`, do one share of the work.
 
     Args:
-        show: progress on stderr.
+        show: show progress on stderr.
 
     Raises:
-        ModelLinkError: a wrong input, option or row. Nothing is left behind, unless pieces were finished: they stay for the
-            next run, in `{output_prefix}.parts/`.
+        ModelLinkError: an input, option or row is wrong. Nothing is left behind except finished pieces, which stay in
+            `{output_prefix}.parts/` for the next run.
     """
     with Workers() as workers:
         return _preprocess(options, workers, show=show)
@@ -67,7 +67,7 @@ def _preprocess(options: PreprocessOptions, workers: Workers, *, show: bool) -> 
                 clear(parts)
     except ModelLinkError:
         if is_new:
-            with suppress(OSError):  # finished parts are in it, or other things by now
+            with suppress(OSError):  # it is not empty: finished parts, or files of others
                 folder.rmdir()
         raise
     return _summarize(plan, found, done, packed, time.monotonic() - start)
@@ -85,7 +85,7 @@ def _run(plan: PreprocessPlan, options: PreprocessOptions, workers: Workers, *,
         states = {entry["state"]: entry for entry in entries if "state" in entry}
         usable, outputs = noted(entries, plan.job), existing(list(plan.outputs.values()))
         if "merged" in states and len(outputs) == 2 * len(plan.outputs) and len(usable) == len(plan.pieces):
-            packed = states["merged"].get("packed")  # killed while it tidied up
+            packed = states["merged"].get("packed")  # killed while removing the parts
             return usable, usable, Packed(**packed) if packed else None
         found = finished(parts, usable, show=show)
         if outputs and not options.overwrite and "merging" not in states:
@@ -95,7 +95,7 @@ def _run(plan: PreprocessPlan, options: PreprocessOptions, workers: Workers, *,
         done = found | _work(plan, todo, journal, options, workers, show=show)
         if share is not None:
             return found, done, None
-        journal.append({"state": "merging"})  # from here on the outputs are this run's own
+        journal.append({"state": "merging"})  # from here on, existing outputs are those of this run
         made = _join(plan, done, options, show=show)
         journal.append({"state": "merged", "packed": asdict(made) if made else None})
         kill_point("merged")
@@ -108,7 +108,7 @@ def _work(plan: PreprocessPlan, todo: list[Piece], journal: Journal, options: Pr
           show: bool) -> Pieces:
     done: Pieces = {}
     count = len(plan.pieces) - len(todo)
-    what = "tokenizing" + (f", {count} of {len(plan.pieces)} pieces were done or are of others" if count else "")
+    what = "tokenizing" + (f", {count} of {len(plan.pieces)} pieces are done or belong to other shares" if count else "")
     run: Callable[..., Iterator[Done]] = partial(tokenize, started=workers)
     if options.executor == "ray":
         from modellink.data_prep.cluster import tokenize_on_ray as run
@@ -122,7 +122,7 @@ def _work(plan: PreprocessPlan, todo: list[Piece], journal: Journal, options: Pr
 
 
 def _join(plan: PreprocessPlan, done: Pieces, options: PreprocessOptions, *, show: bool) -> Packed | None:
-    """Make the outputs out of the parts."""
+    """Join the parts to the outputs."""
     kill_point("before-merge")
     for name in plan.outputs:
         if not sum(item.documents[name] for item in done.values()):
@@ -130,7 +130,7 @@ def _join(plan: PreprocessPlan, done: Pieces, options: PreprocessOptions, *, sho
             reasons = [f"samples longer than --seq-length: {dropped:,}"] if dropped else []
             reasons += [f"samples with an empty question or answer: {empty:,}"] if empty else []
             why = "; ".join(reasons) or "the input is empty"
-            raise ModelLinkError(f"no tokens came out for {name!r}", where=", ".join(options.input[:5]), fix=why)
+            raise ModelLinkError(f"the output {name!r} has no tokens", where=", ".join(options.input[:5]), fix=why)
     parts = {name: [part_prefix(plan.job.parts, index, name) for index in sorted(done)] for name in plan.outputs}
     if options.packs:
         assert options.seq_length is not None
@@ -164,7 +164,7 @@ def _summarize(plan: PreprocessPlan, found: Pieces, done: Pieces, packed: Packed
 
 
 def _name_rows(bad: list[tuple[str, int, str]]) -> list[str]:
-    """Bad rows in words. A line's number is known only from all lines before it: each file is read once, and here alone."""
+    """Describe bad rows by file and line. Line numbers need a pass over the file, so each file is read once, only here."""
     names: list[str] = []
     for path, rows in groupby(bad, itemgetter(0)):
         places, faults = zip(*((place, why) for _, place, why in rows), strict=True)

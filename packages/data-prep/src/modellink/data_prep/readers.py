@@ -1,11 +1,11 @@
-"""Files to rows, streamed: jsonl, json, txt and csv, also as .gz and .zst; `FORMATS` names these and the tables (tables.py).
+"""Streaming readers of jsonl, json, txt and csv, also as .gz and .zst; `FORMATS` lists these and the tables (tables.py).
 
-A source can be cut into spans, and a span is read without reading what is before it: bytes of a line file (a line belongs to
-the span its first byte is in), parts of a table. Compressed, csv and json files are one span each: where a row
-starts in them is only known by reading all before it. At most one row, a parquet batch or a few MiB are in memory.
+A source is split into spans that are read independently: byte ranges of a line file (a line belongs to the span of its first
+byte) or parts of a table. Compressed, csv and json files are one span each, because the start of a row is only known after
+reading everything before it. Memory holds at most one row, one parquet batch or a few MiB.
 
-A row that cannot be read is handed out as a `BadRow` and reading goes on where that is possible. A txt file is one row
-`{"text": line}` a line, as the original reads it. Not here: which columns matter and what a row means (handlers/).
+A row that cannot be read is yielded as a `BadRow`, and reading continues if possible. Each line of a txt file is a row
+`{"text": line}`, as in the original. Not here: the meaning of columns and rows (handlers/).
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from modellink.data_prep.tables import Arrow, Parquet
 from modellink.kernels.errors import ModelLinkError
 
 CHUNK = 1 << 20  # bytes
-PEEK = 100  # rows looked at to learn the columns
+PEEK = 100  # rows read to find the columns
 MARK = b"\xef\xbb\xbf"  # of byte order
 GZIP, ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def unreadable() -> tuple[type[Exception], ...]:
-    """What the libraries raise over a file that is broken; pyarrow may be none of those in use."""
+    """Return the exceptions that libraries raise for a broken file; those of pyarrow only if it is imported."""
     arrow = sys.modules.get("pyarrow")
     return (EOFError, zlib.error, OSError, *([arrow.ArrowException] if arrow else []))
 
 
 def open_bytes(path: Path) -> BinaryIO:
-    """A file's bytes, unpacked where it is packed, whatever its name says."""
+    """Open a file for reading bytes, decompressed if its content is compressed, whatever its name."""
     with path.open("rb") as file:
         head = file.read(4)
     if head.startswith(GZIP):
@@ -52,7 +52,7 @@ def open_bytes(path: Path) -> BinaryIO:
 
 
 def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
-    """The same as text of UTF-8, with or without a byte-order mark."""
+    """Open a file as UTF-8 text, with or without a byte-order mark."""
     return io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig", errors=errors, newline=newline)
 
 
@@ -63,7 +63,7 @@ def is_packed(path: Path) -> bool:
 
 
 class Lines:
-    """A file of lines; places and spans count bytes (uncompressed ones)."""
+    """A file of lines; positions and spans are in uncompressed bytes."""
 
     has_header = False
 
@@ -94,7 +94,7 @@ class Lines:
                     if position == 0 and lines[0].startswith(MARK):
                         lines[0], position = lines[0].removeprefix(MARK), len(MARK)
                     for line in lines:
-                        if position >= stop:  # readlines may take one more than asked for
+                        if position >= stop:  # readlines may return one line more than requested
                             return
                         if (row := self._parse(line)) is not None:
                             yield position, row
@@ -114,7 +114,7 @@ class Lines:
 
 
 def _broken(path: Path, error: Exception) -> ModelLinkError:
-    return ModelLinkError(f"the file cannot be read to its end: {error}", where=path, fix="copy or download it anew")
+    return ModelLinkError(f"the file cannot be read to its end: {error}", where=path, fix="copy or download it again")
 
 
 def _seek_line(file: BinaryIO, start: int, stop: int) -> bool:
@@ -146,7 +146,7 @@ def _text_line(line: bytes) -> Row | None:
 
 
 def _object(value: object) -> Row:
-    return value if isinstance(value, dict) else BadRow(f"a {type(value).__name__} where a JSON object belongs")
+    return value if isinstance(value, dict) else BadRow(f"a {type(value).__name__} where a JSON object is expected")
 
 
 def _columns(rows: Iterator[tuple[int, Row]]) -> list[str] | None:
@@ -160,7 +160,7 @@ def _columns(rows: Iterator[tuple[int, Row]]) -> list[str] | None:
 
 
 class _Whole:
-    """A file that is one span; places are row numbers from 1."""
+    """A file that is one span; positions are row numbers from 1."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,7 +176,7 @@ class _Whole:
 
 
 class JsonArray(_Whole):
-    """A JSON array of objects, read object by object. What cannot be parsed is read on to the end before it is called broken."""
+    """A JSON array of objects, read object by object. A value that does not parse is an error only at the end of the file."""
 
     has_header = False
 
@@ -191,12 +191,12 @@ class JsonArray(_Whole):
                     yield number, _object(value)
         except UnicodeDecodeError as error:
             raise ModelLinkError(f"not UTF-8: {error}", where=f"{self.path}, after row {number}",
-                                 fix="write the file anew as UTF-8") from None
+                                 fix="write the file again as UTF-8") from None
         except unreadable() as error:
             raise _broken(self.path, error) from None
         except _NotJson as error:
             raise ModelLinkError(f"not a JSON array of objects: {error}", where=f"{self.path}, row {number + 1}",
-                                 fix="mend or write the file anew") from None
+                                 fix="fix the file or write it again") from None
 
 
 class _NotJson(Exception):
@@ -204,7 +204,7 @@ class _NotJson(Exception):
 
 
 def _elements(file: TextIO) -> Iterator[object]:
-    """The elements of the JSON array in `file`; holds the element being read and up to the next chunk."""
+    """Yield the elements of the JSON array in `file`; holds one element and one chunk in memory."""
     decoder, text, at, next_is = json.JSONDecoder(), "", 0, "["
     while True:
         at = _after_space(text, at)
@@ -215,7 +215,7 @@ def _elements(file: TextIO) -> Iterator[object]:
             except json.JSONDecodeError as error:
                 problem = error.msg if head else problem
             else:
-                if end < len(text):  # a number at the very end of the chunk may go on in the next one
+                if end < len(text):  # a number at the end of the chunk may continue in the next one
                     yield value
                     at, next_is = end, ", or ]"
                     continue
@@ -223,7 +223,7 @@ def _elements(file: TextIO) -> Iterator[object]:
             raise _NotJson(f"{head!r} where {next_is} belongs")
         elif head == "]":
             if (text[at + 1:] + file.read()).strip():
-                raise _NotJson("there is something after the end of the array")
+                raise _NotJson("data follows the end of the array")
             return
         elif head:
             at, next_is = at + 1, "a value or ]" if head == "[" else "a value"
@@ -262,19 +262,19 @@ class Csv(_Whole):
     def _records(self) -> Iterator[list[str]]:
         csv.field_size_limit(sys.maxsize)
         try:
-            # Broken bytes become lone surrogates, so that only the rows that hold them are bad.
+            # Invalid bytes become lone surrogates, so that only the rows that contain them are bad.
             with open_text(self.path, "surrogateescape", "") as file:
                 lines = csv.reader(file, strict=True)
                 try:
                     yield from lines
                 except csv.Error as error:
                     raise ModelLinkError(f"not CSV: {error}", where=f"{self.path}, line {lines.line_num}",
-                                         fix="mend or write the file anew") from None
+                                         fix="fix the file or write it again") from None
         except unreadable() as error:
             raise _broken(self.path, error) from None
 
 
-PACKED = (".gz", ".zst")  # may follow the ending of a text file
+PACKED = (".gz", ".zst")  # may follow the extension of a text file
 FORMATS: dict[str, Callable[[Path], Source]] = {
     ".jsonl": lambda path: Lines(path, _json_line),
     ".txt": lambda path: Lines(path, _text_line),
@@ -286,6 +286,6 @@ FORMATS: dict[str, Callable[[Path], Source]] = {
 
 
 def _is_array(path: Path) -> bool:
-    """Many `.json` files in the wild hold one object a line."""
+    """Return whether a .json file holds one object per line, as many do."""
     with open_text(path, "replace") as file:
         return not file.read(CHUNK).lstrip().startswith("{")

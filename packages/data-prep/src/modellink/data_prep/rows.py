@@ -1,4 +1,4 @@
-"""What reading a file gives: rows, each with its place, in spans that can be read apart."""
+"""The interface of readers: rows with their positions, in spans that are read independently."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that is no data, and why."""
+    """A row that cannot be read, and the reason."""
 
     why: str
 
 
 Row = dict[str, Any] | BadRow
-Span = tuple[int, int]  # start and stop, in what the format counts by
+Span = tuple[int, int]  # start and stop, in the unit of the format
 
 
 class Source(Protocol):
     """One input file.
 
-    `cut` gives its spans of about `size` bytes, `weigh` the bytes of a span, `rows` the rows of a span each with its place
-    (a byte or a row number), `name_places` ascending places in words, by one pass over the file at most, `columns` the names
-    in its first rows, or None when unknown. With `has_header` these are all there are.
+    `cut` returns spans of about `size` bytes, `weigh` the bytes of a span, `rows` the rows of a span with their positions (byte
+    or row number). `name_places` describes ascending positions in at most one pass over the file. `columns` returns the column
+    names of the first rows, or None if unknown; with `has_header` the list is complete.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Parquet and Arrow files: tables in batches of rows. A row that is no UTF-8 spoils itself alone."""
+"""Readers of Parquet and Arrow files in batches of rows. Invalid UTF-8 makes only its own row bad."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Parquet:
-    """A parquet file; spans count row groups, places are row numbers from 1."""
+    """A parquet file; spans count row groups, positions are row numbers from 1."""
 
     has_header = True
 
@@ -31,7 +31,7 @@ class Parquet:
                 self._columns = list(file.schema_arrow.names)
                 groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"not a parquet file: {error}", where=path, fix="copy or download it anew") from None
+            raise ModelLinkError(f"not a parquet file: {error}", where=path, fix="copy or download it again") from None
         self._bytes = [group.total_byte_size for group in groups]
         self._first = [1]
         for group in groups:
@@ -63,8 +63,8 @@ class Parquet:
                         yield place, row
                         place += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read on: {error}", where=f"{self.path}, row {place}",
-                                 fix="copy or download it anew") from None
+            raise ModelLinkError(f"the rest of the file cannot be read: {error}", where=f"{self.path}, row {place}",
+                                 fix="copy or download it again") from None
 
     def name_places(self, places: Sequence[int]) -> list[str]:
         return [f"{self.path}, row {place}" for place in places]
@@ -80,9 +80,9 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> list[Row]:
 
 
 class Arrow:
-    """An Arrow file: of the file format, where spans count record batches, or a stream, one span. Places are rows from 1.
+    """An Arrow file: the file format, whose spans count record batches, or a stream, which is one span.
 
-    What Hugging Face's `datasets` keeps is a stream.
+    Positions are row numbers from 1. The files of Hugging Face's `datasets` are streams.
     """
 
     has_header = True
@@ -96,7 +96,7 @@ class Arrow:
                 self._columns = list(reader.schema.names)
                 self._batches = reader.num_record_batches if isinstance(reader, pyarrow.ipc.RecordBatchFileReader) else 0
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"not an Arrow file: {error}", where=path, fix="copy or download it anew") from None
+            raise ModelLinkError(f"not an Arrow file: {error}", where=path, fix="copy or download it again") from None
 
     @contextmanager
     def _open(self) -> Iterator[Any]:
@@ -138,8 +138,8 @@ class Arrow:
                             yield place, row
                             place += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise ModelLinkError(f"the file cannot be read on: {error}", where=f"{self.path}, row {place}",
-                                 fix="copy or download it anew") from None
+            raise ModelLinkError(f"the rest of the file cannot be read: {error}", where=f"{self.path}, row {place}",
+                                 fix="copy or download it again") from None
 
     def name_places(self, places: Sequence[int]) -> list[str]:
         return [f"{self.path}, row {place}" for place in places]

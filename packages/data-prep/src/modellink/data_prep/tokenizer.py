@@ -1,7 +1,7 @@
 """A tokenizer folder, read without transformers: ids, text, special tokens and chat templates.
 
-Which library runs it is said in `engines/`. What the special tokens are is read from the JSON files beside it, as transformers 4
-(tokens as objects, `special_tokens_map.json`) and 5 (tokens as texts) write them.
+`engines/` chooses the library. The special tokens are read from the JSON files in the folder, in the form of transformers 4
+(tokens as objects, `special_tokens_map.json`) or 5 (tokens as strings).
 
 Not here: code from the folder, and `clean_up_tokenization_spaces`, which changes text ("a ." becomes "a.") and so breaks
 decode(encode(text)) == text.
@@ -17,23 +17,23 @@ from modellink.data_prep.engines import Choice, Engine, Flat, Span, has_vocabula
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
-# The names transformers hands to a chat template.
+# The names that transformers passes to a chat template.
 SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class Tokenizer:
-    """Text to token ids and back. Make one with `Tokenizer.from_folder`.
+    """Encode text to token ids and decode ids. Create one with `Tokenizer.from_folder`.
 
     Attributes:
-        folder: where it was read from.
+        folder: the folder it was read from.
         vocab_size: number of ids, added tokens included; every id is below it.
         special_tokens: name (`bos_token`, ...) to text, for those the folder defines.
         bos_token_id, eos_token_id, pad_token_id: ids, or None. A missing pad token is the eos token.
-        eos_token_ids: everything that ends a generation: `eos_token_id` first, then those of `generation_config.json`.
+        eos_token_ids: all tokens that end a generation: `eos_token_id` first, then those of `generation_config.json`.
         chat_templates: name to Jinja text; a folder with one template calls it `default`.
         fingerprint: SHA-256 of the vocabulary's files.
-        backend: library and version that tokenizes.
-        control_tokens: texts that stand for a control token, with their ids.
+        backend: tokenizer library and version.
+        control_tokens: texts of control tokens, with their ids.
     """
 
     def __init__(self, folder: Path, engine: Engine) -> None:
@@ -55,15 +55,15 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: Path | str, backend: Choice = "auto") -> Tokenizer:
-        """Read a Hugging Face folder, or a Megatron checkpoint of ours, which carries one as `hf/`.
+        """Read a Hugging Face folder, or a Megatron checkpoint of ModelLink, which contains one as `hf/`.
 
         Raises:
             ModelLinkError: the folder or its vocabulary is missing or cannot be read.
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise ModelLinkError("there is no tokenizer folder", where=folder,
-                                 fix="give a folder that holds tokenizer.json; names on a hub are not downloaded")
+            raise ModelLinkError("the tokenizer folder does not exist", where=folder,
+                                 fix="give a folder with tokenizer.json; models are not downloaded from a hub")
         if not has_vocabulary(folder) and has_vocabulary(folder / "hf"):
             folder = folder / "hf"
         return cls(folder, open_engine(folder, backend))
@@ -73,31 +73,31 @@ class Tokenizer:
 
     @property
     def eod_token_id(self) -> int | None:
-        """The token that ends a document: the eos token."""
+        """Return the id of the token that ends a document, the eos token."""
         return self.eos_token_id
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of a text; `add_special_tokens` adds what tokenizer.json says belongs around a text (often bos)."""
+        """Return the ids of a text; `add_special_tokens` adds the tokens that tokenizer.json puts around a text (often bos)."""
         return self.engine.encode_batch([text], wrap=add_special_tokens)[0]
 
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` of each text, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
+        """Encode each text, on all cores unless `TOKENIZERS_PARALLELISM=false`."""
         return self.engine.encode_batch(texts, wrap=add_special_tokens)
 
     def encode_flat(self, texts: Sequence[str], add_special_tokens: bool = True) -> Flat:
-        """`encode_batch` as one array of ids and one of their number, by the fastest way there is."""
+        """Encode texts to one array of all ids and one array of lengths; this is the fastest form."""
         return self.engine.encode_flat(texts, wrap=add_special_tokens)
 
     def encode_literal(self, text: str, *, at_start: bool = True) -> list[int]:
-        """Ids of a text in which control tokens are text."""
+        """Return the ids of a text in which control tokens are plain text."""
         return self.engine.encode_literal(text, at_start=at_start)
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]] | None:
-        """Ids and the characters each stands for, where the library can say."""
+        """Return ids and the character span of each, or None if the library has no spans."""
         return self.engine.encode_spans(text)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ids; bytes that are no character come out as U+FFFD."""
+        """Return the text of ids; bytes that are not valid UTF-8 become U+FFFD."""
         return self.engine.decode([int(index) for index in ids], skip_special_tokens=skip_special_tokens)
 
     def token_to_id(self, token: str) -> int | None:
@@ -107,15 +107,15 @@ class Tokenizer:
         return self.engine.id_to_token(index)
 
     def is_special(self, index: int) -> bool:
-        """Whether `decode` leaves this id out when it skips special tokens."""
+        """Return whether `decode` omits this id when it skips special tokens."""
         return index in self._skipped
 
     def is_raw_byte(self, index: int) -> bool:
-        """Whether the id is one of a sentencepiece vocabulary's 256 single bytes (`<0xE4>`)."""
+        """Return whether the id is one of the 256 byte tokens (`<0xE4>`) of a sentencepiece vocabulary."""
         return index in self.engine.raw_bytes
 
     def chat_template(self, name: str | None = None, *, tools: bool = False) -> str:
-        """The Jinja text of a template: the named one, `tool_use` when there are tools and it exists, else `default`.
+        """Return the Jinja text of a template: the named one, `tool_use` if there are tools and it exists, else `default`.
 
         Raises:
             ModelLinkError: the folder has no such template.
@@ -131,7 +131,7 @@ class Tokenizer:
                              fix=f"choose one of {', '.join(sorted(known))}")
 
     def _special_id(self, name: str, model: Mapping[str, Any]) -> int | None:
-        """The tokenizer's own files say what a token is; the model's config helps out where they do not."""
+        """Return the id of a special token from the tokenizer's files, else from the model's config."""
         if name in self.special_tokens and (index := self.token_to_id(self.special_tokens[name])) is not None:
             return index
         return next((index for index in _ids(model.get(f"{name}_id")) if self.id_to_token(index) is not None), None)
@@ -142,18 +142,18 @@ def _optional_json(path: Path) -> dict[str, Any]:
         return {}
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ModelLinkError(f"holds a {type(value).__name__} where an object belongs", where=path)
+        raise ModelLinkError(f"holds a {type(value).__name__} where an object is expected", where=path)
     return value
 
 
 def _ids(value: object) -> list[int]:
-    """`eos_token_id` of a model's config: nothing, a number, or a list of numbers."""
+    """Return `eos_token_id` of a model config, which may be absent, a number or a list, as a list."""
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
 
 
 def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
-    """Names and texts; an earlier source wins. A token is a text, or an object with its text as `content`."""
+    """Return special tokens by name; earlier sources win. A token is a string, or an object with a `content` string."""
     found: dict[str, str] = {}
     for name in SPECIAL_NAMES:
         for source in sources:
@@ -165,7 +165,7 @@ def _special_tokens(*sources: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """Files win over tokenizer_config.json, where a template is a text or a list of `{"name", "template"}`."""
+    """Return chat templates by name. Files override tokenizer_config.json (a string or a list of `{"name", "template"}`)."""
     found: dict[str, str] = {}
     files = {"default": folder / "chat_template.jinja"}
     files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}

@@ -1,4 +1,4 @@
-"""Benchmark scores for language models: a benchmark is a YAML file, every answered question goes to a journal."""
+"""Benchmark scores for language models. A benchmark is a YAML file; every answered question is recorded in a journal."""
 
 from modellink.eval.backends.backend import Backend, Completion, GenerationRequest, Likelihood, LikelihoodRequest, Turn
 from modellink.eval.prompts import EvalSettings

@@ -1,7 +1,7 @@
-"""`modellink-eval`: a thin reading of options over `evaluate`.
+"""The command `modellink-eval`: options for `evaluate`.
 
-Everything that can be wrong is looked at before a weight is read. With `--tp N` this process starts N ranks of itself and waits;
-under torchrun each process does its part. The first rank asks, writes and prints.
+Options and data are validated before weights are read. With `--tp N` this process starts N ranks and waits for them; under
+torchrun each process is a rank. The first rank sends the requests and writes and prints the results.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ def evaluation() -> None:
 
 
 @command(RunOptions, name="run")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file of these options; the command line wins over it.")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML file with these options; the command line overrides it.")
 def run_tasks(config: Path | None, given: Layer) -> None:
-    """Answer the questions of one benchmark or several and print the scores."""
+    """Run one or several benchmarks and print the scores."""
     options = resolve([RunOptions], *([yaml_layer(config)] if config else []), given)[RunOptions]
     options.check()
     settings = options.settings()
     jobs = prepare(options.task, options.task_data_path, settings, options.max_eval_samples)
     rank = os.environ.get("RANK")
     first = rank in (None, "0")
-    starts = rank is None and options.layout().world_size > 1  # ranks, the first of which speaks
+    starts = rank is None and options.layout().world_size > 1  # this process only starts the ranks
     if first and not starts and settings.chat and not (options.prompt_type or options.hf_chat_template):
-        print(f"note: asking in chats, in the template {settings.chat} that the checkpoint was trained with; --no-chat-template "
-              "asks with plain text", file=sys.stderr)
+        print(f"note: prompts use the chat template {settings.chat}, with which the checkpoint was trained; --no-chat-template "
+              "uses plain text", file=sys.stderr)
     wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
     sandbox = Sandbox(options.isolation) if wanted else None
     if first:
@@ -81,16 +81,16 @@ def _run(options: RunOptions, jobs: list[Job], backend: Backend, sandbox: Sandbo
 
 @evaluation.command("list")
 def list_tasks() -> None:
-    """Show the benchmarks there are."""
+    """List the benchmarks."""
     print_tasks()
 
 
 @evaluation.command("report")
 @click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
 def report(results: tuple[Path, ...]) -> None:
-    """Print results again, or two of them side by side. RESULTS are the --output of a run or a results.json."""
+    """Print the results of a run, or compare two runs. RESULTS is the --output folder of a run or a results.json."""
     if len(results) > 2:
-        raise click.UsageError("one run is printed, two are compared; more are not")
+        raise click.UsageError("at most two runs can be compared")
     found = [read_results(path) for path in results]
     if len(found) == 1:
         print_results(found[0])
@@ -107,17 +107,17 @@ def main() -> None:
 
 def _run_command() -> None:
     if sys.argv[1:2] == ["run"]:
-        sys.argv[2:] = in_our_words(sys.argv[2:])  # also for the ranks that are started with it
+        sys.argv[2:] = in_our_words(sys.argv[2:])  # also for the ranks started with this command line
     evaluation(standalone_mode=False)
 
 
 def in_our_words(args: list[str]) -> list[str]:
-    """Arguments of `run`, those of the original's evaluation.py translated; its scripts repeat the flags of training."""
+    """Translate the arguments of the original's evaluation.py, whose scripts repeat the flags of training, to those of `run`."""
     own = {"--help"} | {name for option in run_tasks.params for name in (*option.opts, *option.secondary_opts)}
     table = original_flags("modellink.eval")
     known = own | set(table)
     if any(arg.partition("=")[0] not in known for arg in args if arg.startswith("--")) and find_spec("modellink.infer"):
-        from modellink.infer.original import training_flags  # a local model needs it anyway
+        from modellink.infer.original import training_flags  # a local model needs modellink-infer anyway
         table = training_flags() | table
     return translate(args, {flag: about for flag, about in table.items() if flag not in own})
 

@@ -1,9 +1,9 @@
-"""The questions on disk: found by file name and content below the folders a user names, read strictly.
+"""Find the data of a task by file name and content below the given folders, and read it strictly.
 
-A file counts as a task's when its name fits and its first rows do. In a folder where one file fits, every file of that name
-must: a broken first row is an error there, not a file of somebody else. Rows are never skipped.
+A file belongs to a task if its name and its first rows match. If one file of a folder matches, all files with a matching name
+must: a broken first row is then an error and not an unrelated file. Rows are never skipped.
 
-Not here: downloading anything.
+Not here: downloads.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from modellink.eval.rows import Row, read_rows
 from modellink.eval.task import Layout, Task
 from modellink.kernels.errors import ModelLinkError
 
-DEPTH = 4  # folders below the one that is named
-FIRST = 3  # rows that tell whose file it is: a header may look like a row, the rows after it do not
+DEPTH = 4  # levels of subfolders
+FIRST = 3  # rows that identify a file: a header may look like a row, the rows after it do not
 SEEN = 4  # files listed in a message
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The questions of one file, and what the solved examples before them hold.
+    """The questions of one file, with the solved examples shown before them.
 
     Attributes:
-        about: what the paper's prompts say before the examples, where they say something.
+        about: introduction before the examples in the paper's prompts, if any.
     """
 
     name: str
@@ -43,15 +43,15 @@ class Subject:
 
 def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None = None,
                   shots: Callable[[str], int] | None = None) -> list[Subject]:
-    """Everything of a task below the folders, sorted by subject.
+    """Read all subjects of a task below the folders, sorted by name.
 
     Args:
-        shots: how many examples of a subject are shown; None for the most the task has. Where it is none, no file is needed.
-        max_samples: take only that many rows of each subject, from its beginning; the rows after them are checked too.
+        shots: number of examples per subject. Default: the maximum of the task. With 0, no example file is needed.
+        max_samples: use only the first rows of each subject; the remaining rows are still validated.
 
     Raises:
-        ModelLinkError: no folder, nothing that fits in it, a subject twice, a broken row (named with file and row), an empty
-            file, examples that are not there.
+        ModelLinkError: a folder, its data or the examples are missing, a subject occurs twice, a row is broken (named by file and
+            row), or a file is empty.
     """
     subjects = []
     for name, path in find_files(task.data, task.name, folders).items():
@@ -64,10 +64,10 @@ def read_subjects(task: Task, folders: Sequence[Path], max_samples: int | None =
 
 
 def find_files(layout: Layout, task: str, folders: Sequence[Path]) -> dict[str, Path]:
-    """Subject to file, sorted by subject; see `read_subjects`."""
+    """Return the file of each subject, sorted by subject; see `read_subjects`."""
     for folder in folders:
         if not folder.is_dir():
-            raise ModelLinkError("there is no such folder", where=f"--task-data-path {folder}")
+            raise ModelLinkError("the folder does not exist", where=f"--task-data-path {folder}")
     files = list(dict.fromkeys(path for folder in folders for path in _walk(folder)))
     unfit: dict[Path, str] = {}
     for pattern in layout.files:
@@ -81,26 +81,26 @@ def find_files(layout: Layout, task: str, folders: Sequence[Path]) -> dict[str, 
                 continue
             name = match["subject"] if "subject" in match.groupdict() else path.name.split(".")[0]
             if layout.subjects is not None and name not in layout.subjects:
-                unfit.setdefault(path, f"{path} is not named like one of its subjects")
+                unfit.setdefault(path, f"{path} is not named after one of its subjects")
                 continue
             if name in found and not path.samefile(found[name]):
-                raise ModelLinkError(f"{task}: {name} is there twice: {found[name]} and {path}", where="--task-data-path",
-                                     fix="name the folder of one of them")
+                raise ModelLinkError(f"{task}: {name} was found twice: {found[name]} and {path}", where="--task-data-path",
+                                     fix="give the folder of one of them")
             found.setdefault(name, path)
         if found:
             return dict(sorted(found.items()))
     looked = f"files named {' or '.join(layout.files)} ({layout.reader}: {', '.join(layout.columns)})"
     seen = "".join(f"; {reason}" for reason in list(unfit.values())[:SEEN])
-    raise ModelLinkError(f"there is no data of {task}", where="--task-data-path " + " ".join(map(str, folders)),
-                         fix=f"looked for {looked}, {DEPTH} folders deep{seen}")
+    raise ModelLinkError(f"no data of {task} was found", where="--task-data-path " + " ".join(map(str, folders)),
+                         fix=f"expected {looked}, at most {DEPTH} folders deep{seen}")
 
 
 def _unfit(path: Path, layout: Layout) -> str | None:
-    """Why the first rows of a file are none of this layout; an empty file is somebody else's."""
+    """Return why the first rows of a file do not match the layout; an empty file never matches."""
     try:
         return None if list(islice(read_rows(path, layout), FIRST)) else f"{path} is empty"
     except ModelLinkError as error:
-        return f"{error.where} does not fit: {error.what}"
+        return f"{error.where} does not match: {error.what}"
 
 
 def _pattern(pattern: str) -> re.Pattern[str]:
@@ -108,7 +108,7 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _walk(top: Path) -> Iterator[Path]:
-    """Files below a folder, links followed, hidden names left out, sorted."""
+    """Return the files below a folder, sorted, following links, without hidden names."""
     for folder, folders, files in os.walk(top, followlinks=True):
         depth = len(Path(folder).relative_to(top).parts)
         folders[:] = sorted(name for name in folders if not name.startswith(".")) if depth < DEPTH else []

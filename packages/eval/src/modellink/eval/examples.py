@@ -1,10 +1,10 @@
 """Solved examples: the first rows of a dev file, samples in the task's own file, or the prompts that came with a paper.
 
-- `bbh-prompts` (github.com/suzgunmirac/BIG-Bench-Hard, `cot-prompts/`): a warning and a line `-----`, what the task is about,
-  then `Q: ...` and `A: Let's think step by step.` with the thoughts, which end with `the answer is X.`; columns `input`,
+- `bbh-prompts` (github.com/suzgunmirac/BIG-Bench-Hard, `cot-prompts/`): a warning and a line `-----`, a description of the task,
+  then `Q: ...` and `A: Let's think step by step.` with the reasoning, which ends with `the answer is X.`; columns `input`,
   `thoughts` and `target`.
-- `agieval-prompts` (github.com/ruixiangcui/AGIEval, `few_shot_prompts.csv`): a column for each subject, rows `sample N` that hold
-  a row of the set as a Python or JSON literal, and rows `explanation N`; columns those of the set, and `explanation`.
+- `agieval-prompts` (github.com/ruixiangcui/AGIEval, `few_shot_prompts.csv`): a column per subject, rows `sample N` with a row of
+  the set as a Python or JSON literal, and rows `explanation N`; columns of the set, and `explanation`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from modellink.eval.task import Examples, Layout, Task
 from modellink.kernels.errors import ModelLinkError
 
 Found = tuple[Sequence[Mapping[str, Any]], str]
-STEPS = re.compile(r"\nA: Let's think step by step\.\s")  # sports_understanding goes on in the same line
+STEPS = re.compile(r"\nA: Let's think step by step\.\s")  # sports_understanding continues on the same line
 
 
 def read_examples(task: Task, subject: str, path: Path, shots: int) -> Found:
-    """At most `shots` examples of a subject, and what stands before them.
+    """Return at most `shots` examples of a subject, and the introduction before them.
 
     Raises:
-        ModelLinkError: the file is not there, or is broken, or holds too few.
+        ModelLinkError: the file is missing or broken, or has too few examples.
     """
     source = task.examples
     if not shots or source is None:
@@ -39,7 +39,7 @@ def read_examples(task: Task, subject: str, path: Path, shots: int) -> Found:
         return source.samples[:shots], ""
     place = _find(source, subject, path)
     found, about = _READERS[source.reader](place, subject, task.data)
-    # a dev file has as many rows as are asked for; a paper's prompts have what they have
+    # a dev file must have the requested number of rows; the prompts of a paper may have fewer
     if not found or (source.reader == "rows" and len(found) < shots):
         raise ModelLinkError(f"{len(found)} rows, {task.name} needs {shots} examples", where=place)
     return found[:shots], about
@@ -67,17 +67,17 @@ def _bbh(place: Path, subject: str, layout: Layout) -> Found:
         question, *thoughts = STEPS.split(part.removeprefix("Q: "), maxsplit=1)
         answer = re.search(r".*the answer is (.*)\.", thoughts[0], re.DOTALL) if thoughts else None
         if answer is None:
-            raise ModelLinkError("an example has no thoughts that end with `the answer is X.`",
+            raise ModelLinkError("an example has no reasoning that ends with `the answer is X.`",
                                  where=f"{place}, example {number}")
         examples.append({"input": question, "thoughts": thoughts[0], "target": answer[1]})
     return examples, about
 
 
 def _agieval(place: Path, subject: str, layout: Layout) -> Found:
-    subject = "sat-en" if subject == "sat-en-without-passage" else subject  # the paper shows it the same questions
+    subject = "sat-en" if subject == "sat-en-without-passage" else subject  # the paper uses the same examples for it
     rows = list(csv.DictReader(io.StringIO(read_text(place, layout), newline="")))
     if not rows or subject not in rows[0]:
-        raise ModelLinkError(f"there is no column {subject}", where=place)
+        raise ModelLinkError(f"the column {subject} is missing", where=place)
     examples = []
     for sample, explanation in zip(rows[::2], rows[1::2], strict=False):
         if not sample[subject].strip():
@@ -95,7 +95,7 @@ def _agieval(place: Path, subject: str, layout: Layout) -> Found:
 
 
 def _literal(text: str, where: str) -> dict[str, Any]:
-    """A row written by Python's repr or by JSON; both hold nothing but texts, lists and None."""
+    """Parse a row written by Python's repr or as JSON; both contain only strings, lists and None."""
     try:
         found = json.loads(text)
     except ValueError:

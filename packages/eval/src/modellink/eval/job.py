@@ -1,4 +1,4 @@
-"""What a run is to do: tasks whose data is read and whose prompts are made. Nothing is computed or written yet."""
+"""Prepare a run: read the data of the tasks and make the prompts, before anything is computed or written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 2
 
 @dataclass(frozen=True)
 class Job:
-    """A task whose data is read and whose prompts are made."""
+    """A task with its data and prompts."""
 
     task: Task
     settings: EvalSettings
@@ -32,11 +32,11 @@ class Job:
 
     @property
     def style(self) -> str:
-        """How it is asked, in a few words."""
+        """Return a short description of the prompt settings."""
         return self.settings.label(written=any(question.generate for question in self.questions), programs=self.runs_code)
 
     def header(self, model: Mapping[str, Any]) -> dict[str, Any]:
-        """The first line of its journal."""
+        """Return the first line of the journal."""
         return {"journal": FORMAT, "task": self.task.name, "version": self.task.version, "style": self.style,
                 "model": dict(model)}
 
@@ -46,22 +46,23 @@ def prepare(task: str | Path | Sequence[str | Path], data: Path | str | Sequence
     """Read tasks and data and make the prompts.
 
     Raises:
-        ModelLinkError: an unknown task or style, or data that is missing or broken.
+        ModelLinkError: a task or style is unknown, or data is missing or broken.
     """
     names = [task] if isinstance(task, (str, Path)) else list(task)
     folders = [Path(folder) for folder in ([data] if isinstance(data, (str, Path)) else data)]
     if not names or not folders:
-        raise ModelLinkError("a task and a folder with its data are needed", where="--task, --task-data-path")
+        raise ModelLinkError("a task and a folder with its data are required", where="--task, --task-data-path")
     if max_samples is not None and max_samples < 1:
-        raise ModelLinkError(f"{max_samples} questions of each subject were asked for", where="--max-eval-samples")
+        raise ModelLinkError(f"the number of questions per subject is {max_samples}, it must be at least 1",
+                             where="--max-eval-samples")
     if settings.samples > 1 and not settings.temperature:
-        raise ModelLinkError(f"{settings.samples} samples of the most likely text are one text {settings.samples} times",
-                             where="--num-samples", fix="give a --temperature, the paper's is 0.8 for many samples")
+        raise ModelLinkError(f"{settings.samples} samples without a temperature are {settings.samples} times the same text",
+                             where="--num-samples", fix="set --temperature, e.g. 0.8 as in the paper for many samples")
     if names == ["all"]:
         names = list(task_names())
     tasks = [load_task(name) for name in names]
     if len({item.name for item in tasks}) < len(tasks):
-        raise ModelLinkError("a task is named twice", where="--task")
+        raise ModelLinkError("a task is given twice", where="--task")
     for item in tasks:
         item.style(settings.style)
         if settings.chat:

@@ -1,8 +1,8 @@
-"""The folder a run writes into: journals of answers, and what must fit before a run may go on in it.
+"""The output folder of a run: journals of answers, and the checks before a run may resume in it.
 
-`DIR/TASK.journal.jsonl` begins with a line that says what is evaluated and how; then comes one line per finished question, filed
-under a digest of task version, prompt and choices. So a run that was killed continues where it stopped, at another batch size or
-layout too.
+`DIR/TASK.journal.jsonl` begins with a header line with task, prompt style and model, followed by one line per finished question
+with a digest of task version, prompt and choices as its key. A run that was killed resumes from it, also at another batch size or
+layout.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ RESULTS = "results.json"
 
 
 def check_output(jobs: Sequence[Job], model: Mapping[str, Any], output: Path) -> None:
-    """Raise unless these jobs can begin or continue in the folder; it is not touched.
+    """Check that these jobs can start or resume in the folder, without modifying it.
 
     Raises:
-        ModelLinkError: it holds answers of another model, style or task version.
+        ModelLinkError: it contains answers of another model, style or task version.
     """
     if output.exists() and not output.is_dir():
-        raise ModelLinkError("the output is a file", where=f"--output {output}", fix="name a folder")
+        raise ModelLinkError("the output is a file", where=f"--output {output}", fix="give a folder")
     for job in jobs:
         path = _path(output, job)
         header = _first_line(path)
@@ -37,12 +37,12 @@ def check_output(jobs: Sequence[Job], model: Mapping[str, Any], output: Path) ->
         found = read_json(results)
         theirs = found.get("model", {}) if isinstance(found, dict) else {}
         if theirs.get("fingerprint") != model["fingerprint"]:
-            raise ModelLinkError(f"the folder holds results of another model, {_named(theirs)}", where=results,
+            raise ModelLinkError(f"the folder contains results of another model, {_named(theirs)}", where=results,
                                  fix="choose another --output")
 
 
 def open_journal(output: Path, job: Job, model: Mapping[str, Any]) -> tuple[Journal, dict[str, Any]]:
-    """A job's journal, begun if it was not, and the answers it holds by key."""
+    """Open the journal of a job, or start it; return it with its answers by key."""
     journal = Journal(_path(output, job))
     if not journal.entries:
         journal.append(job.header(model))
@@ -54,7 +54,7 @@ def _path(output: Path, job: Job) -> Path:
 
 
 def _first_line(path: Path) -> Any:
-    """The header of a journal, or None where there is none or its writing was cut off."""
+    """Return the header of a journal, or None if it is missing or incomplete."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -69,16 +69,16 @@ def _first_line(path: Path) -> Any:
 
 def _refuse_other(theirs: Any, ours: Mapping[str, Any], path: Path) -> None:
     if not isinstance(theirs, dict) or theirs.get("journal") != FORMAT:
-        raise ModelLinkError("this is not a journal of ours", where=path, fix="choose another --output")
+        raise ModelLinkError("the file is not a journal of modellink-eval", where=path, fix="choose another --output")
     said = {"task": "task", "version": "task version", "style": "prompt style"}
     for name, words in said.items():
         if theirs[name] != ours[name]:
-            raise ModelLinkError(f"the folder holds answers of {words} {theirs[name]}, this run is of {ours[name]}", where=path,
+            raise ModelLinkError(f"the folder contains answers of {words} {theirs[name]}, this run has {ours[name]}", where=path,
                                  fix="choose another --output")
     if theirs["model"]["fingerprint"] != ours["model"]["fingerprint"]:
-        raise ModelLinkError(f"the folder holds answers of another model, {_named(theirs['model'])}; "
-                             f"this run is of {_named(ours['model'])}", where=path, fix="choose another --output")
+        raise ModelLinkError(f"the folder contains answers of another model, {_named(theirs['model'])}; "
+                             f"this run evaluates {_named(ours['model'])}", where=path, fix="choose another --output")
 
 
 def _named(model: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in model.items() if name != "versions") or "which it does not name"
+    return ", ".join(f"{name} {value}" for name, value in model.items() if name != "versions") or "without a name"

@@ -1,7 +1,7 @@
-"""From rows to questions: what the model is given, and what is right.
+"""Make questions from rows: the prompt, the choices and the right answer.
 
-Templates run in jinja2's immutable sandbox; a row's text is a value in them and never a template. Chat templates are data-prep's
-and come later, when a back-end makes tokens of the turns.
+Templates run in jinja2's immutable sandbox; the text of a row is a value and never a template. Chat templates are applied later,
+by data-prep, when a backend tokenizes the turns.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from modellink.kernels.errors import ModelLinkError
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How questions are asked, whatever the task.
+    """Prompt and sampling settings for all tasks.
 
     Attributes:
-        style: whose prompts, `original` or `lm-eval`.
-        chat: the template around a chat: a prompt type of data-prep, or `hf-chat-template`; None asks with plain text.
-        language: of the words around a question in a chat.
-        max_new_tokens: instead of what the task says, where answers are generated.
-        samples: answers to each question that is answered by a program.
-        temperature: of generated answers; 0 takes the most likely token always.
-        top_p: the share of likely tokens they are drawn from.
-        seed: of the draws.
+        style: prompt style, `original` or `lm-eval`.
+        chat: chat template: a prompt type of data-prep, or `hf-chat-template`; None: plain text.
+        language: language of the text around a question in a chat.
+        max_new_tokens: maximum tokens of generated answers. Default: that of the task.
+        samples: programs generated per question.
+        temperature: sampling temperature; 0: greedy decoding.
+        top_p: sample from the most likely tokens with this total probability.
+        seed: seed of sampling.
     """
 
     style: str = "original"
@@ -52,7 +52,7 @@ class EvalSettings:
         return self.language if self.chat else None
 
     def label(self, *, written: bool, programs: bool) -> str:
-        """A few words for results and journals, without what does not matter where answers are not written, or no programs."""
+        """Return a description for results and journals, with only the settings that matter for generated answers or programs."""
         words = [self.style, *([f"chat {self.chat} {self.language}"] if self.chat else [])]
         if written and self.max_new_tokens is not None:
             words.append(f"at most {self.max_new_tokens} tokens")
@@ -68,15 +68,15 @@ class Question:
     """One question.
 
     Attributes:
-        row: its number in the file, from 1.
-        digest: of the row; the same whatever the prompt.
-        context: what the model is given: a text, or the turns of a chat.
-        choices: the texts whose likelihoods are compared; none where an answer is generated.
-        golds: the indices of the right ones.
+        row: row number in the file, from 1.
+        digest: digest of the row; does not depend on the prompt.
+        context: the prompt: a text, or the turns of a chat.
+        choices: texts whose likelihoods are compared; empty if the answer is generated.
+        golds: indices of the right choices.
         alone: see `LikelihoodRequest.alone`.
-        generate: how an answer is generated and judged.
-        target: the right answer as a text, or the program that tests one.
-        program: what a generated program begins with; entry: the function in it that is tested.
+        generate: how the answer is generated and judged.
+        target: the right answer as text, or the program that tests an answer.
+        program: beginning of a generated program; entry: its function under test.
     """
 
     subject: str
@@ -93,13 +93,13 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The context as people read it."""
+        """Return the context as text."""
         if isinstance(self.context, str):
             return self.context
         return "\n".join(f"[{turn.role}] {turn.text}" for turn in self.context)
 
     def key(self, task: Task) -> str:
-        """What its answer is filed under: a digest over everything the answer depends on but the model."""
+        """Return the journal key: a digest of everything the answer depends on except the model."""
         parts: list[Any] = [task.name, task.version, self.context, self.choices, self.alone]
         if self.generate is not None:
             parts += [self.generate.until, self.generate.max_tokens, self.target, self.program, self.entry]
@@ -107,10 +107,10 @@ class Question:
 
 
 def make_questions(task: Task, settings: EvalSettings, subject: Subject) -> Iterator[Question]:
-    """The questions of a subject in the order of its file.
+    """Yield the questions of a subject in the order of its file.
 
     Raises:
-        ModelLinkError: a style the task does not have, a template that does not work, a right answer that is no choice.
+        ModelLinkError: the task lacks the style, a template fails, or the right answer is not one of the choices.
     """
     chat = task.chat_style(settings.language) if settings.chat else None
     writer = _Writer(task, task.way(settings.style, subject.name, settings.chat_language), subject)
@@ -118,7 +118,7 @@ def make_questions(task: Task, settings: EvalSettings, subject: Subject) -> Iter
         question = writer.question(row, settings)
         if settings.chat:
             turns = writer.turns(row) if chat else (Turn("user", str(question.context)),)
-            # a chat's answer begins after a header of its own: the blank before a choice belongs to plain text
+            # an answer in a chat begins after a header: the space before a choice belongs to plain text only
             question = replace(question, context=turns, choices=tuple(choice.strip() for choice in question.choices))
         yield question
 
@@ -150,7 +150,7 @@ class _Writer:
         return replace(found, choices=choices, golds=golds, alone=style.tokens == "alone")
 
     def turns(self, row: Row) -> tuple[Turn, ...]:
-        """A chat in which the examples were asked and answered; its first question begins with what stands before them."""
+        """Make a chat whose first turns are the examples; its first question begins with the introduction."""
         said = [turn for question, answer in self.asked for turn in (Turn("user", question), Turn("assistant", answer.strip()))]
         turns = [*said, Turn("user", self._ask(row))]
         return (Turn("user", self.opening + turns[0].text), *turns[1:])
@@ -170,7 +170,7 @@ class _Writer:
         wrong = [one for one in golds if one not in answers]
         if wrong or not golds:
             raise ModelLinkError(f"{style.gold} is {wrong[0] if wrong else 'missing'!r}, it must be one of "
-                                 f"{', '.join(map(str, answers)) or 'no choices at all'}", where=where)
+                                 f"{', '.join(map(str, answers)) or 'the choices, but the list is empty'}", where=where)
         return choices, tuple(answers.index(one) for one in golds)
 
     def _answer(self, values: Mapping[str, Any], number: int) -> str:
@@ -191,7 +191,7 @@ def _render(template: str, values: Mapping[str, Any], where: str) -> str:
     try:
         return _compiled(template).render(values)
     except jinja2.TemplateError as error:
-        raise ModelLinkError(f"a template does not work: {error}", where=f"{where}: {template!r}") from None
+        raise ModelLinkError(f"a template failed: {error}", where=f"{where}: {template!r}") from None
 
 
 _ENVIRONMENT = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)

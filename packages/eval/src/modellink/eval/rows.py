@@ -1,4 +1,4 @@
-"""The rows of a file, read strictly: a row that is not of the layout is an error with file and row, and none is skipped."""
+"""Read the rows of a file strictly: a row that does not match the layout is an error with file and row; none is skipped."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ csv.field_size_limit(1 << 27)
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its number in the file from 1 (a header is not counted), and its columns."""
+    """One row: its number in the file, from 1 without the header, and its columns."""
 
     number: int
     values: Mapping[str, Any]
 
 
 def read_rows(path: Path, layout: Layout) -> Iterator[Row]:
-    """The checked rows of a file; blank lines are none."""
+    """Yield the validated rows of a file, without blank lines."""
     text = read_text(path, layout)
     number = 0
     try:
@@ -42,7 +42,7 @@ def read_rows(path: Path, layout: Layout) -> Iterator[Row]:
 
 
 def read_text(path: Path, layout: Layout) -> str:
-    """A file's text, unpacked where it ends in .gz."""
+    """Return the text of a file, decompressed if it ends in .gz."""
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
@@ -55,11 +55,11 @@ def read_text(path: Path, layout: Layout) -> str:
         before = data[:error.start].rpartition(b"\n")[0].decode("utf-8-sig")
         raise ModelLinkError(f"not UTF-8 text: {error.reason} ({data[error.start]:#04x})",
                              where=f"{path}, row {_count(before, layout) + 1} (line {line})",
-                             fix="write the whole file in UTF-8") from None
+                             fix="write the file in UTF-8") from None
 
 
 def _count(text: str, layout: Layout) -> int:
-    """How many whole rows there are in the beginning of a file."""
+    """Return the number of complete rows in the beginning of a file."""
     count = 0
     try:
         for _ in _RAW[layout.reader](text) if layout.reader != "json" else ():
@@ -70,7 +70,7 @@ def _count(text: str, layout: Layout) -> int:
 
 
 class _Misfit(Exception):
-    """The file as a whole is not of the form its reader reads."""
+    """The file does not have the format of its reader."""
 
 
 def _csv(text: str) -> Iterator[tuple[int, list[str]]]:

@@ -1,8 +1,8 @@
-"""EvalSettings the questions, noting every answer, and writing the results.
+"""Run an evaluation: answer the questions, record every answer in a journal, and write the results.
 
-Results are made of the journals alone, so they hold the same scores however often a run was interrupted.
+Results are computed only from the journals, so they do not depend on how often a run was interrupted.
 
-Not here: what a model is (backends/), what an answer is worth (kinds/) and what is shown (report/).
+Not here: models (backends/), scoring of answers (kinds/) and reports (report/).
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
     """Score a model on one benchmark or several.
 
     Args:
-        task: names of the package's benchmarks, paths of your own task.yaml, or `all`.
-        data: folders in which each task looks for its files.
+        task: names of benchmarks, paths of task.yaml files, or `all`.
+        data: folders with the data of the tasks.
         model: a checkpoint, which needs modellink-infer and runs in this process; or any Backend.
-        output: folder for journals and results; with none nothing is written and nothing can be continued.
+        output: folder for journals and results. Without it nothing is written and the run cannot be resumed.
         prompt_style: `original` or `lm-eval`; overridden by `settings`. Without `settings`, a checkpoint that was trained
             with a chat template is evaluated in chats.
-        batch_size: questions whose choices are compared together; written answers are noted one by one.
-        max_samples: the first rows of each subject only.
-        sandbox: where programs a model wrote are run; without one, tasks that need it are refused.
+        batch_size: multiple-choice questions per batch; generated answers are recorded one by one.
+        max_samples: use only the first rows of each subject.
+        sandbox: sandbox for generated programs; without it, tasks that need one are refused.
         show: show progress on stderr.
 
     Returns:
-        What results.json holds; the package's README describes it.
+        The content of results.json; see the package's README.
 
     Raises:
-        ModelLinkError: see `prepare` and `check_output`; a likelihood that is no number.
+        ModelLinkError: see `prepare` and `check_output`; or a likelihood is not a number.
     """
     if settings is None:
         settings = EvalSettings(prompt_style, recorded_chat(Path(model)) if isinstance(model, (str, Path)) else None)
@@ -68,7 +68,7 @@ def evaluate(task: str | Path | Sequence[str | Path], data: Path | str | Sequenc
 
 def run(jobs: Sequence[Job], backend: Backend, output: Path | None, *, batch_size: int = BATCH, sandbox: Sandbox | None = None,
         show: bool = False) -> dict[str, Any]:
-    """Answer what is not answered yet, and write and return the results."""
+    """Answer the remaining questions, and write and return the results."""
     if batch_size < 1:
         raise ModelLinkError(f"the batch size is {batch_size}, it must be at least 1", where="--evaluation-batch-size")
     check_sandbox(jobs, sandbox)
@@ -77,7 +77,7 @@ def run(jobs: Sequence[Job], backend: Backend, output: Path | None, *, batch_siz
         check_output(jobs, model, output)
         output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"modellink-eval": version("modellink-eval"), "model": model, "tasks": {}, "run": {}}
-    if output is not None and (output / RESULTS).is_file():  # other tasks of the same model keep their place
+    if output is not None and (output / RESULTS).is_file():  # results of other tasks of the same model are kept
         results |= {part: read_json(output / RESULTS)[part] for part in ("tasks", "run")}
     for job in jobs:
         start = time.monotonic()
@@ -98,16 +98,16 @@ def run(jobs: Sequence[Job], backend: Backend, output: Path | None, *, batch_siz
 
 
 def check_sandbox(jobs: Sequence[Job], sandbox: Sandbox | None) -> None:
-    """Raise where programs would be run and nobody has allowed it."""
+    """Raise ModelLinkError if a job runs generated programs but no sandbox is given."""
     for job in jobs:
         if job.runs_code and sandbox is None:
-            raise ModelLinkError(f"{job.task.name} runs programs that the model writes, which was not allowed", where="--task",
-                                 fix="pass --allow-code-execution; the README says what the sandbox contains and what not")
+            raise ModelLinkError(f"{job.task.name} runs generated programs, which is not allowed", where="--task",
+                                 fix="pass --allow-code-execution; the README documents the sandbox and its limits")
 
 
 def _answer(job: Job, backend: Backend, model: Mapping[str, Any], output: Path | None, batch_size: int,
             sandbox: Sandbox | None, show: bool) -> tuple[dict[str, Any], int]:
-    """The journal lines of all questions by key, and how many questions were answered now."""
+    """Return the journal lines of all questions by key, and the number of questions answered in this run."""
     keys = [question.key(job.task) for question in job.questions]
     journal, answers = (None, {}) if output is None else open_journal(output, job, model)
     with journal or nullcontext():
@@ -132,9 +132,9 @@ def _line(key: str, question: Question, answer: Mapping[str, Any]) -> dict[str, 
 
 
 def _batches(todo: Mapping[str, Question], size: int) -> Iterator[Sequence[tuple[str, Question]]]:
-    """Questions of one kind and one subject side by side, so that what they begin with is computed once; the longest first.
+    """Batch questions of one kind and subject, the longest first, so that a shared beginning is computed once.
 
-    Of a kind whose answers end one by one all questions are a batch: the backend fills the place of each that has ended.
+    For a kind whose answers finish one by one, all questions are one batch, from which the backend starts the next request.
     """
     def order(item: tuple[str, Question]) -> tuple[Any, ...]:
         question = item[1]

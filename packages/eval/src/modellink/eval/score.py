@@ -1,4 +1,4 @@
-"""From marks of questions to accuracies, with their standard errors."""
+"""Compute accuracies and standard errors from the marks of questions."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from modellink.eval.task import Task
 
 @dataclass(frozen=True)
 class Mark:
-    """What an answer is worth.
+    """The mark of an answer.
 
     Attributes:
-        score: 1 for a right one, 0 for a wrong one, between them the share of several that are right.
-        answer: what was answered, as people read it.
-        right: what would have been right.
+        score: 1 if right, 0 if wrong, or the fraction of several answers that are right.
+        answer: the answer as text.
+        right: the right answer.
         unparsed: no answer was found in the text; it counts as wrong.
-        margin: how much more likely the right answer is than the best wrong one, in nats; None where answers are written.
+        margin: log-likelihood of the right answer minus that of the best wrong one, in nats; None for generated answers.
         also: scores by other rules, by name.
     """
 
@@ -33,14 +33,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `questions` were right.
+    """The accuracy over `questions`.
 
     Attributes:
-        correct: the sum of the questions' scores.
-        stderr: standard error of the mean, sqrt(sum (score - mean)^2 / (n - 1) / n), which for right and wrong alone is
+        correct: sum of the scores of the questions.
+        stderr: standard error of the mean, sqrt(sum (score - mean)^2 / (n - 1) / n), which for scores of 0 and 1 is
             sqrt(p (1 - p) / (n - 1)); None for a single question.
-        unparsed: how many answers could not be found in what was written.
-        also: the accuracy by other rules, by name.
+        unparsed: number of answers not found in the generated text.
+        also: accuracy by other rules, by name.
     """
 
     questions: int
@@ -52,7 +52,7 @@ class Accuracy:
 
 
 def accuracy(marks: Sequence[Mark]) -> Accuracy:
-    """Of one subject or of all questions together; there must be at least one."""
+    """Return the accuracy over at least one mark."""
     count, correct = len(marks), sum(mark.score for mark in marks)
     mean = correct / count
     spread = sum((mark.score - mean) ** 2 for mark in marks)
@@ -66,7 +66,7 @@ def accuracy(marks: Sequence[Mark]) -> Accuracy:
 
 
 def macro(subjects: Sequence[Accuracy]) -> tuple[float, float | None]:
-    """The mean of the subjects' accuracies, each counting the same, and its standard error (subjects are independent)."""
+    """Return the unweighted mean of the subjects' accuracies, and its standard error (subjects are independent)."""
     mean = sum(subject.accuracy for subject in subjects) / len(subjects)
     errors = [subject.stderr for subject in subjects]
     known = [error for error in errors if error is not None]
@@ -74,7 +74,7 @@ def macro(subjects: Sequence[Accuracy]) -> tuple[float, float | None]:
 
 
 def summarize(marks: Mapping[str, Sequence[Mark]], task: Task) -> dict[str, Any]:
-    """The numbers of a task, from the marks of each subject, as JSON holds them. A category counts each question the same."""
+    """Return the scores of a task as JSON values, from the marks of each subject. A category weighs all questions equally."""
     subjects = {name: accuracy(found) for name, found in marks.items()}
     micro = accuracy([mark for found in marks.values() for mark in found])
     mean, error = macro(list(subjects.values()))

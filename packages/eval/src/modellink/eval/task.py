@@ -1,6 +1,6 @@
-"""A benchmark as data: what a task.yaml may say. Reading one, with all checks, is in taskfile.py.
+"""The dataclasses of a task.yaml; taskfile.py reads and validates it.
 
-Not here: reading the questions (data.py) and making prompts of them (prompts.py).
+Not here: reading the questions (data.py) and making prompts (prompts.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from modellink.kernels.errors import ModelLinkError
 
 Answer = str | bool
 Kind = str | tuple[str, ...]
-"""`text` (not blank), `optional` (a text, blank or absent), `bool`, `texts` (a list of them, or absent), `letters` (a capital
-letter, a list of them, or absent), or the texts a column may hold."""
+"""`text` (not blank), `optional` (a text, blank or absent), `bool`, `texts` (a list of texts, or absent), `letters` (a capital
+letter, a list of them, or absent), or the list of allowed texts."""
 Tokens = Literal["joined", "alone"]
 Aggregation = Literal["micro", "macro"]
 Compare = Literal["text", "math"]
@@ -23,11 +23,11 @@ Compare = Literal["text", "math"]
 
 @dataclass(frozen=True)
 class Extraction:
-    """How an answer is found in a text: what the expression's first group that is not empty says, or all it matches.
+    """How an answer is extracted from a text: the first nonempty group of the expression, or the entire match.
 
     Attributes:
         regex: searched in the text; `^` and `$` are the ends of the text.
-        pick: which of several matches counts.
+        pick: which of several matches is used.
     """
 
     regex: str
@@ -36,19 +36,19 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Generate:
-    """An answer that the model writes.
+    """A generated answer.
 
     Attributes:
-        until: strings that end it and are not part of it, beside the model's end tokens.
-        max_tokens: its longest length.
-        target: a template of the right answer.
-        extract: ways to find the answer in the text, by name; the first one is the score, the others stand beside it.
-        ignore: expressions that are removed from both answers before they are compared.
-        ignore_case: compare without regard to case.
-        compare: `text` as it is, or `math` as kinds/mathtext.py does.
-        test: a template of a program that is run after the one written, which proves it by ending without an error.
-        prompt: a template of the beginning of that program, which the text goes on with.
-        entry: a template of the name of the function that the test calls.
+        until: stop strings, in addition to the model's end tokens; they are not part of the answer.
+        max_tokens: maximum length.
+        target: template of the right answer.
+        extract: ways to find the answer in the text, by name; the first gives the score, the others are reported too.
+        ignore: expressions that are removed from both answers before the comparison.
+        ignore_case: ignore case in the comparison.
+        compare: `text`, or `math` by the rules of kinds/mathtext.py.
+        test: template of a program that runs after the generated one and passes if it ends without an error.
+        prompt: template of the beginning of the program, which the model continues.
+        entry: template of the name of the function that the test calls.
     """
 
     until: tuple[str, ...]
@@ -65,22 +65,22 @@ class Generate:
 
 @dataclass(frozen=True)
 class Style:
-    """One way to ask, as Jinja templates over the columns of a row, `subject` (its spoken name), `number` and
-    `example` (whether it is one).
+    """One prompt style: Jinja templates over the columns of a row, `subject` (its display name), `number` and
+    `example` (whether the row is an example).
 
     Attributes:
-        question: what stands before an answer; where the choices are given it does not end with a blank, they own it.
-        subjects: patterns of the subjects it is for; with none for all of them.
-        generate: how an answer is written and judged; None where choices are compared.
-        choices: an answer as the data writes it, to the text whose likelihood is measured, of equals the first one counts;
-            or the name of a column of texts. None where the answer is generated.
-        gold: the column of the right answer; for a column of choices, letters.
-        answer: the answer of an example; without it the text of its choice.
-        head: what stands before everything.
-        separator: what follows the answer of each example.
-        shots: how many of the task's examples are shown; None for all.
-        tokens: of a choice: `joined`, those that follow the question's where both are one text; `alone`, the last one of the
-            choice by itself.
+        question: the text before an answer. With choices it does not end with a space; the choices begin with it.
+        subjects: patterns of the subjects the style is for. Default: all.
+        generate: how an answer is generated and judged; None if choices are compared.
+        choices: the text whose likelihood is measured, by the answer in the data (the first wins a tie); or the name of a column
+            of texts. None if the answer is generated.
+        gold: column of the right answer; letters for a column of choices.
+        answer: the answer of an example. Default: the text of its choice.
+        head: the text at the start of the prompt.
+        separator: the text after the answer of each example.
+        shots: number of the task's examples that are shown. Default: all.
+        tokens: the tokens of a choice that count: `joined`, those after the question when both are tokenized as one text;
+            `alone`, the last token of the choice tokenized on its own.
     """
 
     question: str
@@ -97,13 +97,13 @@ class Style:
 
 @dataclass(frozen=True)
 class Layout:
-    """How the data lies on disk.
+    """The files of a task's data.
 
     Attributes:
         reader: `csv` (no header), `csv-header`, `jsonl` (also .gz) or `json` (an object whose `examples` are the rows).
-        files: file names, `*` standing for the subject; the first of them that finds anything counts.
-        columns: name to kind; of a csv file without a header in this order.
-        subjects: all that there are; files of other names are left alone. None: any.
+        files: file names, with `*` for the subject; the first name that matches any file is used.
+        columns: kind of each column; in the order of the file for csv without a header.
+        subjects: names of all subjects; other files are ignored. None: any.
     """
 
     reader: Literal["csv", "csv-header", "jsonl", "json"]
@@ -114,11 +114,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Examples:
-    """Where solved examples come from.
+    """The source of solved examples.
 
     Attributes:
-        file: `folder/name`, `*` standing for the subject; in that folder or without it, beside the questions or one folder up.
-        reader: `rows` (a file like that of the questions), or the layout of a paper's own prompts, see examples.py.
+        file: `folder/name`, with `*` for the subject; searched next to the questions and one folder up, with and without folder.
+        reader: `rows` (same format as the questions), or the format of a paper's prompts, see examples.py.
         samples: the examples themselves, as columns of a row.
     """
 
@@ -132,17 +132,17 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: what it is called in commands, file names and results.
-        version: goes up whenever a score may change.
+        name: name in commands, file names and results.
+        version: increased whenever a score may change.
         summary: one sentence.
-        data: how the data lies on disk.
-        styles: `original`, `lm-eval` or both, each a way to ask or a list of them for some subjects each.
-        shots: how many solved examples stand before a question at most.
-        examples: where they come from.
-        aggregation: which accuracy is the headline: over all questions, or the mean over subjects.
-        categories: name to the subjects it holds.
-        names: a subject to how it is spoken of in prompts; where it is not there, its own name with blanks for underscores.
-        chat: language to the way to ask where the prompt is a chat and the examples are turns of it.
+        data: the files of the data.
+        styles: `original`, `lm-eval` or both; each is a style, or a list of styles for different subjects.
+        shots: maximum number of solved examples before a question.
+        examples: source of the examples.
+        aggregation: the headline accuracy: over all questions, or the mean over subjects.
+        categories: the subjects of each category.
+        names: display name of a subject in prompts. Default: its name with spaces for underscores.
+        chat: the style for chats, by language; the examples are turns of the chat.
     """
 
     name: str
@@ -158,7 +158,7 @@ class Task:
     chat: Mapping[str, Style] = field(default_factory=dict)
 
     def style(self, name: str, subject: str = "") -> Style:
-        """How a subject is asked. Raises ModelLinkError where the task is not asked that way."""
+        """Return the style of a subject; raise ModelLinkError if the task lacks the style."""
         if name not in self.styles:
             raise ModelLinkError(f"{self.name} has no prompt style {name!r}", where="--prompt-style",
                                  fix=f"choose one of {', '.join(self.styles)}")
@@ -167,18 +167,18 @@ class Task:
         return next(fitting, styles[-1])
 
     def way(self, name: str, subject: str, language: str | None) -> Style:
-        """How a subject is asked, in a chat where a language is given and the task has a way of its own for that."""
+        """Return the style of a subject; with a language, the chat style of the task if it has one."""
         return (self.chat_style(language) if language else None) or self.style(name, subject)
 
     def shown(self, name: str, subject: str, language: str | None) -> int:
-        """How many examples are shown at most."""
+        """Return the maximum number of examples."""
         shots = self.way(name, subject, language).shots
         return self.shots if shots is None else min(self.shots, shots)
 
     def chat_style(self, language: str) -> Style | None:
-        """How it is asked in a chat, None where it has no way of its own. Raises ModelLinkError for a language it is not in."""
+        """Return the chat style, or None if the task has none; raise ModelLinkError for a language it lacks."""
         if self.chat and language not in self.chat:
-            raise ModelLinkError(f"{self.name} is not asked in {language!r}", where="--eval-language",
+            raise ModelLinkError(f"{self.name} has no prompts in {language!r}", where="--eval-language",
                                  fix=f"choose one of {', '.join(self.chat)}")
         return self.chat.get(language)
 

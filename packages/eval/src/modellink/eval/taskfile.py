@@ -1,4 +1,4 @@
-"""Reading a task.yaml: every key is known, every value is of its kind, or a message says which is not."""
+"""Read and validate a task.yaml; an unknown key or a value of the wrong type is an error that names it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ KINDS = ("text", "optional", "bool", "texts", "letters")
 
 
 def task_names() -> list[str]:
-    """The benchmarks that come with the package."""
+    """Return the names of the benchmarks in the package."""
     folder = resources.files("modellink.eval") / "tasks"
     return sorted(entry.name for entry in folder.iterdir() if (entry / "task.yaml").is_file())
 
 
 def load_task(name: str | Path) -> Task:
-    """A benchmark of the package by name, or one of your own by the path of its YAML file.
+    """Load a benchmark of the package by name, or your own by the path of its YAML file.
 
     Raises:
-        ModelLinkError: there is none of that name, or its file says something a task cannot have.
+        ModelLinkError: the name is unknown, or the file is invalid.
     """
     if str(name).endswith((".yaml", ".yml")):
         path = Path(name)
@@ -35,14 +35,14 @@ def load_task(name: str | Path) -> Task:
             raise ModelLinkError("the task file is missing", where=path)
         return parse_task(path.read_text(encoding="utf-8"), str(path))
     if name not in task_names():
-        raise ModelLinkError(f"there is no task {str(name)!r}", where="--task",
+        raise ModelLinkError(f"unknown task {str(name)!r}", where="--task",
                              fix=near(str(name), task_names()) or f"choose one of {', '.join(task_names())}, or all")
     file = resources.files("modellink.eval") / "tasks" / str(name) / "task.yaml"
     return parse_task(file.read_text(encoding="utf-8"), str(name))
 
 
 def parse_task(text: str, where: str) -> Task:
-    """The task that a YAML text describes; `where` is for messages. Keys that begin with a dot hold YAML anchors."""
+    """Parse the YAML text of a task; `where` is for messages. Keys that begin with a dot hold YAML anchors."""
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -59,7 +59,7 @@ def parse_task(text: str, where: str) -> Task:
         values["examples"] = Examples(**_checked(Examples, values["examples"], f"{where}, examples"))
     task = Task(**values)
     if task.shots and not task.examples:
-        raise ModelLinkError(f"{task.shots} examples are wanted, but no file of examples is named", where=where)
+        raise ModelLinkError(f"shots is {task.shots}, but no examples file is given", where=where)
     return task
 
 
@@ -68,7 +68,7 @@ def _layout(values: object, where: str) -> Layout:
     columns = {name: tuple(kind) if isinstance(kind, list) else kind for name, kind in data["columns"].items()}
     for name, kind in columns.items():
         if kind not in KINDS and not isinstance(kind, tuple):
-            raise ModelLinkError(f"column {name} is of kind {kind!r}", where=where,
+            raise ModelLinkError(f"column {name} has the unknown kind {kind!r}", where=where,
                                  fix=f"use {', '.join(KINDS)}, or a list of texts")
     return Layout(**data | {"columns": columns})
 
@@ -82,7 +82,7 @@ def _style(values: object, where: str) -> Style:
         raise ModelLinkError("needs either choices or generate", where=where)
     if style.choices is not None and style.question != style.question.rstrip():
         raise ModelLinkError("the question ends with white space", where=where,
-                             fix="let the choices begin with it: tokens of a word and of the blank before it are one")
+                             fix="begin the choices with it: a word and the space before it are one token")
     return style
 
 
@@ -97,7 +97,7 @@ def _generate(values: object, where: str) -> Generate:
         except re.error as error:
             raise ModelLinkError(f"not a regular expression: {error}", where=f"{where}: {expression}") from None
     if bool(found.test) == bool(found.extract):
-        raise ModelLinkError("needs either a test to run, or ways to extract an answer", where=where)
+        raise ModelLinkError("needs either a test or ways to extract an answer", where=where)
     return found
 
 
@@ -106,9 +106,9 @@ def _list(value: Any) -> list[Any]:
 
 
 def _checked(cls: type, values: object, where: str) -> dict[str, Any]:
-    """`values` as a mapping that has what the dataclass needs and nothing else; lists become tuples where it has those."""
+    """Check that `values` is a mapping with the fields of the dataclass and no others; convert lists to tuples."""
     if not isinstance(values, dict):
-        raise ModelLinkError(f"holds {values!r} where `name: value` lines belong", where=where)
+        raise ModelLinkError(f"holds {values!r} where `name: value` lines are expected", where=where)
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
@@ -125,6 +125,6 @@ def _value(hint: Any, value: Any, name: str, where: str) -> Any:
     if get_origin(hint) is Literal and value not in get_args(hint):
         raise ModelLinkError(f"{name} is {value!r}", where=where, fix=f"use {' or '.join(get_args(hint))}")
     if hint in (str, int, bool) and type(value) is not hint:
-        raise ModelLinkError(f"{name} is {value!r}, it must be of the kind {hint.__name__}", where=where)
+        raise ModelLinkError(f"{name} is {value!r}, it must be of type {hint.__name__}", where=where)
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return tuple(value) if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds) else value

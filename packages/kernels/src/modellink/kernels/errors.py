@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import NoReturn
 
 import click
@@ -26,6 +26,7 @@ SYSTEM_ERRORS = {errno.ENOSPC: "free some space, or choose another disk",
                  errno.EPERM: "choose another path, or ask for permission",
                  errno.EMFILE: "raise the limit on open files (ulimit -n)"}
 """errno values that are not a bug of ours in any command, and how to fix each."""
+CLOSE, AS_CLOSE = 0.6, 0.05  # lowest similarity of a suggestion, and its largest distance from the nearest name
 FLAG = re.compile(r"--([a-z0-9][a-z0-9-]*)$")
 
 
@@ -78,9 +79,14 @@ class InternalError(ModelLinkError):
 
 
 def near(name: str, known: Collection[str]) -> str:
-    """Return `did you mean ...?` for a misspelled name, or an empty string if no known name is close."""
-    close = get_close_matches(name, list(known), n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(close)}?" if close else ""
+    """Return `did you mean ...?` for a misspelled name, or an empty string if no known name is close.
+
+    Only names about as close as the nearest one are suggested.
+    """
+    close = get_close_matches(name, list(known), n=3, cutoff=CLOSE)
+    ratios = {other: SequenceMatcher(a=other, b=name).ratio() for other in close}
+    best = [other for other, ratio in ratios.items() if ratio >= max(ratios.values()) - AS_CLOSE]
+    return f"did you mean {' or '.join(best)}?" if best else ""
 
 
 def _usage_error(error: click.ClickException) -> ModelLinkError:

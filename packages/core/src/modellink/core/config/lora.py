@@ -8,11 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from modellink.ckpt_convert.lora_targets import LEGACY
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
-
-LEGACY = {"query_key_value": "linear_qkv", "dense": "linear_proj", "dense_h_to_4h": "linear_fc1", "dense_4h_to_h": "linear_fc2"}
-"""Names of linears in Legacy models -> names in Core models."""
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ __all__ = ["Choice", "Engine", "Flat", "Span", "flatten", "has_vocabulary", "ope
 
 
 def has_vocabulary(folder: Path) -> bool:
-    """Whether a folder holds a file that `open_engine` knows."""
+    """Return whether a folder has a vocabulary file that `open_engine` supports."""
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     return any((folder / name).is_file() for name in names) or any(folder.glob("*.tiktoken"))
 
 
 def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
-    """The engine for a folder.
+    """Open the engine for a folder.
 
     Raises:
-        ModelLinkError: the folder holds nothing that the choice can read, or a library is missing.
+        ModelLinkError: the folder has no file that the choice can read, or a library is missing.
     """
     if choice == "gigatoken":
         from modellink.data_prep.engines.gigatoken import GigaToken
@@ -48,5 +48,5 @@ def open_engine(folder: Path, choice: Choice = "auto") -> Engine:
         from modellink.data_prep.engines.transformers import Transformers
 
         return Transformers(folder)
-    raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="it may also hold tokenizer.model or a .tiktoken "
-                         "file (extras sentencepiece, tiktoken); names on a hub are not downloaded")
+    raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="tokenizer.model and .tiktoken files work too "
+                         "(extras sentencepiece, tiktoken); models are not downloaded from a hub")

@@ -15,7 +15,7 @@ from modellink.kernels.errors import ModelLinkError
 
 Choice = Literal["auto", "tokenizers", "gigatoken", "sentencepiece", "tiktoken", "transformers"]
 Span = tuple[int, int]  # characters
-Flat = tuple[NDArray[Any], NDArray[np.int64]]  # ids of several texts in one row, and how many each has
+Flat = tuple[NDArray[Any], NDArray[np.int64]]  # ids of several texts concatenated, and the length of each
 
 
 class Engine(Protocol):
@@ -23,11 +23,11 @@ class Engine(Protocol):
 
     Attributes:
         name: library and version.
-        why: why this one is used, in words.
+        why: the reason this library is used.
         fingerprint: SHA-256 of the files it was made from.
         vocab_size: number of ids, added tokens included; every id is below it.
-        control: texts that stand for a control token, with their ids; `<think>`, which is text to its model, is none.
-        raw_bytes: ids of a sentencepiece vocabulary's 256 single bytes.
+        control: texts of control tokens, with their ids; not those that the model treats as text, such as `<think>`.
+        raw_bytes: ids of the 256 byte tokens of a sentencepiece vocabulary.
     """
 
     name: str
@@ -38,16 +38,16 @@ class Engine(Protocol):
     raw_bytes: frozenset[int]
 
     def encode_batch(self, texts: Sequence[str], *, wrap: bool) -> list[list[int]]:
-        """Ids of each text; control tokens in it are recognized, `wrap` adds what belongs around a text (often bos)."""
+        """Return the ids of each text; control tokens are recognized, `wrap` adds the tokens around a text (often bos)."""
 
     def encode_flat(self, texts: Sequence[str], *, wrap: bool) -> Flat:
-        """`encode_batch` as one array."""
+        """Return the result of `encode_batch` as one array."""
 
     def encode_literal(self, text: str, *, at_start: bool) -> list[int]:
-        """Ids of a text in which control tokens are text; `at_start` says whether it is the beginning of what is encoded."""
+        """Return the ids of a text in which control tokens are text; `at_start`: it is the beginning of the encoded text."""
 
     def encode_spans(self, text: str) -> tuple[list[int], list[Span]] | None:
-        """As `encode_batch` of one without wrapping, with the characters each token stands for; None: the library has none."""
+        """Encode one text without wrapping and return ids and character spans; None if the library has no spans."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
     def token_to_id(self, token: str) -> int | None: ...
@@ -55,13 +55,13 @@ class Engine(Protocol):
 
 
 def flatten(lists: Sequence[Sequence[int]]) -> Flat:
-    """Lists of ids as `Flat`."""
+    """Concatenate lists of ids to `Flat`."""
     lengths = np.fromiter(map(len, lists), np.int64, len(lists))
     return np.fromiter(chain.from_iterable(lists), np.int64, int(lengths.sum())), lengths
 
 
 def surrounded(flat: Flat, head: Sequence[int], tail: Sequence[int], *, empty: bool = True) -> Flat:
-    """The same with `head` and `tail` around each text; without `empty` only around texts that have ids."""
+    """Add `head` and `tail` around each text; without `empty`, only around texts that have ids."""
     if not head and not tail:
         return flat
     ids, lengths = flat

@@ -1,7 +1,7 @@
-"""`tokenizer.json`, many texts at a time run by `gigatoken` (extra `gigatoken`), which is much faster; all else by `tokenizers`.
+"""`tokenizer.json` run by `gigatoken` (extra `gigatoken`), which is much faster on batches; everything else by `tokenizers`.
 
-It is used when it gives the same ids as `tokenizers` on texts chosen to be hard and on a sample of the corpus; `verify` compares
-every text.
+It is used if it gives the same ids as `tokenizers` on a set of hard texts and on a sample of the corpus; `verify` compares every
+text.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PAGE = resource.getpagesize()
 HARD = ("", " ", "a", "  two  spaces ", "\n\n\ttab\r\n", "naïve café", "你好，世界！", "🤗👩\u200d👧", "١٢٣ 12345678",
         "don't WON'T", "\u200b\ufeff", "e\u0301", "日本語と한국어", "def f(x):\n        return x**2\n", "https://a.b/c?d=e&f",
         "$1,234.56", "____", "\x00\x01")
-GROWN = 256 << 20  # bytes by which the process may grow before the library, which remembers every word, is loaded anew
+GROWN = 256 << 20  # growth of the process in bytes after which the library, which caches every word, is reloaded
 
 
 class Fast:
-    """gigatoken alone over a tokenizer.json: texts to ids, without `tokenizers`. It is all a worker on plain text needs.
+    """A tokenizer.json run only by gigatoken, without `tokenizers`; sufficient for workers on plain text.
 
     Args:
         source: content of tokenizer.json.
-        head, tail: ids that belong around a text.
+        head, tail: ids added before and after a text.
         eod_token_id: see `Tokenizer`.
-        parallel: on all cores; else on one, and without the library `awkward`, which takes half a second to import.
+        parallel: use all cores; otherwise one, without importing `awkward`, which takes half a second.
 
     Raises:
-        ModelLinkError: the library is missing or does not know this kind of tokenizer.
+        ModelLinkError: the library is missing or does not support this kind of tokenizer.
     """
 
     def __init__(self, folder: Path, source: str, head: Sequence[int] = (), tail: Sequence[int] = (),
@@ -61,8 +61,8 @@ class Fast:
     def _load(self) -> None:
         try:
             self._inner = self._library.Tokenizer.from_json(self._source)
-        except Exception as error:  # whatever the library raises over a kind it does not know
-            raise ModelLinkError(f"gigatoken does not know this tokenizer: {str(error).splitlines()[0]}",
+        except Exception as error:  # any exception of the library for an unsupported tokenizer
+            raise ModelLinkError(f"gigatoken does not support this tokenizer: {str(error).splitlines()[0]}",
                                  fix="use --tokenizer-backend tokenizers") from None
         self._floor = _resident()
 
@@ -71,11 +71,11 @@ class GigaToken(HuggingFace):
     """See `Engine`.
 
     Args:
-        loaded: the folder's engine, when there is one already.
+        loaded: the engine of the folder, if it is already open.
         parallel: see `Fast`.
 
     Raises:
-        ModelLinkError: the library is missing or does not know this kind of tokenizer.
+        ModelLinkError: the library is missing or does not support this kind of tokenizer.
     """
 
     verify = False
@@ -88,7 +88,7 @@ class GigaToken(HuggingFace):
         alone, around = (self.encode_batch(["a"], wrap=wrap)[0] for wrap in (False, True))
         start = next((at for at in range(len(around)) if around[at:at + len(alone)] == alone), None)
         if start is None:
-            raise ModelLinkError("gigatoken cannot be used: what is put around a text changes it", where=folder)
+            raise ModelLinkError("gigatoken cannot be used: the tokens around a text change its ids", where=folder)
         self.head, self.tail = around[:start], around[start + len(alone):]
         self.fast = Fast(folder, self.source, self.head, self.tail, parallel=parallel)
         self.name = f"gigatoken {metadata.version('gigatoken')} ({HuggingFace.name})"
@@ -102,7 +102,7 @@ class GigaToken(HuggingFace):
         return flat
 
     def difference(self, texts: Sequence[str]) -> str:
-        """The first text for which the libraries differ, in words, or nothing."""
+        """Describe the first text for which the libraries differ; empty if there is no difference."""
         return self._compare(texts, self.encode_flat(texts, wrap=True), wrap=True)
 
     def _compare(self, texts: Sequence[str], flat: Flat, *, wrap: bool) -> str:
@@ -115,11 +115,11 @@ class GigaToken(HuggingFace):
         return ""
 
     def hard_texts(self) -> list[str]:
-        """Texts that tell two tokenizers apart, with this one's control tokens in them."""
+        """Return texts on which tokenizers tend to differ, with the control tokens of this one."""
         return [*HARD, *(f"a {token} b{token}" for token in list(self.control)[:20])]
 
 
 def _resident() -> int:
-    """Bytes of this process in memory (Linux)."""
+    """Return the resident memory of this process in bytes (Linux)."""
     with Path("/proc/self/statm").open() as file:
         return int(file.read().split()[1]) * PAGE

@@ -19,20 +19,20 @@ class HuggingFace:
     """See `Engine`."""
 
     name = f"tokenizers {tokenizers.__version__}"
-    why = "the folder holds tokenizer.json"
+    why = "the folder contains tokenizer.json"
 
     def __init__(self, folder: Path) -> None:
         file = folder / "tokenizer.json"
         if not file.is_file():
-            raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="load it with transformers' "
-                                 "AutoTokenizer once and write it with save_pretrained, which makes that file")
+            raise ModelLinkError("the folder has no tokenizer.json", where=folder, fix="load it with the "
+                                 "AutoTokenizer of transformers and write it with save_pretrained, which creates that file")
         content = file.read_bytes()
         self.fingerprint = hashlib.sha256(content).hexdigest()
         try:
             self.source = content.decode("utf-8")
             self._main = _load(self.source)
         except Exception as error:  # the library raises a bare Exception
-            raise ModelLinkError(f"not a tokenizer: {error}", where=file, fix="copy the file anew") from None
+            raise ModelLinkError(f"not a tokenizer: {error}", where=file, fix="copy the file again") from None
         vocabulary = self._main.get_vocab(with_added_tokens=True)
         self.vocab_size = max(len(vocabulary), max(vocabulary.values(), default=-1) + 1)
         added = self._main.get_added_tokens_decoder()
@@ -76,7 +76,7 @@ class HuggingFace:
 
     @cached_property
     def _literal_later(self) -> tokenizers.Tokenizer:
-        """A Metaspace that marks the first word only does so at the start of a text; a later part of it is not one."""
+        """Encode a part of a text that is not its start: a Metaspace that marks the first word must not mark it."""
         state = json.loads(self.source)
         spaces = [node for node in _nodes(state.get("pre_tokenizer")) if node.get("prepend_scheme") == "first"]
         if not spaces:
@@ -90,7 +90,7 @@ class HuggingFace:
 
 def _load(source: str) -> tokenizers.Tokenizer:
     engine = tokenizers.Tokenizer.from_str(source)
-    # A truncation or padding setting in tokenizer.json is for models of a fixed length; text is never cut here.
+    # Ignore truncation and padding settings in tokenizer.json, which are for models of a fixed length.
     engine.no_truncation()
     engine.no_padding()
     return engine

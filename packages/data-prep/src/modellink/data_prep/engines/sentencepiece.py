@@ -1,8 +1,8 @@
-"""`tokenizer.model` of sentencepiece (extra `sentencepiece`). A bos token is put before a text, as LLaMA's tokenizers do it.
+"""`tokenizer.model` of sentencepiece (extra `sentencepiece`). A bos token is added before a text, as by LLaMA's tokenizers.
 
-Control tokens are the model's own (`<s>`) and those added beside it, in `added_tokens.json` or `added_tokens_decoder` of
-`tokenizer_config.json`, unless the latter says that one is not special: that is a word of the model, as user-defined pieces are.
-`tokenizer_config.json` may say `add_bos_token: false`. Not here: blanks that an added token swallows (`lstrip`, `rstrip`).
+Control tokens are those of the model (`<s>`) and those added in `added_tokens.json` or in `added_tokens_decoder` of
+`tokenizer_config.json`, except entries marked as not special, which are words, like user-defined pieces. `add_bos_token: false`
+in `tokenizer_config.json` turns bos off. Not here: spaces that an added token strips (`lstrip`, `rstrip`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from modellink.kernels.files import read_json
 class SentencePiece:
     """See `Engine`."""
 
-    why = "the folder holds tokenizer.model and no tokenizer.json"
+    why = "the folder contains tokenizer.model but no tokenizer.json"
 
     def __init__(self, folder: Path) -> None:
         module = library("sentencepiece", folder)
@@ -31,8 +31,8 @@ class SentencePiece:
         content = file.read_bytes()
         try:
             self._model: Any = module.SentencePieceProcessor(model_proto=content)
-        except Exception as error:  # of a type of the library's own
-            raise ModelLinkError(f"not a sentencepiece model: {error}", where=file, fix="copy the file anew") from None
+        except Exception as error:  # an exception type of the library
+            raise ModelLinkError(f"not a sentencepiece model: {error}", where=file, fix="copy the file again") from None
         self.name = f"sentencepiece {module.__version__}"
         config_file = folder / "tokenizer_config.json"
         config = read_json(config_file) if config_file.is_file() else {}
@@ -63,7 +63,7 @@ class SentencePiece:
         return None
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Control and added tokens are spelled out between the texts around them; the library knows of neither."""
+        """Decode control and added tokens by their text; the library does not know them."""
         skipped = set(self.control.values())
         apart = skipped | set(self._texts)
         if not apart & set(ids):
@@ -92,7 +92,7 @@ class SentencePiece:
         return str(self._model.id_to_piece(index)) if 0 <= index < self._model.vocab_size() else None
 
     def _split(self, text: str, tokens: re.Pattern[str]) -> list[int]:
-        """Ids of a text in which `tokens` stand for themselves."""
+        """Return the ids of a text in which the texts `tokens` are single tokens."""
         found, end = [], 0
         for match in tokens.finditer(text):
             found += [*self._model.encode(text[end:match.start()]), self._ids[match[0]]]
@@ -105,7 +105,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[int, bool]]:
-    """Tokens beside the model: text to id and whether it is special."""
+    """Return the added tokens: text to id and whether it is special."""
     file = folder / "added_tokens.json"
     plain = read_json(file) if file.is_file() else {}
     described = config.get("added_tokens_decoder") or {}
@@ -114,5 +114,5 @@ def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[in
         return found | {str(token["content"]): (int(index), bool(token.get("special", True)))
                         for index, token in described.items()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise ModelLinkError("the added tokens are not texts with their ids", where=folder,
-                             fix="copy added_tokens.json and tokenizer_config.json anew") from None
+        raise ModelLinkError("the added tokens are not a mapping of strings to ids", where=folder,
+                             fix="copy added_tokens.json and tokenizer_config.json again") from None

@@ -1,5 +1,7 @@
-"""A `*.tiktoken` file (extra `tiktoken`). Such a file holds merges alone; how text is cut beforehand and which control tokens
-there are stands in `tokenizer_config.json` as `pattern` and `special_tokens` (name to id); Qwen's own are known.
+"""A `*.tiktoken` file (extra `tiktoken`).
+
+The file holds only the merges. The split pattern and the control tokens come from `pattern` and `special_tokens` (name to id) in
+`tokenizer_config.json`; those of Qwen are built in.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from modellink.data_prep.engines.engine import Flat, Span, flatten, library
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
 
-# Of tokenization_qwen.py, which Qwen and Qwen1.5 checkpoints carry beside qwen.tiktoken.
+# From tokenization_qwen.py, which Qwen and Qwen1.5 checkpoints contain next to qwen.tiktoken.
 QWEN_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205)))
 
@@ -23,14 +25,14 @@ QWEN_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{numb
 class Tiktoken:
     """See `Engine`."""
 
-    why = "the folder holds a .tiktoken file and no tokenizer.json"
+    why = "the folder contains a .tiktoken file but no tokenizer.json"
     raw_bytes: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path) -> None:
         module = library("tiktoken", folder)
         files = sorted(folder.glob("*.tiktoken"))
         if len(files) != 1:
-            raise ModelLinkError(f"the folder holds {len(files)} .tiktoken files, it must be one", where=folder)
+            raise ModelLinkError(f"the folder contains {len(files)} .tiktoken files, it must be one", where=folder)
         content = files[0].read_bytes()
         config_file = folder / "tokenizer_config.json"
         config = read_json(config_file) if config_file.is_file() else {}
@@ -40,8 +42,8 @@ class Tiktoken:
         elif files[0].stem == "qwen":
             pattern, self.control = QWEN_PATTERN, {token: len(ranks) + at for at, token in enumerate(QWEN_CONTROL)}
         else:
-            raise ModelLinkError("a .tiktoken file does not say how text is cut and which control tokens there are",
-                                 where=files[0], fix="put pattern and special_tokens into its tokenizer_config.json")
+            raise ModelLinkError("a .tiktoken file has neither a split pattern nor control tokens",
+                                 where=files[0], fix="add pattern and special_tokens to its tokenizer_config.json")
         self._encoding: Any = module.Encoding(files[0].stem, pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.control)
         self.name = f"tiktoken {module.__version__}"
         self.fingerprint = hashlib.sha256(content + repr((pattern, self.control)).encode()).hexdigest()

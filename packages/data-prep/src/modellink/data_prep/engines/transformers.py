@@ -1,6 +1,4 @@
-"""A tokenizer only transformers can run (extra `transformers`): slow ones, without a tokenizer.json. Code in the folder is never
-run.
-"""
+"""Slow tokenizers without a tokenizer.json, run by transformers (extra `transformers`). Code in the folder is never run."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from modellink.kernels.errors import ModelLinkError
 class Transformers:
     """See `Engine`."""
 
-    why = "the folder holds no tokenizer.json, transformers reads what it holds"
+    why = "the folder has no tokenizer.json; transformers reads its files"
     raw_bytes: frozenset[int] = frozenset()
 
     def __init__(self, folder: Path) -> None:
@@ -24,7 +22,7 @@ class Transformers:
         try:
             self._inner: Any = module.AutoTokenizer.from_pretrained(str(folder), use_fast=False, trust_remote_code=False,
                                                                     local_files_only=True)
-        except Exception as error:  # whatever transformers raises over a folder
+        except Exception as error:  # any exception of transformers for a folder
             raise ModelLinkError(f"transformers cannot read the tokenizer: {str(error).splitlines()[0]}", where=folder) from None
         self.name = f"transformers {module.__version__} ({type(self._inner).__name__})"
         digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a row means: a handler takes the columns it needs and makes token ids for each of its output files."""
+"""Handlers: each reads its columns of a row and encodes them to token ids for each of its outputs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from modellink.kernels.errors import ModelLinkError, near
 
 __all__ = ["Batch", "Handler", "Reading", "Rows", "choose_maps", "make_handler", "trains_on_chats"]
 
-PLAIN = ("columns", "text")  # styles without conversations
+PLAIN = ("columns", "text")  # styles that are not conversations
 
 
 class Rows(Protocol):
-    """How the rows of one file are read. `columns` every row must have, `optional` it may; `named` of these were asked for."""
+    """How the rows of one file are read. `columns` are required, `optional` are not; the user asked for those in `named`."""
 
     columns: list[str]
     optional: list[str]
     named: list[str]
 
     def parse(self, row: Mapping[str, Any]) -> Any:
-        """The sample in a row; ValueError says why there is none."""
+        """Return the sample in a row; raise ValueError with the reason if the row has none."""
 
 
 class Handler(Protocol):
@@ -34,9 +34,9 @@ class Handler(Protocol):
 
     Attributes:
         outputs: names of the output files, `{prefix}_{name}_document`.
-        small_ids: whether two bytes a token may be used (labels of -100 would not fit them).
+        small_ids: whether tokens fit two bytes (labels of -100 do not).
         ranking: whether samples are pairs of answers.
-        wording: what its texts are put into.
+        wording: the text put around samples.
     """
 
     outputs: list[str]
@@ -47,29 +47,29 @@ class Handler(Protocol):
     def rows_of(self, path: Path) -> Rows: ...
 
     def encode(self, samples: Sequence[Any]) -> Batch:
-        """Token ids of each sample for each output, in the order of the samples."""
+        """Return the token ids of each sample for each output, in the order of the samples."""
 
 
 def trains_on_chats(name: str) -> bool:
-    """Whether the handler makes instruction sets; an error lists all handlers when there is none of that name."""
+    """Return whether the handler makes instruction sets; an unknown name raises an error that lists the handlers."""
     return _about(name)["style"] not in PLAIN
 
 
 def choose_maps(name: str, map_keys: str | None, inputs: Sequence[str],
                 folder: Path | None) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
-    """The input files and how each is read (see `Reading.maps`).
+    """Return the input files and how each is read (see `Reading.maps`).
 
     Args:
         map_keys: JSON of `--map-keys`.
-        folder: of dataset_info.json.
+        folder: the folder of dataset_info.json.
 
     Raises:
-        ModelLinkError: there is no such handler, or the map does not fit it.
+        ModelLinkError: the handler is unknown, or the map does not fit it.
     """
     about = _about(name)
     given = _object(map_keys)
     if about["style"] in (*PLAIN, "dataset_info") and given is not None:
-        raise ModelLinkError(f"{name} has no columns to map", where="--map-keys", fix="leave it out")
+        raise ModelLinkError(f"{name} has no columns to map", where="--map-keys", fix="remove --map-keys")
     if about["style"] in PLAIN:
         return tuple(inputs), ()
     if about["style"] == "dataset_info":
@@ -83,24 +83,24 @@ def choose_maps(name: str, map_keys: str | None, inputs: Sequence[str],
 
 
 def make_handler(tokenizer: Tokenizer, reading: Reading) -> Handler:
-    """The handler that `reading` names.
+    """Make the handler that `reading` names.
 
     Raises:
-        ModelLinkError: there is none, or the tokenizer lacks what it needs.
+        ModelLinkError: the handler is unknown, or the tokenizer lacks a token it needs.
     """
     about = _about(reading.handler)
     if about["style"] not in PLAIN:
-        from modellink.data_prep.handlers.instruction import InstructionHandler  # templates, which plain text has no use for
+        from modellink.data_prep.handlers.instruction import InstructionHandler  # templates, which plain text does not need
 
         return InstructionHandler(tokenizer, reading, about.get("prompt_type"))
     if reading.prompt_type or reading.template or reading.hf_chat_template:
-        raise ModelLinkError(f"{reading.handler} reads plain text and has no use for a template", where="--prompt-type",
-                             fix="choose an instruction handler, e.g. AlpacaStyleInstructionHandler, or leave it out")
+        raise ModelLinkError(f"{reading.handler} reads plain text and uses no template", where="--prompt-type",
+                             fix="choose an instruction handler, e.g. AlpacaStyleInstructionHandler, or remove the option")
     return make_plain_handler(tokenizer, reading)
 
 
 def make_plain_handler(tokenizer: PlainTokenizer, reading: Reading) -> Handler:
-    """The handler of plain text that `reading` names."""
+    """Make the plain-text handler that `reading` names."""
     about = _about(reading.handler)
     return GeneralPretrainHandler(tokenizer, reading) if about["style"] == "columns" else TextHandler(tokenizer, reading, about)
 
@@ -108,8 +108,8 @@ def make_plain_handler(tokenizer: PlainTokenizer, reading: Reading) -> Handler:
 def _about(name: str) -> dict[str, Any]:
     known = known_handlers()
     if name not in known:
-        raise ModelLinkError(f"there is no handler {name!r}", where="--handler-name",
-                             fix=f"{near(name, list(known))} there are: {', '.join(known)}".strip())
+        raise ModelLinkError(f"unknown handler {name!r}", where="--handler-name",
+                             fix=f"{near(name, list(known))} known: {', '.join(known)}".strip())
     return known[name]
 
 
@@ -122,5 +122,5 @@ def _object(text: str | None) -> dict[str, Any] | None:
         raise ModelLinkError(f"not JSON: {error}", where="--map-keys",
                              fix="quote it, e.g. '{\"prompt\": \"question\"}'") from None
     if not isinstance(value, dict):
-        raise ModelLinkError(f"a {type(value).__name__} where a JSON object belongs", where="--map-keys")
+        raise ModelLinkError(f"a {type(value).__name__} where a JSON object is expected", where="--map-keys")
     return value

@@ -1,7 +1,7 @@
-"""Which column means what: the defaults of each style, `--map-keys` over them, and the handlers' own in `handlers.json`.
+"""The meaning of columns: defaults of each style, those of a handler in `handlers.json`, and `--map-keys`.
 
 Columns of the style `alpaca`: prompt, query, response, history, system, chosen, rejected; of `sharegpt`: messages, system, tools,
-chosen, rejected. A name mapped to "" is not read. `tags` says how messages are spelled; what it leaves out keeps its default.
+chosen, rejected. A name mapped to "" is not read. `tags` names the keys and roles of messages; omitted tags keep their defaults.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class FieldMap:
     """How the rows of a file are read.
 
     Attributes:
-        columns: meaning to column, or several that are joined by line ends; "" is none.
-        needed: meanings whose columns every file must have.
+        columns: column of each meaning, or several that are joined by line ends; "" is no column.
+        needed: meanings whose columns are required.
         named: meanings whose columns the user named.
         tags: see TAGS.
         ranking: rows hold a chosen and a rejected answer.
-        extra: what the handler adds.
+        extra: further settings of the handler.
     """
 
     style: str
@@ -49,11 +49,11 @@ class FieldMap:
     named: tuple[str, ...] = ()
 
     def column_names(self, *, needed: bool) -> list[str]:
-        """Columns that must be there, or those that may be."""
+        """Return the required columns, or the optional ones."""
         return self._columns_of([meaning for meaning in self.columns if (meaning in self.needed) == needed])
 
     def named_columns(self) -> list[str]:
-        """Columns that may be there and that the user named: to be missed in a file that says what columns it has."""
+        """Return the optional columns that the user named; a file with a header must have them."""
         return self._columns_of([meaning for meaning in self.named if meaning not in self.needed])
 
     def _columns_of(self, meanings: Sequence[str]) -> list[str]:
@@ -74,10 +74,10 @@ class FieldMap:
 
 def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False, own: dict[str, Any] | None = None,
               where: str = "--map-keys", extra: dict[str, str] | None = None) -> FieldMap:
-    """The defaults of a style, a handler's own columns, and what the user maps, in rising precedence.
+    """Combine the defaults of a style, the columns of the handler and the map of the user, in rising precedence.
 
     Raises:
-        ModelLinkError: an unknown name, or a value that is no column name.
+        ModelLinkError: a name is unknown, or a value is not a column name.
     """
     given = dict(given or {})
     tags = given.pop("tags", None) or {}
@@ -92,7 +92,7 @@ def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False
         columns = {name: column for name, column in columns.items() if name not in ("chosen", "rejected")}
     for name in sorted(needed):
         if not columns.get(name):
-            raise ModelLinkError(f"{name} is mapped to no column", where=where, fix="only what a row can do without may be \"\"")
+            raise ModelLinkError(f"{name} is mapped to no column", where=where, fix="only optional columns can be \"\"")
     if ranking:
         columns.pop("response", None)
     return FieldMap(style, columns, tuple(sorted(needed & set(columns))), {**TAGS, **tags}, ranking, extra or {},
@@ -101,10 +101,10 @@ def field_map(style: str, given: dict[str, Any] | None, *, ranking: bool = False
 
 def _check(given: object, known: list[str], where: str) -> None:
     if not isinstance(given, dict):
-        raise ModelLinkError(f"a {type(given).__name__} where a JSON object belongs", where=where)
+        raise ModelLinkError(f"a {type(given).__name__} where a JSON object is expected", where=where)
     for name, value in given.items():
         if name not in known:
-            raise ModelLinkError(f"unknown key {name!r}", where=where, fix=near(name, known) or f"there are {', '.join(known)}")
+            raise ModelLinkError(f"unknown key {name!r}", where=where, fix=near(name, known) or f"known: {', '.join(known)}")
         if not isinstance(value, str | None):
             raise ModelLinkError(f"{name} is {value!r}, not a column", where=where)
 

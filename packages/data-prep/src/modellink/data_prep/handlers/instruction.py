@@ -1,7 +1,7 @@
-"""Conversations as training samples: `packed_input_ids`, `packed_attention_mask` and `packed_labels`, or the pairwise fields.
+"""Encode conversations as training samples: `packed_input_ids`, `packed_attention_mask` and `packed_labels`, or pairwise fields.
 
-What the assistant says is learned, in every turn; of a ranking row the two last answers. Nothing is packed here (packing.py);
-the name is the original's, whose loader looks for it.
+The assistant's text is learned in every turn; of a ranking row, the two last answers. Packing is in packing.py; the output names
+are those the original's loader expects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PAIRWISE = ("packed_chosen_input_ids", "packed_chosen_labels", "packed_rejected_
 
 
 class Record(NamedTuple):
-    """A sample: ids by output, none when it was left out. `learned` counts the tokens with a label."""
+    """A sample: ids by output, without ids if it was skipped. `learned` counts the tokens with a label."""
 
     fields: dict[str, list[int]]
     note: str = ""
@@ -38,7 +38,7 @@ class InstructionHandler:
     """Rows of any style, by file; see `Handler`.
 
     Args:
-        default_prompt_type: of handlers that need none to be named.
+        default_prompt_type: the prompt type if none is given.
     """
 
     small_ids = False
@@ -51,8 +51,8 @@ class InstructionHandler:
         maps = {path: FieldMap.from_json(text) for path, text in reading.maps}
         self.ranking = any(names.ranking for names in maps.values())
         if len({names.ranking for names in maps.values()}) > 1:
-            raise ModelLinkError("some of the inputs hold ranked answers and some do not", where="--input",
-                                 fix="make two sets of them")
+            raise ModelLinkError("some inputs have ranked answers and some do not", where="--input",
+                                 fix="preprocess them as two sets")
         self._readers = {path: _Rows(self._form, names, reading) for path, names in maps.items()}
         self.outputs = list(PAIRWISE if self.ranking else INSTRUCTION)
 
@@ -66,7 +66,7 @@ class InstructionHandler:
 
 
 class _Rows:
-    """The rows of the files that share a map."""
+    """Reads the rows of the files that share a map."""
 
     def __init__(self, form: ChatFormat, names: FieldMap, reading: Reading) -> None:
         self._form, self._names, self._reading, self._parse = form, names, reading, STYLES[names.style]
@@ -77,10 +77,10 @@ class _Rows:
     def parse(self, row: Mapping[str, Any]) -> Record:
         try:
             sample = self._parse(row, self._names)
-            if sample.has_gap:  # as the original does: an empty answer would teach to say nothing
+            if sample.has_gap:  # as the original does: an empty answer would teach the model to answer nothing
                 return Record({}, "empty")
             return self._ranked(sample) if self._names.ranking else self._learned(sample)
-        except ModelLinkError as error:  # of the template or a tool: this row does not fit it
+        except ModelLinkError as error:  # an error of the template or of a tool concerns only this row
             raise ValueError(error.what) from None
 
     def _learned(self, sample: Sample) -> Record:
@@ -124,7 +124,7 @@ class _Rows:
 
 
 def _last_answer(encoded: Encoded) -> tuple[list[int], list[int]]:
-    """Everything before the last answer, and the answer with what ends it."""
+    """Split a conversation into everything before the last answer, and the answer with its end tokens."""
     last = max(index for index, turn in enumerate(encoded.turns) if turn.target)
     before = Encoded([*encoded.turns[:last], Turn(encoded.turns[last].source, [])])
     return before.ids, encoded.turns[last].target + encoded.ending

@@ -1,4 +1,4 @@
-"""Plain text for pretraining: each chosen column becomes a dataset of its own, or several one text. A row is a document."""
+"""Plain text for pretraining: each selected column becomes its own dataset, or several columns one text. A row is a document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLACE = re.compile(r"\{(\w+)\}")
 
 
 class GeneralPretrainHandler:
-    """Tokenizes columns as they are, with the special tokens the tokenizer itself puts around a text (a LLaMA one adds bos).
+    """Tokenizes columns unchanged, with the special tokens that the tokenizer adds around a text (LLaMA adds bos).
 
     `reading.append_eod` ends each document that has tokens with the end-of-document token.
     """
@@ -32,18 +32,18 @@ class GeneralPretrainHandler:
         self.named: list[str] = []
         if reading.append_eod and tokenizer.eod_token_id is None:
             raise ModelLinkError("the tokenizer has no end-of-document token", where=tokenizer.folder,
-                                 fix="leave out --append-eod, or set eos_token in its tokenizer_config.json")
+                                 fix="remove --append-eod, or set eos_token in its tokenizer_config.json")
         self._end = [tokenizer.eod_token_id] if reading.append_eod and tokenizer.eod_token_id is not None else []
 
     def rows_of(self, path: Path) -> GeneralPretrainHandler:
         return self
 
     def parse(self, row: Mapping[str, Any]) -> list[str]:
-        """The texts of the columns."""
+        """Return the texts of the columns."""
         texts = []
         for key in self.columns:
             if key not in row:
-                raise ValueError(f"it has no {key!r}")
+                raise ValueError(f"the row has no {key!r}")
             texts.append(text_of(row[key], key))
         return texts
 
@@ -52,7 +52,7 @@ class GeneralPretrainHandler:
                       for output, texts in zip(self.outputs, zip(*samples, strict=True), strict=True)})
 
     def _documents(self, texts: Sequence[str]) -> Flat:
-        """An empty text is no document, also where the tokenizer would make a bos token of it."""
+        """Drop empty texts, also if the tokenizer would turn them into a bos token."""
         there = [text for text in texts if text]
         if not there:
             return np.zeros(0, np.int64), np.zeros(len(texts), np.int64)
@@ -65,7 +65,7 @@ class GeneralPretrainHandler:
 
 
 class TextHandler(GeneralPretrainHandler):
-    """One text out of several columns, by the wording in `handlers.json`."""
+    """Combines several columns to one text, by the wording in `handlers.json`."""
 
     def __init__(self, tokenizer: PlainTokenizer, reading: Reading, about: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, reading)

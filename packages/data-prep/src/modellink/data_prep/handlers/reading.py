@@ -1,4 +1,4 @@
-"""What a handler is told and what it gives."""
+"""The settings and the result of a handler."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class Reading:
     """How rows become tokens.
 
     Attributes:
-        handler: its name.
+        handler: name of the handler.
         keys: columns of plain text.
         append_eod: end each document or sample with the end token.
-        maps: (file, FieldMap as JSON); the file "" stands for all others.
+        maps: (file, FieldMap as JSON); the file "" is any other file.
         prompt_type, template, hf_chat_template: see `chat_format`.
-        date: that a chat template tells of, YYYY-MM-DD, for templates that tell of one.
-        train_on_prompt: learn everything, not only what the assistant says.
-        seq_length: most tokens of a sample; `long_samples` says what becomes of longer ones.
+        date: current date for chat templates that print it, YYYY-MM-DD.
+        train_on_prompt: train on all tokens, not only on those of the assistant.
+        seq_length: maximum tokens of a sample; `long_samples`: whether longer ones are cut or dropped.
     """
 
     handler: str
@@ -40,9 +40,9 @@ class Reading:
 
 @dataclass
 class Batch:
-    """Ids of several samples by output, a sample without ids being none; `cut`, `dropped` count long samples.
+    """Ids of several samples by output; a skipped sample has no ids. `cut` and `dropped` count long samples.
 
-    `empty` counts samples left out because a question or an answer is empty, `learned` the tokens with a label.
+    `empty` counts samples skipped because a question or an answer is empty, `learned` the tokens with a label.
     """
 
     fields: dict[str, Flat]
@@ -53,7 +53,7 @@ class Batch:
 
 
 class PlainTokenizer(Protocol):
-    """What plain text needs of a `Tokenizer`."""
+    """The part of a `Tokenizer` that plain text needs."""
 
     folder: Path
 

@@ -1,4 +1,4 @@
-"""From a row to what was said: one function a style. What is wrong with a row is a ValueError in plain words."""
+"""Parse rows into conversations: one function per style. A bad row raises a ValueError that describes the fault."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Sample:
 
     @property
     def has_gap(self) -> bool:
-        """Whether a question or an answer is empty. What a tool gave may be."""
+        """Return whether a question or an answer is empty. The result of a tool may be empty."""
         said = (*self.conversation.turns, *filter(None, (self.chosen, self.rejected)))
         return any(role in ("user", "assistant") and not text.strip() for role, text in said)
 
 
 def alpaca(row: Mapping[str, Any], names: FieldMap) -> Sample:
-    """instruction, input, output; history is a list of earlier (question, answer)."""
+    """Parse instruction, input and output; history is a list of earlier (question, answer) pairs."""
     prompt = _joined(row, names, "prompt")
     if end := names.extra.get("prompt_ends_at"):
         prompt = prompt.split(end, 1)[0].strip()
@@ -47,7 +47,7 @@ def alpaca(row: Mapping[str, Any], names: FieldMap) -> Sample:
 
 
 def sharegpt(row: Mapping[str, Any], names: FieldMap) -> Sample:
-    """A list of messages; questions and answers alternate, a system message may stand before them."""
+    """Parse a list of messages; questions and answers alternate, after an optional system message."""
     column = _one(names, "messages")
     messages = _listed(row.get(column), column)
     turns = [_message(message, names) for message in messages]
@@ -58,7 +58,7 @@ def sharegpt(row: Mapping[str, Any], names: FieldMap) -> Sample:
     if problem := order_problem(turns):
         raise ValueError(problem)
     if conversation.ends_with_question != names.ranking:
-        raise ValueError("the last message is of the assistant" if names.ranking else "the last message is not answered")
+        raise ValueError("the last message is from the assistant" if names.ranking else "the last message is not answered")
     if not names.ranking:
         return Sample(conversation)
     answers = []
@@ -66,13 +66,13 @@ def sharegpt(row: Mapping[str, Any], names: FieldMap) -> Sample:
         value = row.get(_one(names, meaning))
         role, text = _message(value, names) if isinstance(value, Mapping) else ("assistant", text_of(value, meaning))
         if role not in ("assistant", "function"):
-            raise ValueError(f"{meaning} is of {role}")
+            raise ValueError(f"{meaning} is from {role}")
         answers.append((role, text))
     return Sample(conversation, answers[0], answers[1])
 
 
 def spoken(row: Mapping[str, Any], names: FieldMap) -> Sample:
-    """A whole conversation in one text, with a mark before each who speaks; the last answer is a column of its own."""
+    """Parse a conversation in one text, with a marker before each turn; the last answer has its own column."""
     user, assistant = names.extra["user_mark"], names.extra["assistant_mark"]
     turns: list[tuple[str, str]] = []
     for part in _joined(row, names, "prompt").split(user):
@@ -86,7 +86,7 @@ def spoken(row: Mapping[str, Any], names: FieldMap) -> Sample:
 
 
 def moss(row: Mapping[str, Any], names: FieldMap) -> Sample:
-    """`chat`: turns by name, each with `Human` and `MOSS` and their marks."""
+    """Parse `chat`: turns by name, each with `Human` and `MOSS` and their markers."""
     chat = row.get(_one(names, "messages"))
     if not isinstance(chat, Mapping) or not chat:
         raise ValueError("chat is not an object of turns")
@@ -106,7 +106,7 @@ STYLES: dict[str, Callable[[Mapping[str, Any], FieldMap], Sample]] = {
 
 
 def text_of(value: object, name: str) -> str:
-    """A text, checked; ValueError says what it is instead."""
+    """Return a value that must be a text; raise ValueError with its type otherwise."""
     if not isinstance(value, str):
         raise ValueError(f"{name!r} is {'empty (null)' if value is None else f'a {type(value).__name__}'}, not a text")
     try:
@@ -126,7 +126,7 @@ def _joined(row: Mapping[str, Any], names: FieldMap, meaning: str) -> str:
     texts = []
     for name in [column] if isinstance(column, str) else column:
         if name not in row:
-            raise ValueError(f"it has no {name!r}")
+            raise ValueError(f"the row has no {name!r}")
         value = row[name]
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -141,7 +141,7 @@ def _optional(row: Mapping[str, Any], names: FieldMap, meaning: str) -> str:
 
 
 def _answer(row: Mapping[str, Any], names: FieldMap, meaning: str, place: int) -> str:
-    """A text, a list of one, or of one list with both answers the right one."""
+    """Return an answer: a text, a list with one text, or the matching text of a list with both answers."""
     column = _one(names, meaning)
     value = row.get(column)
     if isinstance(value, list):
@@ -153,12 +153,12 @@ def _answer(row: Mapping[str, Any], names: FieldMap, meaning: str, place: int) -
 
 
 def _listed(value: object, name: str) -> list[Any]:
-    """A list; a text file has it as JSON."""
+    """Return a list; text files have it as JSON."""
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.strip() else None
         except json.JSONDecodeError:
-            raise ValueError(f"{name!r} is a text and not a JSON list") from None
+            raise ValueError(f"{name!r} is a text but not a JSON list") from None
     if value is None:
         return []
     if not isinstance(value, list):

@@ -1,6 +1,6 @@
-"""A tokenizer's own chat template, rendered as transformers renders it. Training, chat and evaluation all come here.
+"""Render a tokenizer's own chat template as transformers does, for training, chat and evaluation.
 
-A template is code from the internet and runs in a sandbox; sandbox.py says what that contains and what it does not.
+A template is code from the internet and runs in a sandbox; sandbox.py documents what the sandbox contains and what it does not.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ from modellink.data_prep.tokenizer import SPECIAL_NAMES, Tokenizer
 from modellink.kernels.errors import ModelLinkError
 
 Message = Mapping[str, Any]
-# Spellings of what a model thought before it answered; transformers gives templates the first two.
+# Keys of the reasoning before an answer; transformers passes the first two to templates.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = False,
                 tools: Sequence[Mapping[str, Any]] | None = None, template: str | None = None, mark: bool = False,
                 today: date | None = None, **variables: Any) -> str:
-    """The text of a conversation, as people read it; `encode_chat` has its ids.
+    """Return the text of a conversation; `encode_chat` returns its ids.
 
     Args:
         messages: `{"role": ..., "content": ...}` objects, first to last; keys whose value is None count as absent.
-        add_generation_prompt: end with the header that makes the assistant speak.
+        add_generation_prompt: end with the header of an assistant turn.
         tools: JSON schemas of functions the model may call.
-        template: name of one of the tokenizer's templates.
+        template: the name of one of the tokenizer's templates.
         mark, today: see `render_template`.
-        variables: further names the template knows, e.g. `enable_thinking=False`; they win over the special tokens.
+        variables: further variables of the template, e.g. `enable_thinking=False`; they override the special tokens.
 
     Raises:
-        ModelLinkError: no template, or it is broken, or it refuses the messages or steps out of the sandbox.
+        ModelLinkError: the template is missing or invalid, refuses the messages, or violates the sandbox.
     """
-    from modellink.data_prep.templates.sandbox import render_template  # Jinja, which plain text has no use for
+    from modellink.data_prep.templates.sandbox import render_template  # Jinja, which plain text does not need
 
     source = tokenizer.chat_template(template, tools=tools is not None)
     if not messages:
@@ -45,14 +45,14 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-    """Ids of `render_chat` with the same options; a control token in what messages, tools or further variables say is text."""
+    """Return the ids of `render_chat` with the same options; control tokens in messages, tools and variables are text."""
     literals = Literals(tokenizer)
     hidden = hide_variables(literals, options)
     return literals.encode(render_chat(tokenizer, [literals.hide(message) for message in messages], **hidden))
 
 
 def hide_variables(literals: Literals, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of `render_chat` with what people may have written hidden; `bos_token` and its like are meant as tokens."""
+    """Return the options of `render_chat` with user text hidden; `bos_token` and the like are meant as tokens."""
     kept = ("template", "today", *SPECIAL_NAMES)
     return {name: value if name in kept else literals.hide(value) for name, value in options.items()}
 

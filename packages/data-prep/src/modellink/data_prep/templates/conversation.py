@@ -1,7 +1,7 @@
-"""A conversation in one form, whatever words it came in: system text, tools, and turns that alternate.
+"""A conversation in one normal form: system text, tools, and alternating turns.
 
-Roles are `user`, `assistant`, `tool` (what a function answered; also `observation`) and `function` (the model calls one; also
-`function_call`, or an assistant message with `tool_calls`). What the assistant says is `assistant` and `function`.
+Roles are `user`, `assistant`, `tool` (the result of a function; also `observation`) and `function` (a call by the model; also
+`function_call`, or an assistant message with `tool_calls`). The assistant's turns are `assistant` and `function`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ ASKED, SAID = ("user", "tool"), ("assistant", "function")
 
 @dataclass
 class Conversation:
-    """What is said.
+    """System text, tools and turns.
 
     Attributes:
-        turns: (role, text), first to last; of a `function` the text is JSON with `name` and `arguments`.
-        system: the system prompt, empty when there is none.
+        turns: (role, text), first to last; the text of a `function` turn is JSON with `name` and `arguments`.
+        system: the system prompt, or an empty string.
         tools: JSON schemas of functions.
     """
 
@@ -38,7 +38,7 @@ class Conversation:
         return bool(self.turns) and self.turns[-1][0] in ASKED
 
     def messages(self) -> list[dict[str, Any]]:
-        """As chat templates of models take it."""
+        """Return the messages in the form that chat templates of models expect."""
         found: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         for role, text in self.turns:
             if role == "function":
@@ -50,10 +50,10 @@ class Conversation:
 
 
 def from_messages(messages: Sequence[Mapping[str, Any]], tools: object = None) -> Conversation:
-    """A conversation out of `{"role", "content"}` objects.
+    """Make a conversation from `{"role", "content"}` objects.
 
     Raises:
-        ModelLinkError: it is empty, a role is unknown, a content is no text, or the turns do not alternate.
+        ModelLinkError: it is empty, a role is unknown, a content is not text, or the turns do not alternate.
     """
     turns: list[tuple[str, str]] = []
     system = ""
@@ -62,7 +62,8 @@ def from_messages(messages: Sequence[Mapping[str, Any]], tools: object = None) -
             raise ModelLinkError(f"message {position} is a {type(message).__name__}, it must be an object with role and content")
         role = ROLES.get(str(message.get("role")))
         if role is None:
-            raise ModelLinkError(f"message {position} has the role {message.get('role')!r}", fix=f"roles are {', '.join(ROLES)}")
+            raise ModelLinkError(f"message {position} has the unknown role {message.get('role')!r}",
+                                 fix=f"roles are {', '.join(ROLES)}")
         content = message.get("content")
         if role == "assistant" and (calls := message.get("tool_calls")):
             if not isinstance(calls, (list, tuple)) or not all(isinstance(call, Mapping) for call in calls):
@@ -83,20 +84,20 @@ def from_messages(messages: Sequence[Mapping[str, Any]], tools: object = None) -
 
 
 def order_problem(turns: Sequence[tuple[str, str]]) -> str:
-    """What is wrong with the order of the turns, or nothing."""
+    """Describe the fault in the order of the turns; empty if it is right."""
     if not turns:
         return "the conversation is empty"
     for index, (role, _) in enumerate(turns):
         if role not in (SAID if index % 2 else ASKED):
-            return f"turn {index + 1} is of {role}, where one of {' or '.join(SAID if index % 2 else ASKED)} belongs"
+            return f"turn {index + 1} is from {role}, it must be from {' or '.join(SAID if index % 2 else ASKED)}"
     return ""
 
 
 def tool_list(tools: object) -> list[dict[str, Any]]:
-    """Tools as a list of schemas; they come as JSON text, too, and inside `{"type": "function", "function": ...}`.
+    """Return tools as a list of schemas; also accepts JSON text and `{"type": "function", "function": ...}` wrappers.
 
     Raises:
-        ModelLinkError: it is none of these.
+        ModelLinkError: the value has none of these forms.
     """
     if isinstance(tools, str):
         try:
@@ -116,7 +117,7 @@ def tool_list(tools: object) -> list[dict[str, Any]]:
 
 
 def function_calls(text: str) -> list[dict[str, Any]]:
-    """The calls in the text of a `function` turn.
+    """Parse the calls in the text of a `function` turn.
 
     Raises:
         ModelLinkError: it is not JSON with a name and arguments.

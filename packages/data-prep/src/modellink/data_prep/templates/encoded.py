@@ -1,4 +1,4 @@
-"""A conversation as ids, turn by turn: what is asked and what is learned. From here come labels and the rule for long ones."""
+"""A conversation as ids, turn by turn, split into source and learned target; labels and the rule for long samples."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from modellink.kernels.constants import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Turn:
-    """Ids of what is asked (with everything a template puts around it) and of the answer.
+    """Ids of the question (with all text of the template around it) and of the answer.
 
     Attributes:
-        closing: the label of the first source token, where a template ends the answer before with it; else None.
+        closing: label of the first source token if a template ends the previous answer with it, else None.
     """
 
     source: list[int]
@@ -22,7 +22,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Turns and, at the end, ids that close the sample. They are learned unless `breaks_off`: the last answer was cut."""
+    """Turns, and ids that close the sample; these are learned unless `breaks_off` (the last answer was cut)."""
 
     turns: list[Turn]
     ending: list[int] = field(default_factory=list)
@@ -33,7 +33,7 @@ class Encoded:
         return [index for turn in self.turns for index in (*turn.source, *turn.target)] + self.ending
 
     def labels(self, *, train_on_prompt: bool = False) -> list[int]:
-        """As long as `ids` and not shifted: an id where it is learned, -100 elsewhere."""
+        """Return the labels, aligned with `ids` and not shifted: the id where it is learned, -100 elsewhere."""
         ending = [IGNORE_INDEX] * len(self.ending) if self.breaks_off else self.ending
         if train_on_prompt:
             return [index for turn in self.turns for index in (*turn.source, *turn.target)] + ending
@@ -47,16 +47,16 @@ class Encoded:
 
     @property
     def learned(self) -> list[bool]:
-        """As long as `ids`: what the assistant says."""
+        """Return a mask aligned with `ids`, true for the tokens of the assistant."""
         return [label != IGNORE_INDEX for label in self.labels()]
 
     def __len__(self) -> int:
         return sum(len(turn.source) + len(turn.target) for turn in self.turns) + len(self.ending)
 
     def fit(self, limit: int) -> Encoded:
-        """At most `limit` ids, cut so that labels survive: each turn by the rule of `share`, turns without room are left out.
+        """Cut to at most `limit` ids such that labels remain: each turn by the rule of `share`; others are dropped.
 
-        After an answer that was cut no end is learned: it would teach to stop in the middle of a sentence.
+        After an answer that was cut, no end token is learned: it would teach the model to stop in mid-sentence.
         """
         if len(self) <= limit:
             return self
@@ -74,9 +74,9 @@ class Encoded:
 
 
 def share(source: int, target: int, room: int) -> tuple[int, int]:
-    """How many ids of a source and of a target are kept in `room`.
+    """Return how many ids of a source and of a target are kept within `room` ids.
 
-    A short target (under half the room) is kept whole, else a short source is, else both in proportion.
+    A target shorter than half the room is kept in full, otherwise a short source is, otherwise both are cut in proportion.
     """
     if 2 * target < room:
         most = room

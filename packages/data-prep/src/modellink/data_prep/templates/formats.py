@@ -1,4 +1,4 @@
-"""The one door to templates: training data, chat and evaluation all ask `chat_format` and so get the same ids.
+"""`chat_format` selects a prompt template; training data, chat and evaluation use it and thus get the same ids.
 
     form = chat_format(tokenizer, prompt_type="qwen")
     prompt = form.encode(from_messages([{"role": "user", "content": "Hi"}])).ids
@@ -23,9 +23,9 @@ class ChatFormat(Protocol):
 
     Attributes:
         name: the prompt type, or `hf-chat-template`.
-        eos_token_id: ends an answer.
-        stop_token_ids: end a generation.
-        wording: what is put around what people say; of two formats that differ in it the ids differ.
+        eos_token_id: the token that ends an answer.
+        stop_token_ids: the tokens that end a generation.
+        wording: the text around messages; formats with different wording give different ids.
     """
 
     name: str
@@ -38,21 +38,21 @@ class ChatFormat(Protocol):
 
 def chat_format(tokenizer: Tokenizer, prompt_type: str | None = None, template: Path | str | None = None,
                 hf_chat_template: bool = False, today: date | None = None) -> ChatFormat:
-    """The format that exactly one of the three ways names.
+    """Return the format named by exactly one of the three arguments.
 
     Args:
         prompt_type: a name in `templates.json`.
-        template: the same, or a file of the form of one entry of it.
-        hf_chat_template: the tokenizer's own.
-        today: the day it tells of where it tells of one; the day it is used when left out.
+        template: such a name, or a file in the form of one entry.
+        hf_chat_template: use the tokenizer's own template.
+        today: date for templates that print it. Default: the date of use.
 
     Raises:
-        ModelLinkError: none or several are named, there is no such template, or the tokenizer lacks its tokens.
+        ModelLinkError: none or several are given, the template is unknown, or the tokenizer lacks its tokens.
     """
     given = [name for name, value in (("--prompt-type", prompt_type), ("--template", template),
                                       ("--hf-chat-template", hf_chat_template)) if value]
     if len(given) != 1:
-        raise ModelLinkError(f"{' and '.join(given)} contradict each other" if given else "no template is named",
+        raise ModelLinkError(f"{' and '.join(given)} exclude each other" if given else "no template is given",
                              where="--prompt-type", fix=f"give --prompt-type (one of {', '.join(template_names())}), --template "
                              "FILE.json or --hf-chat-template")
     if hf_chat_template:

@@ -1,8 +1,8 @@
-"""What people write is text: `<|im_end|>` in a question must not end it.
+"""Treat control tokens in user text as text: `<|im_end|>` in a question must not end it.
 
-While a template works on a conversation, each such text stands as one character nobody uses (Unicode's private planes); what is
-still spelled out afterwards was written by the template and is a control token. Tokens that a vocabulary marks as not special,
-`<think>` or `<tool_call>`, are words of the model and stay tokens in any text.
+While a template runs, each such text is replaced by one unused character (from Unicode's private planes). Control tokens that are
+spelled out afterwards were written by the template. Tokens that the vocabulary marks as not special, such as `<think>` or
+`<tool_call>`, are words of the model and remain tokens in any text.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from modellink.data_prep.tokenizer import Tokenizer
 
 FIRST, LAST, BEGIN, END = "\U000f0000", "\U0010fffd", "\U0010fffe", "\U0010ffff"
 STAND_IN = re.compile(f"[{FIRST}-{LAST}]")
-# BEGIN and END are a template's own marks around what the assistant says.
+# BEGIN and END are the marks of a template around the text of the assistant.
 
 
 class Literals:
-    """The stand-ins of one conversation."""
+    """The replacements in one conversation."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -29,7 +29,7 @@ class Literals:
         self._hidden: list[str] = []
 
     def hide(self, value: Any) -> Any:
-        """`value` (texts in lists and objects, names of these too) with stand-ins for what would become control tokens."""
+        """Return `value` with control tokens replaced in its texts, also in lists, objects and their keys."""
         if isinstance(value, str):
             return self._risky.sub(self._stand_in, value)
         if isinstance(value, Mapping):
@@ -39,17 +39,17 @@ class Literals:
         return value
 
     def show(self, text: str) -> str:
-        """The text with everything spelled out."""
+        """Return the text with the replacements undone."""
         return STAND_IN.sub(lambda match: self._hidden[ord(match[0]) - ord(FIRST)], text) if self._hidden else text
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text made of hidden and template text."""
+        """Return the ids of a text that mixes hidden and template text."""
         if not STAND_IN.search(text):
             return self.tokenizer.encode(text, add_special_tokens=False)
         return [index for part, start in self._parts(text, 0) for index in self._encode_part(part, at_start=start == 0)]
 
     def encode_marked(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, bool]]:
-        """Ids of such a text, and whether each has a character of one of the spans (in order, without overlap)."""
+        """Return the ids of such a text, and for each whether it has a character in one of the spans (sorted, disjoint)."""
         found = None if STAND_IN.search(text) else self.tokenizer.encode_spans(text)
         if found is not None:
             return [(index, any(start < stop and end > begin for begin, stop in spans))
@@ -66,7 +66,7 @@ class Literals:
         return chr(ord(FIRST) + self._hidden.index(match[0]))
 
     def _parts(self, text: str, offset: int) -> Iterator[tuple[str, int]]:
-        """Control tokens and the text between them, each with where it starts."""
+        """Yield control tokens and the text between them, each with its start."""
         end = 0
         for match in self._control.finditer(text):
             if match.start() > end:
@@ -83,7 +83,7 @@ class Literals:
 
 @lru_cache(maxsize=8)
 def _patterns(tokenizer: Tokenizer) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """What is a control token, and what must be hidden in what people write."""
+    """Return the control tokens, and the texts that must be hidden in user text."""
     texts = sorted(tokenizer.control_tokens, key=len, reverse=True)
     control = "|".join(map(re.escape, texts)) or r"(?!)"
     return re.compile(control), re.compile(f"{control}|[{FIRST}-{END}]")

@@ -1,7 +1,7 @@
-"""The model's own chat template (`--hf-chat-template`) as a format: ids, and which of them the assistant says.
+"""The model's own chat template (`--hf-chat-template`) as a format: ids, and which of them are the assistant's.
 
-Where a template has `{% generation %}`, that is what is learned. Elsewhere an answer begins where the prompt for it ends, and
-ends with the first end token after that; with the first control token, when the tokenizer names another end than its template.
+If a template has `{% generation %}`, the text inside is learned. Otherwise an answer begins where its prompt ends, and ends with
+the first end token after that, or with the first control token if the tokenizer names another end token than its template uses.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ class ModelFormat:
     """A tokenizer's chat template; see `PromptFormat` for the attributes.
 
     Args:
-        template: which of the tokenizer's templates.
+        template: the name of one of the tokenizer's templates.
         today: see `render_chat`.
-        variables: further names the template knows, e.g. `enable_thinking=False`.
+        variables: further variables of the template, e.g. `enable_thinking=False`.
 
     Raises:
-        ModelLinkError: it has no such template, or no end token.
+        ModelLinkError: the tokenizer lacks the template or an end token.
     """
 
     name = HF_CHAT_TEMPLATE
 
     def __init__(self, tokenizer: Tokenizer, template: str | None = None, today: date | None = None, **variables: Any) -> None:
-        # A tokenizer may have another template for conversations with tools.
+        # A tokenizer may have a separate template for conversations with tools.
         self._sources = {tools: tokenizer.chat_template(template, tools=tools) for tools in (False, True)}
         self.wording = "\n".join(dict.fromkeys(self._sources.values()))
         if tokenizer.eos_token_id is None:
@@ -48,10 +48,10 @@ class ModelFormat:
         self.eos_token_id, self.stop_token_ids = tokenizer.eos_token_id, tokenizer.eos_token_ids
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """The ids; a conversation that ends with a question is a prompt.
+        """Encode a conversation; one that ends with a question is a prompt.
 
         Raises:
-            ModelLinkError: the template refuses it or fails, or hides where the answers are.
+            ModelLinkError: the template refuses it or fails, or the answers cannot be located.
         """
         literals = Literals(self.tokenizer)
         messages = literals.hide(conversation.messages())
@@ -76,7 +76,7 @@ class ModelFormat:
                 turns.append(Turn(source, ids))
         if not conversation.ends_with_question and not any(turn.target for turn in turns):
             raise ModelLinkError("the chat template marks no answer in this conversation", where=self.tokenizer.folder,
-                                 fix="put {% generation %} around what the assistant says there too, or use --prompt-type")
+                                 fix="put {% generation %} around the assistant's text there too, or use --prompt-type")
         return Encoded(turns)
 
     def _is_marked(self, tools: Any) -> bool:
@@ -102,7 +102,7 @@ class ModelFormat:
         for index in places:
             prompt = self._render(messages[:index], tools, True, variables)
             if not text.startswith(prompt):
-                raise self._unclear(index, "the prompt for it is not what the conversation begins with")
+                raise self._unclear(index, "the conversation does not begin with its prompt")
             starts.append(len(prompt))
         ends = [token for index in self.stop_token_ids if (token := self.tokenizer.id_to_token(index))]
         spans: list[tuple[int, int]] = []
@@ -123,6 +123,6 @@ class ModelFormat:
 
 
 def _first(text: str, tokens: Iterable[str], start: int, limit: int) -> int:
-    """Where the first of the tokens ends between `start` and `limit`, or 0."""
+    """Return the end of the first of the tokens between `start` and `limit`, or 0."""
     found = [at + len(token) for token in tokens if (at := text.find(token, start, limit)) >= 0]
     return min(found, default=0)

@@ -1,11 +1,11 @@
-"""Jinja in a sandbox, for chat templates, which are code from the internet.
+"""Run Jinja chat templates, which are code from the internet, in a sandbox.
 
-A template runs in Jinja's immutable sandbox: it reaches no Python internals, no files, no network and no process, cannot change
-what it is given, and sees plain data only. Its text may not pass `LONGEST` characters.
+A template runs in Jinja's immutable sandbox: it has no access to Python internals, files, the network or processes, cannot modify
+its inputs, and sees only plain data. Its length is limited to `LONGEST` characters.
 
-What is *not* contained: the processor time and the memory of one expression. Jinja has no `while` and `range` stops at
-100,000, but nested loops can run for very long and `"a" * 10**10` or a format width can ask for all memory. Where templates
-of strangers are run for others, set limits on the process (ulimit, a container).
+*Not* contained: processor time and memory of an expression. Jinja has no `while`, and `range` stops at 100,000, but nested loops
+can run very long, and `"a" * 10**10` or a format width can request all memory. To run untrusted templates as a service, limit the
+process (ulimit, a container).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LONGEST = 64 << 20  # characters
 
 def render_template(source: str, *, where: str = "chat template", mark: bool = False, today: date | None = None,
                     **variables: Any) -> str:
-    """Render a chat template's Jinja text in the sandbox; every failure of it is a ModelLinkError that names the line.
+    """Render the Jinja text of a chat template in the sandbox; every failure is a ModelLinkError that names the line.
 
     Args:
-        mark: write BEGIN and END around what stands in `{% generation %}`.
-        today: the day, from midnight on, that `strftime_now` tells of; without it the time of the clock.
+        mark: write BEGIN and END around the content of `{% generation %}`.
+        today: the date (at midnight) that `strftime_now` formats. Default: the current time.
     """
     try:
         pieces, length = [], 0
@@ -46,20 +46,20 @@ def render_template(source: str, *, where: str = "chat template", mark: bool = F
             pieces.append(piece)
             length += len(piece)
             if length > LONGEST:
-                raise SecurityError(f"its text is longer than {LONGEST:,} characters")
+                raise SecurityError(f"the template is longer than {LONGEST:,} characters")
         return "".join(pieces)
     except ModelLinkError:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise ModelLinkError(f"the chat template is not valid Jinja: {error.message}", where=f"{where}, line {error.lineno}",
-                             fix="repair the template") from None
+                             fix="fix the template") from None
     except SecurityError as error:
         raise ModelLinkError(f"the chat template was stopped: {error}", where=_line(where, error),
-                             fix="do not use this template before you know what it tries to do") from None
+                             fix="find out what this template tries to do before you use it") from None
     except _Refusal as error:
         raise ModelLinkError(f"the chat template refuses these messages: {error}", where=_line(where, error),
                              fix="change the messages to what the template expects") from None
-    except Exception as error:  # whatever an expression in the template can raise, down to RecursionError
+    except Exception as error:  # any exception an expression in the template can raise, including RecursionError
         raise ModelLinkError(f"the chat template failed: {type(error).__name__}: {error}", where=_line(where, error),
                              fix="check that the messages have the keys the template uses") from None
 
@@ -69,7 +69,7 @@ class _Refusal(jinja2.TemplateError):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says; for the text it means nothing but a scope."""
+    """The `{% generation %}` tag, which marks the text of the assistant; in the output it is only a scope."""
 
     begin = end = ""
 
@@ -92,7 +92,7 @@ def _refuse(message: object) -> NoReturn:
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
              separators: tuple[str, str] | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own filter escapes `<`, `>`, `&` and everything beyond ASCII: models were trained on neither."""
+    """The `tojson` filter, without Jinja's escapes of `<`, `>`, `&` and non-ASCII text, which models were not trained on."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -106,11 +106,11 @@ def _compile(source: str, mark: bool = False) -> jinja2.Template:
 
 
 def _plain(value: object, name: str) -> Any:
-    """A copy made of JSON's types alone, so that no object's methods are in a template's reach."""
+    """Copy a value to plain JSON types, so that a template cannot reach the methods of an object."""
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
-        return str.__str__(value)  # of a subclass (an enum), the text it holds
+        return str.__str__(value)  # for a subclass such as an enum, its text
     if isinstance(value, int):
         return int.__int__(value)
     if isinstance(value, float):

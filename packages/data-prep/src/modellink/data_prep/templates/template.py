@@ -1,10 +1,10 @@
-"""Prompt templates by name: `templates.json` holds the texts, a file of the same form adds one (`--template my.json`).
+"""Named prompt templates: `templates.json` has the texts, a file in the same form adds one (`--template my.json`).
 
-A slot is a list of parts. A text part is encoded on its own, `{content}` in it stands for what is said (`{idx}` for the number
-of the question, from 0); `{"token": ...}` is a token by its name, `{"special": "bos"}` or `"eos"` a special one, left out where
-the tokenizer has none. `efficient_eos`: the end token is not written between turns but learned at the first token after an
-answer, and stands once at the end. `replace_eos`: the first stop word is the end token. `system_in_user`: the system text is
-written into the first question.
+A slot is a list of parts. A text part is encoded on its own; `{content}` in it is replaced by the message (`{idx}` by the number
+of the question, from 0). `{"token": ...}` is a token by name, `{"special": "bos"}` or `"eos"` a special token, omitted if the
+tokenizer has none. `efficient_eos`: the end token is not written between turns but learned at the first token after an answer,
+and written once at the end. `replace_eos`: the first stop word is the end token. `system_in_user`: the system text is part of
+the first question.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.files import read_json
 
 Part = str | dict[str, str]
-Kind = tuple[str, Callable[[object], bool]]  # of a value: in words, and whether one is of it
+Kind = tuple[str, Callable[[object], bool]]  # a type of value: its description and its check
 SLOTS = ("prefix", "system", "user", "assistant", "observation", "function", "separator")
 EOS: Part = {"special": "eos"}
 PLAIN: Part = "{content}"
@@ -36,7 +36,7 @@ PLACE = re.compile(r"\{(content|idx|name|arguments)\}")
 
 @dataclass(frozen=True)
 class Template:
-    """The parts of each slot; see above."""
+    """The parts of each slot; see the module."""
 
     name: str
     prefix: list[Part]
@@ -54,21 +54,21 @@ class Template:
 
 
 def load_template(name: str, option: str = "--prompt-type") -> Template:
-    """A template of `templates.json`, or of a file.
+    """Load a template from `templates.json` or from a file.
 
     Args:
-        option: that gives the name; `--template` takes a file with any ending.
+        option: the option that gave the name; `--template` accepts a file with any extension.
 
     Raises:
-        ModelLinkError: there is none of that name, or the file is not one.
+        ModelLinkError: the name is unknown, or the file is not a template.
     """
     path = Path(name)
     if name in _known():
         return _template(name, _known()[name], "templates.json")
     if name.endswith(".json") or (option == "--template" and path.is_file()):
         return _template(path.stem, read_json(path), str(path))
-    raise ModelLinkError(f"there is no template {name!r}", where=option,
-                         fix=near(name, template_names()) or f"there are: {', '.join(template_names())}")
+    raise ModelLinkError(f"unknown template {name!r}", where=option,
+                         fix=near(name, template_names()) or f"known: {', '.join(template_names())}")
 
 
 def template_names() -> list[str]:
@@ -76,7 +76,7 @@ def template_names() -> list[str]:
 
 
 class PromptFormat:
-    """A template over a tokenizer. `eos_token_id` ends an answer, `stop_token_ids` end a generation.
+    """A template with a tokenizer. `eos_token_id` ends an answer, `stop_token_ids` end a generation.
 
     Raises:
         ModelLinkError: the tokenizer lacks a token the template needs.
@@ -99,7 +99,7 @@ class PromptFormat:
                     self._needed(part["token"])
 
     def encode(self, conversation: Conversation) -> Encoded:
-        """The ids; a conversation that ends with a question is a prompt and has no ending.
+        """Encode a conversation; one that ends with a question is a prompt and has no ending.
 
         Raises:
             ModelLinkError: a function call or a tool is malformed.
@@ -153,12 +153,12 @@ class PromptFormat:
         index = self.tokenizer.token_to_id(token)
         if index is None:
             raise ModelLinkError(f"the tokenizer has no token {token!r}, which the template {self.template.name} needs",
-                                 where=self.tokenizer.folder, fix="choose the --prompt-type that belongs to the model")
+                                 where=self.tokenizer.folder, fix="choose the --prompt-type of the model")
         return index
 
 
 def _fill(part: str, values: dict[str, str]) -> str:
-    """One pass, so that a brace in what is said is never a placeholder."""
+    """Replace placeholders in one pass, so that a brace in a message is never a placeholder."""
     return PLACE.sub(lambda match: values.get(match[1], match[0]), part)
 
 
@@ -179,13 +179,13 @@ def _template(name: str, values: object, where: str) -> Template:
     for key, value in values.items():
         kind, fits = KINDS.get(key, _PARTS)
         if not fits(value):
-            raise ModelLinkError(f"{key} is not {kind}", where=where, fix=f"correct {key}, or leave it out")
+            raise ModelLinkError(f"{key} is not {kind}", where=where, fix=f"correct {key} or remove it")
     if values.get("replace_eos") and not values.get("stop_words"):
         raise ModelLinkError("replace_eos needs a stop word", where=where)
     system = values.get("system", [PLAIN])
     if values.get("system_in_user") and not (len(system) == 1 and _is_texts(system)):
         raise ModelLinkError("system is not one text, which system_in_user needs", where=where,
-                             fix="it is put before the words of the first question: write tokens around it into user")
+                             fix="it is put before the text of the first question: write tokens around it into user")
     eos = [] if values.get("efficient_eos") else [EOS]
     user = values.get("user", [PLAIN])
     slots: dict[str, Any] = {"prefix": [], "system": [PLAIN], "user": user, "assistant": [PLAIN, *eos],
@@ -210,4 +210,4 @@ _PARTS: Kind = ("a list of texts, {\"token\": ...} and {\"special\": ...}",
 _SWITCH: Kind = ("true or false", lambda value: isinstance(value, bool))
 KINDS: dict[str, Kind] = {"default_system": ("a text", lambda value: isinstance(value, str)),
                           "stop_words": ("a list of texts", _is_texts),
-                          **dict.fromkeys(("efficient_eos", "replace_eos", "system_in_user"), _SWITCH)}  # the rest are slots
+                          **dict.fromkeys(("efficient_eos", "replace_eos", "system_in_user"), _SWITCH)}  # all others are slots

@@ -1,4 +1,4 @@
-"""Tools as the text a system prompt ends with (`tools.json` holds its wording, the original's default)."""
+"""Describe tools as text at the end of a system prompt (`tools.json` has the wording, the original's default)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from modellink.kernels.errors import ModelLinkError
 
 
 def describe_tools(tools: list[dict[str, Any]]) -> str:
-    """What the model is told about `tools`, each a JSON schema with name, description and parameters.
+    """Return the description of `tools` for the model; each is a JSON schema with name, description and parameters.
 
     Raises:
-        ModelLinkError: the parameters of one are not a schema of an object.
+        ModelLinkError: the parameters of a tool are not an object schema.
     """
     words = _words()
     text = ""
@@ -22,7 +22,7 @@ def describe_tools(tools: list[dict[str, Any]]) -> str:
         schema = tool.get("parameters") or {}
         known = schema.get("properties", {}) if isinstance(schema, dict) else None
         if not isinstance(known, dict) or not all(isinstance(item, dict) for item in known.values()):
-            raise ModelLinkError(f"the parameters of the tool {tool['name']!r} are not a JSON schema of an object")
+            raise ModelLinkError(f"the parameters of the tool {tool['name']!r} are not an object schema")
         required = _list(tool, schema, "required")
         for about in known.values():
             _list(tool, about, "enum")

@@ -1,1 +1,1 @@
-"""What is evaluated: the one protocol (backend.py), and a local model (local.py)."""
+"""Models to evaluate: the protocol (backend.py), a local checkpoint (local.py) and a server (endpoint.py)."""

@@ -1,4 +1,4 @@
-"""The protocol between a benchmark and what it evaluates. It speaks in texts; tokens are the backend's own business."""
+"""The protocol between a benchmark and a model. Requests are texts; the backend tokenizes."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Any, NamedTuple, Protocol
 
 
 class Turn(NamedTuple):
-    """What `user` or `assistant` says in a chat."""
+    """A message of `user` or `assistant` in a chat."""
 
     role: str
     text: str
 
 
 Context = str | tuple[Turn, ...]
-"""What a model is given: a text, or the turns of a chat, which the backend puts into a template."""
+"""A prompt: a text, or the turns of a chat, to which the backend applies a template."""
 
 
 class LikelihoodRequest(NamedTuple):
-    """A text and a continuation of it.
+    """A context and a continuation whose likelihood is requested.
 
     Attributes:
-        context: what stands before; a text does not end with white space.
-        continuation: what follows. It owns the blank between the two: " A" after "Answer:".
-        alone: the continuation is tokenized by itself, and only its last token counts. Else its tokens are those that follow
-            the context's when both are tokenized as one text.
+        context: the text before; it does not end with white space.
+        continuation: the text after. It begins with the space between the two: " A" after "Answer:".
+        alone: tokenize the continuation on its own and count only its last token. Otherwise its tokens are those after the
+            context when both are tokenized as one text.
     """
 
     context: Context
@@ -33,12 +33,12 @@ class LikelihoodRequest(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """How likely a continuation is.
+    """The likelihood of a continuation.
 
     Attributes:
         logprob: sum of the natural log-probabilities of its tokens.
-        greedy: whether every token of it is the most likely one.
-        dropped: how many tokens were cut from the beginning of a context too long for the model.
+        greedy: whether each of its tokens is the most likely one.
+        dropped: number of tokens cut from the beginning of a context that is too long for the model.
     """
 
     logprob: float
@@ -47,13 +47,13 @@ class Likelihood(NamedTuple):
 
 
 class GenerationRequest(NamedTuple):
-    """A text to be written.
+    """A request for a generated text.
 
     Attributes:
-        until: strings that end it and are not part of it, beside the model's own end tokens.
-        max_tokens: its longest length.
-        temperature: 0 takes the most likely token always.
-        seed: of the draws, where it is not 0.
+        until: stop strings, in addition to the model's end tokens; they are not part of the text.
+        max_tokens: maximum length.
+        temperature: sampling temperature; 0: greedy decoding.
+        seed: seed of sampling, if the temperature is not 0.
     """
 
     context: Context
@@ -65,34 +65,33 @@ class GenerationRequest(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """What a model wrote; `dropped` tokens were cut from the beginning of a context too long for it."""
+    """A generated text; `dropped` tokens were cut from the beginning of a context that is too long for the model."""
 
     text: str
     dropped: int = 0
 
 
 class Backend(Protocol):
-    """Something that knows how likely texts are, and writes some."""
+    """A model that returns likelihoods and generates texts."""
 
     def describe(self) -> Mapping[str, Any]:
-        """What it is, as values that JSON can hold.
+        """Describe the model as JSON values.
 
-        `fingerprint` must be there: a text that is the same for as long as answers are, whatever the batch or the layout, and
-        another one for other weights or another precision. It is asked for before anything else and must be cheap.
+        `fingerprint` is required: a string that stays the same as long as answers do, for any batch size and layout, and differs
+        for other weights or another precision. It is requested first and must be cheap.
         """
         ...
 
     def loglikelihood(self, requests: Sequence[LikelihoodRequest]) -> list[Likelihood]:
-        """The likelihood of each continuation after its context, in the order of the requests.
+        """Return the likelihood of each continuation after its context, in the order of the requests.
 
-        The choices of one question come one after the other and share their context. What an answer is must not depend on the
-        other requests.
+        The choices of a question are adjacent and share their context. A result must not depend on the other requests.
         """
         ...
 
     def generate(self, requests: Sequence[GenerationRequest]) -> Iterable[tuple[int, Completion]]:
-        """A text for each request, as it is finished, with the number of the request; none must depend on the others.
+        """Yield the number of each request and its text as soon as it is finished; a text must not depend on other requests.
 
-        All that is to be written is asked for at once, so that the backend can begin the next text when one has ended.
+        All requests are passed at once, so that the backend can start the next text when one has ended.
         """
         ...

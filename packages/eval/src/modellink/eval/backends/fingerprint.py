@@ -1,4 +1,4 @@
-"""A short digest of a checkpoint's files, without reading gigabytes: sizes, and samples spread over each file."""
+"""A short digest of a checkpoint's files from their sizes and samples of their content, without reading gigabytes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ SAMPLES, SAMPLE_BYTES = 16, 4096
 
 
 def fingerprint(files: Iterable[Path], *more: str) -> str:
-    """Digest of the files' names, sizes and samples, and of further texts.
+    """Return a digest of the names, sizes and sampled content of files, and of further texts.
 
-    Files of at most 64 KiB are taken whole. Training changes every weight, so samples notice it; a file in which single numbers
-    were changed by hand may pass for the one before.
+    Files of at most 64 KiB are read completely. Training changes every weight, so samples detect it; single numbers changed by
+    hand may go unnoticed.
     """
     digest = hashlib.sha256()
     for path in sorted(files):

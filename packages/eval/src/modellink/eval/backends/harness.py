@@ -1,9 +1,9 @@
-"""Our model for lm-evaluation-harness, so that its own tasks run on any checkpoint modellink-infer opens (Megatron's too).
+"""A model class for lm-evaluation-harness, so that its tasks run on any checkpoint of modellink-infer, including Megatron's.
 
     python -m modellink.eval.backends.harness --model modellink --model_args path=./checkpoint,dtype=float32 --tasks arc_easy
 
-is `lm_eval` with one more model; in Python, `harness_model()` is the class. Needs `modellink-eval[harness]`; lm_eval is imported
-when the class is asked for. One process; chats are not put into templates here.
+is `lm_eval` with an additional model; in Python, `harness_model()` returns the class. Needs `modellink-eval[harness]`; lm_eval is
+imported on use. Limited to one process and no chat templates.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from modellink.eval.backends.backend import GenerationRequest, LikelihoodRequest
 from modellink.eval.backends.local import LocalBackend
 from modellink.kernels.errors import ModelLinkError, run_command
 
-UNSAID = {"max_gen_toks": 256}  # what the harness itself takes
+UNSAID = {"max_gen_toks": 256}  # the default of the harness
 BATCH = 32
 
 
@@ -35,7 +35,7 @@ def harness_model() -> type:
 
     @register_model("modellink")
     class ModelLinkLM(LM):  # type: ignore[misc]
-        """Answers the harness' requests; each is an `Instance` whose `args` are what is asked."""
+        """Answers the requests of the harness; each is an `Instance` whose `args` are the request."""
 
         def __init__(self, path: str, batch_size: int | str = BATCH, device: str = "auto", max_batch_size: Any = None,
                      **options: Any) -> None:
@@ -56,7 +56,7 @@ def harness_model() -> type:
             return [found[number] for number in range(len(requests))]
 
         def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-            """Of whole texts, each token after those before it, in windows of the model's longest sequence."""
+            """Return log-probabilities of entire texts, in windows of the maximum sequence length."""
             return [self.backend.rolling(request.args[0]) for request in requests]
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -66,7 +66,7 @@ def harness_model() -> type:
 
 
 def _request(context: str, continuation: str) -> LikelihoodRequest:
-    """The harness moves blanks at a context's end to the continuation, as it does for models of its own."""
+    """Move spaces at the end of the context to the continuation, as the harness does for its own models."""
     kept = context.rstrip()
     return LikelihoodRequest(kept, context[len(kept):] + continuation)
 
@@ -82,7 +82,7 @@ def _writing(context: str, options: dict[str, Any]) -> GenerationRequest:
 
 
 def main() -> None:
-    """`lm_eval` with our model registered."""
+    """Run `lm_eval` with this model registered."""
     harness_model()
     from lm_eval.__main__ import cli_evaluate
     cli_evaluate()

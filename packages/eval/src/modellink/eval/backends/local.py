@@ -1,7 +1,7 @@
-"""A checkpoint on this machine, computed by modellink-infer, which is imported when the first model is opened.
+"""A checkpoint on this machine, run by modellink-infer, which is imported when the first model is opened.
 
-Of several ranks the first one drives: it hands every batch to the others, which do nothing but `follow`. So journals, files
-and progress are its business alone, and no rank can come to another opinion of what is left to do.
+With several ranks, the first one broadcasts every batch to the others, which only `follow`. Journals, files and progress belong
+to the first rank, so the ranks cannot disagree about the remaining work.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ LIBRARIES = ("megatron-core", "torch", "tokenizers")
 class LocalBackend:
     """Any checkpoint modellink-infer can open, at any layout.
 
-    Opening one checks files, layout and device; the weights are read when the first likelihood is asked for.
+    The constructor checks files, layout and device; the weights are read on first use.
 
     Args:
-        path: a Hugging Face folder, or a Megatron-Core or torch_dist checkpoint.
-        layout: the tensor, pipeline and expert parallel sizes; there must be as many processes.
-        device: `auto` takes an NPU, else a CUDA GPU, else the CPU.
-        dtype: None takes what most of the checkpoint's weights have.
-        tokenizer: a Hugging Face folder, for a checkpoint that does not carry its own.
-        family: the family where the checkpoint does not say it.
-        chat: the template around chats, a prompt type of data-prep or `hf-chat-template`.
-        batch_size: how many texts are written together.
+        path: a Hugging Face folder, or a Megatron-Core or torch-dist checkpoint.
+        layout: tensor, pipeline and expert parallel sizes; the number of processes must match.
+        device: `auto`: an NPU, else a CUDA GPU, else the CPU.
+        dtype: precision. Default: that of most weights of the checkpoint.
+        tokenizer: a Hugging Face folder, for a checkpoint without a tokenizer.
+        family: model family, for a checkpoint that does not name it.
+        chat: chat template, a prompt type of data-prep or `hf-chat-template`.
+        batch_size: number of texts generated together.
 
     Raises:
-        ModelLinkError: modellink-infer is not installed, the checkpoint cannot be opened or has no tokenizer, a layout that
-            does not fit, a template that is not there.
+        ModelLinkError: modellink-infer is not installed, the checkpoint cannot be opened or has no tokenizer, the layout does not
+            fit, or the template is unknown.
     """
 
     def __init__(self, path: Path | str, *, layout: ParallelLayout = ParallelLayout(),
@@ -57,8 +57,8 @@ class LocalBackend:
         self._plan = make_load_plan(path, layout=layout, device=device, index=index, dtype=dtype, family=family,
                                     tokenizer=tokenizer)
         if self._plan.tokenizer is None:
-            raise ModelLinkError("the checkpoint carries no tokenizer", where=path,
-                                 fix="give the Hugging Face folder of the model with --tokenizer-name-or-path")
+            raise ModelLinkError("the checkpoint has no tokenizer", where=path,
+                                 fix="pass the Hugging Face folder of the model as --tokenizer-name-or-path")
         self.ranks, self.batch_size = layout.world_size, batch_size
         self.encode = Encoder(self._plan.tokenizer, self._plan.spec.max_position_embeddings, chat)
         self._dtype = str(self._plan.dtype).removeprefix("torch.")
@@ -88,31 +88,31 @@ class LocalBackend:
             yield number, Completion(text, prompts[number][1])
 
     def rolling(self, text: str) -> float:
-        """The log-probability of a whole text, in windows of the longest sequence, one after the other."""
+        """Return the log-probability of an entire text, in consecutive windows of the maximum sequence length."""
         return float(sum(value for value, _ in self._compute("likelihoods", self.encode.windows(text))))
 
     def load(self) -> None:
-        """Read the weights now, on every rank, so that nobody counts that among the time of the questions."""
+        """Read the weights on every rank now, so that loading does not count as time of the questions."""
         if self._engine is None:
             from modellink.infer import Engine
-            # The compiled step writes about twice as fast. In fp32 it differs from the model in the last digits, as layouts do;
-            # in bf16 by what the model rounds and it does not, and then the answers are to be the model's own. Whether it pays
-            # is not measured: two runs on one machine are to be computed the same way.
+            # The compiled step generates about twice as fast. In fp32 it differs from the model only in the last digits, as
+            # layouts do. In bf16 it skips roundings of the model, so the model is used. Speed is not measured to decide, so that
+            # two runs on one machine compute the same way.
             self._engine = Engine(self._plan, batch_size=self.batch_size, show=True, native=self._dtype == "float32")
 
     def follow(self) -> None:
-        """What every rank but the first does: compute what the first one asks for, until it closes."""
+        """Run on all ranks but the first: compute the batches of the first rank until it closes."""
         while (found := self._compute(None, None)) is not None:
-            for _ in found:  # texts are written as somebody takes them
+            for _ in found:  # texts are generated as the iterator is consumed
                 pass
 
     def close(self) -> None:
-        """Let the other ranks go; the first rank calls it after its work."""
+        """Release the other ranks; the first rank calls this at the end."""
         if self.ranks > 1:
             self._compute(None, [])
 
     def _compute(self, what: str | None, asked: list[Any] | None) -> Any:
-        """What is asked for, on a following rank (asked None) what the first rank asks for; None at the end of the work."""
+        """Compute a batch; on a following rank (`asked` is None) the batch of the first rank. Return None at the end."""
         self.load()
         if self.ranks > 1:
             import torch.distributed as dist
@@ -124,10 +124,10 @@ class LocalBackend:
 
 
 def _texts(engine: Engine, asked: list[Any]) -> Iterator[tuple[int, str]]:
-    """Each text with its number, as it is finished; the next one begins in its place."""
+    """Yield each text with its number when it is finished; the next request then takes its slot."""
     from modellink.infer.request import Completion
     batch = engine.batch()
-    under_way: dict[int, tuple[int, Completion]] = {}  # by identity: answers are compared by what they hold
+    under_way: dict[int, tuple[int, Completion]] = {}  # by identity, since answers compare by value
     left = iter(enumerate(asked))
     try:
         while True:
@@ -151,7 +151,7 @@ _WORK: dict[str, Callable[[Any, list[Any]], Iterable[Any]]] = {
 
 
 def require_infer() -> None:
-    """Raise a message with the command that helps where modellink-infer is not installed."""
+    """Raise ModelLinkError with the install command if modellink-infer is not installed."""
     if importlib.util.find_spec("modellink.infer") is None:
         raise ModelLinkError("a local model needs modellink-infer, which is not installed", where="--load",
                              fix='python -m pip install "modellink-eval[local]"; from a clone: python -m pip install '

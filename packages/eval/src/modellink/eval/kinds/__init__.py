@@ -1,4 +1,4 @@
-"""The kinds of answers: the most likely choice, a text that holds an answer, a program. Each asks a backend and gives marks."""
+"""The kinds of answers: the most likely choice, a text that contains an answer, a program. Each queries a backend and marks."""
 
 from modellink.eval.kinds.kind import Kind, kind_of
 

@@ -1,4 +1,4 @@
-"""The answer is the choice that is most likely after the prompt; there is nothing to find in a text."""
+"""Multiple choice: the answer is the most likely choice after the prompt."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings,
         if not all(math.isfinite(one.logprob) for one in mine):
             raise ModelLinkError(f"the likelihoods are {[one.logprob for one in mine]}",
                                  where=f"{question.subject}, row {question.row}",
-                                 fix="look at the checkpoint: weights that are no numbers, or float16 that overflows?")
+                                 fix="check the checkpoint for NaN weights, and float16 for overflow")
         yield number, {"logprobs": [one.logprob for one in mine], "greedy": [one.greedy for one in mine],
                        "dropped": max(one.dropped for one in mine)}
 
@@ -42,10 +42,10 @@ def mark(question: Question, answer: dict[str, Any]) -> Mark:
 
 
 def choose(logprobs: Sequence[float]) -> int:
-    """The index of the most likely choice; of equals the first."""
+    """Return the index of the most likely choice, the first in a tie."""
     return max(range(len(logprobs)), key=lambda index: logprobs[index])
 
 
 def per_character(logprobs: Sequence[float], choices: Sequence[str]) -> list[float]:
-    """Log-probabilities divided by the choices' lengths in characters, without the blank before them (lm-eval's acc_norm)."""
+    """Divide log-probabilities by the lengths of the choices in characters, without the leading space (acc_norm of lm-eval)."""
     return [value / max(1, len(text.strip())) for value, text in zip(logprobs, choices, strict=True)]

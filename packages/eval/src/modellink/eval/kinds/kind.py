@@ -1,4 +1,4 @@
-"""What a kind of answer can do, and which one a question has."""
+"""The interface of a kind of answer, and the kind of a question."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from modellink.eval.score import Mark
 
 
 class Kind(Protocol):
-    """`ask` is what takes time and goes to the journal; `mark` is made anew from the journal whenever results are."""
+    """`ask` computes answers, which are recorded in the journal; `mark` scores them and is repeated for every report."""
 
     NAME: str
-    TOGETHER: bool  # whether questions are answered a batch at a time; else all at once are begun, and end one by one
+    TOGETHER: bool  # whether questions are answered in batches; otherwise all are started together and finish one by one
 
     def ask(self, backend: Backend, questions: Sequence[Question], settings: EvalSettings,
             sandbox: Sandbox | None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The number of each question and its answer as JSON holds it, with `dropped` tokens of its context, as it is there."""
+        """Yield the number of each question and its answer, a JSON value with the `dropped` tokens of its context."""
         ...
 
     def mark(self, question: Question, answer: dict[str, Any]) -> Mark:
-        """What an answer is worth."""
+        """Mark an answer."""
         ...
 
 

@@ -1,8 +1,8 @@
-"""When two mathematical answers written in LaTeX are the same, and where the answer stands in a text.
+"""Find the mathematical answer in a LaTeX text, and compare two answers.
 
-The rules are those people compare with: the answer is what is boxed, else what stands between dollar signs, else what follows the
-last equals sign, else the last number (AGIEval, `src/post_process.py`); two of them are the same when their texts are after
-spellings that mean the same were made one (Hendrycks et al., MATH, arXiv:2103.03874, `math_equivalence.py`). No algebra is done.
+The rules are those in common use: the answer is the boxed text, else the text between dollar signs, else the text after the last
+equals sign, else the last number (AGIEval, `src/post_process.py`). Two answers are equal if their texts are equal once equivalent
+spellings are normalized (Hendrycks et al., MATH, arXiv:2103.03874, `math_equivalence.py`). Not here: algebra.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SPELLINGS = (
 
 
 def read(text: str, target: str) -> str | None:
-    """The answer in a text; its first line where that as a whole is the target, for a formula need not be marked as one."""
+    """Return the answer in a text; its first line if that equals the target, since a formula need not be marked."""
     line = text.strip().split("\n")[0].rstrip(".").replace("$", "")
     return line if same(line, target) else find_answer(text)
 
 
 def find_answer(text: str) -> str | None:
-    """The answer in a text, None where there is none."""
+    """Return the answer in a text, or None."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start >= 0:
         boxed = _braced(text[start:])
@@ -40,7 +40,7 @@ def find_answer(text: str) -> str | None:
 
 
 def _braced(text: str) -> str | None:
-    """What stands between the first brace and the one that closes it."""
+    """Return the text between the first brace and the one that closes it."""
     depth, start = 0, text.find("{") + 1
     for place in range(start - 1, len(text)) if start else ():
         depth += {"{": 1, "}": -1}.get(text[place], 0)
@@ -54,7 +54,7 @@ def same(answer: str, target: str) -> bool:
 
 
 def normal(text: str) -> str:
-    """One spelling of an answer."""
+    """Normalize the spelling of an answer."""
     for expression, spelling in SPELLINGS:
         text = re.sub(expression, spelling, text)
     return text

@@ -1,4 +1,4 @@
-"""The answer is a program, which is run with a test in a sandbox; several samples give pass@k.
+"""The answer is a program, which runs with a test in a sandbox; several samples give pass@k.
 
 pass@k by the unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, section
 2.1: of n samples c pass, then 1 - C(n - c, k) / C(n, k).
@@ -29,9 +29,9 @@ PASSED = "passed"
 def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings, sandbox: Sandbox | None,
         ) -> Iterator[tuple[int, dict[str, Any]]]:
     if sandbox is None:
-        raise ModelLinkError("these answers are programs, and running them was not allowed", where="--allow-code-execution")
+        raise ModelLinkError("the answers are programs, and running them is not allowed", where="--allow-code-execution")
     running: list[tuple[int, list[Completion], list[Future[str]]]] = []
-    with ThreadPoolExecutor(sandbox.workers) as pool:  # programs run while others are written
+    with ThreadPoolExecutor(sandbox.workers) as pool:  # programs run while others are generated
         for number, texts in write(backend, questions, settings, settings.samples):
             question = questions[number]
             programs = [complete(question.program, text.text, chat=settings.chat is not None) for text in texts]
@@ -58,14 +58,14 @@ def mark(question: Question, answer: dict[str, Any]) -> Mark:
 
 
 def pass_at_k(count: int, passed: int, k: int) -> float:
-    """How likely one of k samples passes, where `passed` of `count` did."""
+    """Return the probability that one of k samples passes, given that `passed` of `count` did."""
     return 1.0 - comb(count - passed, k) / comb(count, k)
 
 
 def complete(prompt: str, text: str, *, chat: bool) -> str:
-    """The program: the prompt and its continuation, or the block of code that a chat put around one.
+    """Return the program: the prompt and its continuation, or the code block of a chat answer.
 
-    In plain text a fence ends the code, for a document may have gone on after it; only a text that begins with one is a block.
+    In plain text a fence ends the code, since a document may continue after it; only a text that begins with a fence is a block.
     """
     block = BLOCK.search(text) if chat or text.lstrip().startswith("```") else None
     if block is None or not block[1].strip():

@@ -1,4 +1,4 @@
-"""The answer is written and has to be found in the text; where it is not, it counts as unparsed and is listed, never guessed."""
+"""The answer is extracted from a generated text; if it is not found, it counts as unparsed and is listed, never guessed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from modellink.kernels.errors import ModelLinkError
 
 NAME = "generated text, answer extracted"
 TOGETHER = False
-SHOWN = 200  # characters of a text in which nothing was found
+SHOWN = 200  # characters shown of a text without an answer
 
 
 def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings, sandbox: Sandbox | None,
@@ -28,10 +28,10 @@ def ask(backend: Backend, questions: Sequence[Question], settings: EvalSettings,
 
 def write(backend: Backend, questions: Sequence[Question], settings: EvalSettings,
           samples: int) -> Iterator[tuple[int, list[Completion]]]:
-    """The number of each question and `samples` texts for it, once all of them are there.
+    """Yield the number of each question and its `samples` texts, once all of them are generated.
 
     Raises:
-        ModelLinkError: the backend has left some out.
+        ModelLinkError: the backend did not return a text for each request.
     """
     requests = []
     for question in questions:
@@ -48,7 +48,7 @@ def write(backend: Backend, questions: Sequence[Question], settings: EvalSetting
             yield number, [texts[sample] for sample in range(samples)]
     if found:
         raise ModelLinkError(f"{len(found)} of {len(questions)} questions have no answer", where="backend",
-                             fix="let its generate give a text for each request")
+                             fix="generate() of the backend must yield a text for each request")
 
 
 def mark(question: Question, answer: dict[str, Any]) -> Mark:
@@ -68,7 +68,7 @@ def mark(question: Question, answer: dict[str, Any]) -> Mark:
 
 
 def extract(extraction: Extraction, text: str) -> str | None:
-    """What stands in the text where the answer is looked for; None where it is not there or blank."""
+    """Return the extracted answer, or None if it is missing or blank."""
     matches = list(re.finditer(extraction.regex, text))
     if not matches:
         return None
@@ -78,7 +78,7 @@ def extract(extraction: Extraction, text: str) -> str | None:
 
 
 def same(answer: str, target: str, generate: Generate) -> bool:
-    """Whether two answers are the same by the rules of a task."""
+    """Return whether two answers are equal by the rules of a task."""
     answer, target = (_plain(text, generate.ignore, generate.ignore_case) for text in (answer, target))
     return mathtext.same(answer, target) if generate.compare == "math" else answer == target
 

@@ -1,1 +1,1 @@
-"""What a run leaves for people: tables on the terminal, CSV, a page of HTML, two runs side by side."""
+"""Reports of a run: tables on the terminal, CSV, an HTML page, and the comparison of two runs."""

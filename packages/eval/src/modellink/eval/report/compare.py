@@ -1,9 +1,9 @@
-"""Two runs side by side: the difference of their scores, and how likely chance alone makes one as large.
+"""Compare two runs: the difference of their scores, and the probability that chance causes one as large.
 
-Where both runs answered the same questions (told by a digest of the row, so prompts and models may differ) every question is
-compared with itself: of the questions on which the two differ, each is as likely to fall to either side if they are equally good
-(the exact test of McNemar, Psychometrika 12, 1947). Otherwise, and where an answer can be half right, the difference is held
-against its standard error (a z test). No correction is made for looking at several tasks.
+If both runs answered the same questions (identified by a digest of the row; prompts and models may differ), the test is paired:
+among the questions on which the runs differ, each side is equally likely if the runs are equally good (exact test of McNemar,
+Psychometrika 12, 1947). Otherwise, and if answers can be partly right, the difference is compared with its standard error (a z
+test). There is no correction for multiple tasks.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from modellink.eval.report.write import questions_path
 from modellink.kernels.errors import ModelLinkError
 
 Scores = Mapping[tuple[str, str, str], float]
-"""(subject, row, digest) to the score of a question."""
+"""Score of a question by (subject, row, digest)."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Of one task.
+    """The comparison of one task.
 
     Attributes:
-        first, second: accuracies over the questions that are compared.
-        better, worse: on how many questions the second run does better and worse; None where they are not the same questions.
-        p: how often runs that are equally good differ as much.
-        test: which one was made.
+        first, second: accuracies over the compared questions.
+        better, worse: number of questions on which the second run is better and worse; None if the questions differ.
+        p: probability that equally good runs differ as much.
+        test: name of the test.
     """
 
     first: float
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def compare(first: Scores, second: Scores) -> Comparison:
-    """Two runs over the same questions, or over others."""
+    """Compare two runs over the same or over different questions."""
     shared = first.keys() & second.keys()
     if not shared:
         return _apart(list(first.values()), list(second.values()))
@@ -61,7 +61,7 @@ def compare(first: Scores, second: Scores) -> Comparison:
 
 
 def sign_test(better: int, worse: int) -> float:
-    """Two-sided: how often a fair coin thrown `better + worse` times falls at least as unevenly."""
+    """Return the two-sided probability that `better + worse` tosses of a fair coin are at least as uneven."""
     count, least = better + worse, min(better, worse)
     tail = sum(math.comb(count, number) for number in range(least + 1))
     return min(1.0, 2 * tail / (1 << count))
@@ -85,16 +85,16 @@ def _two_sided(difference: float, error: float) -> float:
 
 def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Mapping[str, Any],
                      console: Console | None = None) -> None:
-    """A row for each task that both have.
+    """Return a comparison for each task of both runs.
 
     Raises:
-        ModelLinkError: they have none in common, or the questions of one are not beside its results.
+        ModelLinkError: the runs have no task in common, or the questions file of a run is missing.
     """
     tasks = [name for name in first["tasks"] if name in second["tasks"]]
     if not tasks:
-        raise ModelLinkError("the two have no task in common", where=f"{one}, {two}")
+        raise ModelLinkError("the two runs have no task in common", where=f"{one}, {two}")
     table = Table(title=f"{one}\n{two}", title_justify="left", caption_justify="left",
-                  caption="first and second: means over the questions that are compared, each counting the same")
+                  caption="first and second: unweighted means over the compared questions")
     table.add_column("task")
     for heading in ("headlines", "questions", "first", "second", "difference", "better", "worse", "p"):
         table.add_column(heading, justify="right")
@@ -111,14 +111,14 @@ def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Map
             if results[0][key] != results[1][key]:
                 notes.append(f"{name}: {what} differ, {results[0][key]} and {results[1][key]}")
         if "macro" in (run["aggregation"] for run in results):
-            notes.append(f"{name}: its headline is the mean of its subjects (macro), which is not what the test is about")
+            notes.append(f"{name}: its headline is the mean over subjects (macro), which this test does not compare")
     (console or Console()).print(table, *notes, sep="\n")
 
 
 def read_scores(path: Path, task: str) -> Scores:
-    """The score of each question, from the file beside the results."""
+    """Read the score of each question from the file next to the results."""
     file = questions_path(path if path.is_dir() else path.parent, task)
     if not file.is_file():
-        raise ModelLinkError("the questions of a run are missing", where=file, fix="keep them beside its results.json")
+        raise ModelLinkError("the questions file of a run is missing", where=file, fix="keep it next to results.json")
     with file.open(encoding="utf-8", newline="") as lines:
         return {(row["subject"], row["row"], row["digest"]): float(row["score"]) for row in csv.DictReader(lines)}

@@ -1,4 +1,4 @@
-"""A page of HTML for one task, whole in one file: a bar for each subject, and the questions that went worst."""
+"""A self-contained HTML page for one task: a bar for each subject, and the worst answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from modellink.eval.score import Mark
 from modellink.kernels.files import atomic_write
 
 WORST = 20
-SHOWN = 3000  # characters of a prompt, its end
+SHOWN = 3000  # characters shown of the end of a prompt
 
 _TEMPLATE = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{{ name }}</title><style>
@@ -30,16 +30,16 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; paddi
 </style></head><body>
 <h1>{{ name }}: {{ percent(task.accuracy) }}{% if task.stderr is not none %} ± {{ percent(task.stderr) }}{% endif %}</h1>
 <p>{{ task.micro.questions }} questions, {{ task.score }}, prompts: {{ task.style }}, {{ task.shots }} examples; headline:
-{{ task.aggregation }}. {% if task.micro.unparsed %}<b>{{ task.micro.unparsed }} answers could not be found in what was written
-and count as wrong.</b>{% endif %} {% if task.prompts_cut %}<b>{{ task.prompts_cut }} prompts lost their beginning.</b>{% endif %}
-</p><p>Model:
+{{ task.aggregation }}. {% if task.micro.unparsed %}<b>{{ task.micro.unparsed }} answers were not found in the generated text and
+count as wrong.</b>{% endif %} {% if task.prompts_cut %}<b>{{ task.prompts_cut }} prompts were
+truncated at the beginning.</b>{% endif %}</p><p>Model:
 {% for key, value in model.items() if key != "versions" %}{{ key }} {{ value }}{{ "; " if not loop.last }}{% endfor %}
 </p><table><tr><th>subject</th><th>questions</th><th>accuracy</th><th>± stderr</th><th>unparsed</th><th class="bar"></th></tr>
 {% for label, score, kind in rows %}<tr class="{{ kind }}"><td>{{ label }}</td><td>{{ score.questions }}</td>
 <td>{{ percent(score.accuracy) }}</td><td>{{ percent(score.stderr) if score.stderr is not none else "" }}</td>
 <td>{{ score.unparsed }}</td>
 <td class="bar"><div style="width: {{ "%.2f" | format(100 * score.accuracy) }}%"></div></td></tr>{% endfor %}</table>
-<h2>Where it went worst</h2><p>{{ explained }}</p>
+<h2>Worst answers</h2><p>{{ explained }}</p>
 {% for question, mark in worst %}<details><summary>{{ question.subject }}, row {{ question.row }}:
 {{ "no answer found" if mark.unparsed else mark.answer[:80] }}, right is {{ mark.right[:80] }}
 {%- if mark.margin is not none %} ({{ "%.2f" | format(-mark.margin) }} nats){% endif %}</summary>
@@ -55,14 +55,14 @@ def write_page(path: Path, job: Job, marks: Sequence[Mark], results: Mapping[str
             *((f"category: {name}", score, "total") for name, score in task["categories"].items()),
             ("all questions", task["micro"], "total")]
     worst = worst_questions(job.questions, marks)
-    explained = "Wrong answers, the surest first." if any(mark.margin is not None for _, mark in worst) else \
-        "Wrong answers; those that could not be found in the text first."
+    explained = "Wrong answers, the most confident first." if any(mark.margin is not None for _, mark in worst) else \
+        "Wrong answers; those not found in the text first."
     with atomic_write(path, "w") as file:
         file.write(_TEMPLATE.render(name=job.task.name, task=task, model=results["model"], rows=rows, worst=worst, shown=SHOWN,
                                     explained=explained, percent=lambda value: f"{100 * value:.2f} %"))
 
 
 def worst_questions(questions: Sequence[Question], marks: Sequence[Mark]) -> list[tuple[Question, Mark]]:
-    """The wrong answers: by how much surer the model was of them, then those that were not found at all."""
+    """Return the wrong answers, sorted by the confidence of the model, or with those not found in the text first."""
     wrong = [(question, mark) for question, mark in zip(questions, marks, strict=True) if mark.score < 1]
     return sorted(wrong, key=lambda item: (item[1].margin or 0.0, not item[1].unparsed, item[1].score))[:WORST]

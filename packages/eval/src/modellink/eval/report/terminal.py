@@ -1,4 +1,4 @@
-"""Results on the terminal: a table for each task, and the line the original prints."""
+"""Print results on the terminal: a table for each task, and the line the original prints."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ FORMAT = {"modellink-eval", "model", "tasks", "run"}
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """What a results.json holds, named itself or by its folder.
+    """Read a results.json, given by its path or its folder.
 
     Raises:
-        ModelLinkError: there is none, or it is not ours.
+        ModelLinkError: the file is missing or is not a results file.
     """
     path = path / RESULTS if path.is_dir() else path
     if not path.is_file():
-        raise ModelLinkError("there are no results", where=path, fix="name a folder that was the --output of a run that ended")
+        raise ModelLinkError("no results were found", where=path, fix="give the --output folder of a finished run")
     results = read_json(path)
     if not isinstance(results, dict) or not set(results) >= FORMAT:
-        raise ModelLinkError("this is not a results file of ours", where=path)
+        raise ModelLinkError("the file is not a results file of modellink-eval", where=path)
     return results
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """A table and a line for each task, on stdout."""
+    """Print a table and a line for each task."""
     console = console or Console()
     for name, task in results["tasks"].items():
         console.print(_table(name, task, results["run"][name]))
         if task["prompts_cut"]:
-            console.print(f"{task['prompts_cut']} prompts were too long for the model and lost their beginning", style="bold")
+            console.print(f"{task['prompts_cut']} prompts were too long and were truncated at the beginning", style="bold")
         if task["micro"]["unparsed"]:
-            console.print(f"{task['micro']['unparsed']} answers could not be found in what was written and count as wrong; they "
+            console.print(f"{task['micro']['unparsed']} answers were not found in the generated text and count as wrong; they "
                           f"are marked in {name}.questions.csv", style="bold", soft_wrap=True)
         for rule, value in task["micro"]["also"].items():
             console.print(f"{name} {rule}: {100 * value:.2f} %", soft_wrap=True, markup=False, highlight=False)
@@ -48,14 +48,14 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
 
 
 def original_line(name: str, task: Mapping[str, Any]) -> str:
-    """`mmlu acc = 12/40=0.3`, the line of the original's log, which scripts look for."""
+    """Return `mmlu acc = 12/40=0.3`, the line of the original's log, which scripts search for."""
     micro = task["micro"]
     return f"{name} acc = {micro['correct']}/{micro['questions']}={micro['accuracy']}"
 
 
 def _table(name: str, task: Mapping[str, Any], run: Mapping[str, Any]) -> Table:
     speed = f", {run['questions_per_second']:,.1f} questions/s" if run["questions_per_second"] else ""
-    found = f", {run['found answered']} answered before" if run["found answered"] else ""
+    found = f", {run['found answered']} answered by an earlier run" if run["found answered"] else ""
     table = Table(title=f"{name}, style {task['style']}, {task['shots']} examples", title_justify="left",
                   caption=f"{run['seconds']:,.1f} s{speed}{found}", caption_justify="left")
     table.add_column("subject")
@@ -89,11 +89,11 @@ def _percent(score: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def print_tasks(console: Console | None = None) -> None:
-    """The benchmarks there are, on stdout."""
+    """Print the list of benchmarks."""
     table = Table(title="benchmarks", title_justify="left")
     for heading in ("task", "version", "styles", "examples", "files"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("what it is")
+    table.add_column("description")
     for name in task_names():
         task = load_task(name)
         shots = {task.shots if style.shots is None else style.shots for styles in task.styles.values() for style in styles}

@@ -1,4 +1,4 @@
-"""The files beside results.json: a line for each subject, a line for each question, a page."""
+"""Write the files next to results.json: a CSV of subjects, a CSV of questions, and an HTML page."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Running programs a model wrote, which may do anything: where they can do nothing to this machine.
+"""Run generated programs, which may do anything, isolated from this machine.
 
-See `Sandbox`; README.md of this folder says what is contained and what is not.
+See `Sandbox`; the README.md of this folder documents what is contained and what is not.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from modellink.kernels.errors import ModelLinkError
 
 Isolation = Literal["namespaces", "none"]
 DEFAULT = Limits()
-POLL = 0.02  # seconds between two looks at the memory
-TOOLS = ("unshare", "bwrap")  # what makes namespaces; the first one that does it here is taken
-PROBE_SECONDS = 60  # in which a program that gives 42 must be done; a busy machine is no reason to refuse
+POLL = 0.02  # seconds between two checks of the memory
+TOOLS = ("unshare", "bwrap")  # programs that create namespaces; the first one that works is used
+PROBE_SECONDS = 60  # time limit of the probe program; generous, since the machine may be busy
 PROBE = ("def probe():\n", "def probe():\n    return 41 + 1\n", "assert probe() == 42\n")
 
 
@@ -30,15 +30,15 @@ class Sandbox:
     """Runs programs, each in fresh processes.
 
     Args:
-        isolation: `namespaces`: own user, network, mount, pid, ipc and host name, a root folder with nothing of this machine but
-            system libraries and the interpreter, no privilege. `none`: limits and an own user where there was root, no more.
-        tools: programs that make namespaces, util-linux' `unshare` and bubblewrap's `bwrap`.
+        isolation: `namespaces`: own user, network, mount, pid, ipc and host name, a root folder with only the system
+            libraries and the interpreter, no privileges. `none`: only limits, and another user if started as root.
+        tools: programs that create namespaces, `unshare` of util-linux and `bwrap` of bubblewrap.
 
     Attributes:
-        tool: the path of the one in use.
+        tool: path of the program in use.
 
     Raises:
-        ModelLinkError: this machine does not allow that isolation.
+        ModelLinkError: this machine does not support the isolation.
     """
 
     def __init__(self, isolation: Isolation = "namespaces", limits: Limits = DEFAULT, workers: int | None = None,
@@ -59,17 +59,17 @@ class Sandbox:
                 return
             reasons.append(f"{name}: {verdict.removeprefix('failed: ')}")
         raise ModelLinkError(f"programs cannot be isolated here ({'; '.join(reasons)})", where="--allow-code-execution",
-                             fix="allow user namespaces, install bubblewrap or start as root; or, in a machine made for that, "
+                             fix="allow user namespaces, install bubblewrap or start as root; or, on a disposable machine, "
                              "pass --isolation none")
 
     def passes(self, prompt: str, program: str, test: str, entry: str) -> str:
-        """`passed`, or why not.
+        """Run a program and its test; return `passed` or the reason of the failure.
 
         Args:
-            prompt: what the data set says before the program; helpers in it are there for the test.
-            program: the whole program of the model.
-            test: a program that fails where an answer of `entry` is wrong.
-            entry: the name of the function that is tested; the test's is one that asks the other process.
+            prompt: text of the data set before the program; the test may use helpers in it.
+            program: the complete program.
+            test: a program that fails if a result of `entry` is wrong.
+            entry: name of the tested function; in the test it is a stub that calls the other process.
         """
         to_candidate, to_judge, verdict = os.pipe(), os.pipe(), os.pipe()
         with folder() as first, folder() as second:
@@ -96,11 +96,11 @@ class Sandbox:
         while not held.endswith(b"\n"):
             left = end - time.monotonic()
             if left <= 0:
-                return f"failed: not done after {self.limits.seconds:g} seconds"
+                return f"failed: timeout after {self.limits.seconds:g} seconds"
             if select.select([handle], [], [], min(POLL, left))[0]:
                 piece = os.read(handle, 1 << 16)
                 if not piece:
-                    return "failed: the test was ended before it was done"
+                    return "failed: the test was terminated"
                 held += piece
             elif any(process.over() for process in processes):
                 return f"failed: more than {self.limits.memory >> 20} MB of memory"

@@ -1,7 +1,7 @@
-"""A control group for one program, where this process may make one: memory and processes bounded by the kernel.
+"""A control group for one program, if this process may create one: the kernel limits memory and processes.
 
-Version 2 where its root has the memory controller, else version 1. Where neither can be written, the watchdog of process.py and
-the limits of each process are what there is.
+Version 2 if its root has the memory controller, else version 1. If neither is writable, only the watchdog of process.py and the
+limits of each process apply.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Group:
                 (folder / "cgroup.procs").write_text(str(pid))
 
     def remove(self) -> None:
-        """Its processes are dead by now; the kernel takes a moment to notice."""
+        """Remove the group; its processes are dead, but the kernel may need a moment to notice."""
         for folder in self._folders:
             for _ in range(50):
                 try:
@@ -39,7 +39,7 @@ class Group:
 
 
 def make(limits: Limits) -> Group | None:
-    """A new group, None where that is not allowed."""
+    """Create a group, or return None if that is not allowed."""
     name = f"modellink-{os.getpid()}-{next(_numbers)}"
     two = (TOP / "cgroup.controllers").is_file()
     wanted = [(TOP, {"memory.max": limits.memory, "memory.swap.max": 0, "pids.max": limits.processes + 4})] if two else [

@@ -1,15 +1,15 @@
-"""Runs inside: a process takes away from itself what it shall not have, then does its part of the dialogue.
+"""The script inside the sandbox: a process drops its privileges and then runs its side of the dialogue.
 
-Started as a script, twice. First it waits for a line on its standard input (by then its parent has put it under a memory limit),
-becomes nobody where it may not stay root and has no namespaces to hide in, and turns into `unshare` or `bwrap`. What that starts
-is this script again, in new namespaces. Under `unshare` it is process 1 and builds a root folder of its own (system libraries and
-the interpreter, all read only, and an empty folder that is limited in size) and leaves the old one; `bwrap` was told to do that.
-Then it sets limits and gives up every privilege.
+It is started twice. First it waits for a line on stdin (by then its parent has applied a memory limit), switches to the user
+nobody if there are no namespaces and it was root, and executes `unshare` or `bwrap`, which starts this script again in new
+namespaces. Under `unshare` it is process 1, mounts a new root folder (system libraries and the interpreter, read only, and an
+empty folder of limited size) and leaves the old one; `bwrap` does that by its arguments. Then it sets limits and drops all
+privileges.
 
-Only the standard library, because nothing else is to be seen from here.
+Only the standard library is imported, because nothing else is visible inside.
 """
 
-# os alone, so that a start is short
+# only os, for a short start
 # ruff: noqa: PTH100, PTH103, PTH106, PTH112, PTH114, PTH115, PTH119, PTH120, PTH211
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import dialogue
 from limits import NOBODY, Limits
 
-TYPE_CHECKING = False  # typing takes its time to import; type checkers know the name
+TYPE_CHECKING = False  # importing typing is slow; type checkers know the name
 if TYPE_CHECKING:
     from typing import Any
 
 LIBRARIES = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime")
 DEVICES = ("null", "zero", "full", "random", "urandom")
-FOLDER = "/sandbox"  # the only place that can be written
+FOLDER = "/sandbox"  # the only writable folder
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
 CLONE_NEWUSER = 0x10000000
@@ -55,7 +55,7 @@ def mount(source: str | None, target: str, kind: str | None, flags: int, options
 
 
 def bind(source: str, target: str) -> None:
-    """A file or folder at another place, read only with all that is mounted in it."""
+    """Mount a file or folder at another path, read only, with all mounts inside it."""
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -68,10 +68,10 @@ def bind(source: str, target: str) -> None:
 
 
 def build_root(limits: Limits, visible: list[str]) -> None:
-    """A root folder in memory with nothing in it but what a Python program needs; the old one is gone afterwards."""
+    """Mount a root folder in memory with only what a Python program needs, and unmount the old one."""
     check(libc.mount(None, b"/", None, ctypes.c_ulong(MS_REC | MS_PRIVATE), None), "mount /")
-    top = "/tmp"  # any folder that is there: it is covered in this namespace only
-    kept = {path: os.open(path, os.O_PATH) for path in visible}  # some may lie below what is now covered
+    top = "/tmp"  # any existing folder: it is covered only in this namespace
+    kept = {path: os.open(path, os.O_PATH) for path in visible}  # some may be below the covered folder
     mount("sandbox", top, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in (*LIBRARIES, *visible):
         target = top + path
@@ -117,7 +117,7 @@ def become_nobody() -> None:
 
 
 def drop_privileges() -> None:
-    """No capability is left, and no program that is started brings any back."""
+    """Drop all capabilities, so that no started program regains any."""
     for number in range(64):
         libc.prctl(PR_CAPBSET_DROP, number, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
@@ -126,7 +126,7 @@ def drop_privileges() -> None:
 
 
 def enter(told: dict[str, Any]) -> None:
-    """The first start: `unshare`, as root or in a user namespace of one's own."""
+    """First start with `unshare`, as root or in a new user namespace."""
     sys.stdin.readline()
     if told["isolation"] == "none":
         confine_little(told)
@@ -140,9 +140,9 @@ def enter(told: dict[str, Any]) -> None:
 
 
 def bubblewrap(told: dict[str, Any]) -> list[str]:
-    """The command that makes the same namespaces and root folder (bubblewrap 0.8 or newer; see bwrap(1))."""
+    """Return the bwrap command for the same namespaces and root folder (bubblewrap 0.8 or newer; see bwrap(1))."""
     words = [told["tool"], "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
-    if told["root"]:  # which becomes nobody afterwards: limits on processes do not bind root, whatever it is called inside
+    if told["root"]:  # which becomes nobody later: process limits do not apply to root, under any name inside
         words += ["--unshare-net", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--cap-add", "CAP_SETUID", "--cap-add",
                   "CAP_SETGID"]
     else:
@@ -160,7 +160,7 @@ def bubblewrap(told: dict[str, Any]) -> list[str]:
 
 
 def settle(told: dict[str, Any]) -> None:
-    """The second start, where bubblewrap has done the rest."""
+    """Second start under bubblewrap, which has done the mounts."""
     if told["root"]:
         become_nobody()
         check(libc.unshare(CLONE_NEWUSER), "user namespace")
@@ -169,7 +169,7 @@ def settle(told: dict[str, Any]) -> None:
 
 
 def confine_little(told: dict[str, Any]) -> None:
-    """Without namespaces: limits, another user where there was root, and a folder of its own, no more."""
+    """Run without namespaces: only limits, another user if started as root, and a private folder."""
     os.chdir(told["folder"])
     if os.geteuid() == 0:
         os.chown(told["folder"], NOBODY, NOBODY)
@@ -179,7 +179,7 @@ def confine_little(told: dict[str, Any]) -> None:
 
 
 def confine(told: dict[str, Any]) -> None:
-    """The second start, as process 1 of its namespaces."""
+    """Second start under `unshare`, as process 1 of its namespaces."""
     limits = Limits(**told["limits"])
     root = told["root"]
     os.setsid()
@@ -189,9 +189,9 @@ def confine(told: dict[str, Any]) -> None:
         check(libc.unshare(CLONE_NEWUSER), "user namespace")
     try:
         with open("/proc/sys/user/max_user_namespaces", "w") as file:
-            file.write("0")  # in this namespace: nobody inside becomes root of another one
+            file.write("0")  # in this namespace: no process inside can become root of another one
     except OSError:
-        pass  # a kernel without that switch; what a nested namespace could do is bounded by this one
+        pass  # a kernel without this setting; a nested namespace is limited by this one
     set_limits(limits)
     drop_privileges()
 
@@ -209,12 +209,12 @@ def main() -> None:
     except OSError as error:
         os.write(told["error"], json.dumps({"error": str(error), "verdict": f"failed: {error}"}).encode() + b"\n")
         os._exit(1)
-    with open(told["data"], encoding="utf-8") as file:  # closes it: what else is open the other side must not get
+    with open(told["data"], encoding="utf-8") as file:  # closes it: the other side must not inherit other open files
         part = json.load(file)
     for number in range(3):
         os.dup2(silent, number)
     os.close(silent)
-    if told["role"] == "judge":  # where both are one user's: no process of that user gets at its memory or its handles
+    if told["role"] == "judge":  # if both have the same user: no process of that user can access its memory or its handles
         check(libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0), "not dumpable")
     dialogue.take_part(told | part)
 

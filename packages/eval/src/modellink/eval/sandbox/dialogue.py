@@ -1,11 +1,11 @@
-"""Two processes that do not trust each other: a candidate holds the program that is judged, a judge holds the test.
+"""The dialogue of two processes that do not trust each other: the candidate runs the generated program, the judge the test.
 
-The judge never runs a line of the program and the candidate never sees the test, so a program that patches `assert`, `print` or
-`==`, leaves early, or looks for the expected results finds nothing to gain: all it can do is to answer calls with plain values.
-Each line of the dialogue is a JSON object; values are numbers, texts, bytes, None and lists, tuples, sets and dictionaries of
-them, so nothing that crosses over can run.
+The judge never runs code of the program and the candidate never sees the test. A program that patches `assert`, `print` or `==`,
+exits early or searches for the expected results gains nothing: it can only answer calls with plain values. Each message is a line
+with a JSON object; values are numbers, strings, bytes, None, and lists, tuples, sets and dictionaries of them, so nothing that is
+exchanged can run.
 
-Only the standard library: this runs inside the sandbox.
+Only the standard library is imported: this runs inside the sandbox.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import builtins
 import json
 import os
 
-TYPE_CHECKING = False  # typing takes its time to import; type checkers know the name
+TYPE_CHECKING = False  # importing typing is slow; type checkers know the name
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
@@ -24,7 +24,7 @@ SHOWN = 200
 
 
 class Unfit(Exception):
-    """A value that does not cross over, or a message that is none."""
+    """A value that cannot be exchanged, or an invalid message."""
 
 
 def encode(value: Any, depth: int = 0) -> Any:
@@ -53,7 +53,7 @@ def encode(value: Any, depth: int = 0) -> Any:
 def decode(value: Any) -> Any:
     if not isinstance(value, dict):
         if isinstance(value, (list, float)):
-            raise Unfit("a message of another form")
+            raise Unfit("an invalid message")
         return value
     (kind, held), = value.items()
     if kind == "dict":
@@ -64,7 +64,7 @@ def decode(value: Any) -> Any:
         return getattr(builtins, kind)(held)
     if kind == "bytes":
         return bytes.fromhex(held)
-    raise Unfit("a message of another form")
+    raise Unfit("an invalid message")
 
 
 def say(handle: int, message: Any) -> None:
@@ -76,7 +76,7 @@ def say(handle: int, message: Any) -> None:
 
 
 def heard(handle: int) -> Iterator[Any]:
-    """Messages from the other side, until it leaves."""
+    """Yield messages of the other side until it closes the connection."""
     held = b""
     while True:
         piece = os.read(handle, 1 << 16)
@@ -91,7 +91,7 @@ def heard(handle: int) -> Iterator[Any]:
 
 
 def candidate(told: dict[str, Any]) -> None:
-    """Runs the program once the judge is out of its reach, then answers calls of its function."""
+    """Run the program once the judge is out of its reach, then answer calls of its function."""
     names: dict[str, Any] = {"__name__": "__main__"}
     reply, program, entry = told["reply"], told["program"], told["entry"]
     messages = heard(told["listen"])
@@ -114,7 +114,7 @@ def candidate(told: dict[str, Any]) -> None:
 
 
 def judge(told: dict[str, Any]) -> None:
-    """Runs the test against a function that asks the candidate, and says how it went."""
+    """Run the test against a function that calls the candidate, and report the verdict."""
     messages = heard(told["listen"])
 
     def ask(*args: Any, **kwargs: Any) -> Any:
@@ -127,20 +127,20 @@ def judge(told: dict[str, Any]) -> None:
             if message is None:
                 raise Unfit("the program has ended")
             if not isinstance(message, dict):
-                raise Unfit("a message of another form")
+                raise Unfit("an invalid message")
             if "error" in message:
                 raise Unfit(str(message["error"])[:SHOWN])
             if set(message) == {"ready"}:
                 return None
             return decode(message["value"])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-            raise Unfit("the program sends what is no answer") from None
+            raise Unfit("the program sent an invalid response") from None
 
     try:
         say(told["reply"], {"begin": True})
         answer()
         names: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(told["prompt"], "prompt", "exec"), names)  # of the data set: helpers the test may use
+        exec(compile(told["prompt"], "prompt", "exec"), names)  # text of the data set: helpers the test may use
         names[told["entry"]] = ask
         exec(compile(told["test"], "test", "exec"), names)
         verdict = "passed"
@@ -155,7 +155,7 @@ def _words(error: BaseException) -> str:
 
 
 def take_part(told: dict[str, Any]) -> None:
-    """Do it, and leave without giving anything of the program a chance to run."""
+    """Report the verdict and exit without running any code of the program."""
     try:
         (judge if told["role"] == "judge" else candidate)(told)
     finally:

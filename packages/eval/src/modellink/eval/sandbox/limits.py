@@ -1,4 +1,4 @@
-"""How much a program may use. This file is read inside the sandbox too, so it imports the standard library alone."""
+"""Resource limits of a program. This file is also read inside the sandbox, so it imports only the standard library."""
 
 from dataclasses import asdict, dataclass
 
@@ -8,16 +8,16 @@ NOBODY = 65534
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one program and all it starts.
+    """Limits of one program and all processes it starts.
 
     Attributes:
-        seconds: of the wall clock.
-        cpu_seconds: of processor time, of each process.
-        memory: bytes that all processes together may hold.
-        address_space: bytes of addresses each process may have.
+        seconds: wall-clock time.
+        cpu_seconds: processor time of each process.
+        memory: bytes of all processes together.
+        address_space: bytes of address space of each process.
         file_size: bytes of a file; folder: bytes of all files.
-        processes: at once, threads included.
-        open_files: of each process.
+        processes: concurrent processes and threads.
+        open_files: open files of each process.
     """
 
     seconds: float = 10.0

@@ -1,4 +1,4 @@
-"""Starting a confined process, watching what its whole tree uses, and ending it; nothing of it outlives `Confined.end`."""
+"""Start a confined process, monitor the memory of its process tree, and kill it; no process survives `Confined.end`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ KEPT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "OPENBLAS_NUM
 
 
 class Confined:
-    """One process and all it starts.
+    """One process and all processes it starts.
 
     Args:
-        told: what the script inside is told (`role`, `entry`, handles by name); `data` is given to it unseen by others.
-        handles: those it inherits.
-        tool: the path of what makes its namespaces, `unshare` or `bwrap`.
-        folder: its working folder where it has no namespaces.
+        told: arguments of the script inside (`role`, `entry`, handles by name); `data` is passed privately.
+        handles: inherited file descriptors.
+        tool: path of the program that creates the namespaces, `unshare` or `bwrap`.
+        folder: working folder without namespaces.
     """
 
     def __init__(self, told: dict[str, Any], data: dict[str, Any], handles: tuple[int, ...], limits: Limits, isolation: str,
@@ -54,15 +54,15 @@ class Confined:
             self._process.stdin.close()
 
     def memory(self) -> int:
-        """Bytes that the processes of the tree hold, each page of several processes counted once where the kernel says so."""
+        """Return the bytes of memory of the process tree; shared pages count once if the kernel reports them."""
         return sum(map(_held, _tree(self._process.pid)))
 
     def over(self) -> bool:
-        """Whether the tree holds more memory than it may; a control group sees to that by itself."""
+        """Return whether the tree exceeds its memory limit; a control group enforces it by itself."""
         return self.memory() > self.limits.memory
 
     def end(self) -> None:
-        """Kill the tree: process 1 of its namespace first, with which all others go."""
+        """Kill the tree: first process 1 of its namespace, which takes all others with it."""
         for _ in range(20):
             tree = _tree(self._process.pid)
             for pid in reversed(tree):
@@ -76,7 +76,7 @@ class Confined:
 
 
 def _tree(pid: int) -> list[int]:
-    """A process and all its descendants, parents first."""
+    """Return a process and all its descendants, parents first."""
     found = [pid]
     for parent in found:
         with contextlib.suppress(OSError):
@@ -96,5 +96,5 @@ def _held(pid: int) -> int:
 
 
 def folder() -> tempfile.TemporaryDirectory[str]:
-    """An empty folder, for a process without namespaces."""
+    """Create an empty folder for a process without namespaces."""
     return tempfile.TemporaryDirectory(prefix="modellink-sandbox-", ignore_cleanup_errors=True)
