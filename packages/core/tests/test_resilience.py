@@ -182,8 +182,8 @@ def test_who_is_left_decides_what_was_finished():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("kind=kill,step=3", "does not say a fault"), ("kind=flood,step=3,rank=0", "no kind of fault"),
-    ("kind=kill,step=x,rank=0", "does not say a fault"), ("kind=kill,step=1,rank=0,when=never", "no when of fault")])
+    ("kind=kill,step=3", "does not describe a fault"), ("kind=flood,step=3,rank=0", "unknown kind of fault"),
+    ("kind=kill,step=x,rank=0", "does not describe a fault"), ("kind=kill,step=1,rank=0,when=never", "unknown when of fault")])
 def test_a_fault_that_is_none(text, message):
     with pytest.raises(ModelLinkError, match=message):
         read_faults(text)

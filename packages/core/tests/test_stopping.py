@@ -175,7 +175,7 @@ def test_what_is_kept_is_counted_back_from_the_save_of_now(pools, tmp_path):
 def test_an_earlier_iteration_can_be_continued(run, tmp_path):
     straight = run(save=str(tmp_path), save_interval=2)
     assert run(load=str(tmp_path), ckpt_step=2) == straight[2:]
-    with pytest.raises(AssertionError, match="holds iter_0000005, which is later than iteration 2"):
+    with pytest.raises(AssertionError, match="contains iter_0000005, which is later than --ckpt-step 2"):
         run(load=str(tmp_path), save=str(tmp_path), ckpt_step=2)
 
 
@@ -227,7 +227,7 @@ def test_a_run_of_samples(run, pools, tiny, corpus, tmp_path):
     assert [step[1] for step in straight] == [2, 4, 7, 11, 15]  # three samples are less than another batch
     stopped = run(save=str(tmp_path), exit_interval=2, **samples)
     assert stopped + run(load=str(tmp_path), **samples) == straight
-    with pytest.raises(AssertionError, match="the run that is continued is counted by --train-samples"):
+    with pytest.raises(AssertionError, match="the resumed run is measured by --train-samples"):
         run(load=str(tmp_path))
 
 
@@ -263,7 +263,7 @@ def spoilt(folder: str, model: str) -> None:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_leaves_the_batch(pools, run, tiny, tmp_path):
     pools(1)(spoilt, folder=str(tmp_path / "spoilt"), model=str(tiny))
-    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is as it was, and the batch is in"):
+    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is unchanged, the batch is in"):
         run(2, load=str(tmp_path / "spoilt"), save=str(tmp_path / "save"))
     kept = tmp_path / "save/not_finite_0000001"
     assert np.load(kept / "tokens_dp0.npy").shape == np.load(kept / "labels_dp1.npy").shape == (2, 24)
