@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import random
@@ -20,9 +21,11 @@ import pytest
 
 from modellink.core.cli import _run, main
 from modellink.core.prepare.prepare import prepare
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
 BARE = [sys.executable, "-m", "modellink.core.cli", "pretrain"]
+SPAWN = "import sys; from modellink.core import launch; launch.GRACE = 0.2; sys.exit(launch.spawn(2, '{}', []))"
 LINE = re.compile(
     r" \[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] iteration +\d+/ +3 \| consumed samples: +\d+ \| elapsed time per iteration \(ms\): "
     r"[\d.]+ \| throughput per GPU \(TFLOP/s/GPU\): [\d.]+ \| tokens per second per GPU: [\d.]+ \| "
@@ -58,12 +61,22 @@ def test_two_ranks_train_tell_and_save(options, tmp_path):
     assert "Warning" not in done.stderr
 
 
-def test_a_preset_with_smaller_sizes_trains(options, tmp_path):
+def trained(arguments: list[str]) -> str:
+    """On a rank: what the command does there; its output, or the message of a mistake."""
+    sys.argv[1:] = ["pretrain", *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            _run()
+        except ModelLinkError as error:
+            return str(error)
+    return said.getvalue()
+
+
+def test_a_preset_with_smaller_sizes_trains(pools, options, tmp_path):
     smaller = ["--num-layers", "2", "--hidden-size", "24", "--num-attention-heads", "4", "--num-query-groups", "2",
                "--ffn-hidden-size", "52", "--tp", "1", "--no-sequence-parallel", "--pp", "1", "--vocab-size", "131"]
-    done = command("--model", "qwen2-7b-32k", *options[2:], *smaller, "--save", str(tmp_path / "save"))
-    assert done.returncode == 0, done.stderr
-    assert "  bf16 ............................................ True" in done.stdout
+    (said,) = pools(1)(trained, arguments=["--model", "qwen2-7b-32k", *options[2:], *smaller, "--save", str(tmp_path / "save")])
+    assert "  bf16 ............................................ True" in said and "iteration        3/       3" in said
     assert json.loads((tmp_path / "save/modellink.json").read_text())["family"] == "qwen2"
 
 
@@ -86,23 +99,29 @@ def test_kills_while_saving_cost_one_interval(options, tmp_path):
     (["--tp", "3"], "does not divide the 2 query groups"), (["--nonsense", "1"], "unknown option"),
     (["--config", "gone.yaml"], "configuration file is missing"), (["--model", "qwen2.5-7b"], "qwen2.5-7b-32k")])
 def test_a_mistake_is_one_message_and_status_2(options, tmp_path, monkeypatch, capsys, change, message):
-    """The command's entry point, within this process."""
     save = tmp_path / "save"
-    monkeypatch.setattr(sys, "argv", ["modellink-train", "pretrain", *options, "--save", str(save), *change])
-    with pytest.raises(SystemExit) as left:
-        main()
-    said = capsys.readouterr().err
-    assert left.value.code == 2 and message in said and "Traceback" not in said
+    status, said = mistaken(monkeypatch, capsys, *options, "--save", str(save), *change)
+    assert status == 2 and message in said and "Traceback" not in said
     assert not save.exists()
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(40, marks=pytest.mark.stress)])
-def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills):
-    """One rank or all processes die at random moments of training and saving; every restart resumes and reaches the same end.
+def mistaken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[object, str]:
+    """The exit status and error output of the command's entry point, within this process."""
+    monkeypatch.setattr(sys, "argv", ["modellink-train", "pretrain", *arguments])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code, capsys.readouterr().err
 
-    The undisturbed run, and the last part of the other, are those of ranks that are there already.
+
+@pytest.mark.parametrize(("kills", "pause"), [(1, 0.0), pytest.param(40, 0.3, marks=pytest.mark.stress)])
+def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills, pause):
+    """One rank or all processes die; none outlives the others, and every restart resumes and reaches the same end.
+
+    One rank is killed when the second iteration is logged, in the stress test also all, at random moments of training and
+    saving. The undisturbed run, and the last part of the other, are those of ranks that are there already.
     """
-    seed = random.SystemRandom().randrange(2**32)
+    seed = random.SystemRandom().randrange(2**32) if pause else 0
     print(f"seed {seed}")
     chance, save = random.Random(seed), tmp_path / "save"
     options = [*options, "--tp", "2", "--save-interval", "1", "--train-iters", str(3 * kills)]
@@ -114,17 +133,14 @@ def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills):
         assert process.stdout is not None
         for _ in zip(range(chance.randrange(1, 3)), (line for line in process.stdout if "] iteration " in line), strict=False):
             pass
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(chance.uniform(0, pause))
         one = number % 2 == 0
         ranks = [pid for pid in ranks_of(process.pid) if pid != process.pid]
         for pid in [chance.choice(ranks)] if one and ranks else [process.pid, *ranks]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
-        deadline = time.monotonic() + 20
-        while ranks_of(process.pid) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert not ranks_of(process.pid)
+        assert not left_of(process.pid)
         print("one rank" if one else "all", "killed;", *sorted(path.name for path in save.glob("iter_*"))[-2:])
     start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
     pools(2)(trained, arguments=[*options, *start, "--save", str(save)])
@@ -133,48 +149,67 @@ def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills):
     assert told[0] == told[1] and len(told[0]) == 3 * kills
 
 
-def trained(arguments: list[str]) -> None:
-    """On a rank: what the command does there."""
-    sys.argv[1:] = ["pretrain", *arguments]
-    _run()
+WAITING = """
+import time
+from modellink.core import processes
+from modellink.kernels.device import find
+from modellink.kernels.parallel import ParallelLayout
+
+processes.join(find("cpu"), ParallelLayout(dp=2), seed=1)
+print("joined", flush=True)
+time.sleep(3600)
+"""
 
 
-def test_ranks_do_not_outlive_their_launcher(options):
-    options[options.index("--train-iters") + 1] = "100000"
-    process = subprocess.Popen([*BARE, *options, "--tp", "2"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               start_new_session=True)
+def test_ranks_do_not_outlive_their_launcher(tmp_path):
+    (tmp_path / "waiting.py").write_text(WAITING)
+    process = subprocess.Popen([sys.executable, "-c", SPAWN.format("waiting")], cwd=tmp_path, stdout=subprocess.PIPE,
+                               text=True, start_new_session=True)
     assert process.stdout is not None
-    assert any("iteration        1/" in line for line in process.stdout)
+    joined = (line for line in process.stdout if line == "joined\n")
+    assert len([*zip(range(2), joined, strict=False)]) == 2
     assert len(ranks_of(process.pid)) == 3
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 10
-    while ranks_of(process.pid) and time.monotonic() < deadline:
+    assert not left_of(process.pid)
+
+
+def left_of(session: int) -> list[int]:
+    """Processes of a session that do not end by themselves; they are killed."""
+    for _ in range(600):
+        if not ranks_of(session):
+            break
         time.sleep(0.1)
-    left = ranks_of(process.pid)
+    left = ranks_of(session)
     for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert not left
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def ranks_of(session: int) -> list[int]:
     """Processes of a session that are still there."""
-    return [process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE
-            and os.getsid(process.pid) == session]
+    return [process.pid for process in psutil.process_iter() if in_session(process, session)]
 
 
-def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(options, tmp_path):
+def in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and os.getsid(process.pid) == session
+    except (psutil.NoSuchProcess, ProcessLookupError):  # it has ended meanwhile
+        return False
+
+
+def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(pools, options, tmp_path, monkeypatch, capsys):
     config = tmp_path / "run.yaml"
     config.write_text("optimizer: {lr: 0.5, train-iters: 1}\nlogging:\n  log_throughput: true\n")
     place = options.index("--train-iters")
-    done = command(*options[:place], *options[place + 2:], "--config", str(config))
-    assert done.returncode == 0, done.stderr
-    assert "  lr .............................................. 0.001" in done.stdout  # the command line wins
-    assert "iteration        1/       1" in done.stdout
+    (said,) = pools(1)(trained, arguments=[*options[:place], *options[place + 2:], "--config", str(config)])
+    assert "  lr .............................................. 0.001" in said  # the command line wins
+    assert "iteration        1/       1" in said
     config.write_text("optimizer: {learning-rate: 0.5}\n")
-    wrong = command(*options, "--config", str(config))  # the process itself: its status, and nothing but the message
-    assert wrong.returncode == 2 and wrong.stderr.startswith("error: unknown key 'learning_rate'") and str(config) in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+    status, wrong = mistaken(monkeypatch, capsys, *options, "--config", str(config))
+    assert status == 2 and wrong.startswith("error: unknown key 'learning_rate'") and str(config) in wrong
+    assert "Traceback" not in wrong
 
 
 def test_under_torchrun_every_process_is_a_rank(options):
@@ -190,13 +225,12 @@ def test_under_torchrun_every_process_is_a_rank(options):
     assert len(lines) == 5 and all(write.endswith("\n") for write in lines)
 
 
-def test_a_token_beyond_the_vocabulary_is_one_message_and_leaves_nothing(options, tmp_path):
+def test_a_token_beyond_the_vocabulary_is_a_mistake_on_every_rank_and_leaves_nothing(pools, options, tmp_path):
     prefix, save = tmp_path / "high_text_document", tmp_path / "save"
     write_pair(prefix, [[5, 6, 7, 200] * 40] * 20)
     options[options.index("--data-path") + 1] = str(prefix)
-    done = command(*options, "--tp", "2", "--save", str(save))
-    assert done.returncode == 2
-    assert "token id 200 is beyond the model's vocabulary of 131" in done.stderr and "Traceback" not in done.stderr
+    for said in pools(2)(trained, arguments=[*options, "--tp", "2", "--save", str(save)]):
+        assert "token id 200 is outside the model's vocabulary of 131" in said
     assert not save.exists()
 
 
@@ -231,12 +265,22 @@ run_command(main)
 
 def test_a_mistake_that_another_rank_finds_is_one_message(tmp_path):
     (tmp_path / "mistaken.py").write_text(MISTAKEN)
-    spawn = "import sys; from modellink.core.launch import spawn; sys.exit(spawn(2, 'mistaken', []))"
-    done = subprocess.run([sys.executable, "-c", spawn], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", SPAWN.format("mistaken")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "rank 1 failed:\nerror: a mistake" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_failing_rank_ends_the_run(options, tmp_path):
-    done = command(*options, "--tp", "2", "--save", "/proc/nowhere")
+FAILING = """
+import os, sys, time
+if os.environ["RANK"] == "1":
+    sys.exit(open("/proc/nowhere/file"))
+print("rank 0 waits", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_failing_rank_ends_the_run(tmp_path):
+    """Rank 0, which would wait for ever, is stopped when its time to report an error is over."""
+    (tmp_path / "failing.py").write_text(FAILING)
+    done = subprocess.run([sys.executable, "-c", SPAWN.format("failing")], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1
-    assert "/proc/nowhere" in done.stderr
+    assert "rank 1 failed:\n" in done.stderr and "/proc/nowhere" in done.stderr

@@ -88,7 +88,7 @@ def write_low(prefix: str) -> None:
 
 
 def test_a_token_the_model_does_not_have_is_refused(pools, corpus):
-    with pytest.raises(AssertionError, match="beyond the model's vocabulary of 100"):
+    with pytest.raises(AssertionError, match="outside the model's vocabulary of 100"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, vocab_size=100)
 
 
@@ -110,5 +110,5 @@ def test_evaluation_does_not_change_the_order_of_training(pools, corpus):
 
 def test_a_folder_that_cannot_hold_the_order_is_named(pools, corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(AssertionError, match=r"(?s)the order of the data cannot be written: Not a directory.*--data-cache-path"):
+    with pytest.raises(AssertionError, match=r"(?s)the sample index cannot be written: Not a directory.*--data-cache-path"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=1, cache=str(tmp_path / "file/cache"))

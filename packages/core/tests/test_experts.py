@@ -235,8 +235,8 @@ def test_a_run_leaves_no_groups_and_threads_behind(pools, mixture, corpus):
     """Models and optimizers hang on autograd's nodes, which hang on them."""
     texts = OPTIONS | {"load": str(mixture), "data_path": (str(corpus),), "exit_interval": 1}
     runs = [texts | more for more in (EP2 | {"use_distributed_optimizer": True}, TP2)]
-    for first, second, *later in pools(2)(threads, runs=runs * 3):
-        assert later == [first, second] * 2
+    for _, _, *settled in pools(2)(threads, runs=runs * 3):  # the first two also drop what other tests left in the process
+        assert settled[:2] == settled[2:]
 
 
 @pytest.mark.parametrize("policy", ["probs", "position"])

@@ -92,12 +92,15 @@ def on_rank(folder: str, layout: ParallelLayout) -> dict[str, Any]:
 
 MODELS = beside(__file__, "models")
 MIXTURES = ("mixtral", "moe", "deepseek", "grok")
-CROSSED = ("cp4 hybrid", "tp2 cp2", "uneven", "tp2 pp2", "tp2 ep2")
-"""Layouts that cross what the others do alone: for models that between them have every feature."""
+FEW = ("cp4 hybrid", "cp2 ulysses", "tp2 cp2", "uneven", "vpp2", "tp2 pp2", "tp2 ep2")
+"""Layouts that cross or cut further what the others do alone: for models that between them have every feature."""
 VARIED = ("llama llama3 tied", "mixtral", "qwen2_moe", "gemma2", "bloom", "gpt2 gelu", "deepseek_v2", "chatglm: chatglm3-6b",
           "baichuan: baichuan2-13b", "internlm2: internlm2 dynamic", "grok: grok-1", "minicpm: minicpm-moe-8x2b")
+ULYSSES = ("mistral window", "qwen: qwen-7b")
+"""Models with features of attention that the varied ones have in another form: a window in every layer, scaled queries."""
 CASES = [(case, layout) for layout in LAYOUTS for case in MODELS.cases()  # process groups are made once a layout
-         if ("ep2" not in layout or any(word in case for word in MIXTURES)) and (layout not in CROSSED or case in VARIED)]
+         if ("ep2" not in layout or any(word in case for word in MIXTURES))
+         and (layout not in FEW or case in VARIED or (layout == "cp2 ulysses" and case in ULYSSES))]
 
 
 @pytest.fixture(scope="session")

@@ -7,21 +7,24 @@ import io
 import json
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from ranks import beside
 
 from modellink.core import profile_summary
 from modellink.core.profile_summary import Summary
+from modellink.kernels.device import Device
 
 training = beside(__file__, "test_training")
 PP2 = {"pipeline_model_parallel_size": 2}
+PEAK = 7 * 2**20
 PROFILE: dict[str, Any] = {"profile": True, "profile_step_start": 1, "profile_step_end": 3}
 
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
-    """On a rank: the steps of a run and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    """On a rank: the steps of a run whose device reports a peak of `PEAK` bytes, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as told, patch.object(Device, "memory", lambda _: (1, PEAK)):
         steps = training.train(options)
     return steps, told.getvalue()
 
@@ -51,8 +54,9 @@ def test_a_trace_and_a_summary_of_every_rank(pools, tiny, corpus, tmp_path):
         assert len(iterations) == 2 and numbers["seconds"] == pytest.approx((end - start) / 2e6, rel=1e-3)
         computed = sum(event["dur"] for found in named.values() for event in found) / (end - start)
         assert 0 < numbers["bubble"] <= 1 - computed + 1e-3 and 0 < numbers["communication"] < 1
-        assert f"{rank:>6}{numbers['seconds'] * 1e3:>18.1f}{numbers['communication']:>16.1%}{numbers['bubble']:>10.1%}" in told
-        assert numbers["memory"] > 2**27 and any(name.startswith("aten::") for name, _, _ in numbers["ops"])
+        assert (f"{rank:>6}{numbers['seconds'] * 1e3:>18.1f}{numbers['communication']:>16.1%}{numbers['bubble']:>10.1%}"
+                f"{7.0:>19.1f}\n") in told
+        assert numbers["memory"] == PEAK and any(name.startswith("aten::") for name, _, _ in numbers["ops"])
 
 
 def test_ranks_are_chosen_and_a_run_may_end_before(pools, tiny, corpus, tmp_path):

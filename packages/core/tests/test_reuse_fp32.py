@@ -53,32 +53,46 @@ def test_the_steps_are_those_of_the_run_without(run, tmp_path, name):
 
 
 def held(options: dict[str, Any]) -> tuple[int, int]:
-    """On a rank: (bytes of all tensors alive after a step, parameters of this rank's model)."""
+    """On a rank: (bytes of all tensors that a run makes and has after a step, parameters of this rank's model)."""
     import gc
+
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
 
     from modellink.core import launch, processes
     from modellink.core.prepare.prepare import prepare
     from modellink.core.train.setup import set_up
     from modellink.kernels.options import Layer
 
+    def references(values: Any) -> dict[int, StorageWeakRef]:
+        """By the address of the storage, which is not used again while there is a reference."""
+        found = [StorageWeakRef(value.untyped_storage()) for value in values if isinstance(value, torch.Tensor)]
+        return {reference.cdata: reference for reference in found}
+
+    made_here: dict[int, StorageWeakRef] = {}
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **kwargs or {})
+            made_here.update((address, reference) for address, reference in references(tree_leaves(result)).items()
+                             if address not in before)
+            return result
+
     run = prepare("pretrain", [Layer("test", training.OPTIONS | options)], launch.world_size())
     processes.join(run.device, run.layout, run.optimizer.seed, instances=run.optimizer_instances)
     gc.collect()
-    before = {storage.data_ptr() for storage in _storages()}
-    made = set_up(run)
-    for model in made.models:
-        model.zero_grad_buffer()
-    made.optimizer.step()
-    made.optimizer.zero_grad()
+    before = references(gc.get_objects())  # what other tests left in this process
+    with Noted():
+        made = set_up(run)
+        for model in made.models:
+            model.zero_grad_buffer()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
     gc.collect()
-    size = sum(storage.nbytes() for storage in _storages() if storage.data_ptr() not in before)
+    alive = map(torch.UntypedStorage._new_with_weak_ptr, made_here)
+    size = sum(storage.nbytes() for storage in alive if storage is not None)
     return size, sum(parameter.numel() for model in made.models for parameter in model.parameters())
-
-
-def _storages() -> list[Any]:
-    import gc
-    return list({found.data_ptr(): found for value in gc.get_objects() if isinstance(value, torch.Tensor)
-                 and (found := value.untyped_storage()).nbytes()}.values())
 
 
 @pytest.mark.parametrize(("name", "saved"), [("plain", 2.0), ("distributed optimizer", 1.0)])

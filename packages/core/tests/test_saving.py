@@ -20,7 +20,11 @@ TP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": Tru
 PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 
 
-@pytest.mark.parametrize("case", PARITY.VARIED)
+SAME = ("llama llama3 tied", "internlm2: internlm2 dynamic", "minicpm: minicpm-moe-8x2b")
+"""Models that differ from others in what they compute and not in the weights they have."""
+
+
+@pytest.mark.parametrize("case", [case for case in PARITY.VARIED if case not in SAME])
 def test_every_weight_is_saved_and_goes_on(pools, corpus, tmp_path, case):
     from modellink.ckpt_convert import convert, open_checkpoint
 

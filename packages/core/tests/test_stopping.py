@@ -56,59 +56,62 @@ def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
     assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
 
 
-def slowly(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
-    """On a rank: a run whose disk takes its time."""
-    import time
+def behind(options: dict[str, Any], interrupt: bool = False) -> list[tuple[int, int, float, float]]:
+    """On a rank: a run whose background saves start to be written after the next iteration.
+
+    With `interrupt` SIGTERM reaches the last rank while the save of the second iteration is under way.
+    """
+    import threading
+    from unittest.mock import patch
+
+    import torch.distributed as dist
 
     from modellink.core.train import writer
 
-    def late(*args: Any) -> Any:
-        time.sleep(0.3)  # a few iterations
-        return write(*args)
+    free, sent = threading.Event(), threading.Event()
+    staged, write, poll, wait = writer._staged, writer._write, writer.Writer.poll, writer.Writer.wait
+    last = dist.get_rank() == dist.get_world_size() - 1
 
-    write, writer._write = writer._write, late
-    try:
+    def hold(*args: Any, **kwargs: Any) -> Any:
+        free.clear()
+        return staged(*args, **kwargs)
+
+    def late(transforms: Any, number: int, bucket: Any) -> Any:
+        if interrupt and last and "iter_0000002" in str(bucket[0]):
+            os.kill(os.getpid(), signal.SIGTERM)
+            sent.set()
+        assert free.wait(60)
+        return write(transforms, number, bucket)
+
+    def polled(self: Any) -> None:  # after every iteration, before it is saved
+        if interrupt and last and self._pending is not None:
+            assert sent.wait(60)
+        poll(self)
+        free.set()
+
+    def waited(self: Any) -> None:
+        free.set()
+        wait(self)
+
+    with patch.multiple(writer, _staged=hold, _write=late), patch.multiple(writer.Writer, poll=polled, wait=waited):
         return training.train(options=options)
-    finally:
-        writer._write = write
 
 
 def test_saving_behind_training_changes_nothing(pools, run, tiny, corpus, tmp_path):
     """A save in the background has the weights of its own iteration, and only the newest saves are kept."""
     straight = run(2)
     options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
-    assert pools(2)(slowly, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
+    assert pools(2)(behind, options=options | {"save_total_limit": 2, "async_save": True})[-1] == straight
     assert iterations(tmp_path) == ["iter_0000004", "iter_0000005"]
     assert run(2, load=str(tmp_path), ckpt_step=4) == straight[4:]
-
-
-def interrupted(options: dict[str, Any]) -> list[tuple[int, int, float, float]]:
-    """On a rank: a run that SIGTERM reaches, on the last rank, while the save of its second iteration is being written."""
-    import time
-
-    import torch.distributed as dist
-
-    from modellink.core.train import writer
-
-    def late(transforms: Any, number: int, bucket: Any) -> Any:
-        if dist.get_rank() == dist.get_world_size() - 1 and "iter_0000002" in str(bucket[0]):
-            os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.3)  # a few iterations
-        return write(transforms, number, bucket)
-
-    write, writer._write = writer._write, late
-    try:
-        return training.train(options=options)
-    finally:
-        writer._write = write
 
 
 def test_sigterm_while_a_save_is_on_its_way_leaves_it_whole_and_another(pools, run, tiny, corpus, tmp_path):
     straight = run(2)
     options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2, "async_save": True}
-    stopped = pools(2)(interrupted, options=options)[-1]
-    assert len(stopped) < 5 and iterations(tmp_path) == ["iter_0000002", f"iter_{len(stopped):07d}"]
-    for iteration in (2, len(stopped)):
+    stopped = pools(2)(behind, options=options, interrupt=True)[-1]
+    assert stopped == straight[:3] and iterations(tmp_path) == ["iter_0000002", "iter_0000003"]
+    for iteration in (2, 3):
         assert straight[:iteration] + run(2, load=str(tmp_path), ckpt_step=iteration) == straight
 
 
@@ -127,11 +130,11 @@ def without_room(options: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("behind", [True, False])
-def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tmp_path, behind):
+@pytest.mark.parametrize("background", [True, False])
+def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tmp_path, background):
     options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 2}
     run(2, **options, exit_interval=2)
-    for said in pools(2)(without_room, options=options | {"load": str(tmp_path), "async_save": behind}):
+    for said in pools(2)(without_room, options=options | {"load": str(tmp_path), "async_save": background}):
         assert "the checkpoint could not be written: rank 0: OSError: [Errno 27] File too large" in said
     assert iterations(tmp_path) == ["iter_0000002"]
     assert run(2, load=str(tmp_path))[-1][0] == 5
@@ -172,7 +175,7 @@ def test_what_is_kept_is_counted_back_from_the_save_of_now(pools, tmp_path):
 def test_an_earlier_iteration_can_be_continued(run, tmp_path):
     straight = run(save=str(tmp_path), save_interval=2)
     assert run(load=str(tmp_path), ckpt_step=2) == straight[2:]
-    with pytest.raises(AssertionError, match="holds iter_0000005, which is later than iteration 2"):
+    with pytest.raises(AssertionError, match="contains iter_0000005, which is later than --ckpt-step 2"):
         run(load=str(tmp_path), save=str(tmp_path), ckpt_step=2)
 
 
@@ -224,7 +227,7 @@ def test_a_run_of_samples(run, pools, tiny, corpus, tmp_path):
     assert [step[1] for step in straight] == [2, 4, 7, 11, 15]  # three samples are less than another batch
     stopped = run(save=str(tmp_path), exit_interval=2, **samples)
     assert stopped + run(load=str(tmp_path), **samples) == straight
-    with pytest.raises(AssertionError, match="the run that is continued is counted by --train-samples"):
+    with pytest.raises(AssertionError, match="the resumed run is measured by --train-samples"):
         run(load=str(tmp_path))
 
 
@@ -260,7 +263,7 @@ def spoilt(folder: str, model: str) -> None:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_leaves_the_batch(pools, run, tiny, tmp_path):
     pools(1)(spoilt, folder=str(tmp_path / "spoilt"), model=str(tiny))
-    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is as it was, and the batch is in"):
+    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is unchanged, the batch is in"):
         run(2, load=str(tmp_path / "spoilt"), save=str(tmp_path / "save"))
     kept = tmp_path / "save/not_finite_0000001"
     assert np.load(kept / "tokens_dp0.npy").shape == np.load(kept / "labels_dp1.npy").shape == (2, 24)
