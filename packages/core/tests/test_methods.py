@@ -107,7 +107,9 @@ def test_gamma_zero_is_cross_entropy_from_python_too(pools, train, tiny, tmp_pat
 
 
 def test_a_reference_model_over_pipeline_stages(pools, words, tmp_path, monkeypatch, capsys):
-    """At the first step the model is its reference; then it moves away. A resumed run must be given the reference.
+    """At the first step the model is its reference; then it moves away, also when resumed with the same command.
+
+    Without the --load of its start a resumed run must be given the reference, and a method that uses none refuses one.
 
     The run over two stages is the command itself, whose ranks find the plugin too.
     """
@@ -118,8 +120,12 @@ def test_a_reference_model_over_pipeline_stages(pools, words, tmp_path, monkeypa
     distances = [step["metrics"]["distance"] for step in entries(tmp_path / "save")]
     assert distances[0] == 0 < distances[1]
     with installed():
-        status, said = command(monkeypatch, capsys, *words("anchored", "--train-iters", 3, "--auto-resume"))
-    assert status == 2 and "--ref-load" in said
+        status, said = command(monkeypatch, capsys, *words("anchored", "--train-iters", 3, "--load", tmp_path / "save"))
+        assert status == 2 and "needs the reference model it started with" in said
+        status, said = command(monkeypatch, capsys, *words("focal", "--train-iters", 3, "--ref-load", tmp_path / "save"))
+        assert status == 2 and "focal uses no reference model" in said
+    pools(1)(trained, words=words("anchored", "--train-iters", 3, "--auto-resume"))
+    assert entries(tmp_path / "save")[2]["metrics"]["distance"] > distances[1]
     pools(1)(trained, words=words("anchored", "--train-iters", 2, "--save", tmp_path / "alone"))
     assert [step["metrics"]["distance"] for step in entries(tmp_path / "alone")] == pytest.approx(distances, rel=1e-4)
 
