@@ -51,7 +51,7 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 # own `__init__` and command line are on the roof. A package that is missing here is reported as skipped.
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
-                "constants | errors | svg"),
+                "constants | errors | plugins | svg"),
     "ckpt_convert": (
         "__main__",
         "cli",

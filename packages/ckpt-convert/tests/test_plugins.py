@@ -157,4 +157,4 @@ def test_a_broken_distribution_is_named(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[modellink.formats]\nbroken = no_such_module\n")
     done = command(tmp_path, "a", "b", "--to", "hf")
     assert done.returncode == 2 and "the checkpoint folder is missing" in done.stderr, "the other formats still work"
-    assert "note: the format broken of no_such_module is not available: ModuleNotFoundError" in done.stderr
+    assert "note: broken of modellink.formats (no_such_module) is not available: ModuleNotFoundError" in done.stderr

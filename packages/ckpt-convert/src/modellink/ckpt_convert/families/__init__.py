@@ -8,17 +8,15 @@ file.
 from __future__ import annotations
 
 import contextlib
-import importlib
-import pkgutil
 from collections.abc import Collection
 from functools import cache
-from importlib.metadata import entry_points
 
 from modellink.ckpt_convert.family import Family
 from modellink.ckpt_convert.hf_config import Config, MissingKey
 from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.plugins import import_modules
 
 GROUP = "modellink.families"
 NO_FORM = "none"  # the family of a model without a Hugging Face form
@@ -37,14 +35,7 @@ def register(cls: type[Family]) -> type[Family]:
 
 @cache
 def _discover() -> None:
-    for module in pkgutil.iter_modules(__path__, prefix=__name__ + "."):
-        importlib.import_module(module.name)
-    for entry in entry_points(group=GROUP):
-        try:
-            entry.load()
-        except Exception as error:  # another distribution; it must not break the others
-            raise ModelLinkError(f"the family {entry.name} cannot be loaded: {type(error).__name__}: {error}",
-                                 where=entry.value, fix="fix or uninstall the distribution that has it") from error
+    import_modules(__name__, __path__, GROUP)
 
 
 def family_names() -> list[str]:

@@ -7,14 +7,11 @@ changes no other file.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-import sys
 from functools import cache
-from importlib.metadata import entry_points
 
 from modellink.ckpt_convert.format import Format
 from modellink.kernels.options import choose
+from modellink.kernels.plugins import import_modules
 
 GROUP = "modellink.formats"
 _formats: dict[str, Format] = {}
@@ -28,15 +25,7 @@ def register(cls: type[Format]) -> type[Format]:
 
 @cache
 def _discover() -> None:
-    for module in pkgutil.iter_modules(__path__, prefix=__name__ + "."):
-        importlib.import_module(module.name)
-    for entry in entry_points(group=GROUP):
-        try:
-            entry.load()
-        except Exception as error:  # another distribution; it must not break the other formats
-            print(f"note: the format {entry.name} of {entry.value} is not available: {type(error).__name__}: "
-                  f"{error}",
-                  file=sys.stderr)
+    import_modules(__name__, __path__, GROUP)
 
 
 def formats() -> list[Format]:
