@@ -59,7 +59,7 @@ class OutputLinear(Product, ColumnParallelLinear):
     """Hidden states [seq, batch, hidden] -> logits [seq, batch, vocabulary / tp].
 
     Attributes:
-        normalize: scale the rows of the weight to length 1 (Baichuan2).
+        normalize: scale the rows of the weight to length 1.
     """
 
     normalize = False
