@@ -83,5 +83,5 @@ def test_widths_that_follow_from_others_on_the_line():
                     "--input-embeds-norm")
     assert (params["moe_shared_expert_intermediate_size"], params["embedding_multiplier_scale"]) == ("2816", "48")
     assert float(params["output_multiplier_scale"]) == pytest.approx(256 / 2304, rel=1e-15)
-    with pytest.raises(ModelLinkError, match="one width"):
+    with pytest.raises(ModelLinkError, match="one hidden size"):
         parsed("--n-shared-experts 2")
