@@ -95,7 +95,7 @@ def test_the_template_recorded_in_a_checkpoint_is_used(llama, engine, tmp_path):
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (("--prompt-type", "qwem"), "no template 'qwem'"),
+    (("--prompt-type", "qwem"), "unknown template 'qwem'"),
     (("--prompt-type", "glm4", "--hf-chat-template"), "contradict"),
     (("--prompt-type", "chatglm3"), "has no token '[gMASK]'")])
 def test_a_wrong_prompt_type_is_refused(command, llama, args, message):
