@@ -24,16 +24,16 @@ TOTAL_MINUTES = 26
 
 # (label, minutes on 2 idle cores, sessions that share them)
 SHARES: tuple[tuple[str, float, tuple[str, ...]], ...] = (
-    ("kernels", 0.6, ("tests-kernels",)),
-    ("convert", 2.4, ("tests-ckpt-convert",)),
-    ("data-prep", 1.8, ("tests-data-prep",)),
+    ("kernels", 1.5, ("tests-kernels",)),
+    ("convert", 3.5, ("tests-ckpt-convert",)),
+    ("data-prep", 2.5, ("tests-data-prep",)),
     ("core", 8, ("tests-core",)),
-    ("infer", 3, ("tests-infer",)),
-    ("eval", 3, ("tests-eval",)),
-    ("npu", 1.8, ("npu",)),
-    ("e2e", 3.6, ("e2e",)),
-    ("lint, types", 0.6, ("lint", "types")),
-    ("release", 1.2, tuple(f"release-{name}" for name in ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval"))),
+    ("infer", 4, ("tests-infer",)),
+    ("eval", 1.5, ("tests-eval",)),
+    ("npu", 1.5, ("npu",)),
+    ("e2e", 2.5, ("e2e",)),
+    ("lint, types", 0.8, ("lint", "types")),
+    ("release", 0.2, tuple(f"release-{name}" for name in ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval"))),
     ("quickstart", 10, ("quickstart",)),
 )
 
