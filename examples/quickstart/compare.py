@@ -43,7 +43,7 @@ def logits(checkpoint: Path, folder: Path, before: Path, text: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([tokenizer(TEXT).input_ids])
-    ours = load(checkpoint, dtype=torch.float32).network.logits(ids)
+    ours = load(checkpoint, dtype=torch.float32).network.run_model(ids)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         theirs = model(ids).logits
