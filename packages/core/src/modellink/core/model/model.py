@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
@@ -125,8 +126,10 @@ class Model(MegatronModule):
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (),
                            metadata: Any = None) -> dict[str, Any]:
         """megatron-core's; the output layer follows the padding of the embedding, and a tied copy has its name."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
         state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         name = f"{prefix}output_layer.weight"
+        state.pop(f"{prefix}output_layer._extra_state", None)  # always empty, and checkpoints of Megatron lack it
         if not self.post_process:
             return state
         if not self.spec.tied:
