@@ -13,6 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from states import load_state
 
 from modellink.ckpt_convert import open_checkpoint
 from modellink.ckpt_convert.cli import modellink_convert
@@ -230,7 +231,7 @@ def test_diff(run: Run, make_model: Make, tmp_path: Path) -> None:
     same = run(["diff", source, tmp_path / "mc"])
     assert same.returncode == 0 and same.stdout == "27 tensors, all bit-equal\n"
     path = tmp_path / "mc/iter_0000001/mp_rank_02_001/model_optim_rng.pt"
-    state = torch.load(path, weights_only=False)
+    state = load_state(path)
     state["model"]["decoder.layers.1.mlp.linear_fc2.weight"][4, 5] += 1
     torch.save(state, path)
     (tmp_path / "mc/iter_0000001/modellink.complete").write_text('{"files": {}}')

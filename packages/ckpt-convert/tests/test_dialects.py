@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from states import load_state
 from tiny_models import MODELS, make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
@@ -27,7 +28,7 @@ WITHOUT_LEGACY = [*MIXTURES, "gemma2"]
 
 def states(root: Path) -> dict[str, dict[str, Any]]:
     """Return name of a rank's folder -> its file, as torch reads it."""
-    return {path.parent.name: torch.load(path, weights_only=False) for path in sorted(root.rglob("model_optim_rng.pt"))}
+    return {path.parent.name: load_state(path) for path in sorted(root.rglob("model_optim_rng.pt"))}
 
 
 def same(before: dict[str, torch.Tensor], folder: Path) -> bool:
@@ -103,7 +104,7 @@ def test_names_of_older_megatron_versions(tmp_path: Path) -> None:
     before = make_folder(tmp_path / "hf", *spec_of("llama"))
     convert(tmp_path / "hf", tmp_path / "mg", to="megatron-legacy")
     path = tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt"
-    state = torch.load(path, weights_only=False)
+    state = load_state(path)
     older = {"input_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm", "final_norm": "final_layernorm",
              "self_attention": "attention"}
     encoder = state["model"]["language_model"].pop("encoder")
@@ -129,7 +130,7 @@ def test_an_old_order_of_queries_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path / "hf", *spec_of("llama"))
     convert(tmp_path / "hf", tmp_path / "mg", to="megatron-legacy")
     path = tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt"
-    torch.save(torch.load(path, weights_only=False) | {"checkpoint_version": 1.0}, path)
+    torch.save(load_state(path) | {"checkpoint_version": 1.0}, path)
     (tmp_path / "mg/iter_0000001/modellink.complete").unlink()
     (tmp_path / "mg/modellink.json").unlink()
     with pytest.raises(ModelLinkError, match=r"version 1\.0"):
@@ -221,7 +222,7 @@ def test_a_grouped_tensor_of_another_size(tmp_path: Path) -> None:
     make_folder(tmp_path / "hf", *spec_of("mixtral"))
     convert(tmp_path / "hf", tmp_path / "mg", to="megatron-core", moe_grouped_gemm=True)
     path = tmp_path / "mg/iter_0000001/mp_rank_00/model_optim_rng.pt"
-    state = torch.load(path, weights_only=False)
+    state = load_state(path)
     state["model"]["decoder.layers.0.mlp.experts.weight1"] = torch.zeros(20, 287)
     torch.save(state, path)
     (tmp_path / "mg/iter_0000001/modellink.complete").unlink()

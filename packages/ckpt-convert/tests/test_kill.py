@@ -120,7 +120,7 @@ def test_another_conversion_does_not_go_on_from_it(make_model: Make, run: Run, c
     assert content(tmp_path / "out") == content(tmp_path / "straight")
 
 
-def test_a_changed_source_starts_anew(make_model: Make, run: Run, content: Content, tmp_path: Path) -> None:
+def test_a_changed_source_starts_again(make_model: Make, run: Run, content: Content, tmp_path: Path) -> None:
     source = make_model("llama")
     run([source, tmp_path / "out", *TARGETS["megatron-core"]], MODELLINK_KILL_AT="after-file-2")
     shutil.copy(source / "model.safetensors", source / "copy")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapter_models import CONFIG, adapter_of, equal
 from safetensors.torch import load_file
+from states import load_state
 from tiny_models import make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
@@ -158,7 +159,7 @@ def test_an_adapter_alone_without_its_scale(made: Any, tmp_path: Path) -> None:
     base = open_checkpoint(tmp_path / "base")
     original({}, tensors, tmp_path / "lora", everything=False)
     path = next((tmp_path / "lora").rglob("*.pt"))
-    torch.save(torch.load(path, weights_only=False) | {"args": None}, path)
+    torch.save(load_state(path) | {"args": None}, path)
     with pytest.raises(ModelLinkError, match="are not recorded"):
         open_adapter(tmp_path / "lora", base)
     assert open_adapter(tmp_path / "lora", base, alpha=8).adapter == AdapterConfig(4, 8)

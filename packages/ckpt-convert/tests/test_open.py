@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from states import load_state
 
 from modellink.ckpt_convert import convert, open_checkpoint
 from modellink.ckpt_convert.iterations import last_complete
@@ -134,7 +135,7 @@ def test_a_foreign_checkpoint_with_other_arguments(foreign: Path, make_model: Ma
 
 
 def rewrite(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    state = torch.load(path, weights_only=False)
+    state = load_state(path)
     edit(state["model"])
     torch.save(state, path)
 

@@ -13,6 +13,7 @@ import xxhash
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from states import load_state
 
 from modellink.ckpt_convert import convert
 from modellink.kernels.parallel import ParallelLayout
@@ -59,7 +60,7 @@ def test_checksums_lie_beside(make_model: Make, tmp_path: Path) -> None:
     sums = json.loads((tmp_path / "mc/modellink.checksums.json").read_text())
     assert sums["algorithm"] == "xxh3_64" and len(sums["files"]) == 3
     for file, found in sums["files"].items():
-        model = torch.load(tmp_path / "mc" / file, weights_only=False)["model"]
+        model = load_state(tmp_path / "mc" / file)["model"]
         assert found == {f"model.{name}": xxhash.xxh3_64_hexdigest(tensor.numpy()) for name, tensor in model.items()}
 
 
@@ -95,7 +96,7 @@ def test_rank_files_hold_what_megatron_expects(make_model: Make, tmp_path: Path)
     for rank in range(2):
         for stage in range(2):
             file = tmp_path / f"mc/iter_0000001/mp_rank_{rank:02d}_{stage:03d}/model_optim_rng.pt"
-            state = torch.load(file, weights_only=False)
+            state = load_state(file)
             model = state["model"]
             for layer in range(2):
                 expected = reference_cut(weights, config, 2, rank, 2 * stage + layer, 132)
@@ -120,7 +121,7 @@ def test_virtual_stages_hold_the_layers_megatron_gives_them(make_model: Make, tm
     convert(source, tmp_path / "mc", to="megatron-core", layout=ParallelLayout(pp=2, vpp=2))
     weights = load_file(source / "model.safetensors")
     for stage in range(2):
-        state = torch.load(tmp_path / f"mc/iter_0000001/mp_rank_00_{stage:03d}/model_optim_rng.pt", weights_only=False)
+        state = load_state(tmp_path / f"mc/iter_0000001/mp_rank_00_{stage:03d}/model_optim_rng.pt")
         for chunk in range(2):  # layer of chunk v on stage p of P: v * P + p, with one layer per chunk
             found = state[f"model{chunk}"]["decoder.layers.0.mlp.linear_fc2.weight"]
             assert torch.equal(found, weights[f"model.layers.{chunk * 2 + stage}.mlp.down_proj.weight"])

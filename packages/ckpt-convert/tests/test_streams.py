@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from states import load_state
 from tiny_models import make_folder, spec_of
 
 from modellink.ckpt_convert import convert, iter_hf_tensors, iter_megatron_shards
@@ -35,10 +36,10 @@ def test_shards_of_ranks(model: str, layout: ParallelLayout, tmp_path: Path) -> 
     count = 0
     for shard in iter_megatron_shards(tmp_path / "hf", layout):
         folder = f"mp_rank_{shard.tp_rank:02d}_{shard.stage:03d}" + (f"_{shard.expert_rank:03d}" if layout.ep > 1 else "")
-        state = torch.load(tmp_path / f"mc/iter_0000001/{folder}/model_optim_rng.pt", weights_only=False)
+        state = load_state(tmp_path / f"mc/iter_0000001/{folder}/model_optim_rng.pt")
         assert torch.equal(state["model" if layout.vpp == 1 else f"model{shard.chunk}"][shard.name], shard.tensor)
         count += 1
-    assert count == sum(len(state[key]) for path in tmp_path.rglob("*.pt") for state in [torch.load(path, weights_only=False)]
+    assert count == sum(len(state[key]) for path in tmp_path.rglob("*.pt") for state in [load_state(path)]
                         for key in state if key.startswith("model"))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from states import load_state
 from tiny_models import make_folder, spec_of
 
 from modellink.ckpt_convert import convert, open_checkpoint
@@ -46,7 +47,7 @@ def test_a_training_checkpoint_converts_without_megatron(target: Any, absent: An
     before = make_folder(tmp_path / "hf", *spec_of("qwen2"))
     convert(tmp_path / "hf", tmp_path / "mg", to=target, layout=ParallelLayout(tp=2, pp=2))
     for path in (tmp_path / "mg").rglob("model_optim_rng.pt"):
-        state = torch.load(path, weights_only=False)
+        state = load_state(path)
         names = vars(state["args"]) | {"attention_backend": absent.kind, "params_dtype": torch.bfloat16, "lr": 1e-4}
         state["args"] = Namespace(**names)
         model = state["model"] if target == "megatron-core" else state["model"]["language_model"]["encoder"]
@@ -67,7 +68,7 @@ def test_a_training_checkpoint_converts_without_megatron(target: Any, absent: An
     (tmp_path / "mg/latest_checkpointed_iteration.txt").write_text("7")
     absent.forget()
     with pytest.raises(Exception, match="somewhere"):
-        torch.load(next((tmp_path / "mg").rglob("*.pt")), weights_only=False)
+        torch.load(next((tmp_path / "mg").rglob("*.pt")), weights_only=False)  # as Megatron does
     assert open_checkpoint(tmp_path / "mg", hf=tmp_path / "hf").iteration == 7
     convert(tmp_path / "mg", tmp_path / "back", to="hf", hf=tmp_path / "hf", verify=True)
     after = load_file(tmp_path / "back/model.safetensors")

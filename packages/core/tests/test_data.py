@@ -70,9 +70,9 @@ def test_data_replaced_under_its_name_is_noticed(pools, tmp_path):
     before = pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=kept)
     assert pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=kept) == before
     pools(1)(write_documents, prefix=str(prefix), seed=2, vocab_size=131, documents=50)
-    after, anew = (pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=folder)
+    after, rebuilt = (pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=folder)
                    for folder in (kept, str(tmp_path / "another")))
-    assert after == anew != before
+    assert after == rebuilt != before
 
 
 def write_low(prefix: str) -> None:

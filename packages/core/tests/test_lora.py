@@ -157,7 +157,7 @@ def skipped(folder: Path) -> tuple[str, ...]:
     return (str(folder / "rest"),)
 
 
-def test_finetune_begins_anew_with_the_adapters_of_an_iteration(run, tmp_path):
+def test_finetune_starts_with_the_adapters_of_an_iteration(run, tmp_path):
     """The third batch is the first of the new run: it has the loss of the third step with what two steps have learned."""
     straight = run(1, save=str(tmp_path / "a"), save_interval=1, exit_interval=3)
     options = {"lora_load": str(tmp_path / "a"), "finetune": True, "train_iters": 1, "data_path": skipped(tmp_path)}

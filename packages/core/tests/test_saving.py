@@ -78,10 +78,10 @@ def test_weights_are_saved_in_files_of_the_original_too(pools, corpus, tmp_path,
     (tmp_path / "theirs/iter_0000002").rename(tmp_path / "theirs/release")
     (tmp_path / "theirs/latest_checkpointed_iteration.txt").write_text("release")
     from_theirs = texts | {"load": str(tmp_path / "theirs"), "tokenizer_name_or_path": str(tmp_path / "weights")}
-    (_, told), (anew, _) = pools(2)(heard, options=from_theirs)
-    assert "note: only weights are loaded from" in told and "are not read, and training starts at iteration 0" in told
-    assert anew[0][:2] == (1, 2) and anew[0][2] != straight[0][2]
-    assert anew == pools(2)(train, options=texts | {"load": str(tmp_path / "a"), "finetune": True})[-1]
+    (_, text), (resumed, _) = pools(2)(heard, options=from_theirs)
+    assert "note: only weights are loaded from" in text and "are not read, and training starts at iteration 0" in text
+    assert resumed[0][:2] == (1, 2) and resumed[0][2] != straight[0][2]
+    assert resumed == pools(2)(train, options=texts | {"load": str(tmp_path / "a"), "finetune": True})[-1]
 
 
 DISTRIBUTED = {"use_distributed_optimizer": True}

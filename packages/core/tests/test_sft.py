@@ -151,7 +151,7 @@ def test_a_long_sample_loses_its_end(pools, chats, samples):
         assert labels == [*sample["labels"][1:5], -100][:len(ids)]
 
 
-def test_packed_rows_count_positions_anew(pools, tmp_path, samples):
+def test_packed_rows_restart_positions(pools, tmp_path, samples):
     """Of learned prompts too the first token of a sample is not learned from the sample before it."""
     learned = [sample | {"labels": sample["input_ids"]} for sample in samples[:3]]
     INSTRUCTIONS.write_set(tmp_path / "packs", [INSTRUCTIONS.pack(learned, 70)] * 5)

@@ -193,15 +193,15 @@ def test_a_loss_scale_that_overflows_is_halved_and_goes_on_as_it_was(run, tmp_pa
     assert run(load=str(tmp_path / "a"), train_iters=20, **scaled) == straight[3:]
 
 
-def test_the_optimizer_can_start_anew(run, tmp_path):
+def test_the_optimizer_can_start_from_zero(run, tmp_path):
     straight = run(save=str(tmp_path), save_interval=2)
-    anew = run(2, load=str(tmp_path), ckpt_step=2, load_optim=False, use_distributed_optimizer=True)
-    assert [step[:2] for step in anew] == [step[:2] for step in straight[2:]]
-    assert anew[0][2] == pytest.approx(straight[2][2], rel=2e-6)  # the weights are the same until the first step
-    assert anew[1][2] != pytest.approx(straight[3][2], rel=1e-4)
+    again = run(2, load=str(tmp_path), ckpt_step=2, load_optim=False, use_distributed_optimizer=True)
+    assert [step[:2] for step in again] == [step[:2] for step in straight[2:]]
+    assert again[0][2] == pytest.approx(straight[2][2], rel=2e-6)  # the weights are the same until the first step
+    assert again[1][2] != pytest.approx(straight[3][2], rel=1e-4)
 
 
-def test_the_random_state_can_start_anew(run, tmp_path):
+def test_the_random_state_can_start_from_zero(run, tmp_path):
     dropout = {"hidden_dropout": 0.3}
     straight = run(save=str(tmp_path), save_interval=2, **dropout)
     assert run(load=str(tmp_path), ckpt_step=2, **dropout) == straight[2:]

@@ -69,7 +69,7 @@ def test_shares_with_other_options_are_not_joined_and_not_thrown_away(command, a
     assert snapshot(tmp_path / "out") == expected
 
 
-def test_a_part_of_the_right_size_and_other_bytes_is_made_anew(command, arguments, expected, snapshot, tmp_path):
+def test_a_part_of_the_right_size_and_other_bytes_is_made_again(command, arguments, expected, snapshot, tmp_path):
     """A part truncated by a power cut: parts are written without waiting for the disk."""
     assert command(*arguments, "--piece", "0/2").returncode == 0
     part = min((tmp_path / "out" / "set.parts").glob("*.bin"))

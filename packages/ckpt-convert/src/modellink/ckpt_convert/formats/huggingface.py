@@ -88,7 +88,7 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
         if others := fitting(Config.load(folder), found):
             raise ModelLinkError(error.what, where=folder,
                                  fix=f"it was read as {family}, but these are the weights of the "
-                                                               f"family {' or '.join(others)}") from None
+                                     f"family {' or '.join(others)}") from None
         raise
     for name, target in targets.items():
         refuse_shape(name, found[name].shape, target.shape, found[name].path)

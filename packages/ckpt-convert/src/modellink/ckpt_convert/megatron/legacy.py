@@ -53,14 +53,8 @@ def canonical(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _decoder(name: str) -> str:
     """Return the canonical name of an entry of the encoder."""
-    start, rest = "decoder.", name
-    if name.startswith("layers."):
-        number, _, rest = name.removeprefix("layers.").partition(".")
-        start = f"decoder.layers.{number}."
-    module, _, kind = rest.rpartition(".")
-    if adapted := ADAPTED.fullmatch(rest):
-        module, kind = adapted["module"], adapted["kind"]
-    return f"{start}{CANONICAL.get(module, module)}.{kind}"
+    layer, module, kind = _split(name)
+    return f"decoder.{layer}{CANONICAL.get(module, module)}.{kind}"
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -100,17 +94,23 @@ def state_of(chunk: Mapping[str, Planned], *, tied: bool) -> dict[str, Any]:
 
 
 def _encoder(name: str) -> str:
-    rest = name.removeprefix("decoder.")
-    start = ""
-    if rest.startswith("layers."):
-        number, _, rest = rest.removeprefix("layers.").partition(".")
-        start = f"layers.{number}."
-    module, _, kind = rest.rpartition(".")
-    if adapted := ADAPTED.fullmatch(rest):
-        module, kind = adapted["module"], adapted["kind"]
+    """Return the legacy name of an entry of the decoder."""
+    layer, module, kind = _split(name.removeprefix("decoder."))
     if module not in MODULES:
         raise ModelLinkError(f"Megatron-Legacy has no name for {name}", where="--to megatron-legacy",
                              fix="use --to megatron-core: only it has experts, latent attention and norms after a branch")
-    return f"{start}{MODULES[module]}.{kind}"
+    return f"{layer}{MODULES[module]}.{kind}"
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Return "layers.N." or "", the module and the kind of tensor of a name inside the decoder."""
+    layer = ""
+    if name.startswith("layers."):
+        number, _, name = name.removeprefix("layers.").partition(".")
+        layer = f"layers.{number}."
+    if adapted := ADAPTED.fullmatch(name):
+        return layer, adapted["module"], adapted["kind"]
+    module, _, kind = name.rpartition(".")
+    return layer, module, kind
 
 
