@@ -64,7 +64,7 @@ def test_two_ranks_train_tell_and_save(options, tmp_path):
 def trained(arguments: list[str]) -> str:
     """On a rank: what the command does there; its output, or the message of a mistake."""
     sys.argv[1:] = ["pretrain", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
             _run()
         except ModelLinkError as error:

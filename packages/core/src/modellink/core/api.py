@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modellink.core import launch
+from modellink.core.announce import announce
 from modellink.core.prepare.prepare import prepare
 from modellink.core.run import Run
 from modellink.core.train.callbacks import Callback
@@ -15,7 +16,7 @@ from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
 if TYPE_CHECKING:
-    from modellink.core.train.metrics import Step
+    from modellink.core.train.history import Step
 
 
 def fit(method: str | type[Method], settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> list[Step]:
@@ -46,6 +47,7 @@ def fit(method: str | type[Method], settings: Mapping[str, Any], callbacks: Sequ
     if run.determinism.use_deter_comp:
         from modellink.core.determinism import set_variables  # imports torch
         set_variables(run.device.kind)
+    announce(run)
     join(run)
     own = method if isinstance(method, type) and method.name == run.method else None
     return train(run, own, callbacks)

@@ -121,8 +121,8 @@ def determinism(device: str, use_deter_comp: bool) -> None:
         for attempt in ("first", "second"):
             for count in sorted({ranks for ranks, _ in CONFIGURATIONS.values() if ranks <= there}):
                 names = [name for name, (ranks, _) in CONFIGURATIONS.items() if ranks == count]
-                told = json.dumps([f"{work}/{attempt}/{count}", names, {"device": found.kind, "use_deter_comp": use_deter_comp}])
-                if launch.spawn(count, "modellink.core.repeatability", [told]):
+                task = json.dumps([f"{work}/{attempt}/{count}", names, {"device": found.kind, "use_deter_comp": use_deter_comp}])
+                if launch.spawn(count, "modellink.core.repeatability", [task]):
                     raise InternalError(f"a run on {count} ranks failed", where=", ".join(names))
                 done += names if attempt == "first" else []
         table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [

@@ -22,6 +22,7 @@ from modellink.eval.report.terminal import print_results, print_tasks, read_resu
 from modellink.eval.runner import check_sandbox, run
 from modellink.eval.sandbox import Sandbox
 from modellink.kernels.errors import run_command
+from modellink.kernels.messages import note
 from modellink.kernels.options import Layer, command, resolve, yaml_layer
 from modellink.kernels.original import original_flags, translate
 
@@ -45,8 +46,8 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     first = rank in (None, "0")
     starts = rank is None and options.layout().world_size > 1  # this process only starts the ranks
     if first and not starts and settings.chat and not (options.prompt_type or options.hf_chat_template):
-        print(f"note: prompts use the chat template {settings.chat}, with which the checkpoint was trained; --no-chat-template "
-              "uses plain text", file=sys.stderr)
+        note(f"prompts use the chat template {settings.chat}, with which the checkpoint was trained; --no-chat-template uses "
+             "plain text")
     wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
     sandbox = Sandbox(options.isolation) if wanted else None
     if first:

@@ -22,8 +22,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from modellink.core.config import DataConfig
 from modellink.core.data.batch import Batch
 from modellink.core.data.documents import starts_after
-from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 
 
 @dataclass(frozen=True)
@@ -99,9 +99,8 @@ def usable_split(config: DataConfig, *, evaluated: bool) -> str:
                 raise ModelLinkError(f"no training data: the training share has none of the {documents} documents",
                                      where=f"{prefix}, --split", fix="use more data, or another split")
             shares[number] = 0.0
-            if evaluated and rank() == 0:
-                print(f"note: the {name} share has none of the {documents} documents of {prefix}; evaluation on it is disabled",
-                      flush=True)
+            if evaluated:
+                note(f"the {name} share has none of the {documents} documents of {prefix}; evaluation on it is disabled")
     return ",".join(f"{share:g}" for share in shares)
 
 
@@ -132,10 +131,10 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
 def _fingerprint(config: DataConfig) -> str:
     """A name for the cache that changes with the data, unlike megatron-core's own."""
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
-    told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
+    digest = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)  # copies on other machines may have other modification times
-    return told[0]
+        dist.broadcast_object_list(digest)  # copies on other machines may have other modification times
+    return digest[0]
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,
