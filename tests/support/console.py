@@ -24,7 +24,8 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-def call(*calls: list[str], cwd: Path | None = None, environment: Mapping[str, str] | None = None) -> list[tuple[int, str, str, bool]]:
+def call(*calls: list[str], cwd: Path | None = None,
+         environment: Mapping[str, str] | None = None) -> list[tuple[int, str, str, bool]]:
     """Run commands in one process; return status, output, errors and whether torch is imported by then, for each."""
     done = subprocess.run([sys.executable, "-c", RUN, json.dumps(calls)], capture_output=True, text=True, check=True, cwd=cwd,
                           env=os.environ | dict(environment or {}))

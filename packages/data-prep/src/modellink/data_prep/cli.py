@@ -16,14 +16,18 @@ from modellink.data_prep.preprocess import preprocess
 from modellink.kernels.command import command
 from modellink.kernels.errors import run_command
 from modellink.kernels.files import write_json
-from modellink.kernels.general_options import ConfigFileOptions, DryRun, print_plan, with_file
+from modellink.kernels.general_options import NOTHING_DONE, ConfigFileOptions, DryRun, print_plan, with_file
 from modellink.kernels.options import Layer, resolve
 from modellink.kernels.original import original_flags, translate
 from modellink.kernels.tables import print_table
 
 EXAMPLE = """modellink-preprocess --input ./text.jsonl --output-prefix ./data/text \\
     --tokenizer-name-or-path ./Qwen2.5-7B --append-eod"""
-@command(MergeOptions, name="merge", example="modellink-preprocess merge --input ./shards \\\n    --output-prefix ./data/text --merge-group-keys text_document")
+MERGE = """modellink-preprocess merge --input ./shards --output-prefix ./data/text \\
+    --merge-group-keys text_document"""
+
+
+@command(MergeOptions, name="merge", example=MERGE)
 def merge_command(given: Layer, dry_run: DryRun | None) -> None:
     """Merge the datasets in a folder whose file names contain a key, sorted by name."""
     options = resolve([MergeOptions], given)[MergeOptions]
@@ -50,6 +54,8 @@ def inspect_command(prefix: str, given: Layer, dry_run: DryRun | None) -> None:
         ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
         (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
         *((f"document {index}", text) for index, text in found.samples.items())])
+    if dry_run:
+        print(NOTHING_DONE)
 
 
 @command(PreprocessOptions, ConfigFileOptions, name="modellink-preprocess", example=EXAMPLE, starts=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,12 @@ def with_file(given: Layer) -> list[Layer]:
 
 
 def print_plan(rows: Iterable[tuple[str, object]]) -> None:
-    """Print what a command would do: a name and a value per line, and that nothing was started or written."""
+    """Print what a command would do: a name and a value per line, and that nothing was started or written.
+
+    Under torchrun only the first rank prints.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
     shown = [(name, str(value)) for name, value in rows if value not in (None, "")]
     width = max((len(name) for name, _ in shown), default=0)
     for name, value in shown:
