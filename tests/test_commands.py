@@ -18,6 +18,7 @@ COMMANDS = [
     "modellink-infer generate", "modellink-infer chat", "modellink-infer serve", "modellink-eval run", "modellink-eval list",
     "modellink-eval report", "modellink-doctor"]
 TRAIN = ["--data-path", "data/text_text_document", "--seq-length", "32", "--train-iters", "3", "--lr", "1e-4", "--device", "cpu"]
+SCORE = ["--task", "boolq", "--task-data-path", "boolq", "--output", "scores", "--device", "cpu"]
 PLANNERS = {"modellink-convert", "modellink-preprocess", "modellink-preprocess merge", "modellink-preprocess inspect",
             "modellink-train pretrain", "modellink-train sft", "modellink-train determinism", "modellink-infer generate",
             "modellink-infer chat", "modellink-infer serve", "modellink-eval run"}
@@ -105,8 +106,7 @@ def test_a_dry_run_of_each_command_prints_its_plan_and_writes_nothing(material, 
         "modellink-train determinism": (["--device", "cpu"], "tensor parallel, dropout"),
         "modellink-infer generate": (["--load", model, "--prompt", "x", "--tp", "2", "--device", "cpu", "--devices", "2"], "TP 2"),
         "modellink-infer serve": (["--load", model, "--device", "cpu"], "http://127.0.0.1:8000"),
-        "modellink-eval run": ([*"--task boolq --task-data-path boolq --output scores --device cpu --load".split(), model],
-                               "1 questions in 1 subjects"),
+        "modellink-eval run": (["--load", model, *SCORE], "1 questions in 1 subjects"),
         "modellink-doctor": (["--device", "cpu"], "versions")}
     before = contents(material)
     found = call(*([*name.split(), *words, "--dry-run"] for name, (words, _) in cases.items()), cwd=material)
