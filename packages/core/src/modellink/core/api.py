@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modellink.core import launch
-from modellink.core.announce import announce
 from modellink.core.prepare.prepare import prepare
 from modellink.core.run import Run
+from modellink.core.train.announce import announce
 from modellink.core.train.callbacks import Callback
 from modellink.core.train.method import Method, find_method
 from modellink.kernels.errors import ModelLinkError

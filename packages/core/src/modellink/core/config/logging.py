@@ -13,7 +13,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    section: ClassVar[str] = "logging"
+    heading: ClassVar[str] = "Logging and evaluation"
 
     log_interval: int = option(100, "Iterations between log lines.", minimum=1)
     progress: bool = option(True, "Show one progress line instead of log lines if stdout is a terminal.")

@@ -10,10 +10,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 
-from modellink.core.announce import write_arguments
 from modellink.core.launch import rank
 from modellink.core.run import Run
 from modellink.core.train import history, screen
+from modellink.core.train.announce import write_arguments
 from modellink.core.train.curve import draw_losses
 from modellink.core.train.events import Events, step_values
 from modellink.core.train.history import History, Step
