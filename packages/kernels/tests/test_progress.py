@@ -30,7 +30,7 @@ def test_bytes_are_gigabytes_and_a_line_on_the_way_says_how_long_it_takes(monkey
     with progress.Work("copying", 2_000_000_000, unit="bytes") as work:
         work.advance(500_000_000)
         work.done = work.total
-    assert capsys.readouterr().err == ("copying: 0.50 of 2.00 GB, 0.03 GB/s, 60 s left\n"
+    assert capsys.readouterr().err == ("copying: 0.50 of 2.00 GB, 0.03 GB/s, 0:01:00 left\n"
                                        "copying: 2.00 of 2.00 GB, 0.05 GB/s, 40.0 s\n")
 
 

@@ -41,9 +41,10 @@ def _model(run: Run) -> str:
         start = f"resumed from {run.resumed}"
     elif run.source is not None:
         start = f"weights of {run.source.folder}"
+    family = (run.source.family if run.source else run.checkpoint.model_type_hf) or "a model"
     ranks = run.layout.world_size
     where = f"{ranks} ranks on {run.device.kind} ({run.layout})" if ranks > 1 else run.device.kind
-    return f"{run.method}: {run.manifest.family}, {size} parameters in {run.optimizer.dtype_name}, {start}, {where}"
+    return f"{run.method}: {family}, {size} parameters in {run.optimizer.dtype_name}, {start}, {where}"
 
 
 def _data(run: Run) -> str:
@@ -51,7 +52,7 @@ def _data(run: Run) -> str:
     source = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} sets, the first is {prefixes[0]}"
     samples, length = run.data.samples_per_iteration(run.layout.dp), run.data.seq_length
     up_to = "up to " if run.instruction.variable_seq_lengths else ""
-    return f"data: {source}, {samples} samples of {up_to}{length} tokens per iteration"
+    return f"data: {source}, {samples} samples of {up_to}{length:,} tokens per iteration"
 
 
 def _iterations(run: Run) -> str:
