@@ -9,11 +9,11 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from modellink.core.launch import rank
 from modellink.core.run import Run
-from modellink.core.train import history, screen
-from modellink.core.train.announce import write_arguments
+from modellink.core.train import announce, history, screen
 from modellink.core.train.curve import draw_losses
 from modellink.core.train.events import Events, step_values
 from modellink.core.train.history import History, Step
@@ -56,9 +56,9 @@ class Metrics:
             return
         self._is_open = True
         if self.folder is not None:
-            with self._or_drop(str(self.folder)):
+            with self._or_drop(announce.FILE):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_arguments(self.folder, self.run, self.resumed)
+                announce.write_arguments(self.folder, self.run, self.resumed)
             with self._or_drop(history.FILE):
                 self.history = History(self.folder, self.resumed)
             self.screen.log_file = self.folder / screen.FILE
@@ -99,20 +99,14 @@ class Metrics:
         self.screen.step(step)
 
     def _log(self, text: str) -> None:
-        with self._or_drop(screen.FILE, self._drop_log):
+        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
             self.screen.log(text)
-
-    def _drop_log(self) -> None:
-        self.screen.log_file = None
-
-    def _drop_events(self) -> None:
-        self._events = None
 
     def _send(self, values: Mapping[str, float | None], iteration: int) -> None:
         """Send the values to TensorBoard and the tracker."""
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if self._events:
-            with self._or_drop("TensorBoard's file", self._drop_events):
+            with self._or_drop("TensorBoard's file", partial(setattr, self, "_events", None)):
                 self._events.add(known, iteration)
         if self._tracker:
             self._tracker.log(known, iteration)
@@ -140,7 +134,7 @@ class Metrics:
             return
         self._open()
         share = "test" if where.endswith("test set") else "validation"
-        with self._or_drop(screen.FILE, self._drop_log):
+        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
             self.screen.evaluation(where, iteration, share, means)
         (_, loss), *others = means.items()
         losses = {f"lm loss {share}": loss, **{f"{name} {share}": value for name, value in others}}
@@ -154,7 +148,7 @@ class Metrics:
             return
         svg = draw_losses({"training": self.history.curve("loss"), "validation": self.history.curve("lm loss validation")})
         if svg is not None:
-            with self._or_drop("the loss curve"):
+            with self._or_drop(str(self.picture), partial(setattr, self, "picture", None)):
                 self.picture.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(self.picture, "w") as file:
                     file.write(svg)
