@@ -101,7 +101,8 @@ def on_a_terminal(options: dict[str, Any]) -> str:
     """On a rank: what a run writes to a terminal."""
     recording = Recording()
     with open(os.dup(recording.theirs), "w", encoding="utf-8") as terminal, patch.dict(os.environ, TERM="xterm"), \
-            contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+            patch("modellink.kernels.terminal.PERIOD", 0.0), contextlib.redirect_stdout(terminal), \
+            contextlib.redirect_stderr(terminal):
         training.train(options)
     return recording.close()
 
@@ -112,7 +113,7 @@ def test_a_terminal_shows_one_progress_line_and_no_log_lines(pools, texts, tmp_p
     assert re.search(r"\[#+\.*\]  iteration 4/5  loss \d\.\d{4}  [\d,]+ tokens/s  0:00:\d\d left", written)
     assert "evaluating at iteration 5 on test set  1/2" in written
     *lines, last = [line for line in screen(written) if not line.startswith(("loading weights", "[Rank 0]"))]
-    assert re.fullmatch(r"\[#{24}\]  iteration 5/5  loss \d\.\d{4}  [\d,]+ tokens/s  0:00:00 left", last)
+    assert re.fullmatch(r"\[#{16}\]  iteration 5/5  loss \d\.\d{4}  [\d,]+ tokens/s  0:00:00 left", last)
     loss = r"loss \d\.\d{4}, perplexity [\d.]+"
     expected = [rf"iteration 2: validation {loss}", r"saving checkpoint at iteration       3 to .*",
                 r"  successfully saved checkpoint at iteration       3 to .*", rf"iteration 4: validation {loss}",
@@ -121,7 +122,7 @@ def test_a_terminal_shows_one_progress_line_and_no_log_lines(pools, texts, tmp_p
     assert len(lines) == len(expected)
     assert all(re.fullmatch(pattern, line) for pattern, line in zip(expected, lines, strict=True)), lines
     assert len(re.findall(r"\] iteration +\d/", (save / "train.log").read_text())) == 3
-    (written,) = pools(1)(on_a_terminal, options=texts | {"progress": False})
+    (written,) = pools(1)(on_a_terminal, options=texts | {"progress": False, "save_interval": None})
     assert len(re.findall(r"\] iteration +\d/", written)) == 3 and "tokens/s" not in written
 
 

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from modellink.core.train.history import Step
 
-BAR = 24  # columns of a progress bar
+BAR = 16  # columns of a progress bar
 
 
 def log_line(steps: Sequence[Step], train_iters: int, speed: Sequence[str] = ()) -> str:
