@@ -53,7 +53,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "command", "general_options | model_options | ops",
                 "device | files | options | original | parallel | progress",
                 "constants | errors | plugins | svg | tables",
-                "messages | terminal"),
+                "dependency_warnings | messages | terminal"),
     "ckpt_convert": (
         "__main__",
         "cli",

@@ -24,12 +24,12 @@ import queue
 import sys
 import time
 import types
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from modellink.kernels import dependency_warnings
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError
 
@@ -242,15 +242,12 @@ def start(device: Device) -> None:
         _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
         sys.meta_path.insert(0, _Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it warns at every fork of the RNG if there is one generator
-    warnings.filterwarnings("ignore", message=r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated",
-                            category=FutureWarning)  # megatron-core calls them
-    warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
-    with warnings.catch_warnings(action="ignore"):  # every module warns that Transformer Engine and Apex are missing
-        import megatron.core.distributed
-        import megatron.core.models.backends
-        import megatron.core.transformer.moe.moe_layer
-        import megatron.core.transformer.transformer_block  # noqa: F401
-        _fix()
+    dependency_warnings.ignore()
+    import megatron.core.distributed
+    import megatron.core.models.backends
+    import megatron.core.transformer.moe.moe_layer
+    import megatron.core.transformer.transformer_block  # noqa: F401
+    _fix()
     _started = device.kind
 
 

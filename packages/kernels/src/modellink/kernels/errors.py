@@ -18,6 +18,7 @@ from typing import NoReturn
 
 import click
 
+from modellink.kernels import dependency_warnings
 from modellink.kernels.messages import is_under_our_launcher, let_first_rank_report
 
 USER_MISTAKE, OUR_FAULT, INTERRUPTED = 2, 1, 130
@@ -168,6 +169,7 @@ def run_command(command: Callable[[], object]) -> NoReturn:
     Errors go to stderr; ranks that have the same one print it once (see messages.py). `MODELLINK_TRACE=1`
     prints the traceback of a user's mistake too.
     """
+    dependency_warnings.ignore()
     try:
         with _system_errors(), _usage_errors():
             command()
