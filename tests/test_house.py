@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from phrases import findings  # noqa: E402
 
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
-FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", ".ci")
+FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", "docs", ".ci", ".github")
 MAX_LINES = 600
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".cfg", ".sh", ""}
 
