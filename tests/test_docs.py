@@ -75,6 +75,12 @@ def test_files_and_functions_of_the_architecture_exist() -> None:
     assert list(problems(text)) == []
 
 
+def test_files_of_the_security_policy_exist() -> None:
+    named = [span for span in SPAN.findall((ROOT / "SECURITY.md").read_text("utf-8")) if "/" in span]
+    assert len(named) > 10
+    assert not [span for span in named if find(span) is None]
+
+
 @pytest.mark.parametrize(("text", "message"), [
     ("`core/train/lop.py`", "core/train/lop.py: no such file"),
     ("`core/train/loop.py: Loop.iterate,\nLoop.itrate`", "core/train/loop.py: no Loop.itrate in it"),
