@@ -80,7 +80,8 @@ class _Explained:
         def show(context: click.Context, _: click.Parameter, given: bool) -> None:
             if given and not context.resilient_parsing:
                 assert self.distribution is not None
-                print(f"{context.find_root().info_name} {version(self.distribution)}")
+                program = str(context.find_root().info_name).split()[0]  # without a subcommand
+                print(f"{program} {version(self.distribution)}")
                 context.exit()
         return click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show,
                             help="Print the version and exit.")
