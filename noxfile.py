@@ -35,6 +35,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
 HARNESS = "lm-eval[hf]"  # the benchmark peer of modellink-eval
+WORKERS = ("-n", "2", "--dist", "loadfile")  # pytest-xdist: the files of a package, each with its fixtures, in two processes
 
 
 class Env:
@@ -112,8 +113,8 @@ def types(env: Env) -> None:
 
 def tests_of(package: str) -> Callable[[Env], None]:
     def tests(env: Env) -> None:
-        env.install(package, *test_needs(ROOT, package))
-        env.pytest("-m", "not stress", str(ROOT / "packages" / package / "tests"))
+        env.install(package, *test_needs(ROOT, package), "pytest-xdist")
+        env.pytest(*WORKERS, "-m", "not stress", str(ROOT / "packages" / package / "tests"))
 
     tests.__doc__ = f"The tests of modellink-{package} against its wheel, installed on its own."
     return tests
