@@ -106,7 +106,7 @@ def raw(smollm3: tuple[Path, Any], command: Callable[..., str]) -> Path:
 
 def test_the_family_and_the_format(smollm3: tuple[Path, Any], raw: Path, command: Callable[..., str], tmp_path: Path) -> None:
     command("modellink.ckpt_convert", raw, tmp_path / "mc", "--to", "megatron-core", "--tp", 2, "--pp", 2)
-    command("modellink.ckpt_convert", tmp_path / "mc", tmp_path / "back", "--to", "hf", "--verify")
+    command("modellink.ckpt_convert", tmp_path / "mc", tmp_path / "back", "--to", "hf")
     before, after = load_file(smollm3[0] / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
