@@ -50,8 +50,9 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 # The folders and top-level modules of each package from top to bottom. Names on one floor do not import each other; the package's
 # own `__init__` and command line are on the roof. A package that is missing here is reported as skipped.
 FLOORS: dict[str, tuple[str, ...]] = {
-    "kernels": ("doctor", "model_options | ops", "device | files | options | original | parallel | progress",
-                "constants | errors | plugins | svg"),
+    "kernels": ("doctor", "command", "general_options | model_options | ops",
+                "device | files | options | original | parallel | progress",
+                "constants | errors | plugins | svg | tables"),
     "ckpt_convert": (
         "__main__",
         "cli",

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from modellink.eval.cli import in_our_words, run_tasks
+from modellink.eval.cli import run_tasks, translate_original
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.original import original_flags
 
@@ -26,7 +26,7 @@ def test_a_script_of_the_original(capsys):
     script = """--task-data-path DATA --task mmlu --load CKPT --bf16 --use-kv-cache --greedy --tensor-model-parallel-size 2
         --pipeline-model-parallel-size 4 --evaluation-batch-size 1 --no-chat-template --tokenizer-type PretrainedFromHF
         --output OUT"""
-    values = run_tasks.make_context("run", in_our_words(script.split())).params
+    values = run_tasks.make_context("run", translate_original(script.split())).params
     assert values["dtype"] == "bfloat16" and values["task"] == ("mmlu",) and int(values["tensor_model_parallel_size"]) == 2
     assert int(values["pipeline_model_parallel_size"]) == 4 and "--tokenizer-type" in capsys.readouterr().err
 
@@ -34,7 +34,7 @@ def test_a_script_of_the_original(capsys):
 @pytest.mark.parametrize("flag", ["--top-k", "--instruction-template", "--lora-load"])
 def test_what_is_not_done_is_said(flag):
     with pytest.raises(ModelLinkError, match=f"{flag} is not supported") as caught:
-        in_our_words(["--task", "mmlu", flag, "1"])
+        translate_original(["--task", "mmlu", flag, "1"])
     assert caught.value.fix
 
 

@@ -4,11 +4,9 @@ import dataclasses
 import inspect
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from modellink.eval import Completion, Likelihood, evaluate
 from modellink.eval.cli import run_tasks
@@ -48,7 +46,7 @@ def test_a_task_of_the_page_runs_and_prints_what_is_shown(section, tmp_path, mon
     given = run_tasks.make_context("run", words).params
     assert given["task"] == (task,)
     results = evaluate(list(given["task"]), "data", Knowing(), given["output"])
-    print_results(results, Console(width=100, file=sys.stdout))
+    print_results(results)
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines() if "questions/s" not in line]
     assert printed == blocks["text"].splitlines()
 

@@ -2,10 +2,8 @@
 
 import csv
 import math
-import sys
 
 import pytest
-from rich.console import Console
 
 from modellink.eval import evaluate
 from modellink.eval.report.compare import compare, print_comparison, sign_test
@@ -60,7 +58,7 @@ def test_headlines_stand_beside_the_means_that_are_compared(tmp_path, capsys):
         (folder / "exam.questions.csv").write_text("digest,subject,row,score,unparsed,margin,answer,right\n" + "\n".join(rows))
         macro = (sum(large) / 4 + sum(small)) / 2
         results.append({"tasks": {"exam": {"accuracy": macro, "style": "original", "version": 1 + run, "aggregation": "macro"}}})
-    print_comparison(tmp_path / "0", tmp_path / "1", *results, Console(width=140, file=sys.stdout))
+    print_comparison(tmp_path / "0", tmp_path / "1", *results)
     printed = capsys.readouterr().out
     (row,) = [line for line in printed.splitlines() if "McNemar" in line]
     assert "37.50 %, 75.00 %" in row and row.count("60.00 %") == 2 and "+0.00" in row

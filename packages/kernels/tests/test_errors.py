@@ -77,7 +77,8 @@ from pathlib import Path
 from typing import Literal
 import click
 from modellink.kernels.errors import run_command
-from modellink.kernels.options import command, option, resolve, yaml_layer
+from modellink.kernels.command import command
+from modellink.kernels.options import option, resolve, yaml_layer
 @dataclass(frozen=True)
 class Options:
     format: Literal["hf", "megatron-core", "torch-dist"] = option("hf", "Format.")

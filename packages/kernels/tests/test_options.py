@@ -9,8 +9,9 @@ from typing import Literal
 import pytest
 from click.testing import CliRunner
 
+from modellink.kernels.command import command
 from modellink.kernels.errors import ModelLinkError
-from modellink.kernels.options import Layer, command, describe, option, resolve, yaml_layer
+from modellink.kernels.options import Layer, describe, option, resolve, yaml_layer
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def test_help_and_documentation_say_default_and_unit():
     def run(given: Layer) -> None: ...
 
     text = " ".join(CliRunner().invoke(run, ["--help"]).output.split())
-    assert "--shuffle / --no-shuffle Mix the samples. [default True]" in text
+    assert "--shuffle / --no-shuffle Mix the samples. [default: on]" in text
     assert "Iterations. [required]" in text
     assert "| `--layer-list`, `--ll` |  | Layers. |" in describe(Config)
     assert "| `--lr` | `0.0001` | Learning rate. |" in describe(Config)

@@ -19,7 +19,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class FocalConfig:
-    section: ClassVar[str] = "focal"
+    heading: ClassVar[str] = "Focal loss"
 
     sequences: Path = option(doc="JSON file with a list of lists of token ids.")
     gamma: float = option(2.0, "Weight a token by (1 - its probability) ** gamma.", minimum=0)

@@ -25,9 +25,11 @@ from modellink.ckpt_convert.plan import size
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.storage.tensors import torch_dtype
 from modellink.ckpt_convert.verify import differences
+from modellink.kernels.command import command
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
+from modellink.kernels.general_options import NOTHING_DONE, DryRun
 from modellink.kernels.model_options import ModelPathOptions
-from modellink.kernels.options import Layer, command, option, resolve
+from modellink.kernels.options import Layer, option, resolve
 from modellink.kernels.original import original_flags, translate
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt, see malloc.h
@@ -35,15 +37,64 @@ DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 GIGABYTE = 10 ** 9
 
 
-@command(ConvertOptions, name="modellink-convert")
+@dataclass(frozen=True)
+class InspectOptions(ModelPathOptions):
+    iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0,
+                                   alias="--ckpt-step")
+    json: bool = option(False, "Print JSON.")
+
+
+@command(InspectOptions, name="inspect", example="modellink-convert inspect ./qwen-mcore")
+@click.argument("path")
+def inspect_command(path: str, given: Layer) -> None:
+    """Describe the checkpoint PATH: format, layout, model, tensors, sizes."""
+    options = resolve([InspectOptions], given)[InspectOptions]
+    _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration,
+              options.json)
+
+
+def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | None, as_json: bool) -> None:
+    folder = path
+    known = hf is not None or (path / FILE).exists() or (path / FOLDER).exists() or (path.parent / FILE).exists()
+    if not known and any(path.glob("iter_*")):
+        folder = last_complete(path, iteration)
+    if not known and path.is_dir() and is_megatron(folder):
+        facts = inspect_ranks(folder)
+    else:
+        facts = inspect(open_checkpoint(path, family=family, hf=hf, iteration=iteration, adapter=True))
+    print(json.dumps(facts, indent=2) if as_json else table(facts))
+
+
+@command(ModelPathOptions, name="diff", example="modellink-convert diff ./Qwen2.5-7B ./qwen-mcore")
+@click.argument("first")
+@click.argument("second")
+def diff_command(first: str, second: str, given: Layer) -> None:
+    """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ."""
+    options = resolve([ModelPathOptions], given)[ModelPathOptions]
+    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path,
+                                  adapter=True)
+                  for path in (first, second))
+    count = 0
+    for field, (mine, theirs) in one.spec.differences(other.spec).items():
+        print(f"{field}: {mine} and {theirs}")
+        count += 1
+    for difference in differences(one, other):
+        print(difference)
+        count += 1
+    if count:
+        sys.exit(OUR_FAULT)
+    print(f"{len(one.tensors)} tensors, all bit-equal")
+
+
+@command(ConvertOptions, name="modellink-convert", subcommands={"inspect": inspect_command, "diff": diff_command},
+         example="modellink-convert ./Qwen2.5-7B ./qwen-mcore --to megatron-core --tp 2 --pp 2", starts=True)
 @click.argument("src", required=False)
 @click.argument("dst", required=False)
-def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
+def modellink_convert(src: str | None, dst: str | None, given: Layer, dry_run: DryRun | None) -> None:
     """Convert the checkpoint SRC to the new folder DST.
 
     SRC is a Hugging Face folder, a Megatron-Core, Megatron-Legacy or torch-dist checkpoint; its format is
-    detected. `modellink-convert inspect SRC` describes a checkpoint, `modellink-convert diff A B` compares
-    two.
+    detected. Command lines of the original's convert_ckpt.py work too.
     """
     options = resolve([ConvertOptions], given)[ConvertOptions]
     folder = _one("SRC", src, "--load-dir", options.load_dir)
@@ -61,17 +112,21 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer) -> None:
     if options.true_vocab_size not in (None, source.spec.vocab_size):
         raise ModelLinkError(f"the vocabulary size of the model is {source.spec.vocab_size}",
                              where="--true-vocab-size")
+    layout = options.output_layout(source.spec.num_layers)
+    if dry_run:
+        dry_run.check_devices(layout)
     workers = options.workers or WORKERS
     dtype = torch_dtype(DTYPES[options.params_dtype]) if options.params_dtype else None
-    done = convert(source, target, to=to, layout=options.output_layout(source.spec.num_layers),
+    done = convert(source, target, to=to, layout=layout,
                    overwrite=options.overwrite, dialect=options.names(),
                    moe_grouped_gemm=options.moe_grouped_gemm,
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    verify_model=options.verify and options.verify_model, params_dtype=dtype,
-                   dry_run=options.dry_run, max_shard_bytes=int(options.max_shard_size * GIGABYTE),
+                   dry_run=dry_run is not None, max_shard_bytes=int(options.max_shard_size * GIGABYTE),
                    workers=workers)
-    if options.dry_run:
+    if dry_run:
         print(done.plan.describe(workers, free_bytes(target)))
+        print(NOTHING_DONE)
         return
     print(f"wrote {target}: {len(done.plan.files)} files, {size(done.plan.nbytes)} of weights")
     if done.verified is not None:
@@ -116,55 +171,6 @@ def _one(name: str, argument: str | None, flag: str, option: Path | None) -> Pat
     return option if argument is None else Path(argument)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class InspectOptions(ModelPathOptions):
-    iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0,
-                                   alias="--ckpt-step")
-    json: bool = option(False, "Print JSON.")
-
-
-@command(InspectOptions, name="modellink-convert inspect")
-@click.argument("path")
-def inspect_command(path: str, given: Layer) -> None:
-    """Describe the checkpoint PATH: format, layout, model, tensors, sizes."""
-    options = resolve([InspectOptions], given)[InspectOptions]
-    _describe(Path(path), options.model_type_hf, options.tokenizer_name_or_path, options.iteration,
-              options.json)
-
-
-def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | None, as_json: bool) -> None:
-    folder = path
-    known = hf is not None or (path / FILE).exists() or (path / FOLDER).exists() or (path.parent / FILE).exists()
-    if not known and any(path.glob("iter_*")):
-        folder = last_complete(path, iteration)
-    if not known and path.is_dir() and is_megatron(folder):
-        facts = inspect_ranks(folder)
-    else:
-        facts = inspect(open_checkpoint(path, family=family, hf=hf, iteration=iteration, adapter=True))
-    print(json.dumps(facts, indent=2) if as_json else table(facts))
-
-
-@command(ModelPathOptions, name="modellink-convert diff")
-@click.argument("first")
-@click.argument("second")
-def diff_command(first: str, second: str, given: Layer) -> None:
-    """Compare two checkpoints of any formats and layouts tensor by tensor; exit with status 1 if they differ."""
-    options = resolve([ModelPathOptions], given)[ModelPathOptions]
-    one, other = (open_checkpoint(path, family=options.model_type_hf, hf=options.tokenizer_name_or_path,
-                                  adapter=True)
-                  for path in (first, second))
-    count = 0
-    for field, (mine, theirs) in one.spec.differences(other.spec).items():
-        print(f"{field}: {mine} and {theirs}")
-        count += 1
-    for difference in differences(one, other):
-        print(difference)
-        count += 1
-    if count:
-        sys.exit(OUR_FAULT)
-    print(f"{len(one.tensors)} tensors, all bit-equal")
-
-
 def give_memory_back() -> None:
     """Make glibc return freed blocks of 4 MB and more to the system, and keep 16 MB of smaller ones per
     thread.
@@ -180,11 +186,11 @@ def give_memory_back() -> None:
 def main() -> None:
     """Entry point of `modellink-convert`."""
     give_memory_back()
-    args = sys.argv[1:]
-    if args[:1] == ["inspect"]:
-        run_command(lambda: inspect_command.main(args[1:], "modellink-convert inspect",
-                                                 standalone_mode=False))
-    if args[:1] == ["diff"]:
-        run_command(lambda: diff_command.main(args[1:], "modellink-convert diff", standalone_mode=False))
-    flags = original_flags("modellink.ckpt_convert")
-    run_command(lambda: modellink_convert.main(translate(args, flags), standalone_mode=False))
+    run_command(_run)
+
+
+def _run() -> None:
+    words = sys.argv[1:]
+    if words[:1] not in [[name] for name in modellink_convert.subcommands]:
+        words = translate(words, original_flags("modellink.ckpt_convert"))
+    modellink_convert.main(words, standalone_mode=False)

@@ -24,7 +24,8 @@ from modellink.kernels.parallel import ParallelLayout, check_tensor_parallel
 
 @dataclass(frozen=True)
 class ModelSpec:
-    section: ClassVar[str] = "model"
+    heading: ClassVar[str] = "Model architecture (from --load or --model, if given)"
+    required_note: ClassVar[str] = "required without --load or --model"
 
     # sizes
     num_layers: int = option(doc="Number of transformer layers.", minimum=1)

@@ -10,9 +10,12 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, resources
 from pathlib import Path
+from typing import ClassVar
 
 import click
 import yaml
@@ -23,8 +26,10 @@ from modellink.core import launch
 from modellink.core.presets import load_preset
 from modellink.core.run import CONFIGS, Run
 from modellink.core.train.method import Method, find_method, registered
+from modellink.kernels.command import Group, command, group
 from modellink.kernels.errors import ModelLinkError, run_command
-from modellink.kernels.options import Layer, command, yaml_layer
+from modellink.kernels.general_options import GENERAL, ConfigFileOptions, DryRun, print_plan, with_file
+from modellink.kernels.options import Layer, option
 from modellink.kernels.original import original_flags, translate
 
 RESTART = Layer("the restart after a failure", {"auto_resume": True})
@@ -32,7 +37,23 @@ TOOLS = {"models": "models:models", "digests": "digests:digests", "determinism":
 """Subcommands that train nothing -> module and command."""
 
 
-class Commands(click.Group):
+EXAMPLE = """modellink-train {method} --load ./Qwen2.5-7B --save ./run \\
+    --data-path ./data/{data} --seq-length 4096 \\
+    --train-iters 1000 --lr 1e-5 --tp 2"""
+DATA = {"pretrain": "text_text_document"}
+"""Data of the example by method. Default: chats."""
+
+
+@dataclass(frozen=True)
+class PresetOptions:
+    """The preset that a run starts from."""
+
+    heading: ClassVar[str] = GENERAL
+
+    model: str | None = option(None, "Architecture, layout and batch size of a preset; see `modellink-train models`.")
+
+
+class Commands(Group):
     """The tools of this package and every registered training method; a command is imported when it is used."""
 
     def list_commands(self, context: click.Context) -> list[str]:
@@ -59,7 +80,7 @@ def _unavailable(name: str, error: ModelLinkError) -> click.Command:
                          help=f"Not available: {error.what}.", context_settings={"ignore_unknown_options": True})
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@group(cls=Commands, example=EXAMPLE.format(method="pretrain", data=DATA["pretrain"]))
 def train() -> None:
     """Train large language models on Ascend NPUs, CUDA GPUs and CPUs."""
 
@@ -69,23 +90,26 @@ def training_command(name: str) -> click.Command:
     method = find_method(name)
     own = [] if method.options is None else [method.options]
 
-    @command(ModelSpec, *CONFIGS.values(), *own, name=name)
-    @click.option("--model", metavar="PRESET",
-                  help="Architecture, layout and batch size of a preset; see `modellink-train models`.")
-    @click.option("--config", type=click.Path(path_type=Path), help="YAML file of options; the command line overrides it.")
-    def run(model: str | None, config: Path | None, given: Layer) -> None:
-        _start(method, model, config, given)
-    run.help = method.summary
+    @command(*CONFIGS.values(), *own, PresetOptions, ConfigFileOptions, DryRun, ModelSpec, name=name, starts=True,
+             help=method.summary, example=EXAMPLE.format(method=name, data=DATA.get(name, "chats")))
+    def run(given: Layer, dry_run: DryRun | None) -> None:
+        _start(method, given, dry_run)
     return run
 
 
-def _start(method: type[Method], model: str | None, config: Path | None, given: Layer) -> None:
+def _start(method: type[Method], given: Layer, dry_run: DryRun | None) -> None:
     from modellink.core.prepare.prepare import prepare
-    layers = ([load_preset(model).layer()] if model else []) + ([yaml_layer(config)] if config else []) + [given]
+    values = dict(given.values)
+    model = values.pop("model", None)
+    layers = [*([load_preset(model).layer()] if model else []), *with_file(Layer(given.source, values))]
     launched = launch.under_launcher()
     if int(os.environ.get(launch.START, "1")) > 1:
         layers.append(RESTART)
-    run = prepare(method, layers, launch.world_size() if launched else None, int(os.environ.get("LOCAL_RANK", "0")))
+    devices = dry_run.devices if dry_run else None
+    run = prepare(method, layers, launch.world_size() if launched else devices, int(os.environ.get("LOCAL_RANK", "0")))
+    if dry_run:
+        print_plan(plan_rows(run))
+        return
     if run.resilience.enable_high_availability and launch.START not in os.environ:
         sys.exit(_start_agent(run, method, layers))
     if run.determinism.use_deter_comp:
@@ -94,6 +118,21 @@ def _start(method: type[Method], model: str | None, config: Path | None, given: 
     if not launched and run.layout.world_size > 1:
         sys.exit(launch.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
+
+
+def plan_rows(run: Run) -> Iterator[tuple[str, object]]:
+    """What a run would do, for --dry-run."""
+    start = "random weights" if run.source is None else f"{run.source.folder}, {run.source.describe()}"
+    micro, steps = run.data.micro_batch_size, run.data.num_microbatches(run.layout.dp)
+    yield "method", run.method
+    yield "model", f"{run.spec.num_layers} layers, hidden size {run.spec.hidden_size}, {run.optimizer.dtype_name}"
+    yield "start", start if run.resumed is None else f"resumes {run.resumed}"
+    yield "reference", None if run.reference is None else run.reference.folder
+    yield "layout", f"{run.layout} on {run.device.kind}"
+    yield "data", " ".join(run.data.data_path)
+    yield "iterations", (f"{run.optimizer.train_iters:,} of {steps * micro * run.layout.dp} samples of "
+                         f"{run.data.seq_length} tokens (micro batch {micro} x {steps} x DP {run.layout.dp})")
+    yield "save", run.checkpoint.save
 
 
 def newest(folder: Path) -> Path | None:

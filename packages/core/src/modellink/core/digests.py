@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 
+from modellink.kernels.command import command
 from modellink.kernels.errors import ModelLinkError
 
 
@@ -98,7 +99,7 @@ def _place(name: str) -> tuple[int, int]:
     return (0, 0) if "embedding." in name else (2, 0)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@command(name="digests", example="modellink-train digests ./run-one/digests ./run-two/digests", starts=True)
 @click.argument("first", type=click.Path(path_type=Path))
 @click.argument("second", type=click.Path(path_type=Path))
 def digests(first: Path, second: Path) -> None:

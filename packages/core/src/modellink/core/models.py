@@ -8,40 +8,49 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-import sys
 from math import prod
 from typing import Any
 
 import click
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import weights
 from modellink.core.presets import SECTIONS, Preset, load_preset, preset_names
+from modellink.kernels.command import command, group
+from modellink.kernels.tables import print_table
 
 COLUMNS = ("name", "size", "seq", "TP", "PP", "VPP", "CP", "EP", "layers", "MBS/GBS", "cluster", "tok/s")
-HELP = {"help_option_names": ["-h", "--help"]}
+NUMBERS = COLUMNS[1:]
+OPTIONAL = ("cluster", "layers", "CP", "EP", "VPP")
 DEVICES = 8
 """Devices per machine in the original's clusters; larger runs are started on each machine."""
 
 
-@click.group(invoke_without_command=True, context_settings=HELP)
+@group(example="modellink-train models list", invoke_without_command=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with every option.")
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
+    """List the presets, or show one."""
+    if context.invoked_subcommand is None:
+        _list(as_json=as_json)
+
+
+@command(name="list", example="modellink-train models list")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with every option.")
+def list_models(as_json: bool) -> None:
     """List the presets: model, layout and batch size, and the original's speed in tokens per second and device."""
-    if context.invoked_subcommand is not None:
-        return
+    _list(as_json=as_json)
+
+
+def _list(*, as_json: bool) -> None:
     presets = [load_preset(name) for name in preset_names()]
     if as_json:
         print(json.dumps([facts(preset) for preset in presets], indent=2))
-    else:
-        print_table([row(preset) for preset in presets])
+        return
+    print_table(COLUMNS, [row(preset) for preset in presets], right=NUMBERS, optional=OPTIONAL, wrap="layers")
 
 
-@models.command(context_settings=HELP)
+@command(name="show", example="modellink-train models show llama3-8b", starts=True)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str, as_json: bool) -> None:
@@ -65,6 +74,10 @@ def show(name: str, as_json: bool) -> None:
         print(f"\n# {step}\n{words if isinstance(words, str) else command_line(words)}")
 
 
+models.add_command(list_models)
+models.add_command(show)
+
+
 def parameters(spec: ModelSpec) -> int:
     """Number of parameters, without padding of the vocabulary."""
     return sum(prod(weight.shape) for weight in weights(spec).values())
@@ -81,24 +94,6 @@ def row(preset: Preset) -> tuple[str, ...]:
             *(str(size) for size in (layout.tp, layout.pp, layout.vpp, layout.cp, layout.ep)),
             _text(list(layout.num_layer_list or ())), f"{data['micro_batch_size']}/{data['global_batch_size']}",
             preset.original["cluster"], "" if speed is None else str(speed))
-
-
-def print_table(rows: list[tuple[str, ...]]) -> None:
-    """Print a formatted table on a terminal, plain columns elsewhere."""
-    if sys.stdout.isatty():
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0)
-        for name in COLUMNS:
-            if name == "layers":
-                table.add_column(name, overflow="fold")  # this column wraps on a narrow terminal
-            else:
-                table.add_column(name, justify="left" if name == "name" else "right", no_wrap=True)
-        for cells in rows:
-            table.add_row(*cells)
-        Console().print(table)
-        return
-    widths = [max(map(len, cells)) for cells in zip(COLUMNS, *rows, strict=True)]
-    for cells in (COLUMNS, *rows):
-        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
 
 
 def facts(preset: Preset) -> dict[str, Any]:

@@ -14,17 +14,19 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import click
+from typing import Any, Literal
 
 from modellink.core import api, launch
 from modellink.core.digests import compare
 from modellink.core.prepare.prepare import prepare
+from modellink.kernels.command import command
 from modellink.kernels.errors import InternalError, run_command
-from modellink.kernels.options import Layer
+from modellink.kernels.general_options import DryRun, print_plan
+from modellink.kernels.options import Layer, option, resolve
 from modellink.kernels.parallel import ParallelLayout
+from modellink.kernels.tables import print_table
 
 VOCABULARY = 97
 MODEL: dict[str, Any] = {
@@ -110,14 +112,27 @@ def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str
     return made
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--device", type=click.Choice(("auto", "cpu", "cuda", "npu")), default="auto", help="Device to run on.")
-@click.option("--use-deter-comp/--no-use-deter-comp", default=True, help="Use deterministic operations. Default: on.")
-def determinism(device: str, use_deter_comp: bool) -> None:
+@dataclass(frozen=True)
+class DeterminismOptions:
+    """Options of `modellink-train determinism`."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to run on.")
+    use_deter_comp: bool = option(True, "Use deterministic operations.")
+
+
+@command(DeterminismOptions, name="determinism", example="modellink-train determinism --device cpu")
+def determinism(given: Layer, dry_run: DryRun | None) -> None:
     """Run a small model twice in many configurations, and print which runs repeat bit for bit. Exit status 1 if one does not."""
+    options = resolve([DeterminismOptions], given)[DeterminismOptions]
+    use_deter_comp = options.use_deter_comp
     from modellink.kernels.device import find  # imports torch
-    found = find(device)  # type: ignore[arg-type]
+    found = find(options.device)
     there = found.module.device_count() if found.module else max(count for count, _ in CONFIGURATIONS.values())
+    if dry_run:
+        there = dry_run.devices or there
+        print_plan((name, f"{ranks} ranks" if ranks <= there else f"not run: {ranks} ranks")
+                   for name, (ranks, _) in CONFIGURATIONS.items())
+        return
     done: list[str] = []
     with tempfile.TemporaryDirectory() as work:
         for attempt in ("first", "second"):
@@ -130,18 +145,12 @@ def determinism(device: str, use_deter_comp: bool) -> None:
                 done += names if attempt == "first" else []
         table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [
             name for name in done if CONFIGURATIONS[name][0] == count])]
-    print_table([("configuration", "ranks", "digests", "checkpoint", "first difference"), *table])
+    print_table(("configuration", "ranks", "digests", "checkpoint", "first difference"), table)
     for name, (ranks, _) in CONFIGURATIONS.items():
         if name not in done:
             print(f"not run: {name}: it needs {ranks} devices, {there} are available")
     if any("no" in row for row in table):
         sys.exit(1)
-
-
-def print_table(cells: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for row in cells:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def _main() -> None:

@@ -31,10 +31,9 @@ if TYPE_CHECKING:
     from modellink.kernels.device import Device
 
 CONFIGS: dict[str, type] = {
-    "parallel": ParallelConfig, "data": DataConfig, "instruction": InstructionConfig, "lora": LoraConfig,
-    "optimizer": OptimizerConfig, "moe": MoEConfig, "memory": MemoryConfig, "fused": FusedConfig,
-    "checkpoint": CheckpointConfig, "logging": LoggingConfig, "profile": ProfileConfig, "determinism": DeterminismConfig,
-    "resilience": ResilienceConfig}
+    "data": DataConfig, "instruction": InstructionConfig, "checkpoint": CheckpointConfig, "optimizer": OptimizerConfig,
+    "parallel": ParallelConfig, "memory": MemoryConfig, "lora": LoraConfig, "moe": MoEConfig, "fused": FusedConfig,
+    "logging": LoggingConfig, "profile": ProfileConfig, "determinism": DeterminismConfig, "resilience": ResilienceConfig}
 """Field of Run -> the options it holds, in the order of `--help`."""
 
 

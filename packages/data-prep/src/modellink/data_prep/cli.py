@@ -4,36 +4,87 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import click
 
 from modellink.data_prep.inspection import InspectOptions, inspect
-from modellink.data_prep.merge import MergeOptions, merge_groups
+from modellink.data_prep.merge import MergeOptions, groups_of, merge_groups
 from modellink.data_prep.options import PreprocessOptions, Summary
+from modellink.data_prep.plan import PreprocessPlan, make_plan
 from modellink.data_prep.preprocess import preprocess
+from modellink.kernels.command import command
 from modellink.kernels.errors import run_command
 from modellink.kernels.files import write_json
-from modellink.kernels.options import Layer, command, resolve, yaml_layer
+from modellink.kernels.general_options import NOTHING_DONE, ConfigFileOptions, DryRun, print_plan, with_file
+from modellink.kernels.options import Layer, resolve
 from modellink.kernels.original import original_flags, translate
+from modellink.kernels.tables import print_table
 
-HELP = """Tokenize text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
+EXAMPLE = """modellink-preprocess --input ./text.jsonl --output-prefix ./data/text \\
+    --tokenizer-name-or-path ./Qwen2.5-7B --append-eod"""
+MERGE = """modellink-preprocess merge --input ./shards --output-prefix ./data/text \\
+    --merge-group-keys text_document"""
 
-To resume a run that was killed, give the same command again.
 
-`modellink-preprocess inspect PREFIX` shows the contents of a dataset, `modellink-preprocess merge` joins several."""
+@command(MergeOptions, name="merge", example=MERGE)
+def merge_command(given: Layer, dry_run: DryRun | None) -> None:
+    """Merge the datasets in a folder whose file names contain a key, sorted by name."""
+    options = resolve([MergeOptions], given)[MergeOptions]
+    if dry_run:
+        print_plan((f"{output}.bin, .idx", ", ".join(map(str, prefixes))) for output, prefixes in groups_of(options).items())
+        return
+    for data in merge_groups(options):
+        _print_table(str(data.prefix), [("documents", data.document_count), ("tokens", data.token_count)])
 
 
-@command(PreprocessOptions, name="modellink-preprocess", help=HELP)
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with these options; the command line overrides it.")
-def preprocess_command(config: Path | None, given: Layer) -> None:
-    layers = ([yaml_layer(config)] if config else []) + [given]
-    options = resolve([PreprocessOptions], *layers)[PreprocessOptions]
+@command(InspectOptions, name="inspect", example="modellink-preprocess inspect ./data/text_text_document")
+@click.argument("prefix")
+def inspect_command(prefix: str, given: Layer, dry_run: DryRun | None) -> None:
+    """Show counts, lengths and samples of the dataset PREFIX."""
+    options = resolve([InspectOptions], given)[InspectOptions]
+    if dry_run:
+        options = replace(options, histogram=None, summary=None)
+    found = inspect(prefix, options)
+    if options.summary:
+        write_json(options.summary, asdict(found))
+    _print_table(found.prefix, [
+        ("documents", found.documents), ("sequences", found.sequences), ("tokens", found.tokens),
+        *([("learned tokens", found.learned)] if found.learned is not None else []), ("token type", found.dtype),
+        ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
+        (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
+        *((f"document {index}", text) for index, text in found.samples.items())])
+    if dry_run:
+        print(NOTHING_DONE)
+
+
+@command(PreprocessOptions, ConfigFileOptions, name="modellink-preprocess", example=EXAMPLE, starts=True,
+         subcommands={"inspect": inspect_command, "merge": merge_command})
+def preprocess_command(given: Layer, dry_run: DryRun | None) -> None:
+    """Tokenize text files into Megatron datasets (PREFIX_KEY_document.bin and .idx).
+
+    To resume a run that was killed, give the same command again.
+    """
+    options = resolve([PreprocessOptions], *with_file(given))[PreprocessOptions]
+    if dry_run:
+        print_plan(_plan_rows(make_plan(options), options))
+        return
     summary = preprocess(options)
     if options.summary:
         write_json(options.summary, asdict(summary))
     _print_table("modellink-preprocess", _summary_rows(summary, options))
+
+
+def _plan_rows(plan: PreprocessPlan, options: PreprocessOptions) -> Iterator[tuple[str, object]]:
+    """Yield what a run would do, for --dry-run."""
+    yield "input", f"{sum(piece.bytes for piece in plan.pieces):,} bytes in {len(plan.pieces):,} pieces"
+    yield "rows", f"read by {options.handler_name}"
+    yield "tokenizer", f"{options.tokenizer_name_or_path}, by {plan.backend}: {plan.why}"
+    yield "token type", plan.job.dtype
+    yield from (("output", f"{prefix}.bin, .idx") for prefix in plan.outputs.values())
+    yield "workers", f"{options.workers} ({options.executor})"
+    yield "share", options.piece
+    yield "summary", options.summary
 
 
 def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tuple[str, object]]:
@@ -60,48 +111,19 @@ def _summary_rows(summary: Summary, options: PreprocessOptions) -> Iterator[tupl
     yield "tokens a second", f"{summary.tokens_per_second:,.0f}"
 
 
-@command(MergeOptions, name="modellink-preprocess merge")
-def merge_command(given: Layer) -> None:
-    """Merge the datasets in a folder whose file names contain a key, sorted by name."""
-    for data in merge_groups(resolve([MergeOptions], given)[MergeOptions]):
-        _print_table(str(data.prefix), [("documents", data.document_count), ("tokens", data.token_count)])
-
-
-@command(InspectOptions, name="modellink-preprocess inspect")
-@click.argument("prefix")
-def inspect_command(prefix: str, given: Layer) -> None:
-    """Show counts, lengths and samples of the dataset PREFIX."""
-    options = resolve([InspectOptions], given)[InspectOptions]
-    found = inspect(prefix, options)
-    if options.summary:
-        write_json(options.summary, asdict(found))
-    _print_table(found.prefix, [
-        ("documents", found.documents), ("sequences", found.sequences), ("tokens", found.tokens),
-        *([("learned tokens", found.learned)] if found.learned is not None else []), ("token type", found.dtype),
-        ("largest id", found.largest_id), (".bin", f"{found.bin_bytes:,} bytes"),
-        (".idx", f"{found.idx_bytes:,} bytes"), *((f"length, {name}", f"{value:,.1f}") for name, value in found.lengths.items()),
-        *((f"document {index}", text) for index, text in found.samples.items())])
-
-
 def _print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
-    from rich.console import Console  # worker processes import this module too
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in rows:
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else str(value).replace("[", "\\["))
-    Console().print(table)
+    print_table(("", ""), [(name, f"{value:,}" if isinstance(value, int) else value) for name, value in rows], title=title)
 
 
 def main() -> None:
     """Entry point of `modellink-preprocess`."""
-    args = sys.argv[1:]
-    if args[:1] == ["inspect"]:
-        run_command(lambda: inspect_command.main(args[1:], "modellink-preprocess inspect", standalone_mode=False))
-    if args[:1] == ["merge"]:
-        run_command(lambda: merge_command.main(args[1:], "modellink-preprocess merge", standalone_mode=False))
-    if any(arg.partition("=")[0] == "--merge-group-keys" for arg in args):  # how the original asks for merging
-        run_command(lambda: merge_command.main(translate(args, original_flags("modellink.data_prep")), standalone_mode=False))
-    run_command(lambda: preprocess_command.main(translate(args, original_flags("modellink.data_prep")), standalone_mode=False))
+    run_command(_run)
+
+
+def _run() -> None:
+    words = sys.argv[1:]
+    if words[:1] not in [[name] for name in preprocess_command.subcommands]:
+        if any(word.partition("=")[0] == "--merge-group-keys" for word in words):  # how the original asks for merging
+            words.insert(0, "merge")
+        words = translate(words, original_flags("modellink.data_prep"))
+    preprocess_command.main(words, standalone_mode=False)

@@ -42,8 +42,8 @@ def merge(prefixes: Sequence[Path], output: Path, *, show: bool = True) -> Index
     return IndexedDataset(output)
 
 
-def merge_groups(options: MergeOptions) -> list[IndexedDataset]:
-    """For each key, merge the datasets in a folder whose names contain it, sorted by name.
+def groups_of(options: MergeOptions) -> dict[Path, list[Path]]:
+    """Return for each output prefix the prefixes of the datasets to merge: those whose names contain its key, sorted by name.
 
     Raises:
         ModelLinkError: the folder or a dataset for a key is missing, a .bin lacks its .idx or the reverse, or an output exists.
@@ -65,4 +65,9 @@ def merge_groups(options: MergeOptions) -> list[IndexedDataset]:
             IndexedDataset(prefix)
     if (there := existing(list(groups))) and not options.overwrite:
         raise ModelLinkError("the output already exists", where=there[0], fix="choose another prefix, or pass --overwrite")
-    return [merge(prefixes, output) for output, prefixes in groups.items()]
+    return groups
+
+
+def merge_groups(options: MergeOptions) -> list[IndexedDataset]:
+    """For each key, merge the datasets in a folder whose names contain it; raises as `groups_of`."""
+    return [merge(prefixes, output) for output, prefixes in groups_of(options).items()]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,23 +22,28 @@ from modellink.eval.report.compare import print_comparison
 from modellink.eval.report.terminal import print_results, print_tasks, read_results
 from modellink.eval.runner import check_sandbox, run
 from modellink.eval.sandbox import Sandbox
-from modellink.kernels.errors import run_command
-from modellink.kernels.options import Layer, command, resolve, yaml_layer
+from modellink.kernels.command import command, group
+from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.general_options import ConfigFileOptions, DryRun, print_plan, with_file
+from modellink.kernels.options import Layer, resolve
 from modellink.kernels.original import original_flags, translate
 
 MODULE = "modellink.eval.cli"
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+EXAMPLE = """modellink-eval run --task mmlu --task-data-path ./mmlu \\
+    --load ./Qwen2.5-7B --output ./scores"""
+
+
+@group(example=EXAMPLE)
 def evaluation() -> None:
     """Score language models on benchmarks."""
 
 
-@command(RunOptions, name="run")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML file with these options; the command line overrides it.")
-def run_tasks(config: Path | None, given: Layer) -> None:
+@command(RunOptions, ConfigFileOptions, name="run", example=EXAMPLE, starts=True)
+def run_tasks(given: Layer, dry_run: DryRun | None) -> None:
     """Run one or several benchmarks and print the scores."""
-    options = resolve([RunOptions], *([yaml_layer(config)] if config else []), given)[RunOptions]
+    options = resolve([RunOptions], *with_file(given))[RunOptions]
     options.check()
     settings = options.settings()
     jobs = prepare(options.task, options.task_data_path, settings, options.max_eval_samples)
@@ -54,7 +60,11 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     if options.endpoint is not None:
         from modellink.eval.backends.endpoint import Endpoint
         with Endpoint(options.endpoint, options.endpoint_model, workers=options.evaluation_batch_size) as server:
-            check_output(jobs, server.describe(), options.output)
+            description = server.describe()
+            check_output(jobs, description, options.output)
+            if dry_run:
+                print_plan(_plan_rows(options, jobs, description))
+                return
             _run(options, jobs, server, sandbox)
         return
     from modellink.eval.backends.local import LocalBackend
@@ -65,7 +75,12 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     if not first:
         backend.follow()
         return
-    check_output(jobs, backend.describe(), options.output)
+    description = backend.describe()
+    check_output(jobs, description, options.output)
+    if dry_run:
+        dry_run.check_devices(options.layout())
+        print_plan(_plan_rows(options, jobs, description))
+        return
     if starts:
         from modellink.core.launch import spawn
         sys.exit(spawn(options.layout().world_size, MODULE, sys.argv[1:]))
@@ -74,23 +89,33 @@ def run_tasks(config: Path | None, given: Layer) -> None:
     backend.close()
 
 
+def _plan_rows(options: RunOptions, jobs: list[Job], model: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """What a run would do, for --dry-run."""
+    yield "model", options.endpoint or f"{options.load}, {model['stored as']}, {model['dtype']}"
+    if options.endpoint is None:
+        yield "layout", f"{options.layout()} on {options.device}"
+    for job in jobs:
+        yield job.task.name, f"{len(job.questions):,} questions in {len(job.subjects)} subjects, {job.style}"
+    yield "output", options.output
+
+
 def _run(options: RunOptions, jobs: list[Job], backend: Backend, sandbox: Sandbox | None) -> None:
     results = run(jobs, backend, options.output, batch_size=options.evaluation_batch_size, sandbox=sandbox, show=True)
     print_results(results | {"tasks": {job.task.name: results["tasks"][job.task.name] for job in jobs}})
 
 
-@evaluation.command("list")
+@command(name="list", example="modellink-eval list")
 def list_tasks() -> None:
     """List the benchmarks."""
     print_tasks()
 
 
-@evaluation.command("report")
+@command(name="report", example="modellink-eval report ./scores ./scores-after-tuning", starts=True)
 @click.argument("results", type=click.Path(path_type=Path), nargs=-1, required=True)
 def report(results: tuple[Path, ...]) -> None:
     """Print the results of a run, or compare two runs. RESULTS is the --output folder of a run or a results.json."""
     if len(results) > 2:
-        raise click.UsageError("at most two runs can be compared")
+        raise ModelLinkError(f"{len(results)} runs are given, at most two can be compared", where="RESULTS")
     found = [read_results(path) for path in results]
     if len(found) == 1:
         print_results(found[0])
@@ -98,7 +123,8 @@ def report(results: tuple[Path, ...]) -> None:
         print_comparison(results[0], results[1], found[0], found[1])
 
 
-evaluation.add_command(run_tasks)
+for each in (run_tasks, list_tasks, report):
+    evaluation.add_command(each)
 
 
 def main() -> None:
@@ -107,11 +133,11 @@ def main() -> None:
 
 def _run_command() -> None:
     if sys.argv[1:2] == ["run"]:
-        sys.argv[2:] = in_our_words(sys.argv[2:])  # also for the ranks started with this command line
+        sys.argv[2:] = translate_original(sys.argv[2:])  # also for the ranks started with this command line
     evaluation(standalone_mode=False)
 
 
-def in_our_words(args: list[str]) -> list[str]:
+def translate_original(args: list[str]) -> list[str]:
     """Translate the arguments of the original's evaluation.py, whose scripts repeat the flags of training, to those of `run`."""
     own = {"--help"} | {name for option in run_tasks.params for name in (*option.opts, *option.secondary_opts)}
     table = original_flags("modellink.eval")

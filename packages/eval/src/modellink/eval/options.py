@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from modellink.eval.prompts import EvalSettings
 from modellink.eval.recorded import recorded_chat
@@ -18,27 +18,30 @@ from modellink.kernels.options import option
 class RunOptions(RunModelOptions):
     """Options of `modellink-eval run`."""
 
+    heading: ClassVar[str] = "Benchmarks"
+
     task: tuple[str, ...] = option(doc="Names of benchmarks (see `modellink-eval list`), paths of YAML files, or `all`.")
     task_data_path: tuple[Path, ...] = option(doc="Folders with the data; each task finds its files by name and content.")
     output: Path = option(doc="Folder for journals and results; the same command resumes a run that was killed.")
-    load: Path | None = option(None, "Checkpoint: a Hugging Face folder, Megatron-Core or torch-dist, of any layout.")
+    max_eval_samples: int | None = option(None, "Use only the first questions of each subject.", alias="--max-samples", minimum=1)
+    load: Path | None = option(None, "Checkpoint: a Hugging Face folder, Megatron-Core or torch-dist, of any layout.",
+                                heading="Model")
     endpoint: str | None = option(None, "Address of an OpenAI-compatible server to evaluate instead of a checkpoint, e.g. "
                                   "http://localhost:8000/v1. The key is read from OPENAI_API_KEY.")
     endpoint_model: str | None = option(None, "Model name on the server. Default: the only model it lists.")
     prompt_style: Literal["original", "lm-eval"] = option("original", "Prompts of the original ModelLink, or those of "
-                                                          "lm-evaluation-harness.")
+                                                          "lm-evaluation-harness.", heading="Prompts")
     hf_chat_template: bool = option(False, "Use chat prompts in the template of the model's tokenizer.")
     no_chat_template: bool = option(False, "Use plain-text prompts, even if the checkpoint was trained with a chat template.")
     eval_language: Literal["en", "zh"] = option("en", "Language of the text around a question in a chat.")
     evaluation_batch_size: int = option(32, "Questions per batch. Answers of multiple-choice questions are also recorded per "
-                                        "batch.", alias="--batch-size", minimum=1)
-    max_eval_samples: int | None = option(None, "Use only the first questions of each subject.", alias="--max-samples", minimum=1)
+                                        "batch.", alias="--batch-size", minimum=1, heading="Answers")
     max_new_tokens: int | None = option(None, "Maximum tokens of a generated answer. Default: that of the task.", minimum=1)
     num_samples: int = option(1, "Programs generated per question, for pass@k.", minimum=1)
     temperature: float = option(0.0, "Sampling temperature of generated answers; 0: greedy decoding.", minimum=0)
     top_p: float = option(1.0, "Sample from the most likely tokens with this total probability.", minimum=0, maximum=1)
     seed: int = option(0, "Seed of sampling.", minimum=0)
-    allow_code_execution: bool = option(False, "Run generated programs, in a sandbox.")
+    allow_code_execution: bool = option(False, "Run generated programs, in a sandbox.", heading="Generated programs")
     isolation: Literal["namespaces", "none"] = option("namespaces", "Isolation of generated programs; with `none` they can "
                                                       "access files and the network.")
 

@@ -10,25 +10,32 @@ import signal
 import sys
 import time
 from dataclasses import replace
-
-import click
+from typing import TYPE_CHECKING
 
 from modellink.core.launch import under_launcher
 from modellink.infer import launch
 from modellink.infer.options import ChatOptions, GenerationOptions, ModelOptions, PromptOptions, ServeOptions
 from modellink.infer.original import translate_original
 from modellink.infer.prompt_input import read_prompts
+from modellink.kernels.command import command, group
 from modellink.kernels.errors import ModelLinkError, run_command
-from modellink.kernels.options import Layer, command, resolve
+from modellink.kernels.general_options import DryRun, print_plan
+from modellink.kernels.options import Layer, resolve
+
+if TYPE_CHECKING:
+    from modellink.infer.plan import LoadPlan
+
+GENERATE = """modellink-infer generate --load ./Qwen2.5-7B \\
+    --prompt "The capital of France is\""""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@group(example=GENERATE)
 def infer() -> None:
     """Generate text, chat and serve, from any checkpoint, on Ascend NPUs, CUDA GPUs and CPUs."""
 
 
-@command(ModelOptions, PromptOptions, GenerationOptions, name="generate")
-def generate(given: Layer) -> None:
+@command(ModelOptions, PromptOptions, GenerationOptions, name="generate", example=GENERATE, starts=True)
+def generate(given: Layer, dry_run: DryRun | None) -> None:
     """Complete prompts, or answer them with --chat. Prompts come from --prompt, --prompt-file or stdin."""
     resolved = resolve([ModelOptions, PromptOptions, GenerationOptions], given)
     model, options, generation = resolved[ModelOptions], resolved[PromptOptions], resolved[GenerationOptions]
@@ -38,7 +45,8 @@ def generate(given: Layer) -> None:
                              fix="remove --stream, or --num-beams and --num-return-sequences")
     first_rank = launch.is_first_rank()
     arguments = generation.arguments(set(given.values), sample=False)
-    prompts = read_prompts(options) if first_rank else []
+    from_stdin = not options.prompt and options.prompt_file is None
+    prompts = read_prompts(options) if first_rank and not (dry_run and from_stdin) else []
     plan = launch.open_model(model)
     arguments |= {"prompt_type": plan.prompt_type, "logprobs": options.logprobs}
     from modellink.infer.prompts import make_requests
@@ -47,8 +55,10 @@ def generate(given: Layer) -> None:
     if plan.tokenizer is None:
         raise ModelLinkError("the checkpoint has no tokenizer", where=plan.source.folder,
                              fix="set --tokenizer-name-or-path to the model's Hugging Face folder")
+    if dry_run:
+        _print_plan(dry_run, model, plan, ("prompts", "read from stdin" if from_stdin else f"{len(prompts):,}"))
+        return
     if launch.must_start_ranks(model):
-        from_stdin = not options.prompt and options.prompt_file is None
         with launch.prompts_as_file(prompts if from_stdin else None) as more:
             launch.start_ranks(model, more)
     engine = launch.build_engine(model, plan, options.batch_size)
@@ -65,8 +75,9 @@ def generate(given: Layer) -> None:
         print(f"{tokens} tokens, {seconds:.1f} s, {tokens / seconds:.1f} tokens/s", file=sys.stderr)
 
 
-@command(ModelOptions, ChatOptions, GenerationOptions, name="chat")
-def chat(given: Layer) -> None:
+@command(ModelOptions, ChatOptions, GenerationOptions, name="chat", starts=True,
+         example="modellink-infer chat --load ./Qwen2.5-7B-Instruct")
+def chat(given: Layer, dry_run: DryRun | None) -> None:
     """Chat with a model. /clear (or clear, new) forgets the conversation; /quit (or /exit, quit, exit, q)
     exits; Ctrl-C stops the current answer."""
     resolved = resolve([ModelOptions, ChatOptions, GenerationOptions], given)
@@ -81,6 +92,9 @@ def chat(given: Layer) -> None:
     first_prompt = Conversation(use_template=conversation.use_template).prompt("hello")
     # check that there is a template for a user message
     make_requests(first_prompt, plan.spec, plan.tokenizer, **arguments)
+    if dry_run:
+        _print_plan(dry_run, model, plan, ("template", plan.prompt_type or "the tokenizer's own"))
+        return
     if launch.must_start_ranks(model):
         signal.signal(signal.SIGINT, lambda *_: None)  # the ranks handle it
         launch.start_ranks(model)
@@ -90,11 +104,13 @@ def chat(given: Layer) -> None:
     chat_loop(launch.build_engine(model, plan, 1), conversation, first_rank=first_rank, **arguments)
 
 
-@command(ModelOptions, ServeOptions, name="serve")
-def serve(given: Layer) -> None:
+@command(ModelOptions, ServeOptions, name="serve", starts=True,
+         example="modellink-infer serve --load ./Qwen2.5-7B-Instruct --port 8000")
+def serve(given: Layer, dry_run: DryRun | None) -> None:
     """Serve a model over HTTP, with OpenAI's API and a chat page."""
     if "replica_url" in given.values:
-        return _forward(given)
+        _forward(given, dry_run)
+        return
     resolved = resolve([ModelOptions, ServeOptions], given)
     model, options = resolved[ModelOptions], resolved[ServeOptions]
     from modellink.infer.server import run
@@ -103,6 +119,9 @@ def serve(given: Layer) -> None:
         raise ModelLinkError("replicas cannot be started under torchrun", where="--replicas",
                              fix="run the command without torchrun")
     plan = launch.open_model(model)
+    if dry_run:
+        _print_plan(dry_run, model, plan, ("address", f"http://{options.host}:{options.port}"), replicas=options.replicas)
+        return
     first_rank = launch.is_first_rank()
     sockets = run.bind(options.host, options.port) if first_rank else []
     if options.replicas > 1:
@@ -110,8 +129,9 @@ def serve(given: Layer) -> None:
         device = plan.device
         devices = device.module.device_count() if device.module else 0
         shares = device_shares(device.kind, devices, options.replicas, model.layout().world_size)
-        return run.serve_replicas(make_replicas(options.replicas, sys.argv[1:], shares), sockets,
-                                  max_waiting=options.max_waiting, max_body=options.max_body)
+        run.serve_replicas(make_replicas(options.replicas, sys.argv[1:], shares), sockets,
+                           max_waiting=options.max_waiting, max_body=options.max_body)
+        return
     if launch.must_start_ranks(model):
         for socket in sockets:
             socket.close()  # the first rank binds the port
@@ -125,7 +145,7 @@ def serve(given: Layer) -> None:
               max_body=options.max_body)
 
 
-def _forward(given: Layer) -> None:
+def _forward(given: Layer, dry_run: DryRun | None) -> None:
     """Forward requests to running servers."""
     if wrong := set(given.values) - {"replica_url", "host", "port", "max_waiting", "max_body"}:
         name = "--" + min(wrong).replace("_", "-")
@@ -134,10 +154,23 @@ def _forward(given: Layer) -> None:
     options = resolve([ServeOptions], given)[ServeOptions]
     from modellink.infer.server import run
     run.check_installed()
+    if dry_run:
+        print_plan([("address", f"http://{options.host}:{options.port}"), ("servers", ", ".join(options.replica_url))])
+        return
     from modellink.infer.server.replicas import Replica
     replicas = [Replica(index, url.rstrip("/")) for index, url in enumerate(options.replica_url)]
     run.serve_replicas(replicas, run.bind(options.host, options.port), max_waiting=options.max_waiting,
                        max_body=options.max_body)
+
+
+def _print_plan(dry_run: DryRun, model: ModelOptions, plan: LoadPlan, row: tuple[str, object], *, replicas: int = 1) -> None:
+    """Print what a command would do, for --dry-run."""
+    dry_run.check_devices(replace(plan.layout, dp=plan.layout.dp * replicas))
+    print_plan([
+        ("checkpoint", f"{plan.source.folder}, {plan.source.describe()}"), ("family", plan.source.family),
+        ("precision", str(plan.dtype).removeprefix("torch.")), ("layout", f"{plan.layout} on {plan.device.kind}"),
+        ("replicas", replicas if replicas > 1 else None), ("longest sequence", f"{plan.spec.max_position_embeddings:,} tokens"),
+        row])
 
 
 for each in (generate, chat, serve):

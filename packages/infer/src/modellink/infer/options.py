@@ -8,6 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from modellink.infer.arguments import GenerationArguments, check_arguments
 from modellink.kernels.constants import HF_CHAT_TEMPLATE
@@ -20,14 +21,20 @@ from modellink.kernels.options import option
 class ModelOptions(RunModelOptions):
     """Which model to load, and where to run it."""
 
+    heading: ClassVar[str] = "Model"
+
     load: Path = option(
         doc="Checkpoint to load: a Hugging Face folder, Megatron-Core, Megatron-Legacy or torch-dist, "
         "written at any layout.")
     ckpt_step: int | None = option(
         None, "Iteration of --load to read. Default: the last complete one.", alias="--iteration", minimum=0)
+    hf_chat_template: bool | None = option(
+        None, "Use the tokenizer's own chat template, whichever the checkpoint was trained with. chat also "
+        "accepts --no-hf-chat-template, which joins the messages without a template, for a base model.")
     cache_tokens: int | None = option(
         None, "Capacity of the cache over all sequences. Default: --batch-size sequences of the maximum "
-        "length, or what fits into half of the free memory.", unit="tokens", minimum=1)
+        "length, or what fits into half of the free memory.", unit="tokens", minimum=1,
+        heading="Cache and speed")
     native: bool | None = option(
         None, "On a CPU, run passes over few tokens with a compiled function. Needs a C compiler and a "
         "model with RMSNorm, rotary positions and a gated feed-forward on one rank. Default: on if it is "
@@ -38,9 +45,6 @@ class ModelOptions(RunModelOptions):
     graphs: bool | None = option(
         None, "Run decode passes from captured graphs. Default: on for CUDA and NPUs, for models on one "
         "rank without experts.")
-    hf_chat_template: bool | None = option(
-        None, "Use the tokenizer's own chat template, whichever the checkpoint was trained with. chat also "
-        "accepts --no-hf-chat-template, which joins the messages without a template, for a base model.")
 
     def check(self) -> None:
         if self.prompt_type and self.hf_chat_template is not None:
@@ -60,24 +64,31 @@ class ModelOptions(RunModelOptions):
 class GenerationOptions:
     """How to generate."""
 
+    heading: ClassVar[str] = "Completions"
+
     max_new_tokens: int | None = option(
         None, "Maximum length of a completion. Default: 128, or less if the model's maximum length is "
         "reached.", unit="tokens", minimum=1)
     max_length: int | None = option(
         None, "Maximum length of prompt and completion together, instead of --max-new-tokens.", unit="tokens",
         minimum=1)
+    stop: tuple[str, ...] = option(
+        (), "Strings that end a completion and are not part of it.", alias="--add-eos-token")
+    json_schema: str | None = option(
+        None, "JSON schema that the completion must match: a file, or the JSON text.")
+    regex: str | None = option(None, "Regular expression that the completion must match.")
     do_sample: bool | None = option(
         None, "Sample tokens instead of taking the most likely one. Default: on in chat, and if "
-        "--temperature, --top-k, --top-p or --min-p is given.")
+        "--temperature, --top-k, --top-p or --min-p is given.", heading="Sampling")
     temperature: float = option(
-        0.7, "Sampling: divides the logits; 0 takes the most likely token.", minimum=0)
+        0.7, "Divides the logits; 0 takes the most likely token.", minimum=0)
     top_k: int = option(
-        50, "Sampling: keep only this many of the most likely tokens; 0 keeps all.", minimum=0)
+        50, "Keep only this many of the most likely tokens; 0 keeps all.", minimum=0)
     top_p: float = option(
-        0.95, "Sampling: keep only the most likely tokens that together have this probability.", minimum=0,
+        0.95, "Keep only the most likely tokens that together have this probability.", minimum=0,
         maximum=1)
     min_p: float = option(
-        0.0, "Sampling: keep only tokens with at least this fraction of the most likely one's probability.",
+        0.0, "Keep only tokens with at least this fraction of the most likely one's probability.",
         minimum=0, maximum=1)
     repetition_penalty: float = option(
         1.0, "Divides the positive logits, and multiplies the negative ones, of tokens in the prompt and "
@@ -86,15 +97,10 @@ class GenerationOptions:
     frequency_penalty: float = option(
         0.0, "Subtracted from the logits of tokens in the completion, times their count.")
     seed: int | None = option(None, "Random seed of sampling. Default: a different one each time.", minimum=0)
-    stop: tuple[str, ...] = option(
-        (), "Strings that end a completion and are not part of it.", alias="--add-eos-token")
-    json_schema: str | None = option(
-        None, "JSON schema that the completion must match: a file, or the JSON text.")
-    regex: str | None = option(None, "Regular expression that the completion must match.")
-    num_beams: int = option(1, "Number of beams of beam search.", minimum=1)
-    length_penalty: float = option(1.0, "Beam search: scores are divided by tokens ^ length penalty.")
     num_return_sequences: int = option(
         1, "Completions per prompt: the best beams, or several samples.", minimum=1)
+    num_beams: int = option(1, "Number of beams.", minimum=1, heading="Beam search")
+    length_penalty: float = option(1.0, "Scores are divided by tokens ^ length penalty.")
 
     def arguments(self, given: set[str], *, sample: bool) -> GenerationArguments:
         """Return the checked arguments of `Engine.generate`.
@@ -141,6 +147,8 @@ class GenerationOptions:
 class PromptOptions:
     """Prompts and output."""
 
+    heading: ClassVar[str] = "Prompts and output"
+
     prompt: tuple[str, ...] = option((), "One or more prompts.")
     prompt_file: Path | None = option(
         None, 'File with one prompt (a final newline is removed), or a .jsonl file with one prompt per '
@@ -171,6 +179,8 @@ class PromptOptions:
 class ChatOptions:
     """Conversation."""
 
+    heading: ClassVar[str] = "Conversation"
+
     system: str | None = option(None, "System message.")
     history_turns: int = option(
         3, "Number of earlier turns (a question and its answer) in the prompt.", unit="turns", minimum=0)
@@ -179,6 +189,8 @@ class ChatOptions:
 @dataclass(frozen=True)
 class ServeOptions:
     """Server."""
+
+    heading: ClassVar[str] = "Server"
 
     host: str = option("127.0.0.1", "Address to listen on; 0.0.0.0 accepts connections from other machines.")
     port: int = option(8000, "Port to listen on.", minimum=1, maximum=65535)

@@ -16,11 +16,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
+from modellink.kernels.command import command
 from modellink.kernels.errors import ModelLinkError, run_command
-from modellink.kernels.options import Layer, command, option, resolve
+from modellink.kernels.options import Layer, option, resolve
+from modellink.kernels.tables import print_table
 
 DISTRIBUTIONS = ["modellink-kernels", "modellink-ckpt-convert", "modellink-data-prep", "modellink-core",
                  "modellink-infer", "modellink-eval", "torch", "torch-npu", "megatron-core", "numpy",
@@ -55,27 +54,24 @@ class DoctorOptions:
     device: Literal["auto", "cpu", "cuda", "npu"] = option("auto", "Device to check.")
 
 
-@command(DoctorOptions, name="modellink-doctor")
+@command(DoctorOptions, name="modellink-doctor", example="modellink-doctor --device cpu")
 def doctor(given: Layer) -> None:
     """Print versions and devices, and check every op on this device."""
     device = resolve([DoctorOptions], given)[DoctorOptions].device
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    shows = os.environ.get("RANK", "0") == "0"
     found = versions()
-    _print(console, "versions", ["", "version"], list(found.items()))
     failures = advice(found)
-    if importlib.util.find_spec("torch") is None:
-        console.print("torch is not installed: devices and ops were not checked")
-    else:
+    tables = [("versions", ["", "version"], list(found.items()))]
+    if importlib.util.find_spec("torch") is not None:
         check = _check()
         rows, bad = check.devices(device)
-        _print(console, "device", ["", ""], rows)
+        tables.append(("device", ["", ""], rows))
         failures += bad
         rows, bad = check.ops(device)
-        _print(console, "ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""],
-               rows)
+        tables.append(("ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""], rows))
         failures += bad
-    for failure in failures:
-        console.print(f"wrong: {failure}")
+    if shows:
+        _print(tables, failures)
     if failures:
         sys.exit(1)
 
@@ -91,11 +87,14 @@ def _check() -> Any:
     return check
 
 
-def _print(console: Console, title: str, columns: list[str], rows: list[Any]) -> None:
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*map(str, row))
-    console.print(table)
+def _print(tables: list[tuple[str, list[str], list[Any]]], failures: list[str]) -> None:
+    for title, columns, rows in tables:
+        print_table(columns, rows, title=title)
+        print()
+    if importlib.util.find_spec("torch") is None:
+        print("torch is not installed: devices and ops were not checked")
+    for failure in failures:
+        print(f"wrong: {failure}")
 
 
 def main() -> None:

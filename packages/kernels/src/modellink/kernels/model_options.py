@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
@@ -19,13 +19,15 @@ from modellink.kernels.parallel import ParallelLayout
 class LayoutOptions:
     """How a model is split across ranks."""
 
+    heading: ClassVar[str] = "Parallelism"
+
     tensor_model_parallel_size: int = option(1, "Tensor parallel size: ranks that share each weight matrix.",
-                                             alias="--tp", minimum=1)
+                                             short="--tp", minimum=1)
     pipeline_model_parallel_size: int = option(1, "Pipeline parallel size: stages that share the layers.",
-                                               alias="--pp", minimum=1)
+                                               short="--pp", minimum=1)
     expert_model_parallel_size: int = option(1,
                                              "Expert parallel size: ranks that share the experts of a layer.",
-                                             alias="--ep", minimum=1)
+                                             short="--ep", minimum=1)
     num_layer_list: tuple[int, ...] | None = option(
         None, "Number of layers of each pipeline stage, e.g. 4,6,6,4. Default: the same for all stages.")
 
@@ -73,6 +75,8 @@ class LayoutOptions:
 class VirtualLayoutOptions(LayoutOptions):
     """A layout whose pipeline stages may hold several model chunks (virtual stages)."""
 
+    heading: ClassVar[str] = "Parallelism"
+
     num_layers_per_virtual_pipeline_stage: int | None = option(
         None, "Number of layers of a model chunk, for interleaved pipeline stages of several chunks.",
         minimum=1)
@@ -98,6 +102,8 @@ class VirtualLayoutOptions(LayoutOptions):
 class ModelPathOptions:
     """What a checkpoint may not say about its model."""
 
+    heading: ClassVar[str] = "Model"
+
     model_type_hf: str | None = option(None,
                                        "Model family, e.g. qwen2. Default: that of the checkpoint. Required to save a "
                                        "model trained from random weights.")
@@ -109,6 +115,8 @@ class ModelPathOptions:
 @dataclass(frozen=True, kw_only=True)
 class RunModelOptions(LayoutOptions, ModelPathOptions):
     """A checkpoint that is loaded to generate or score text, and where it runs."""
+
+    heading: ClassVar[str] = "Model"
 
     prompt_type: str | None = option(
         None, "Chat template: a prompt type of modellink-preprocess, or a JSON file. Default: the one the "

@@ -4,15 +4,14 @@ documentation.
 Values are merged from layers in rising precedence (default < preset < YAML file < command line), and every
 value keeps its source, so that an error about two options can name both. An unknown key is an error.
 
-Not here: rules between options (a config class has a `check` method for them), and the options that several
-packages share (model_options.py).
+Not here: rules between options (a config class has a `check` method for them), the options that several
+packages share (model_options.py), and console commands with their help (command.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,14 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import click
 import yaml
 
 from modellink.kernels.errors import ModelLinkError, near
 
 T = TypeVar("T")
 _REQUIRED: Any = dataclasses.MISSING
-_NUMBER = re.compile(r"-?\d*\.?\d+(e-?\d+)?$")
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 SYNONYMS = {
     "mcore": ("megatron-core",), "core": ("megatron-core",), "megatron": ("megatron-core",),
@@ -49,24 +46,32 @@ class About:
     minimum: float | None = None
     maximum: float | None = None
     choices: Callable[[], Sequence[str]] | None = None
+    short: str | None = None
+    heading: str | None = None
+    listed: bool = True
 
 
 def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None,
            alias: str | Sequence[str] = (), minimum: float | None = None, maximum: float | None = None,
-           choices: Callable[[], Sequence[str]] | None = None) -> Any:
+           choices: Callable[[], Sequence[str]] | None = None, short: str | None = None,
+           heading: str | None = None, listed: bool = True) -> Any:
     """Declare a dataclass field that is also an option.
 
     Args:
         default: the default value. An option without one is required.
         doc: one sentence.
         unit: unit of a number, e.g. `tokens`.
-        alias: other spellings, e.g. `--tp`.
+        alias: other spellings, which the help text does not list.
         minimum: smallest allowed number.
         maximum: largest allowed number.
         choices: returns the allowed values, if they are registered and not listed in the field's type.
+        short: a short spelling, which the help text lists, e.g. `--tp`.
+        heading: starts a group of the help text with this heading: this option and those after it.
+        listed: whether the help text shows the option.
     """
     aliases = (alias,) if isinstance(alias, str) else tuple(alias)
-    return field(default=default, metadata={"about": About(doc, unit, aliases, minimum, maximum, choices)})
+    about = About(doc, unit, aliases, minimum, maximum, choices, short, heading, listed)
+    return field(default=default, metadata={"about": about})
 
 
 @dataclass(frozen=True)
@@ -79,10 +84,17 @@ class Field:
     optional: bool
     default: Any
     about: About
+    heading: str
+    required: str  # note of an option without default; otherwise empty
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def aliases(self) -> tuple[str, ...]:
+        """All spellings except the flag itself."""
+        return (*([self.about.short] if self.about.short else []), *self.about.alias)
 
     def convert(self, value: Any, source: str) -> Any:
         """Convert a YAML value or a command-line string to the field's type.
@@ -154,10 +166,12 @@ def choose(value: Any, choices: Sequence[Any], *, flag: str, where: object, opti
 def fields_of(cls: type) -> list[Field]:
     """Return the options of a config class: those it declares, then those it inherits.
 
-    Fields made without `option` are not options.
+    Fields made without `option` are not options. The heading of an option in the help text is the latest that
+    an option before it started, or the `heading` of the class that declares it.
     """
     hints = typing.get_type_hints(cls)
     own = inspect.get_annotations(cls)
+    headings = _headings(cls)
     found = []
     for item in sorted(dataclasses.fields(cls), key=lambda item: item.name not in own):
         about: About | None = item.metadata.get("about")
@@ -173,8 +187,23 @@ def fields_of(cls: type) -> list[Field]:
             kind = typing.get_args(kind)
         if about.choices is not None:
             kind = tuple(about.choices())
-        found.append(Field(item.name, kind, many, optional, item.default, about))
+        required = getattr(cls, "required_note", "required") if item.default is _REQUIRED else ""
+        found.append(Field(item.name, kind, many, optional, item.default, about, headings[item.name], required))
     return found
+
+
+def _headings(cls: type) -> dict[str, str]:
+    """Return the heading of each field of a config class."""
+    headings: dict[str, str] = {}
+    found = {item.name: item for item in dataclasses.fields(cls)}
+    for declaring in cls.__mro__:
+        heading = declaring.__dict__.get("heading", "Options")
+        for name in inspect.get_annotations(declaring):
+            item = found.get(name)
+            if item is not None and "about" in item.metadata and name not in headings:
+                heading = item.metadata["about"].heading or heading
+                headings[name] = heading
+    return headings
 
 
 @dataclass(frozen=True)
@@ -214,7 +243,7 @@ def resolve(classes: Iterable[type], *layers: Layer) -> Resolved:
                                      fix=near(name, known) or "see --help for the options")
             values[name] = known[name].convert(value, layer.source)
             sources[name] = layer.source
-    missing = [item for item in known.values() if item.default is _REQUIRED and item.name not in values]
+    missing = [item for item in known.values() if item.required and item.name not in values]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ModelLinkError(f"{', '.join(item.flag for item in missing)} {verb} required",
@@ -253,89 +282,13 @@ def yaml_layer(path: Path) -> Layer:
     return Layer(str(path), values)
 
 
-class Command(click.Command):
-    """A click command that takes its options from config classes.
-
-    The function is called with its own click parameters and with `given`, the Layer of the command line. An
-    option of many values takes all words up to the next option (`--data-path 0.3 a 0.7 b`), as in the
-    original.
-    """
-
-    def __init__(self, *args: Any, configs: Sequence[type] = (), **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.fields = [item for cls in configs for item in fields_of(cls)]
-        for item in self.fields:
-            self.params.append(_click_option(item))
-        self._many = {name for item in self.fields if item.many
-                      for name in ("--" + item.name, item.flag, *item.about.alias)}
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        spread: list[str] = []
-        current = None
-        for position, arg in enumerate(args):
-            if arg.startswith("--") or (arg.startswith("-") and not _NUMBER.match(arg)):
-                current = arg if arg in self._many else None
-                spread.append(arg)
-            elif current and spread[-1] != current:
-                spread += [current, arg]
-            else:
-                spread.append(arg)
-            if arg == "--":
-                spread += args[position + 1:]
-                break
-        return super().parse_args(ctx, spread)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        given = {}
-        for item in self.fields:
-            value = ctx.params.pop(item.name)
-            if value is not None and value != ():
-                given[item.name] = value
-        ctx.params["given"] = Layer("command line", given)
-        return super().invoke(ctx)
-
-
-def _click_option(item: Field) -> click.Option:
-    names = [item.name, item.flag, *item.about.alias]
-    if "_" in item.name and item.kind is not bool:
-        names.append("--" + item.name)
-    text = item.about.doc
-    notes = [item.about.unit] if item.about.unit else []
-    if item.default is _REQUIRED:
-        notes.append("required")
-    elif item.default not in (None, ()):
-        shown = item.default
-        notes.append("default " + (",".join(map(str, shown)) if isinstance(shown, tuple) else str(shown)))
-    text += f"  [{', '.join(notes)}]" if notes else ""
-    if item.kind is bool:
-        names[1] = f"{item.flag}/--no-{item.name.replace('_', '-')}"
-        return click.Option(names, default=None, help=text)
-    if isinstance(item.kind, tuple):
-        label = f"[{'|'.join(map(str, item.kind))}]"
-    else:
-        label = {int: "INTEGER", float: "FLOAT", Path: "PATH"}.get(item.kind, "TEXT")
-    metavar = f"{label}..." if item.many else label
-    return click.Option(names, default=None, multiple=item.many, help=text, type=click.STRING,
-                        metavar=metavar)
-
-
-def command(*configs: type, name: str | None = None,
-            help: str | None = None) -> Callable[[Callable[..., Any]], Command]:
-    """Decorator: make a function a console command with the options of these config classes (see `Command`)."""
-    def wrap(function: Callable[..., Any]) -> Command:
-        return click.command(name=name, cls=Command, configs=configs, help=help or function.__doc__,
-                             context_settings={"help_option_names": ["-h", "--help"],
-                                               "max_content_width": 120})(function)
-    return wrap
-
-
 def describe(cls: type) -> str:
     """Return the options of a config class as a Markdown table."""
     rows = ["| option | default | meaning |", "| --- | --- | --- |"]
     for item in fields_of(cls):
         shown = " ".join(map(str, item.default)) if isinstance(item.default, tuple) else item.default
-        default = "required" if item.default is _REQUIRED else "" if shown in (None, "") else f"`{shown}`"
-        names = ", ".join(f"`{name}`" for name in (item.flag, *item.about.alias))
+        default = "required" if item.required else "" if shown in (None, "") else f"`{shown}`"
+        names = ", ".join(f"`{name}`" for name in (item.flag, *item.aliases))
         unit = f" ({item.about.unit})" if item.about.unit else ""
         rows.append(f"| {names} | {default} | {item.about.doc}{unit} |")
     return "\n".join(rows)

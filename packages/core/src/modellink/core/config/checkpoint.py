@@ -15,7 +15,7 @@ SaveFormat = Literal["torch-dist", "megatron-core", "megatron-legacy"]
 
 @dataclass(frozen=True)
 class CheckpointConfig(ModelPathOptions):
-    section: ClassVar[str] = "checkpoint"
+    heading: ClassVar[str] = "Checkpoints"
 
     load: Path | None = option(None, "Checkpoint to start from: a Hugging Face folder, a Megatron checkpoint, or a saved run, "
                                "which is resumed. If it is the same empty folder as --save, training starts from scratch.")

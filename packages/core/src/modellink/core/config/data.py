@@ -15,7 +15,7 @@ INSTRUCTION_FIELDS = ("input_ids", "attention_mask", "labels")
 
 @dataclass(frozen=True)
 class DataConfig:
-    section: ClassVar[str] = "data"
+    heading: ClassVar[str] = "Data"
 
     data_path: tuple[str, ...] = option((), "Prefix of a .bin/.idx pair, or alternating weights and prefixes for a blend.")
     is_instruction_dataset: bool = option(False, "The data is instruction data: `pretrain` with this option is `sft`.")

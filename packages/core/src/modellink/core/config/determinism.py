@@ -11,7 +11,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class DeterminismConfig:
-    section: ClassVar[str] = "determinism"
+    heading: ClassVar[str] = "Determinism"
 
     use_deter_comp: bool = option(
         False, "Use deterministic operations and collectives, so that a repeated run is bit-identical; an operation without a "

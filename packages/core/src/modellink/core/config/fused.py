@@ -17,7 +17,7 @@ OPS = {"use_flash_attn": ("attention", "attention_block"), "use_fused_rmsnorm": 
 
 @dataclass(frozen=True)
 class FusedConfig:
-    section: ClassVar[str] = "fused"
+    heading: ClassVar[str] = "Fused operators"
 
     use_flash_attn: bool = option(
         True, "Use the device's fused attention; otherwise plain PyTorch, which stores the scores of full sequences.")

@@ -10,7 +10,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class InstructionConfig:
-    section: ClassVar[str] = "instruction"
+    heading: ClassVar[str] = "Instruction data"
 
     variable_seq_lengths: bool = option(False, "Pad to the longest sample of each micro batch instead of --seq-length.")
     pad_to_multiple_of: int = option(8, "With --variable-seq-lengths: pad to a multiple of this.", unit="tokens",

@@ -13,7 +13,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    section: ClassVar[str] = "logging"
+    heading: ClassVar[str] = "Logging and evaluation"
 
     log_interval: int = option(100, "Iterations between log lines.", minimum=1)
     eval_interval: int = option(1000, "Iterations between evaluations on the validation data.", minimum=1)

@@ -15,7 +15,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class LoraConfig:
-    section: ClassVar[str] = "lora"
+    heading: ClassVar[str] = "LoRA"
 
     lora_target_modules: tuple[str, ...] = option(
         (), "Train LoRA adapters of these linears only: linear_qkv, linear_proj, linear_fc1, linear_fc2, or their Legacy names.")

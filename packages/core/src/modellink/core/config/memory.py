@@ -18,7 +18,7 @@ MODULES = {name: name for name in (*SWAPPED.split(","), "pre_mlp_layernorm", "ml
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    section: ClassVar[str] = "memory"
+    heading: ClassVar[str] = "Memory"
 
     recompute_granularity: Literal["full", "selective"] | None = option(
         None, "Recompute activations in the backward pass: those of full layers, or only those inside attention (selective).")

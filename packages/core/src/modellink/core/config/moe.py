@@ -11,7 +11,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class MoEConfig:
-    section: ClassVar[str] = "moe"
+    heading: ClassVar[str] = "Experts"
 
     moe_aux_loss_coeff: float = option(0.0, "Coefficient of the load-balancing loss.", minimum=0)
     seq_aux: bool = option(False, "Compute the load-balancing loss per sequence instead of per micro batch.")

@@ -13,10 +13,10 @@ from modellink.kernels.parallel import ParallelLayout
 
 @dataclass(frozen=True)
 class ParallelConfig(VirtualLayoutOptions):
-    section: ClassVar[str] = "parallel"
+    heading: ClassVar[str] = "Parallelism"
 
     context_parallel_size: int = option(
-        1, "Context parallel size: ranks that each sequence is sharded across.", alias="--cp", minimum=1)
+        1, "Context parallel size: ranks that each sequence is sharded across.", short="--cp", minimum=1)
     context_parallel_algo: Literal["ulysses_cp_algo", "megatron_cp_algo", "hybrid_cp_algo"] = option(
         "ulysses_cp_algo", "Algorithm of context-parallel attention: all-to-all over heads (Ulysses), ring attention, or Ulysses "
         "within a ring.")

@@ -12,7 +12,7 @@ from modellink.kernels.options import fields_of, option
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    section: ClassVar[str] = "profile"
+    heading: ClassVar[str] = "Profiling"
 
     profile: bool = option(False, "Trace some iterations of some ranks and print a summary of each.")
     profile_step_start: int = option(

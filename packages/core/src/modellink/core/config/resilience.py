@@ -12,7 +12,7 @@ from modellink.kernels.options import option
 
 @dataclass(frozen=True)
 class ResilienceConfig:
-    section: ClassVar[str] = "resilience"
+    heading: ClassVar[str] = "High availability"
 
     enable_high_availability: bool = option(
         False, "When a rank fails, the surviving ranks save the training state and the run restarts from it; with "

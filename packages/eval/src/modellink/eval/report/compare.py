@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from modellink.eval.report.write import questions_path
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.tables import print_table
 
 Scores = Mapping[tuple[str, str, str], float]
 """Score of a question by (subject, row, digest)."""
@@ -83,9 +81,8 @@ def _two_sided(difference: float, error: float) -> float:
     return math.erfc(abs(difference) / error / math.sqrt(2))
 
 
-def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Mapping[str, Any],
-                     console: Console | None = None) -> None:
-    """Return a comparison for each task of both runs.
+def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Print a comparison for each task of both runs.
 
     Raises:
         ModelLinkError: the runs have no task in common, or the questions file of a run is missing.
@@ -93,26 +90,23 @@ def print_comparison(one: Path, two: Path, first: Mapping[str, Any], second: Map
     tasks = [name for name in first["tasks"] if name in second["tasks"]]
     if not tasks:
         raise ModelLinkError("the two runs have no task in common", where=f"{one}, {two}")
-    table = Table(title=f"{one}\n{two}", title_justify="left", caption_justify="left",
-                  caption="first and second: unweighted means over the compared questions")
-    table.add_column("task")
-    for heading in ("headlines", "questions", "first", "second", "difference", "better", "worse", "p"):
-        table.add_column(heading, justify="right")
-    table.add_column("test")
-    notes = []
+    rows, notes = [], []
     for name in tasks:
         found = compare(read_scores(one, name), read_scores(two, name))
         results = [run["tasks"][name] for run in (first, second)]
         headlines = ", ".join(f"{100 * run['accuracy']:.2f} %" for run in results)
-        table.add_row(name, headlines, str(found.questions), f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
-                      f"{100 * (found.second - found.first):+.2f}", *("" if value is None else str(value) for value in (
-                          found.better, found.worse)), f"{found.p:.3g}", found.test)
+        changed = ["" if value is None else str(value) for value in (found.better, found.worse)]
+        rows.append((name, headlines, found.questions, f"{100 * found.first:.2f} %", f"{100 * found.second:.2f} %",
+                     f"{100 * (found.second - found.first):+.2f}", *changed, f"{found.p:.3g}", found.test))
         for what, key in (("prompts", "style"), ("task versions", "version"), ("aggregations", "aggregation")):
             if results[0][key] != results[1][key]:
                 notes.append(f"{name}: {what} differ, {results[0][key]} and {results[1][key]}")
         if "macro" in (run["aggregation"] for run in results):
             notes.append(f"{name}: its headline is the mean over subjects (macro), which this test does not compare")
-    (console or Console()).print(table, *notes, sep="\n")
+    numbers = ("headlines", "questions", "first", "second", "change", "better", "worse", "p")
+    print_table(("task", *numbers, "test"), rows, title=f"first: {one}\nsecond: {two}", right=numbers, wrap="task",
+                optional=("headlines", "test"))
+    print("first and second: unweighted means over the compared questions", *notes, sep="\n", flush=True)
 
 
 def read_scores(path: Path, task: str) -> Scores:

@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from modellink.eval.journal import RESULTS
 from modellink.eval.taskfile import load_task, task_names
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import read_json
+from modellink.kernels.tables import print_table
 
 FORMAT = {"modellink-eval", "model", "tasks", "run"}
 
@@ -32,19 +30,18 @@ def read_results(path: Path) -> dict[str, Any]:
     return results
 
 
-def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
+def print_results(results: Mapping[str, Any]) -> None:
     """Print a table and a line for each task."""
-    console = console or Console()
     for name, task in results["tasks"].items():
-        console.print(_table(name, task, results["run"][name]))
+        _print_task(name, task, results["run"][name])
         if task["prompts_cut"]:
-            console.print(f"{task['prompts_cut']} prompts were too long and were truncated at the beginning", style="bold")
+            print(f"{task['prompts_cut']} prompts were too long and were truncated at the beginning")
         if task["micro"]["unparsed"]:
-            console.print(f"{task['micro']['unparsed']} answers were not found in the generated text and count as wrong; they "
-                          f"are marked in {name}.questions.csv", style="bold", soft_wrap=True)
+            print(f"{task['micro']['unparsed']} answers were not found in the generated text and count as wrong; they "
+                  f"are marked in {name}.questions.csv")
         for rule, value in task["micro"]["also"].items():
-            console.print(f"{name} {rule}: {100 * value:.2f} %", soft_wrap=True, markup=False, highlight=False)
-        console.print(original_line(name, task), soft_wrap=True, markup=False, highlight=False)
+            print(f"{name} {rule}: {100 * value:.2f} %")
+        print(original_line(name, task), flush=True)
 
 
 def original_line(name: str, task: Mapping[str, Any]) -> str:
@@ -53,17 +50,13 @@ def original_line(name: str, task: Mapping[str, Any]) -> str:
     return f"{name} acc = {micro['correct']}/{micro['questions']}={micro['accuracy']}"
 
 
-def _table(name: str, task: Mapping[str, Any], run: Mapping[str, Any]) -> Table:
+def _print_task(name: str, task: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    numbers = ("questions", "right", "accuracy", "± stderr", "unparsed")
+    print_table(("subject", *numbers), _rows(task), title=f"{name}, style {task['style']}, {task['shots']} examples",
+                right=numbers, wrap="subject")
     speed = f", {run['questions_per_second']:,.1f} questions/s" if run["questions_per_second"] else ""
     found = f", {run['found answered']} answered by an earlier run" if run["found answered"] else ""
-    table = Table(title=f"{name}, style {task['style']}, {task['shots']} examples", title_justify="left",
-                  caption=f"{run['seconds']:,.1f} s{speed}{found}", caption_justify="left")
-    table.add_column("subject")
-    for heading in ("questions", "right", "accuracy", "± stderr", "unparsed"):
-        table.add_column(heading, justify="right")
-    for row in _rows(task):
-        table.add_row(*row)
-    return table
+    print(f"{run['seconds']:,.1f} s{speed}{found}")
 
 
 def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -75,7 +68,7 @@ def _rows(task: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
         yield f"category {category}", *_counts(score)
     if len(task["subjects"]) > 1:
         yield ()
-        yield "macro: mean of subjects", "", "", *_percent(task["macro"])
+        yield "macro: mean of subjects", "", "", *_percent(task["macro"]), ""
         yield "micro: all questions", *_counts(task["micro"])
 
 
@@ -88,15 +81,13 @@ def _percent(score: Mapping[str, Any]) -> tuple[str, str]:
     return f"{100 * score['accuracy']:.2f} %", "" if error is None else f"{100 * error:.2f}"
 
 
-def print_tasks(console: Console | None = None) -> None:
+def print_tasks() -> None:
     """Print the list of benchmarks."""
-    table = Table(title="benchmarks", title_justify="left")
-    for heading in ("task", "version", "styles", "examples", "files"):
-        table.add_column(heading, no_wrap=True)
-    table.add_column("description")
+    rows = []
     for name in task_names():
         task = load_task(name)
         shots = {task.shots if style.shots is None else style.shots for styles in task.styles.values() for style in styles}
-        table.add_row(name, str(task.version), ", ".join(task.styles), " or ".join(map(str, sorted(shots))), task.data.files[0],
-                      task.summary)
-    (console or Console()).print(table)
+        rows.append((name, task.version, ", ".join(task.styles), " or ".join(map(str, sorted(shots))), task.data.files[0],
+                     task.summary))
+    print_table(("task", "version", "styles", "examples", "files", "description"), rows,
+                optional=("version", "styles", "examples", "files"))
