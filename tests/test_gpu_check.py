@@ -34,6 +34,9 @@ def pack(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return pack
 
 
+BUSY = ("--seconds", 900, "--call-seconds", 300)  # limits for a machine that is busy with other tests
+
+
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(GPU / "run.py"), *map(str, arguments)], capture_output=True, text=True)
 
@@ -41,7 +44,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_rows_pass_on_a_cpu(tmp_path: Path) -> None:
     selected = ("environment: torch", "environment: versions", "ops: every", "ops: rms_norm", "ops: matmul_all_reduce",
                 "training: the loss falls", "training: losses equal", "decode: graphs")
-    done = run("--device", "cpu", "--json", tmp_path / "gpu.json", "--only", *selected)
+    done = run("--device", "cpu", *BUSY, "--json", tmp_path / "gpu.json", "--only", *selected)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu.json").read_text("utf-8"))
     assert report["device"]["kind"] == "cpu" and report["failed"] == 0
@@ -54,7 +57,7 @@ def test_rows_pass_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_how_a_row_ends(registry: ModuleType, tmp_path: Path) -> None:
-    machine = registry.Machine("cpu", tmp_path, io.BytesIO(), time.monotonic() + 60)
+    machine = registry.Machine("cpu", tmp_path, io.BytesIO(), time.monotonic() + 60, 60)
 
     def wrong(_: object) -> str:
         registry.require(True, "not this")
@@ -91,7 +94,7 @@ def leave() -> None:
 
 def test_a_process_that_ends_costs_one_row(registry: ModuleType, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
-        machine = registry.Machine("cpu", tmp_path, log, time.monotonic() + 60)
+        machine = registry.Machine("cpu", tmp_path, log, time.monotonic() + 300, 300)
         try:
             (result,) = registry.run_rows([registry.Row("row", lambda machine: machine.on_device(leave))], machine)
         finally:
@@ -120,6 +123,6 @@ def test_a_folder_without_wheels(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(WHEELS is None, reason="the wheels are built by `nox -s e2e`")
 def test_the_rows_run_with_wheels_next_to_the_torch_that_is_found(tmp_path: Path) -> None:
-    done = run("--wheels", WHEELS, "--device", "cpu", "--json", tmp_path / "gpu.json", "--only", "environment: versions")
+    done = run("--wheels", WHEELS, "--device", "cpu", *BUSY, "--json", tmp_path / "gpu.json", "--only", "environment: versions")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "gpu.json").read_text("utf-8"))["passed"] == 1

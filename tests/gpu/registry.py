@@ -19,7 +19,6 @@ from typing import IO, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent / "support"))
-ROW_SECONDS = 100.0  # time limit of a call in another process
 LOG_LINES = 15  # of what a process printed before it failed
 FIRST, LAST = ("environment", "ops", "training", "decode"), ("speed",)  # files of checks/
 Check = Callable[["Machine"], str]
@@ -97,10 +96,11 @@ class Machine:
     Attributes:
         kind: that of the device found, "auto" until `find` was called.
         deadline: `time.monotonic()` at which the check must be over.
+        call_seconds: time limit of a call in another process, which includes starting it.
     """
 
-    def __init__(self, kind: str, folder: Path, log: IO[bytes], deadline: float) -> None:
-        self.kind, self.folder, self.deadline = kind, folder, deadline
+    def __init__(self, kind: str, folder: Path, log: IO[bytes], deadline: float, call_seconds: float) -> None:
+        self.kind, self.folder, self.deadline, self.call_seconds = kind, folder, deadline, call_seconds
         self._log = log
         self._ranks: dict[str, Any] = {}
         self._known: dict[Hashable, Any] = {}
@@ -127,7 +127,7 @@ class Machine:
         if kind not in self._ranks:
             self._ranks[kind] = Ranks(1, (str(HERE / "rank.py"), kind), self._log)
         ranks = self._ranks[kind]
-        ranks.seconds = max(1.0, min(ROW_SECONDS, self.deadline - time.monotonic()))
+        ranks.seconds = max(1.0, min(self.call_seconds, self.deadline - time.monotonic()))
         try:
             return ranks(function, **arguments)[0]
         except AssertionError as error:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 330.0  # Default of --seconds
+SECONDS, CALL_SECONDS = 330.0, 100.0  # defaults of --seconds and --call-seconds
 DETAIL, TRACE = 160, 2500  # characters of a result and of a trace on the console; JSON has the full text
 
 
@@ -50,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", type=Path, help="Also write the results to this file, after every row.")
     made.add_argument("--seconds", type=float, default=SECONDS,
                       help=f"Time limit; rows that start later are skipped. Default: {SECONDS:.0f}.")
+    made.add_argument("--call-seconds", type=float, default=CALL_SECONDS,
+                      help="Time limit of one call in the process on the device; a row that exceeds it fails. "
+                           f"Default: {CALL_SECONDS:.0f}.")
     made.add_argument("--pack", type=Path, metavar="FOLDER", help="Collect the wheels in FOLDER instead.")
     made.add_argument("--python", default=".".join(map(str, sys.version_info[:2])),
                       help="With --pack: Python version of the machine. Default: that of this interpreter.")
@@ -97,7 +100,7 @@ def check(given: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="modellink-gpu-")))
         log = stack.enter_context((folder / "log").open("wb"))
-        machine = Machine(given.device, folder, log, start + given.seconds)
+        machine = Machine(given.device, folder, log, start + given.seconds, given.call_seconds)
         stack.callback(machine.stop)
         report = Report(width=max(len(row.name) for row in rows), json=given.json)
         try:

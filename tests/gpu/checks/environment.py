@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,4 +54,5 @@ def doctor(machine: Machine) -> str:
                           timeout=DOCTOR_SECONDS)
     wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong:")]
     require(done.returncode == 0, f"{done.stdout}{done.stderr}\nstatus {done.returncode}: {' '.join(wrong)}")
-    return f"status 0, {sum(' ok ' in line for line in done.stdout.splitlines())} uses of ops are ok"
+    good = re.findall(r"\bok\b", done.stdout)
+    return f"status 0, {len(good)} uses of ops are ok"

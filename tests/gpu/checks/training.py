@@ -21,7 +21,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16": {"bf16": True},
     "fp16": {"fp16": True, "initial_loss_scale": 1024.0},
-    "LoRA": {"lora_target_modules": ALL_LINEARS, "lora_r": 4, "lora_alpha": 12, "lr": 2e-2},
+    "LoRA": {"lora_target_modules": ALL_LINEARS, "lora_r": 16, "lora_alpha": 32, "lr": 2e-2},
     "plain forms": {f"use_{name}": False for name in (
         "flash_attn", "fused_rmsnorm", "fused_swiglu", "fused_rotary_pos_emb")},
     "recomputed layers": {
