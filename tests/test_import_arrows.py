@@ -76,7 +76,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "adapter | iterations | layer | storage",
     ),
     "core": (
-        "cli | models | repeatability",
+        "cli",
+        "models | repeatability",
         "api",
         "methods",
         "prepare | resilience",
@@ -88,7 +89,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "profile_summary | run",
         "presets | processes",
         "engine",
-        "adam",
+        "adam | rewrite",
         "determinism | digests | launch",
         "config",  # and plan, which needs no torch either
     ),

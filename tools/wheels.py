@@ -19,7 +19,7 @@ from typing import Any
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
 _OURS = re.compile(r"modellink-([a-z-]+?)(?:\[([a-z,]+)\])?(?=[>=<!~;\s]|$)")
 # The files that affect a wheel; a changed test does not rebuild it.
-_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "src")
+_INPUTS = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "src")
 
 
 def project(root: Path, package: str) -> dict[str, Any]:
