@@ -109,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 starts = 1 + said.count("; restarting")
                 rows.append({"layout": layout, "fault": name, "starts": starts, "lost": lost(said), "difference": worst,
                              "seconds": seconds, "undisturbed_seconds": alone})
-                told = "equal bits" if worst == 0 else f"within {worst:.0e}"
-                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {starts:6} {rows[-1]['lost']:10} {told:>16} "
+                text = "equal bits" if worst == 0 else f"within {worst:.0e}"
+                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {starts:6} {rows[-1]['lost']:10} {text:>16} "
                       f"{seconds:8.0f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

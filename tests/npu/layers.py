@@ -19,7 +19,7 @@ from ranks import beside
 KERNELS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("aclnnRmsNorm", "aclnnRmsNormGrad"), "swiglu": ("aclnnSwiGlu", "aclnnSwiGluGrad"),
     "rotary": ("aclnnRotaryPositionEmbeddingV2", "aclnnRotaryPositionEmbeddingGrad"),
-    "rotary: neighbors, positions by row": (), "cross_entropy": (),
+    "rotary: neighbors, positions by row": (), "cross_entropy": (), "linear": (),
     "attention": ("aclnnFlashAttentionScore", "aclnnFlashAttentionScoreGrad"),
     "attention: packed": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),
     "attention: packed, window": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),

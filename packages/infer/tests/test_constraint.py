@@ -144,4 +144,5 @@ def test_the_server(engine):
                                ({"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}},
                                 "Invalid type")):
             response = ask(response_format=wrong)
-            assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+            assert response.status_code == 400, response.text
+            assert message in response.json()["error"]["message"]

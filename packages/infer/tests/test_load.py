@@ -88,7 +88,8 @@ def test_many_connections_and_requests(server, paused, expected):
     assert Counter(response.status_code for response in found) == {200: limit, 429: 9 * limit}
     for number, response in enumerate(found):
         if response.status_code == 429:
-            assert response.json()["error"]["type"] == "rate_limit_error" and response.headers["retry-after"] == "1"
+            assert response.json()["error"]["type"] == "rate_limit_error"
+            assert response.headers["retry-after"] == "1"
         else:
             assert response.json()["choices"][0]["text"] == expected[number % 5, 0]
 

@@ -145,10 +145,10 @@ def _refuse_pickles(cache: Path) -> None:
 def _fingerprint(config: DataConfig) -> str:
     """A name for the cache that changes with the data, unlike megatron-core's own."""
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
-    told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
+    shared = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)  # copies on other machines may have other modification times
-    return told[0]
+        dist.broadcast_object_list(shared)  # copies on other machines may have other modification times
+    return shared[0]
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,

@@ -37,7 +37,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_: ClassVar[Any] = [(name, I64) for name in (
         "layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu", "weights",
-        "cache", "vocab", "window")] + [
+        "cache", "vocab")] + [
         ("epsilon", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
         ("norm", PTR), ("head", Matrix)]
 

@@ -22,7 +22,7 @@ typedef struct {
     void *keys, *values; /* [slots, groups, dim] */
 } Layer;
 typedef struct {
-    int64_t layers, hidden, heads, groups, dim, ffn, rotary, interleaved, gelu, weights, cache, vocab, window;
+    int64_t layers, hidden, heads, groups, dim, ffn, rotary, interleaved, gelu, weights, cache, vocab;
     float epsilon, scale;
     const Layer *layer;
     const float *norm;
