@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks of the repository as nox sessions; `nox -l` lists them, `nox` runs the default ones.
 
 Each `tests-<package>` session has its own virtual environment with only that package's wheel, its dependencies and its

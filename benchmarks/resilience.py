@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """High availability by kind of fault: a table of injected faults, lost steps and cost in time.
 
 Not a comparison with a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) with faults of one kind,

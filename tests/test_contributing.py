@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The examples of CONTRIBUTING.md run as written, each as a module of another distribution, and are as short as it says.
 
 A tiny SmolLM3 goes through the family and the format, and is trained by the method from the format's folder; its loss is that of

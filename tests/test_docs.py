@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents name what exists: files, functions, options and links; the picture of the packages is that of their imports.
 
 A code span in docs/en/architecture.md is a path, `path.py: name, Class.method`, an option, or a file that a command writes, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The GPU check on a CPU: some of its rows, how rows end, and the environment for a bare machine.
 
 Not covered: all rows, which `python tests/gpu/run.py --device cpu` runs, and collecting wheels of other distributions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules of the repository: file sizes, complete package folders, and names that must not occur.
 
 Not covered: style within a file (ruff) and types (mypy), which have sessions of their own.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import arrows inside each package: `python tools/arrows.py [PACKAGE ...]` prints an arrow per line and marks circles.
 
 The nodes are the folders and top-level modules of a package; `tests/test_import_arrows.py` compares the arrows with a table of

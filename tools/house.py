@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw the packages and their floors from their imports: `python tools/house.py`; `--check` only reports a stale picture.
 
 The picture is docs/en/house.svg. A floor holds the folders and top-level modules of a package that import from lower floors

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check the links of Markdown files: `python tools/links.py [FILE ...]`; default: all of the repository.
 
 A relative link must lead to a file or folder of the repository, and its anchor to a heading there. Links inside code are

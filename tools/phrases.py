@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find dialect and British spelling in texts that users and readers see: `python tools/phrases.py [--package NAME ...]`.
 
 Phrases are matched in docstrings, comments and string literals of Python files and in whole .md, .yaml, .toml and .html files,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that one package could be published: `python tools/release.py kernels`. Run by `nox -s release-<package>`.
 
 The source archive is built first, and the wheel from the unpacked archive, so a file missing from the archive is found.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the license identifier at the top of every source file: `python tools/spdx.py`; `--check` only lists files without it.
 
 The identifier is that of the packages' metadata; the first line of LICENSE must be the license it stands for.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheels of the six packages: which package needs which, and building them into one folder when their sources changed.
 
 Sessions install these files by path, never by name: `modellink-*` is not looked up on a package index, and the tests use what a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Completes the metadata of a package when it is built: its README as a package index shows it, and its project URLs.
 
 A package index knows nothing of the repository, so the README's relative links and anchors become absolute. The address of

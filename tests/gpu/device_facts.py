@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Facts about the device that is checked, found in the process on it."""
 
 from __future__ import annotations

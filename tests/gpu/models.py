@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random models and documents for the rows, written without transformers. Functions that begin with `write`
 run on a rank."""
 

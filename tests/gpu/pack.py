@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Collects wheels for a machine without a network, and makes an environment there with them and its torch.
 
 Carried are our six packages, megatron-core, safetensors, and what our packages declare. Not carried: torch

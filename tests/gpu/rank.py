@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A process of the GPU check, for `ranks.Ranks`: `rank.py KIND` runs functions on a device of this kind."""
 
 from __future__ import annotations

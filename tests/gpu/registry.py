@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rows of the GPU check: their registry, what they run on, and running them in order.
 
 A row is a function `check(machine) -> text` with the decorator `row(name)`, in a file of checks/. It returns

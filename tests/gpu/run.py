@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Check ModelLink on one GPU: doctor, every op against its plain form, training, decoding, conversion, speed.
 
     python tests/gpu/run.py --pack FOLDER --python 3.12       collect wheels for the machine with the GPU

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every use of every op on an NPU, layer by layer: what torch_npu's own parts say of our calls.
 
     A  the operator's schema takes the arguments

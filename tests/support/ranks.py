@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks for tests: processes that import megatron once and then run one function after another.
 
 Importing megatron takes seconds and a task milliseconds, so one set of ranks per world size serves a whole test run. A task is

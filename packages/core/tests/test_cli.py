@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command itself, in real processes: one line of error, two ranks, a kill in the middle of a save."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which samples a run sees: every one once, in an order that depends on the seed and not on the layout."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bit-identical repetition in every configuration, and digests that show the first difference of two runs."""
 
 from __future__ import annotations

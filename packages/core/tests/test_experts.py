@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts in training: the same losses at every layout, balance losses, saving and going on."""
 
 from __future__ import annotations

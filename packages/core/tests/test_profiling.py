@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of some iterations: one file per rank with its position in the layout, and a summary that agrees with the trace."""
 
 from __future__ import annotations

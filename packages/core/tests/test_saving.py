@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run saves: whole for every architecture, in files of the original too; and what it starts from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on instructions: what transformers computes, at every layout, micro batch and padding, and on from a stop."""
 
 from __future__ import annotations

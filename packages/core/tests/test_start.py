@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run starts from: random weights that differ everywhere, or a run to resume, but never another run."""
 
 from __future__ import annotations

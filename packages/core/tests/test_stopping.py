@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a run ends early, what it leaves, and what the next one takes of it."""
 
 from __future__ import annotations

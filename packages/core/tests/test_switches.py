@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What switches of ops and of context parallelism really change: the form that is taken, what is sent, and when."""
 
 from __future__ import annotations

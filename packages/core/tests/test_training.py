@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Equal losses at every layout, and a stopped run that resumes as if it had not been stopped."""
 
 from __future__ import annotations

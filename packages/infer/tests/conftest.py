@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small random models with a small real tokenizer. transformers writes the folders and is the reference."""
 
 from __future__ import annotations

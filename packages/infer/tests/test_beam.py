@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search against transformers, token by token."""
 
 from __future__ import annotations

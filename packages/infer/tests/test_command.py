@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands: what they print, where prompts come from, and one error message per mistake."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constrained completions of a model whose unconstrained output is noise."""
 
 from __future__ import annotations

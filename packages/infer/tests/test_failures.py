@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Internal errors: one in a completion ends only that one, one of the model ends the process, and no request
 waits forever."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family generates the tokens of the reference, and the log-probabilities of a pass over the full
 sequence.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server in front of replicas: what it imports and forwards, and what it does if a replica cannot start.
 """
 

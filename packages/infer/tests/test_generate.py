@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation against transformers on random models; stops, streams, log-probabilities and arguments."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode passes from graphs. On a CPU the captured function runs itself, over the buffers that an accelerator
 would use."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server under load: many connections, large bodies, clients that stop reading or disconnect.
 
 Every completion is right, and nothing of a finished request stays in memory. The numbers of requests are

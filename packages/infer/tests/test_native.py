@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled step computes what core's model computes; a model that it does not support runs core's model.
 """
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines of the original's inference.py: every flag is an option, is translated, or is ignored with a
 reason."""
 

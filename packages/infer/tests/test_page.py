@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chat page in a headless Chromium, if installed: streaming, markdown, stop, history, light and dark, a
 phone.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages are allocated, shared, released and found again; a batch works with too few of them."""
 
 from __future__ import annotations

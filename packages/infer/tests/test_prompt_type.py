@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates: for every prompt type, the token ids in a chat are those of the training data."""
 
 from __future__ import annotations

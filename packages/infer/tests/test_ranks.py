@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tensor-parallel ranks give the same results as one. Run as a script, this file is a rank."""
 
 from __future__ import annotations

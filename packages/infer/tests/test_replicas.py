@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replicas behind one server: what clients get, also if one is killed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What clients of the server get. The openai package is the client that must work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the server refuses, and with which error; API keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was trained on the device, through the formats and back, and decoded from both ends."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding a tiny Llama: against a forward pass without a cache, with and without graphs, against the CPU."""
 
 from __future__ import annotations

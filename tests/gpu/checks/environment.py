@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is installed, which device there is, and `modellink-doctor` on it."""
 
 from __future__ import annotations

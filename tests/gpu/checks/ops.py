@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every op of kernels.ops, in each of its uses, with gradients, in fp32, bf16 and fp16: against its plain form
 on the device, and against the plain form on the CPU."""
 

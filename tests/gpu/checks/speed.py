@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens per second of training and decoding with a fixed model: facts, nothing is required of them.
 
 On a CPU a tiny model is measured on one thread, only so that the rows run.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training a tiny Llama: losses against the CPU's, precisions, memory options, adapters, experts, resuming.
 
 All runs are deterministic (--use-deter-comp), so that "bit-equal" can be required of a resumed run on a GPU.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train digests A B`: where the digests of two runs (`--log-digest`) diverge.
 
     FOLDER/rank_00000.jsonl    a line of names, then a line per iteration: loss, digests of gradients and updated parameters

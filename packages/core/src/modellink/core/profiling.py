@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of some iterations (`--profile`): torch_npu's profiler on NPUs, torch's elsewhere.
 
     DIR/rank_0.*.pt.trace.json     one per rank, for chrome://tracing, Perfetto or TensorBoard; `distributed_args` has its layout

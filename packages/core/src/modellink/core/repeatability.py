@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train determinism`: runs a tiny model twice in many configurations and shows which repeat bit for bit.
 
     modellink-train determinism [--device npu] [--no-use-deter-comp]

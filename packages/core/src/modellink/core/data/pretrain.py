@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank reads which sample.
 
 The order of samples depends only on the seed, the data and the length of the run. A position in it is one number, the samples

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the ranks of this machine, and restarts them when one fails, after the others have saved the training state.
 
 Based on torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as shipped it stops all ranks as

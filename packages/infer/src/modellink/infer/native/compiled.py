@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds step.c with the system's C compiler, once per processor and compiler, and loads it.
 
 The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler, core's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the compiled step over a model's own parameters, and says which models and passes it supports.
 
 Supported are models with RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU

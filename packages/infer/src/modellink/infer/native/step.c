@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A pass of a decoder over a few tokens: hidden states in, logits out, over a paged cache.
  *
  * With few tokens the speed is limited by reading the weights, so each weight is read once, by rows that are split across the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of every op in each of its uses, on fixed inputs, for comparing a device's form with the plain one.
 
 `alone` returns the ops of one process, `joined` the ops over the ranks of a group. Not here: the allowed

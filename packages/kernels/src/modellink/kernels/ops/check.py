@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The measurements of modellink-doctor that need torch: devices, one collective, every use of every op
 against its plain form.
 
