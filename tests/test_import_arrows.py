@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import arrows between the packages and, inside each package, between its floors; every import is read with `ast`.
 
 Between packages: kernels <- ckpt-convert <- core <- infer <- eval, with data-prep next to them. "At import time" means outside
@@ -77,7 +78,8 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "adapter | iterations | layer | storage",
     ),
     "core": (
-        "cli | models | repeatability",
+        "cli",
+        "models | repeatability",
         "api",
         "methods",
         "prepare | resilience",
@@ -89,7 +91,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "profile_summary | run",
         "presets | processes",
         "engine",
-        "adam",
+        "adam | rewrite",
         "determinism | digests | launch",
         "config",  # and plan, which needs no torch either
     ),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command shows on a terminal: it runs on a pseudo-terminal of 80 columns, and a small emulator applies what it writes.
 
 The emulator knows what our commands use: newline, carriage return, erasing a line, moving up; it ignores colors.

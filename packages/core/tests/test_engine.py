@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device hook rewrites what it says and nothing else; each of the five fixes is still needed."""
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import sys
 
 import pytest
 
-from modellink.core.engine import _Rewrite
+from modellink.core.rewrite import Loader, Rewrite
 
 
 def rewritten(source: str, device: str) -> str:
-    return ast.unparse(ast.fix_missing_locations(_Rewrite(device).visit(ast.parse(source))))
+    return ast.unparse(ast.fix_missing_locations(Rewrite(device).visit(ast.parse(source))))
 
 
 @pytest.mark.parametrize(("source", "cpu", "npu"), [
@@ -85,5 +86,35 @@ def test_megatron_before_the_device_is_a_fault_of_ours():
 
 def test_tracebacks_keep_megatrons_line_numbers():
     source = "def f(x):\n    y = torch.cuda.current_device()\n    return x.cuda(\n        non_blocking=True)\n"
-    tree = ast.fix_missing_locations(_Rewrite("cpu").visit(ast.parse(source)))
+    tree = ast.fix_missing_locations(Rewrite("cpu").visit(ast.parse(source)))
     assert [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call)] == [2, 3, 3]
+
+
+def test_rewritten_code_is_kept_until_its_source_changes(tmp_path, monkeypatch):
+    source = tmp_path / "layer.py"
+    source.write_text("device = 'cuda'\n")
+
+    def device(kind: str = "cpu") -> str:
+        loader = Loader("layer", str(source))
+        loader.device = kind
+        space: dict[str, str] = {}
+        exec(loader.get_code("layer"), space)
+        return space["device"]
+
+    assert (device(), device("npu")) == ("cpu", "npu")
+    cached = sorted((tmp_path / "__pycache__").iterdir())
+    assert len(cached) == 2 and all("modellink" in path.name for path in cached)
+    monkeypatch.setattr("builtins.compile", lambda *_, **__: pytest.fail("compiled again"))
+    assert (device(), device("npu")) == ("cpu", "npu")
+    monkeypatch.undo()
+    cached[0].write_bytes(cached[0].read_bytes()[:40])  # truncated
+    assert (device(), device("npu")) == ("cpu", "npu")
+    source.write_text("device = ['cuda']\n")
+    assert device() == ["cpu"]
+    monkeypatch.setattr("modellink.core.rewrite.atomic_write", refuse)
+    source.write_text("device = ('cuda', 1)\n")
+    assert device() == ("cpu", 1)
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise PermissionError("a read-only environment")

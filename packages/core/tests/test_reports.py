@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows and writes about itself: terminal, train.log, metrics.jsonl, TensorBoard, loss.svg, arguments.txt."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Console commands made from config classes: help in groups, dry runs, how to start."""
 
 from __future__ import annotations
@@ -129,6 +130,6 @@ def test_a_table_is_not_wrapped_in_a_pipe_and_fits_a_terminal():
     narrow = table_lines(columns, ROWS, width=36, right=("questions",))
     assert max(map(len, narrow)) <= 36
     assert narrow[1:3] == ["mmlu          12  Questions of exams", "                  in many subjects"]
-    dropped = table_lines(columns, ROWS, width=24, optional=("questions",))
+    dropped = table_lines(columns, ROWS, width=26, optional=("questions",))
     assert dropped[:2] == ["task   description", "mmlu   Questions of exams"]
     assert table_lines(("", ""), [("a", 1)]) == ["a  1"]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notes and errors of a run with several ranks appear once."""
 
 from __future__ import annotations

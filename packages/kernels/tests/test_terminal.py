@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A redrawn line, and lines that other processes print on the same terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library."""
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class InspectOptions(ModelPathOptions):
     json: bool = option(False, "Print JSON.")
 
 
-@command(InspectOptions, name="inspect", example="modellink-convert inspect ./qwen-mcore")
+@command(InspectOptions, name="inspect", example="modellink-convert inspect ./qwen-mcore", starts=True)
 @click.argument("path")
 def inspect_command(path: str, given: Layer) -> None:
     """Describe the checkpoint PATH: format, layout, model, tensors, sizes."""
@@ -66,7 +67,7 @@ def _describe(path: Path, family: str | None, hf: Path | None, iteration: int | 
     print(json.dumps(facts, indent=2) if as_json else table(facts))
 
 
-@command(ModelPathOptions, name="diff", example="modellink-convert diff ./Qwen2.5-7B ./qwen-mcore")
+@command(ModelPathOptions, name="diff", example="modellink-convert diff ./Qwen2.5-7B ./qwen-mcore", starts=True)
 @click.argument("first")
 @click.argument("second")
 def diff_command(first: str, second: str, given: Layer) -> None:

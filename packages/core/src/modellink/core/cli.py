@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train`: a thin reading of options over `prepare` and the training methods.
 
 Under torchrun each process runs its part; otherwise this process checks the run and starts --nproc-per-node ranks of itself.
@@ -36,8 +37,6 @@ from modellink.kernels.original import original_flags, translate
 RESTART = Layer("the restart after a failure", {"auto_resume": True})
 TOOLS = {"models": "models:models", "digests": "digests:digests", "determinism": "repeatability:determinism"}
 """Subcommands that train nothing -> module and command."""
-
-
 EXAMPLE = """modellink-train {method} --load ./Qwen2.5-7B --save ./run \\
     --data-path ./data/{data} --seq-length 4096 \\
     --train-iters 1000 --lr 1e-5 --tp 2"""
@@ -122,11 +121,13 @@ def _start(method: type[Method], given: Layer, dry_run: DryRun | None) -> None:
 
 
 def plan_rows(run: Run) -> Iterator[tuple[str, object]]:
-    """What a run would do, for --dry-run."""
+    """Yield what a run would do, for --dry-run."""
+    from modellink.core.models import billions
     start = "random weights" if run.source is None else f"{run.source.folder}, {run.source.describe()}"
     micro, steps = run.data.micro_batch_size, run.data.num_microbatches(run.layout.dp)
     yield "method", run.method
-    yield "model", f"{run.spec.num_layers} layers, hidden size {run.spec.hidden_size}, {run.optimizer.dtype_name}"
+    yield "model", (f"{billions(run.spec)} parameters, {run.spec.num_layers} layers, hidden size {run.spec.hidden_size}, "
+                    f"{run.optimizer.dtype_name}")
     yield "start", start if run.resumed is None else f"resumes {run.resumed}"
     yield "reference", None if run.reference is None else run.reference.folder
     yield "layout", f"{run.layout} on {run.device.kind}"

@@ -1,6 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
 """Puts megatron-core on a device; nothing else in the package depends on the kind of device.
 
-megatron-core 0.16.1 hard-codes `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook rewrites
+megatron-core 0.16.1 hard-codes `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook (rewrite.py) rewrites
 these names in the source of `megatron.core.*` at import time; torch itself is not modified:
 
     torch.cuda.X                 -> _accel.X, the namespace of the chosen device
@@ -14,107 +15,24 @@ what breaks without Transformer Engine and Apex on any device; tests/test_engine
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import importlib.abc
-import importlib.machinery
 import importlib.metadata
 import logging
 import queue
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from modellink.core.rewrite import Finder
 from modellink.kernels import dependency_warnings
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError
 
 MEGATRON = "0.16.1"
-
-
-class _Rewrite(ast.NodeTransformer):
-    """Rewrites CUDA names to those of `device`."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
-        self.generic_visit(node)
-        if node.attr == "cuda" and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            return ast.copy_location(ast.Name("_accel", node.ctx), node)
-        if node.attr == "is_cuda":
-            node.attr = f"is_{self.device}"
-        return node
-
-    def visit_keyword(self, node: ast.keyword) -> ast.keyword:
-        self.generic_visit(node)
-        if self.device == "cpu" and node.arg == "pin_memory":
-            node.value = ast.copy_location(ast.Constant(False), node.value)
-        return node
-
-    def visit_Constant(self, node: ast.Constant) -> ast.Constant:
-        if node.value == "cuda":
-            return ast.copy_location(ast.Constant(self.device), node)
-        if isinstance(node.value, str) and node.value.startswith("torch.cuda.") and node.value.rstrip(", ").endswith("Tensor"):
-            own = "torch." if self.device == "cpu" else f"torch.{self.device}."
-            return ast.copy_location(ast.Constant(node.value.replace("torch.cuda.", own)), node)
-        return node
-
-    def visit_Call(self, node: ast.Call) -> ast.expr:
-        self.generic_visit(node)  # `.cuda(` remaining after this is a method of a tensor or module
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "cuda":
-            call = ast.parse("x.to(_accel.current_device())", mode="eval").body
-            assert isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute)
-            call.func.value = node.func.value
-            for part in (call, call.func, call.args[0], *ast.walk(call.args[0])):
-                ast.copy_location(part, node)  # tracebacks keep megatron's line numbers
-            return call
-        return node
-
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | list[ast.stmt]:
-        if node.module != "torch.cuda":
-            return node
-        names = [ast.parse(f"{name.asname or name.name} = _accel.{name.name}").body[0] for name in node.names]
-        return [ast.fix_missing_locations(ast.copy_location(name, node)) for name in names]
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    device: str
-    namespace: Any
-
-    def get_code(self, fullname: str) -> types.CodeType:  # bypasses .pyc files, which hold the code as shipped
-        path = self.get_filename(fullname)
-        source = self.get_data(path)
-        if b"cuda" not in source:
-            return compile(source, path, "exec", dont_inherit=True)
-        tree = ast.fix_missing_locations(_Rewrite(self.device).visit(ast.parse(source)))
-        return compile(tree, path, "exec", dont_inherit=True)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        module.__dict__["_accel"] = self.namespace
-        super().exec_module(module)
-        if module.__name__ == "megatron.core.jit":
-            # it would apply torch.compile to functions that kernels.ops replaces: loading the compiler takes seconds at every
-            # start, and calling such a function needs a C++ compiler
-            module.disable_jit_fuser()
-
-
-class _Finder(importlib.abc.MetaPathFinder):
-    def __init__(self, device: str, namespace: Any) -> None:
-        self.device, self.namespace = device, namespace
-
-    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if not name.startswith("megatron.core"):
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if spec and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _Loader(spec.loader.name, spec.loader.path)
-            spec.loader.device, spec.loader.namespace = self.device, self.namespace
-        return spec
 
 
 class _Nothing:
@@ -221,6 +139,20 @@ def without_memory() -> Iterator[None]:
         _namespace.current_device = real
 
 
+@contextlib.contextmanager
+def _hidden(name: str) -> Iterator[None]:
+    """Within the context the package cannot be imported: megatron-core imports wandb, which takes a second, for its inference
+    engine, and we use neither."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def start(device: Device) -> None:
     """Put megatron-core on `device` in this process; call it before megatron is first imported.
 
@@ -240,14 +172,15 @@ def start(device: Device) -> None:
                              fix=f"python -m pip install megatron-core=={MEGATRON}")
     if device.kind != "cuda":
         _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
-        sys.meta_path.insert(0, _Finder(device.kind, _namespace))
+        sys.meta_path.insert(0, Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it warns at every fork of the RNG if there is one generator
     dependency_warnings.ignore()
-    import megatron.core.distributed
-    import megatron.core.models.backends
-    import megatron.core.transformer.moe.moe_layer
-    import megatron.core.transformer.transformer_block  # noqa: F401
-    _fix()
+    with _hidden("wandb"):
+        import megatron.core.distributed
+        import megatron.core.models.backends
+        import megatron.core.transformer.moe.moe_layer
+        import megatron.core.transformer.transformer_block  # noqa: F401
+        _fix()
     _started = device.kind
 
 

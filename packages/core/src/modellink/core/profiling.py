@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of some iterations (`--profile`): torch_npu's profiler on NPUs, torch's elsewhere.
 
     DIR/rank_0.*.pt.trace.json     one per rank, for chrome://tracing, Perfetto or TensorBoard; `distributed_args` has its layout
@@ -125,7 +126,8 @@ class Profiler:
                  f"{self.config.profile_step_start} are skipped (--profile-step-start)")
             return
         start = self.first + self.config.profile_step_start
-        where = f"iterations {start} to {start + summaries[0].iterations - 1}, traces in {self.config.profile_save_path}"
+        end = start + summaries[0].iterations - 1
+        where = f"iterations {start} to {end}, traces in {self.config.profile_save_path}"
         layout = self.run.layout
         ideal = profile_summary.ideal_bubble(layout.pp, layout.vpp, self.run.data.num_microbatches(layout.dp))
         print(profile_summary.text(where, summaries, ideal), flush=True)

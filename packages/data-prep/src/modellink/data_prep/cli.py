@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `modellink-preprocess` and its subcommands `inspect` and `merge`."""
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MERGE = """modellink-preprocess merge --input ./shards --output-prefix ./data/te
     --merge-group-keys text_document"""
 
 
-@command(MergeOptions, name="merge", example=MERGE)
+@command(MergeOptions, name="merge", example=MERGE, starts=True)
 def merge_command(given: Layer, dry_run: DryRun | None) -> None:
     """Merge the datasets in a folder whose file names contain a key, sorted by name."""
     options = resolve([MergeOptions], given)[MergeOptions]
@@ -38,7 +39,8 @@ def merge_command(given: Layer, dry_run: DryRun | None) -> None:
         _print_table(str(data.prefix), [("documents", data.document_count), ("tokens", data.token_count)])
 
 
-@command(InspectOptions, name="inspect", example="modellink-preprocess inspect ./data/text_text_document")
+@command(InspectOptions, name="inspect", example="modellink-preprocess inspect ./data/text_text_document",
+         starts=True)
 @click.argument("prefix")
 def inspect_command(prefix: str, given: Layer, dry_run: DryRun | None) -> None:
     """Show counts, lengths and samples of the dataset PREFIX."""

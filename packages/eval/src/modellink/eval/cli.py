@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `modellink-eval`: options for `evaluate`.
 
 Options and data are validated before weights are read. With `--tp N` this process starts N ranks and waits for them; under
@@ -91,7 +92,7 @@ def run_tasks(given: Layer, dry_run: DryRun | None) -> None:
 
 
 def _plan_rows(options: RunOptions, jobs: list[Job], model: Mapping[str, object]) -> Iterator[tuple[str, object]]:
-    """What a run would do, for --dry-run."""
+    """Yield what a run would do, for --dry-run."""
     yield "model", options.endpoint or f"{options.load}, {model['stored as']}, {model['dtype']}"
     if options.endpoint is None:
         yield "layout", f"{options.layout()} on {options.device}"

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Console commands made from config classes: options, help in groups, `--version` and `--dry-run`.
 
 Not here: declaring and merging options (options.py), the options that every command has (general_options.py), and how
@@ -80,7 +81,8 @@ class _Explained:
         def show(context: click.Context, _: click.Parameter, given: bool) -> None:
             if given and not context.resilient_parsing:
                 assert self.distribution is not None
-                print(f"{context.find_root().info_name} {version(self.distribution)}")
+                program = str(context.find_root().info_name).split()[0]  # without a subcommand
+                print(f"{program} {version(self.distribution)}")
                 context.exit()
         return click.Option(["--version"], is_flag=True, expose_value=False, is_eager=True, callback=show,
                             help="Print the version and exit.")
@@ -119,25 +121,26 @@ class Command(_Explained, click.Command):
         self.headings = {item.name: item.heading for item in self.fields}
         self.plans = self.callback is not None and "dry_run" in inspect.signature(self.callback).parameters
         for item in self.fields:
-            self.params.append(ConfigOption(item))
+            parameter = ConfigOption(item)
             if not self.plans and item.name in ("dry_run", "devices"):
-                self.params[-1].hidden = True  # accepted, and without effect: the command only reads
+                parameter.hidden = True  # accepted, and without effect: the command only reads
+            self.params.append(parameter)
         if distribution is not None:
             self.params.append(self._version_option())
         self._many = {name for item in self.fields if item.many
                       for name in ("--" + item.name, item.flag, *item.aliases)}
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **settings: Any) -> Any:
-        words, called = list(sys.argv[1:] if args is None else args), prog_name or self.name
-        chosen = self.subcommands.get(words[0]) if words else None
+    def make_context(self, info_name: str | None, args: list[str], parent: click.Context | None = None,
+                     **extra: Any) -> click.Context:
+        chosen = self.subcommands.get(args[0]) if args else None
         if chosen is not None:
-            return chosen.main(words[1:], f"{called} {words[0]}", **settings)
-        return super().main(words, called, **settings)
+            return chosen.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+        return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args and self.starts:
             print(self._how_to_start(ctx), file=sys.stderr)
-            ctx.exit(USER_MISTAKE)
+            sys.exit(USER_MISTAKE)
         spread: list[str] = []
         current = None
         for position, arg in enumerate(args):
@@ -154,12 +157,14 @@ class Command(_Explained, click.Command):
         return super().parse_args(ctx, spread)
 
     def invoke(self, ctx: click.Context) -> Any:
-        given = {}
+        if ctx.command is not self:  # a subcommand
+            return ctx.command.invoke(ctx)
+        given: dict[str, Any] = {}
         for item in self.fields:
             value = ctx.params.pop(item.name)
             if value is not None and value != ():
                 given[item.name] = value
-        own = {name: given.pop(name) for name in ("dry_run", "devices") if name in given}
+        own: dict[str, Any] = {name: given.pop(name) for name in ("dry_run", "devices") if name in given}
         asked = resolve([DryRun], Layer("command line", own))[DryRun]
         if self.plans:
             ctx.params["dry_run"] = asked if asked.dry_run else None

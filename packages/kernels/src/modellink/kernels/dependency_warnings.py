@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Warnings of dependencies that a user cannot act on: which ones are not shown, and why.
 
 Each is named by its text and the module that it is attributed to; every other warning is shown. Called by every command

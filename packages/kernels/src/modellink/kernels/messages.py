@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Notes on stderr, printed once however many ranks a run has, and how ranks that share a terminal avoid repeating each other.
 
 A launcher of ours (core's launch.py, resilience/agent.py) adds `for_ranks()` to the environment of its ranks. Under torchrun

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A line on a terminal that is redrawn in place, while processes that share the terminal print other lines above it.
 
 Each process writes full lines with one call, and starts each with the code that erases a redrawn line; so no process has to

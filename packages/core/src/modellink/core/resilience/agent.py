@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the ranks of this machine, and restarts them when one fails, after the others have saved the training state.
 
 Based on torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as shipped it stops all ranks as
@@ -125,14 +126,14 @@ class Agent(LocalElasticAgent):
         causes = [rank for rank, code in codes.items() if code != PEER_FAILED] or sorted(codes)
         now = (causes[0], self._saved())
         again = f"; restarting, at most {self._remaining_restarts} more times" if self._remaining_restarts else ""
-        note(f"rank {causes[0]} ended with {_status(codes[causes[0]])}{again}")
+        note(f"rank {causes[0]} ended with {_status_text(codes[causes[0]])}{again}")
         if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
             note(f"it failed twice without progress: restarting with {count} ranks")
             self._worker_group.spec.local_world_size = count
         self._failed_before = now
 
 
-def _status(code: int) -> str:
+def _status_text(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
 

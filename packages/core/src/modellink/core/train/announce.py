@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run says before it starts: a summary in three lines, and all settings in `SAVE/arguments.txt`. Imports no torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorBoard events under Megatron's names, with their blanks.
 
 Names and units are those of `training_log` and `evaluate_and_print_results` in Megatron-LM's megatron/training/training.py:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`metrics.jsonl`: one line per finished iteration, next to the checkpoints.
 
 A line has the fields of `Step`. The results of an evaluation after the iteration are added to the line's `metrics` under

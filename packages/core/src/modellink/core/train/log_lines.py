@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The lines of a training log: Megatron's for files and pipes, and shorter ones for a terminal."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports of a run: the log, metrics.jsonl, TensorBoard, Weights & Biases and the loss curve.
 
 The last rank reports, as in the original. A file that cannot be written is dropped with a note, and training continues.

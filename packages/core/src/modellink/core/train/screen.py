@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the log of a run goes: to `SAVE/train.log`, and to stdout. A terminal shows one progress line instead of log lines.
 
 Other lines, also of other ranks, go above the progress line (modellink.kernels.terminal).
