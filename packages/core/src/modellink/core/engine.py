@@ -22,6 +22,7 @@ import queue
 import sys
 import time
 import types
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -175,7 +176,8 @@ def start(device: Device) -> None:
         sys.meta_path.insert(0, Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it warns at every fork of the RNG if there is one generator
     dependency_warnings.ignore()
-    with _hidden("wandb"):
+    # Python hides what megatron-core says about its own modules unless it is run with -W, as in tests
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning), _hidden("wandb"):
         import megatron.core.distributed
         import megatron.core.models.backends
         import megatron.core.transformer.moe.moe_layer
