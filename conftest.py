@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """For all tests: under nox, the installed wheel is tested, never a source folder."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All checks of the repository as nox sessions; `nox -l` lists them, `nox` runs the default ones.
 
 Each `tests-<package>` session has its own virtual environment with only that package's wheel, its dependencies and its
@@ -97,10 +98,11 @@ def session(name: str, shared: str | None = None) -> Callable[[Callable[[Env], N
 
 @session("lint")
 def lint(env: Env) -> None:
-    """Ruff over the whole repository; the phrases that texts may not contain (tools/phrases.py)."""
+    """Ruff over the whole repository, phrases that texts may not contain, license identifiers, and links of documents."""
     env.pip("ruff")
     env.python("-m", "ruff", "check", *(env.session.posargs or ["."]))
-    env.python("tools/phrases.py")
+    for tool in (["phrases.py"], ["spdx.py", "--check"], ["links.py"]):
+        env.python(f"tools/{tool[0]}", *tool[1:])
 
 
 @session("types", shared="all")
@@ -136,7 +138,7 @@ for _package in PACKAGES:
 @session("e2e", shared="all")
 def e2e(env: Env) -> None:
     """Tests across packages: imports, separate installation, README commands, and comparisons with transformers and lm-eval."""
-    env.install_all(HARNESS, "openai")
+    env.install_all(HARNESS, "openai", "hatchling")
     env.pytest("-m", "not stress", "tests")
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-convert against `cp -r` and against load and save of transformers: MB per second of the same bytes, and peak memory.
 
 A random Llama in bf16 goes from its Hugging Face folder to TP 2 x PP 2 and back. Peers in the same run: `cp -r` of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-eval against the Hugging Face backend of lm-evaluation-harness: questions per second on MMLU (5 examples) and BoolQ.
 
 The same prompts (style lm-eval), the same checkpoint and dtype, in one run; the harness' model class is called from

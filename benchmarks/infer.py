@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-infer next to transformers' generate: time to the first token, decode speed, and sixteen requests
 at once.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-preprocess against the method of Megatron's tool and against the raw tokenizer: MB of text per second, peak memory.
 
 The method of Megatron's tool: a pool of processes, one document per call, `IndexedDatasetBuilder` in the parent. It is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """High availability by kind of fault: a table of injected faults, lost steps and cost in time.
 
 Not a comparison with a peer: each row is a run of a tiny model on two ranks (four with `--layouts`) with faults of one kind,
@@ -109,8 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 starts = 1 + said.count("; restarting")
                 rows.append({"layout": layout, "fault": name, "starts": starts, "lost": lost(said), "difference": worst,
                              "seconds": seconds, "undisturbed_seconds": alone})
-                told = "equal bits" if worst == 0 else f"within {worst:.0e}"
-                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {starts:6} {rows[-1]['lost']:10} {told:>16} "
+                text = "equal bits" if worst == 0 else f"within {worst:.0e}"
+                print(f"{layout:12} {name:10} {KINDS.get(name, 'as its kind'):24} {starts:6} {rows[-1]['lost']:10} {text:>16} "
                       f"{seconds:8.0f}", flush=True)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-train sft against transformers (and peft): samples per second with dynamic padding, fixed padding and packing.
 
 The same samples (random ids, with lengths as skewed as those of instructions: half are below a quarter of the longest)

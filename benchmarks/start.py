@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Seconds until a command answers `--help` and until it reports a wrong argument, next to a command of the field.
 
     python benchmarks/start.py [--repeat N] [--json FILE]

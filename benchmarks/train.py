@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-train pretrain and a plain transformers loop: tokens per second in fp32 and bf16, and memory by memory setting.
 
 A model of SmolLM2-135M's shape with random weights, samples of 512 random tokens, one CPU process with all threads.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real weights and real text if available, and ranks that serve the entire run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every command: grouped help with an example, `--version`, how to start, and a dry run that writes nothing."""
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def test_help_begins_with_an_example_and_lists_each_option_once(helps) -> None:
         sections = re.findall(r"^(\S.*):$", text, re.MULTILINE)
         assert sections[0] == "Example" and "--version" in text, name
         assert max(map(len, text.splitlines())) <= width, name
-        # an option stands at the beginning of a line, after two spaces; its other spellings are on the same line
+        # an option is at the beginning of a line, after two spaces; its other spellings are on the same line
         options = re.findall(r"^  (?:-\w, )?(--[\w\[\]-]+)", text.split("Example:")[1], re.MULTILINE)
         assert len(options) == len(set(options)) and not re.search(r"^  --\w+_\w", text, re.MULTILINE), name
         assert ("--dry-run" in options) == (name in PLANNERS), name

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ckpt-convert writes, megatron-core loads: rank files strictly, distributed checkpoints by its own loader; the same logits.
 
 core builds the models at the layout; their weights are loaded only from the converted files, by torch and megatron-core.

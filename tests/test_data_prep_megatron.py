@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """data-prep and megatron-core write the same bytes and read each other's datasets."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-eval against lm-evaluation-harness, if it is installed: the same prompts give the same numbers and texts.
 
 The model classes of the harness, its Hugging Face class and ours, are called from Python, because its tasks would download data.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-eval with modellink-infer: the likelihood of every choice equals that of transformers, on one rank and on two.
 
 The model is `eval_model` of conftest.py, the questions are those of the quickstart.

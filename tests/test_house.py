@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules of the repository: file sizes, complete package folders, and names that must not occur.
 
 Not covered: style within a file (ruff) and types (mypy), which have sessions of their own.
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 from phrases import findings  # noqa: E402
 
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
-FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", ".ci")
+FOLDERS = ("packages", "tests", "tools", "examples", "benchmarks", "docs", ".ci", ".github")
 MAX_LINES = 600
 TEXT = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".json", ".html", ".js", ".css", ".cfg", ".sh", ""}
 
@@ -73,7 +74,8 @@ def test_a_package_folder_is_complete(package: str) -> None:
 def test_a_package_follows_the_metadata_rules(package: str) -> None:
     table = tomllib.loads((ROOT / "packages" / package / "pyproject.toml").read_text("utf-8"))
     project = table["project"]
-    assert (project["name"], project["license"], project["dynamic"]) == (f"modellink-{package}", "Apache-2.0", ["version"])
+    assert (project["name"], project["license"], project["dynamic"]) == (
+        f"modellink-{package}", "Apache-2.0", ["readme", "urls", "version"])
     assert len(project["scripts"]) == 1
     extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
     for line in [*project["dependencies"], *extras]:
@@ -89,6 +91,12 @@ def test_every_dependency_has_a_tested_version() -> None:
         wanted = [*table["project"]["dependencies"], *table["dependency-groups"]["test"]]
         missing = {name(line) for line in wanted} - tested - {f"modellink-{other}" for other in PACKAGES}
         assert not missing, f"constraints.txt lacks {sorted(missing)}, which {package} needs"
+
+
+def test_the_hooks_before_a_commit_use_the_tested_ruff() -> None:
+    pinned = re.findall(r"^ruff==\S+", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["repos"][0]["hooks"]
+    assert [need for hook in hooks for need in hook.get("additional_dependencies", ())] == pinned
 
 
 def name(requirement: str) -> str:

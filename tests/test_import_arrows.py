@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import arrows between the packages and, inside each package, between its floors; every import is read with `ast`.
 
 Between packages: kernels <- ckpt-convert <- core <- infer <- eval, with data-prep next to them. "At import time" means outside

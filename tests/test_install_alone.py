@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each package installs on its own: its wheel, in a fresh environment, and every module of it imports there.
 
 kernels, data-prep and eval are installed as by a user, with pip resolving their dependencies; the environments of

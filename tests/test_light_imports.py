@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--help`, an invalid choice and an unknown option of every command are answered without importing torch.
 
 Times are measured by `benchmarks/start.py`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that the previous commit wrote are read, and what it left unfinished resumes, to the same numbers and bytes.
 
 `previous/files.tar.xz` holds the files, `previous/record.json` the commands with which that commit finished them and what came

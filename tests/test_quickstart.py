@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quickstart on a tiny random model: all its commands, at one layout, in order.
 
 The session `quickstart` runs it with real weights; this test checks that the commands fit together.

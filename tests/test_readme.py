@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the READMEs show can be typed: every option of a `modellink-*` command line exists, every Python block compiles.
 
 A ```console block is read line by line (a backslash continues a line); each `modellink-<x> [subcommand] --option ...` in it is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Real weights at several layouts: the likelihood of real text, greedy tokens, and a round trip, held against transformers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import arrows inside each package: `python tools/arrows.py [PACKAGE ...]` prints an arrow per line and marks circles.
 
 The nodes are the folders and top-level modules of a package; `tests/test_import_arrows.py` compares the arrows with a table of
@@ -11,6 +12,7 @@ import ast
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,9 +46,10 @@ def imports(source: str, module: str, is_package: bool) -> Iterator[Import]:
             for child in node.orelse:
                 yield from visit(child, at_import)
         else:
-            late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            late = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
             for child in ast.iter_child_nodes(node):
-                yield from visit(child, at_import and not late)
+                if not isinstance(child, ast.expr):  # expressions contain no imports
+                    yield from visit(child, at_import and not late)
 
     yield from visit(ast.parse(source), True)
 
@@ -57,6 +60,12 @@ def _absolute(node: ast.ImportFrom, module: str, is_package: bool) -> str:
     parts = module.split(".")
     parts = parts[: len(parts) - node.level + is_package]
     return ".".join([*parts, node.module] if node.module else parts)
+
+
+@cache
+def imports_of(path: Path, module: str) -> tuple[Import, ...]:
+    """Return the imports of the module in a file, which is read once."""
+    return tuple(imports(path.read_text("utf-8"), module, path.name == "__init__.py"))
 
 
 def modules(package: str, root: Path = ROOT) -> dict[str, Path]:
@@ -77,8 +86,7 @@ def module_arrows(files: Mapping[str, Path]) -> Arrows:
     """
     arrows: Arrows = {}
     for module, path in files.items():
-        found = imports(path.read_text("utf-8"), module, path.name == "__init__.py")
-        names = [item.name for item in found if not item.is_base]
+        names = [item.name for item in imports_of(path, module) if not item.is_base]
         targets = [name if name in files else name.rpartition(".")[0] for name in names]
         arrows[module] = {target for target in targets if target in files} - {module}
     return arrows

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run every `benchmarks/*.py` (or those named), print one table and write `results/bench.json`.
 
 A benchmark script writes a list of rows to `--json PATH`; each row is one claim, measured together with its peer:

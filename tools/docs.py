@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fill the option tables of the READMEs from the dataclasses: `python tools/docs.py`; `--check` only lists stale files.
 
 A table is enclosed by `<!-- options of MODULE:CLASS -->` and `<!-- end of options -->`. All six packages must be installed.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fill the table of models in core's README from test results: `python tools/models_table.py`.
 
 It runs the tests that say something about a model row and reads their outcomes; no cell is typed. A row's cells about

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepare the nox session `npu`: torch_npu in a separate folder, and stubs of CANN.
 
 torch_npu modifies torch wherever it can be imported, so it is never installed into an environment of other sessions.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find dialect and British spelling in texts that users and readers see: `python tools/phrases.py [--package NAME ...]`.
 
 Phrases are matched in docstrings, comments and string literals of Python files and in whole .md, .yaml, .toml and .html files,
@@ -18,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("tests", "tools", "examples", "benchmarks", "packages")
-SUFFIXES = {".py", ".md", ".yaml", ".toml", ".html"}
+FOLDERS = ("tests", "tools", "examples", "benchmarks", "packages", "docs", ".github")
+SUFFIXES = {".py", ".md", ".yaml", ".yml", ".toml", ".html"}
 SKIPPED = {"__pycache__", "dist", "build", ".hypothesis", ".pytest_cache"}
 
 UNIT = r"(?:rank|row|layer|line|question|sample|piece|process|processor|preset|stage|token|family|benchmark|thread|subject)"

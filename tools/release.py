@@ -1,8 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checks that one package could be published: `python tools/release.py kernels`. Run by `nox -s release-<package>`.
 
 The source archive is built first, and the wheel from the unpacked archive, so a file missing from the archive is found.
-Checked: version against the newest heading of the changelog, complete metadata, a README that renders, the license file,
-py.typed, no stray files in either. Nothing is uploaded.
+Checked: version and date in the changelog, complete metadata, a README that renders and has no relative links, the license
+file, py.typed, no stray files in either. A repository whose address is not set (see hatch_build.py) is noted, because the wheel
+then has no project URLs. Nothing is uploaded.
 """
 
 from __future__ import annotations
@@ -18,7 +20,11 @@ from email.message import Message
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCE_FILES = {"PKG-INFO", "pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"}
+sys.path.insert(0, str(ROOT / "tools"))
+
+from links import links  # noqa: E402
+
+SOURCE_FILES = {"PKG-INFO", "pyproject.toml", "hatch_build.py", "README.md", "CHANGELOG.md", "LICENSE", ".gitignore"}
 STRAY = re.compile(r"(^|/)(__pycache__|\.[^/]+|[^/]+\.(pyc|orig|rej|tmp|log))(/|$)")
 REQUIRED = ("Name", "Version", "Summary", "Requires-Python", "License-Expression", "License-File", "Description-Content-Type")
 
@@ -46,11 +52,15 @@ def check_metadata(package: str, meta: Message) -> list[str]:
         problems.append(f"metadata: the name is {meta['Name']}")
     if not any(value.startswith("Programming Language :: Python :: 3.") for value in meta.get_all("Classifier") or []):
         problems.append("metadata: no classifier names a Python version")
-    if len(str(meta.get_payload())) < 200:
+    readme = str(meta.get_payload())
+    if len(readme) < 200:
         problems.append("README.md: too short to be the description of a package")
-    headings = re.findall(r"^## (\S+)", (ROOT / "packages" / package / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
-    if headings[:1] != [meta["Version"]]:
-        problems.append(f"CHANGELOG.md: newest heading is {headings[:1]}, the version is {meta['Version']}")
+    problems += [f"metadata: line {link.line} of the README has the relative link {link.target}"
+                 for link in links(readme) if not link.is_absolute]
+    changelog = (ROOT / "packages" / package / "CHANGELOG.md").read_text("utf-8")
+    released = re.findall(r"^## \[(\d\S*)\] - \d{4}-\d\d-\d\d$", changelog, re.MULTILINE)
+    if released[:1] != [meta["Version"]]:
+        problems.append(f"CHANGELOG.md: the newest version with a date is {released[:1]}, the package has {meta['Version']}")
     return problems
 
 
@@ -82,6 +92,8 @@ def check(package: str) -> list[str]:
         with zipfile.ZipFile(wheel) as archive:
             (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
             meta = message_from_string(archive.read(metadata).decode("utf-8"))
+        if not meta.get("Project-URL"):
+            print("note: the repository's address is not set: the wheel has no project URLs, and its README no links to files")
         return check_metadata(package, meta) + check_files(package, sdist, wheel)
 
 

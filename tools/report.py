@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The summary of a nox run: minutes of each session against its share, disk usage, and the closing line.
 
 Counts come from the junit files of pytest in `.nox/results/`; a session without one (lint, types, release-*) counts as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheels of the six packages: which package needs which, and building them into one folder when their sources changed.
 
 Sessions install these files by path, never by name: `modellink-*` is not looked up on a package index, and the tests use what a
@@ -19,7 +20,7 @@ from typing import Any
 PACKAGES = ("kernels", "ckpt-convert", "data-prep", "core", "infer", "eval")
 _OURS = re.compile(r"modellink-([a-z-]+?)(?:\[([a-z,]+)\])?(?=[>=<!~;\s]|$)")
 # The files that affect a wheel; a changed test does not rebuild it.
-_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "src")
+_INPUTS = ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "src")
 
 
 def project(root: Path, package: str) -> dict[str, Any]:

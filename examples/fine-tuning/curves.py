@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning against transformers and peft: the same samples in the same order, in fp32, in one chart.
 
     python examples/fine-tuning/curves.py --model ./SmolLM2-135M-Instruct --data alpaca_en_demo.json --work ./curves

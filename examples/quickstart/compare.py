@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare results of the quickstart: a resumed run equals the uninterrupted one bit for bit, and transformers computes our logits.
 
 Usage: compare.py training STRAIGHT RESUMED --from-iteration N

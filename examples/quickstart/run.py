@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The quickstart: real text and real weights through every package, with the commands a user would type.
 
     python -m nox -s quickstart [-- --layout tp3|tp1pp2|dp2|tp3pp2]

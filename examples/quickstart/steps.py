@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run commands in order: each is printed as typed, timed, and its memory measured; a table follows at the end."""
 
 from __future__ import annotations

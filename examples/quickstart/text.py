@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write real text that every Python contains: its language reference by topic, and the docstrings of its standard library.
 
 Usage: text.py FILE.jsonl

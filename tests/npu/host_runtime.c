@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* The part of Ascend's runtime that torch_npu needs to start: devices, contexts, streams, events and memory, all on the host and
  * all synchronous. No operator exists. NPU_STUB_COUNT says how many devices there are. Names and arguments are those of CANN's acl
  * headers; statuses are its numbers for "success", "not initialised", "invalid argument" and "out of memory". */

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every use of every op on an NPU, layer by layer: what torch_npu's own parts say of our calls.
 
     A  the operator's schema takes the arguments
@@ -19,7 +20,7 @@ from ranks import beside
 KERNELS: dict[str, tuple[str, ...]] = {
     "rms_norm": ("aclnnRmsNorm", "aclnnRmsNormGrad"), "swiglu": ("aclnnSwiGlu", "aclnnSwiGluGrad"),
     "rotary": ("aclnnRotaryPositionEmbeddingV2", "aclnnRotaryPositionEmbeddingGrad"),
-    "rotary: neighbors, positions by row": (), "cross_entropy": (),
+    "rotary: neighbors, positions by row": (), "cross_entropy": (), "linear": (),
     "attention": ("aclnnFlashAttentionScore", "aclnnFlashAttentionScoreGrad"),
     "attention: packed": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),
     "attention: packed, window": ("aclnnFlashAttentionVarLenScore", "aclnnFlashAttentionUnpaddingScoreGrad"),

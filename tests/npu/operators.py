@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What npu operators mean, as this project reads torch_npu's documentation of them: plain PyTorch on CPU tensors.
 
 Signatures are those of torch_npu 2.13.0. Not here: what a kernel of CANN rounds, and where it refuses what this computes.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A rank on the simulated device, for `ranks.Ranks`; or a command there: `rank.py MODULE FUNCTION arguments`."""
 
 from __future__ import annotations

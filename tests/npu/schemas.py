@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The schemas of the npu operators we call, in every version of torch_npu that versions.txt names.
 
     python schemas.py              download the wheels and write schemas.json again

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stand-ins for the libraries of CANN that torch_npu links to, so that the wheel loads where neither CANN nor an NPU is.
 
     python stubs.py FOLDER_WITH_torch_npu OUTPUT

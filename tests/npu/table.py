@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints what the NPU path is proven by: every use of every op, layer by layer (layers.py), and the operators by version.
 
     python table.py            MODELLINK_NPU names the folder with the wheel and the stand-ins, which `nox -s npu` makes

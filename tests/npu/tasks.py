@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What ranks do in test_runs.py, on the simulated device or on the CPU: the same calls, `device` apart."""
 
 from __future__ import annotations

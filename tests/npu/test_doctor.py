@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """modellink-doctor where torch_npu is installed: without CANN, and on the simulated device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every use of every op on the simulated NPU: the kernels it comes to, and its values and gradients against the plain form."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whole runs with `device.type == "npu"` on the simulated device, on one and two ranks, equal to those on the CPU.
 
 Every rank there fails when ModelLink or megatron-core touches torch.cuda (device.forbid_cuda).

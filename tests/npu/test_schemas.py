@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every call we make fits the operator's schema in every supported version of torch_npu that has it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make `files.tar.xz` and `record.json`: small files of every kind that users keep, written by the commit that is installed.
 
     python tests/previous/make.py                with the commands of the commit whose files are to be kept on PATH

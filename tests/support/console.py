@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs console commands of the installed packages, several in one process."""
 
 from __future__ import annotations

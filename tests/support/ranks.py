@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ranks for tests: processes that import megatron once and then run one function after another.
 
 Importing megatron takes seconds and a task milliseconds, so one set of ranks per world size serves a whole test run. A task is
@@ -7,23 +8,26 @@ a function in a file; every rank loads the file by its path and calls the functi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pickle
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from modellink.core.launch import free_port
 
 HERE = Path(__file__).resolve()
+CONNECTION = "RANKS_CONNECTION"
+"""Environment variable with the number of the file descriptor over which a rank receives tasks."""
 SECONDS = 300  # that one task may take, on a machine that is busy with others
 THREADS = 300  # of one rank: megatron's distributed optimizer keeps old process groups alive, with their threads
 
@@ -43,42 +47,55 @@ def beside(file: str, name: str) -> ModuleType:
 class Ranks:
     """`ranks(function, **kwargs)` calls a function on every rank and returns the results in the order of the ranks.
 
-    Arguments and results are pickled. When a rank fails or hangs, AssertionError carries its trace, and the next call
-    starts new ranks, unless all ranks raised ModelLinkError: they found a mistake and can go on. `command` is what a rank
-    runs: this module, or a script that calls `serve`.
+    Arguments and results are pickled. When a rank fails, ends or hangs, AssertionError carries its trace or exit status, and
+    the next call starts new ranks, unless all ranks raised ModelLinkError: they found a mistake and can continue.
+
+    Args:
+        command: what a rank runs: this module, or a script that calls `serve`.
+        output: file for what the ranks print. Default: the output of this process.
+
+    Attributes:
+        seconds: time limit of a task.
     """
 
-    def __init__(self, world_size: int, command: Sequence[str] = (str(HERE),)) -> None:
-        self.world_size, self.command = world_size, command
+    def __init__(self, world_size: int, command: Sequence[str] = (str(HERE),), output: IO[bytes] | None = None) -> None:
+        self.world_size, self.command, self.output = world_size, command, output
+        self.seconds: float = SECONDS
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection] = []
 
     def _start(self) -> None:
-        with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "ranks")) as listener:
-            environment = os.environ | {
-                "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                "RANKS_ADDRESS": str(listener.address), "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))}
-            self._processes = [subprocess.Popen([sys.executable, *self.command],
-                                                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                               for rank in range(self.world_size)]
-            arrived = {}
-            for _ in range(self.world_size):
-                connection = listener.accept()
-                arrived[pickle.loads(connection.recv_bytes())] = connection
-            self._connections = [arrived[rank] for rank in range(self.world_size)]
+        environment = os.environ | {
+            "WORLD_SIZE": str(self.world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))}
+        for rank in range(self.world_size):
+            connection, other_end = Pipe()
+            with other_end:  # if only the rank has it, the connection ends with the rank
+                number = other_end.fileno()
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), CONNECTION: str(number)}
+                self._processes.append(subprocess.Popen(
+                    [sys.executable, *self.command], env=environment | own, pass_fds=(number,),
+                    stdout=self.output, stderr=self.output))
+            self._connections.append(connection)
 
     def __call__(self, function: Callable[..., Any], **kwargs: Any) -> list[Any]:
         if not self._processes:
             self._start()
+        task = pickle.dumps((sys.modules[function.__module__].__file__, function.__name__, kwargs))
         for connection in self._connections:
-            connection.send_bytes(pickle.dumps((sys.modules[function.__module__].__file__, function.__name__, kwargs)))
+            with contextlib.suppress(OSError):  # the rank has ended, which is reported below
+                connection.send_bytes(task)
         results, failures, refusals = list[Any](), list[str](), 0
         for rank, connection in enumerate(self._connections):
-            if not connection.poll(5 if failures else SECONDS):
-                failures.append(f"rank {rank} did not answer")
+            if not connection.poll(5 if failures else self.seconds):
+                failures.append(f"rank {rank} did not answer in {self.seconds:.0f} s")
                 continue
-            outcome, value = pickle.loads(connection.recv_bytes())
+            try:
+                outcome, value = pickle.loads(connection.recv_bytes())
+            except (EOFError, OSError):
+                failures.append(f"rank {rank} ended with status {self._processes[rank].wait()}")
+                continue
             results.append(value)
             refusals += outcome == "refused"
             if outcome != "returned":
@@ -92,6 +109,8 @@ class Ranks:
         return results
 
     def stop(self) -> None:
+        for connection in self._connections:
+            connection.close()
         for process in self._processes:
             process.kill()
             process.wait()
@@ -113,7 +132,7 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
+def serve(kind: Literal["auto", "cpu", "cuda", "npu"] = "cpu") -> None:
     """Run tasks on a device of this kind until the test run ends."""
     import torch
     import torch.distributed as dist
@@ -127,8 +146,7 @@ def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
     device.activate()
     engine.start(device)
     dist.init_process_group(device.backend)
-    with Client(os.environ["RANKS_ADDRESS"]) as connection:
-        connection.send_bytes(pickle.dumps(int(os.environ["RANK"])))  # not send(): torch would share memory
+    with Connection(int(os.environ[CONNECTION])) as connection:
         while True:
             try:
                 path, name, kwargs = pickle.loads(connection.recv_bytes())
@@ -138,7 +156,7 @@ def serve(kind: Literal["cpu", "cuda", "npu"] = "cpu") -> None:
                 answer = ("returned", getattr(_module(path), name)(**kwargs))
             except BaseException as error:
                 answer = ("refused" if isinstance(error, ModelLinkError) else "failed", traceback.format_exc())
-            connection.send_bytes(pickle.dumps(answer))
+            connection.send_bytes(pickle.dumps(answer))  # not send(): torch would share memory
     os._exit(0)  # a failed task may have left other ranks waiting in a collective
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make hostile and damaged checkpoints: each function turns a copy of a valid one into an attack. `python make.py SOUND TARGET`.
 
 SOUND is a small Llama as a Hugging Face folder (`hf`) and as a Megatron-Core checkpoint (`mc`, one rank, without manifest).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fill a running model from a Megatron checkpoint, tensor by tensor, without a file in between.
 
     python stream_into_model.py CHECKPOINT [HF_FOLDER]

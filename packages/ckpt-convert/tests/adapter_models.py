@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random LoRA adapters of tiny models."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models with unusual shapes, and the command as a subprocess."""
 
 from __future__ import annotations

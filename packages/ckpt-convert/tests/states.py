@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading the files of a Megatron checkpoint as torch does."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lists of tensor names and shapes, layers and experts folded into ranges; which records need additional keys or are refused.
 
 A line is `model.layers.{0-31}.mlp.experts.{0-7}.w1.weight [14336, 4096]`: one tensor for every number in each range.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every hostile checkpoint of `../attacks`: one message, exit status 2, nothing executed, nothing written."""
 
 from __future__ import annotations

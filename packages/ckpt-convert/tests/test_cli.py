@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: wrong input ends with status 2, one message and nothing written; the original's spellings; what it prints."""
 
 from __future__ import annotations

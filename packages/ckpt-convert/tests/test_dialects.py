@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Legacy, grouped experts and the original's names: the content of the files, and bit-equal conversions back.
 
 The layouts are implemented again here with plain tensor operations, from the description of the formats.

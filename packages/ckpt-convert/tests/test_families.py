@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configurations in both spellings, errors about unsupported ones, and rules that map every row."""
 
 from __future__ import annotations
@@ -161,4 +162,4 @@ def test_quantized_weights_are_refused(make_model: Make) -> None:
 def test_families_stay_small() -> None:
     for path in Path(families.__file__).parent.glob("*.py"):
         if path.name != "__init__.py":
-            assert len(path.read_text().splitlines()) <= 60, path
+            assert len(path.read_text().splitlines()) <= 61, path  # 60 and the license identifier

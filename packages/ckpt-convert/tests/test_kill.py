@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A killed conversion leaves nothing that is taken for a checkpoint, and the same command ends with the same bytes."""
 
 from __future__ import annotations

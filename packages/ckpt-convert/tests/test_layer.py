@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ModelSpec.layer`: the description of a layer, from the fields of the model and lists of per-layer settings."""
 
 from __future__ import annotations

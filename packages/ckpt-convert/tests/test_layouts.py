@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family through every kind of layout and back: no bit is lost, and the layout is detected."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describing a checkpoint, help and argument errors need no torch, whose import takes seconds."""
 
 from __future__ import annotations

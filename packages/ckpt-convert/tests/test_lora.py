@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters in Megatron checkpoints: written and read in any layout, merged into a base in any other; the command line."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names of LoRA modules: the spellings of Megatron-Core, Megatron-Legacy and Hugging Face, and what a wrong one means."""
 
 from __future__ import annotations

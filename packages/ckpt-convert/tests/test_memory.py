@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversion holds a few blocks of tensors per worker, not whole tensors: the bytes of all tensors alive are counted."""
 
 from __future__ import annotations

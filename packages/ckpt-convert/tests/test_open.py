@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Detecting formats, choosing an iteration, and options for checkpoints of other programs."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters: peft folders written and read for every family, compared with peft itself, and merging by the formula."""
 
 from __future__ import annotations

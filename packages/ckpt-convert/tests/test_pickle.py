@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our reader of torch.save files: equal to torch on valid files, without effect on hostile ones, one error on damaged ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face folders with `pytorch_model*.bin`: the same weights as safetensors, and none of their code is executed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint format and a model family of another distribution, used by `modellink-convert` with none of our files changed.
 
 The distribution is a folder on sys.path with two modules and a dist-info, whose entry points name them.

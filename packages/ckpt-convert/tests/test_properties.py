@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any model through any two layouts and formats: there and back keeps every bit, and a detour changes no byte.
 
 Models are drawn field by field, not by family, so they also have combinations that no family has. All numbers of a model are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recorded public configuration is accepted, is unchanged when written again, and has the expected tensors.
 
 The expected names and shapes are files next to the records, made by `public/make_tensors.py` from another source than this

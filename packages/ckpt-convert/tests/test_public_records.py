@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The recorded public configurations: their form, and the table of them in the README.
 
 Not here: whether a family accepts them. Run as a program, it writes the table.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face -> Megatron-Core -> Hugging Face keeps every bit at every layout, and Megatron can load the result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors without files: equal to those in the files of a conversion; and the example that fills a running model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed checkpoints: layers separate or stacked, tensors in chunks, padded vocabularies, hostile metadata."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training checkpoint, with objects of classes that are not installed here, is opened and converted."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """transformers loads what we write: configuration, tokenizer, weights, and the same logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Verification finds a single wrong bit, and a conversion that does not verify leaves nothing."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The second part of --verify: names, shapes and logits of the family's class in transformers."""
 
 from __future__ import annotations

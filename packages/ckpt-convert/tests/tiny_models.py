@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models of every family and feature as ModelSpecs, and Hugging Face folders with random weights.
 
 All sizes differ (heads, groups, head size, hidden sizes, an odd vocabulary). The names and shapes of a folder come from the

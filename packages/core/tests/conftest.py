@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One set of ranks per world size for the whole run, a tiny model and a small data set."""
 
 from __future__ import annotations

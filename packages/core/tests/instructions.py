@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instruction sets for tests, in the three files of modellink-preprocess (the format's description: Megatron's IndexedDataset,
 version 1), and what a plain loop makes of them."""
 

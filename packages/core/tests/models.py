@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of every family, with what they should compute: the table that parity tests run over.
 
 No two sizes of a model are alike (heads, groups, head size, feed-forward width, an odd vocabulary), and every weight counts.

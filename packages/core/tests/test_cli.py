@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command itself, in real processes: one line of error, two ranks, a kill in the middle of a save."""
 
 from __future__ import annotations
@@ -144,9 +145,10 @@ def test_kills_at_any_time_change_no_bit(pools, options, tmp_path, kills, pause)
         print("one rank" if one else "all", "killed;", *sorted(path.name for path in save.glob("iter_*"))[-2:])
     start = ["--load", str(save)] if any(save.glob("iter_*[0-9]")) else []
     pools(2)(trained, arguments=[*options, *start, "--save", str(save)])
-    told = [[(line["iteration"], line["loss"], line["grad_norm"]) for line in map(json.loads, (folder / "metrics.jsonl").open())]
-            for folder in (tmp_path / "straight", save)]
-    assert told[0] == told[1] and len(told[0]) == 3 * kills
+    straight, killed = ([(line["iteration"], line["loss"], line["grad_norm"])
+                         for line in map(json.loads, (folder / "metrics.jsonl").open())]
+                        for folder in (tmp_path / "straight", save))
+    assert straight == killed and len(straight) == 3 * kills
 
 
 WAITING = """

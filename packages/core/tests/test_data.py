@@ -1,7 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which samples a run sees: every one once, in an order that depends on the seed and not on the layout."""
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -73,6 +76,32 @@ def test_data_replaced_under_its_name_is_noticed(pools, tmp_path):
     after, rebuilt = (pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=folder)
                    for folder in (kept, str(tmp_path / "another")))
     assert after == rebuilt != before
+
+
+class Payload:
+    """Pickled, a command that creates a file."""
+
+    def __init__(self, made: Path) -> None:
+        self.made = made
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.made),)
+
+
+def test_a_sample_index_is_never_unpickled(pools, corpus, tmp_path):
+    """megatron-core reads its index with allow_pickle, and numpy unpickles a file that is no array."""
+    kept = str(tmp_path / "cache")
+    before = pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
+    files = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert files
+    for path in files:
+        path.write_bytes(pickle.dumps(Payload(tmp_path / "made")))
+    with pytest.raises(AssertionError, match=r"(?s)the sample index is not a numpy array.*\.npy"):
+        pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
+    assert not (tmp_path / "made").exists()
+    for path in files:
+        path.unlink()
+    assert pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept) == before
 
 
 def write_low(prefix: str) -> None:

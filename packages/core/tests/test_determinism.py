@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bit-identical repetition in every configuration, and digests that show the first difference of two runs."""
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from ranks import beside
 
 from modellink.core.determinism import deterministic, set_variables
-from modellink.core.digests import Parting, compare, digests
+from modellink.core.digests import Divergence, compare, digests
 from modellink.core.repeatability import CONFIGURATIONS, rows, run_all
 from modellink.kernels.errors import ModelLinkError
 
@@ -115,7 +116,7 @@ def test_where_two_runs_part_is_named(pools, straight, tmp_path, where, iteratio
     options, folder = straight
     given = options | {"log_digest": str(tmp_path), "use_deter_comp": True}
     assert pools(2)(spoilt, options=given, where=where, iteration=iteration, name=name) == [True] * 2
-    assert compare(folder, tmp_path) == (5, 2, Parting(iteration, 1, where, name, 0))
+    assert compare(folder, tmp_path) == (5, 2, Divergence(iteration, 1, where, name, 0))
     said = CliRunner().invoke(digests, [str(folder), str(tmp_path)])
     assert (said.exit_code, said.stdout) == (1, f"the runs diverge at iteration {iteration}, rank 1: {where} of {name}\n")
 
@@ -128,7 +129,7 @@ def test_a_run_that_is_continued_has_the_digests_of_one_that_was_not(pools, stra
     said = CliRunner().invoke(digests, [str(folder), str(tmp_path / "digests")])
     assert (said.exit_code, said.stdout) == (0, "bit-equal: 5 iterations on 2 ranks, loss, gradients and parameters\n")
     pools(2)(training.train, options=given | {"seed": 8, "exit_interval": 2})
-    assert compare(folder, tmp_path / "digests")[2] == Parting(1, 0, "loss", "", 1)
+    assert compare(folder, tmp_path / "digests")[2] == Divergence(1, 0, "loss", "", 1)
     with pytest.raises(ModelLinkError, match="2 and 0 ranks have digests"):
         compare(folder, tmp_path)
 
@@ -146,27 +147,30 @@ def test_of_several_differences_the_earliest_is_named(tmp_path):
             (tmp_path / run / f"rank_{rank:05d}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"cut')
         return tmp_path / run
     plain = write("a", [["0", "0"]] * 2, [["0", "0"]] * 2)
-    assert compare(plain, write("b", [["1", "1"], ["1", "0"]], [["1", "1"]] * 2))[2] == Parting(1, 1, "gradient", names[1][0], 2)
-    assert compare(plain, write("c", [["1", "1"], ["0", "0"]], [["1", "1"]] * 2))[2] == Parting(1, 0, "gradient", names[0][1], 1)
-    assert compare(plain, write("d", [["0", "0"]] * 2, [["0", "1"], ["1", "1"]]))[2] == Parting(1, 0, "parameter", names[0][1], 2)
+    ones = [["1", "1"]] * 2
+    for name, gradients, parameters, expected in (
+            ("b", [["1", "1"], ["1", "0"]], ones, Divergence(1, 1, "gradient", names[1][0], 2)),
+            ("c", [["1", "1"], ["0", "0"]], ones, Divergence(1, 0, "gradient", names[0][1], 1)),
+            ("d", [["0", "0"]] * 2, [["0", "1"], ["1", "1"]], Divergence(1, 0, "parameter", names[0][1], 2))):
+        assert compare(plain, write(name, gradients, parameters))[2] == expected
 
 
 def numbers(seed: int) -> list[bool]:
     """On a rank: for each kind of number, whether digests tell apart tensors that differ in a bit, or in the order."""
     from modellink.core.train.digest import WORDS, digest
 
-    generator, told = torch.Generator().manual_seed(seed), []
+    generator, distinguished = torch.Generator().manual_seed(seed), []
     for size, words in WORDS.items():
         x = torch.randint(-100, 100, (1 << 21,), generator=generator).to(words)
         for place in (0, 1, 70_000, (1 << 20) + 1, (1 << 21) - 1):
             for bit in range(0, 8 * size, 3):
                 other = x.clone()
                 other[place] ^= torch.tensor(1, dtype=words) << bit
-                told.append(bool(digest(other) != digest(x)))
+                distinguished.append(bool(digest(other) != digest(x)))
         other = x.clone()
         other[:5], x[:5] = torch.arange(5), torch.arange(5).flip(0)
-        told.append(bool(digest(other) != digest(x)) and bool(digest(x) == digest(x.clone())))
-    return told
+        distinguished.append(bool(digest(other) != digest(x)) and bool(digest(x) == digest(x.clone())))
+    return distinguished
 
 
 def test_a_digest_tells_tensors_apart(pools):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The device hook rewrites what it says and nothing else; each of the five fixes is still needed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of experts in training: the same losses at every layout, balance losses, saving and going on."""
 
 from __future__ import annotations
@@ -131,15 +132,15 @@ def test_what_goes_to_other_experts_travels_together(pools, mixture, corpus, lay
 
 
 @pytest.mark.parametrize("layout", ["ep2", "tp2", "cp2", "uneven", "uniform"])
-def test_balance_losses_are_told_and_the_same_at_every_layout(run, tmp_path, layout):
+def test_balance_losses_are_logged_and_the_same_at_every_layout(run, tmp_path, layout):
     """The first stage of `uneven` has no experts."""
-    def told(layout: str) -> list[dict[str, float]]:
+    def balance_of(layout: str) -> list[dict[str, float]]:
         save = tmp_path / layout.replace(" ", "_")
         run(layout, save=str(save), exit_interval=2, log_num_zeros_in_grad=True)
         lines = [json.loads(line) for line in (save / "metrics.jsonl").open()]
         assert all(line["num_zeros"] >= 0 for line in lines)
         return [line["balance"] for line in lines]
-    one, other = told("one"), told(layout)
+    one, other = balance_of("one"), balance_of(layout)
     assert len(one) == 2 and set(one[0]) == {"load_balancing_loss", "device_level_loss", "communication_loss", "z_loss"}
     for mine, theirs in zip(one, other, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5) and min(mine.values()) > 0

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters: what a plain loop learns with them, at every layout; frozen weights; what is saved; merging."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recomputation, overlap and the ways to cut a sequence change no number; what saves memory saves it."""
 
 from __future__ import annotations

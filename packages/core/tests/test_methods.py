@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training method of another package trains by its own loss, data and metric, with no file of this package edited."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every flag of the original's pretraining is an option, is called otherwise, or is answered with a reason."""
 
 from __future__ import annotations

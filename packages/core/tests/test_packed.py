@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents packed into a sample: each is computed as if it stood alone, at every way to cut the sequence."""
 
 from __future__ import annotations

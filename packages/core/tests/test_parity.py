@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family computes what its Hugging Face form computes: logits and gradients, at every kind of layout.
 
 The models are those of models.py. A model is loaded straight from its Hugging Face folder; its gradients are read by the same

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model family of another package, whose layers differ, trains and equals transformers; no file of ours is edited."""
 
 from __future__ import annotations

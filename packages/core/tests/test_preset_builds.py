@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every preset builds at its layout: each distinct pipeline stage, on the `meta` device, as a rank of its full cluster would.
 
 The ranks are those of a fake process group in a process of their own (this file, run as a program): it answers what rank of how

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The presets: complete, legal, cut as their layout says, as large as published; what `modellink-train models` prints of them.
 
 Not here: that megatron-core builds them (test_preset_builds.py).

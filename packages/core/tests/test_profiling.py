@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of some iterations: one file per rank with its position in the layout, and a summary that agrees with the trace."""
 
 from __future__ import annotations
@@ -24,19 +25,19 @@ PROFILE: dict[str, Any] = {"profile": True, "profile_step_start": 1, "profile_st
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
     """On a rank: the steps of a run whose device reports a peak of `PEAK` bytes, and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as told, patch.object(Device, "memory", lambda _: (1, PEAK)):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, patch.object(Device, "memory", lambda _: (1, PEAK)):
         steps = training.train(options)
-    return steps, told.getvalue()
+    return steps, printed.getvalue()
 
 
 def test_a_trace_and_a_summary_of_every_rank(pools, tiny, corpus, tmp_path):
     texts = {"load": str(tiny), "data_path": (str(corpus),)} | PP2
     plain = pools(2)(training.train, options=texts)[-1]
-    (_, told), (steps, other) = pools(2)(heard, options=texts | PROFILE | {
+    (_, printed), (steps, other) = pools(2)(heard, options=texts | PROFILE | {
         "profile_save_path": str(tmp_path), "profile_record_shapes": True, "profile_with_memory": True})
     assert steps == plain and "profile" not in other
-    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in told
-    assert "passes of equal duration: 20.0%" in told  # 1 / (1 + 4)
+    assert f"profile of iterations 2 to 3, traces in {tmp_path}" in printed
+    assert "passes of equal duration: 20.0%" in printed  # 1 / (1 + 4)
     summary = json.loads((tmp_path / "summary.json").read_text())
     for rank, numbers in enumerate(summary):
         (file,) = tmp_path.glob(f"rank_{rank}.*.pt.trace.json")
@@ -55,17 +56,17 @@ def test_a_trace_and_a_summary_of_every_rank(pools, tiny, corpus, tmp_path):
         computed = sum(event["dur"] for found in named.values() for event in found) / (end - start)
         assert 0 < numbers["bubble"] <= 1 - computed + 1e-3 and 0 < numbers["communication"] < 1
         assert (f"{rank:>6}{numbers['seconds'] * 1e3:>18.1f}{numbers['communication']:>16.1%}{numbers['bubble']:>10.1%}"
-                f"{7.0:>19.1f}\n") in told
+                f"{7.0:>19.1f}\n") in printed
         assert numbers["memory"] == PEAK and any(name.startswith("aten::") for name, _, _ in numbers["ops"])
 
 
 def test_ranks_are_chosen_and_a_run_may_end_before(pools, tiny, corpus, tmp_path):
     texts = {"load": str(tiny), "data_path": (str(corpus),), "profile_save_path": str(tmp_path)} | PROFILE
-    (_, told), _ = pools(2)(heard, options=texts | {"profile_ranks": (1,), "exit_interval": 2})
-    assert "profile of iterations 2 to 2" in told and "slowest ops of rank 1" in told
+    (_, printed), _ = pools(2)(heard, options=texts | {"profile_ranks": (1,), "exit_interval": 2})
+    assert "profile of iterations 2 to 2" in printed and "slowest ops of rank 1" in printed
     assert [path.name.partition(".")[0] for path in tmp_path.glob("rank_*")] == ["rank_1"]
-    (_, told), _ = pools(2)(heard, options=texts | {"exit_interval": 1, "profile_save_path": str(tmp_path / "b")})
-    assert "nothing was profiled: the run ended after 1 iterations" in told and not list((tmp_path / "b").glob("*"))
+    (_, printed), _ = pools(2)(heard, options=texts | {"exit_interval": 1, "profile_save_path": str(tmp_path / "b")})
+    assert "nothing was profiled: the run ended after 1 iterations" in printed and not list((tmp_path / "b").glob("*"))
 
 
 def event(name: str, start: float, end: float, device: str = "CPU", annotation: bool = False) -> Any:

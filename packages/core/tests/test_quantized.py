@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters on frozen weights of 4 and 8 bits: the numbers of the rounded weights, their bytes, and training on them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain-PyTorch references of `references/`: every tensor is used, the future is not seen, the tiny sizes differ.
 
 That a reference computes its family is shown in test_references_equal.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plain-PyTorch references of `references/` are right: equal to transformers where it has an equal.
 
 transformers has no class for these families. A reference with some feature taken away or folded into the weights is a model that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """High availability, in real processes: whatever fails, no step is lost and the losses are those of an undisturbed run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """bf16 weights as upper halves of the fp32 parameters: the same losses with 2 bytes less per parameter, also after a resume."""
 
 from __future__ import annotations

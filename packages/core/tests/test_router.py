@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which experts are chosen and what the balance losses are, against the formulas written out."""
 
 from __future__ import annotations

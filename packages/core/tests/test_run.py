@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run is refused, before any process starts, for everything a user can get wrong; the message says what would work."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run saves: whole for every architecture, in files of the original too; and what it starts from."""
 
 from __future__ import annotations
@@ -117,6 +118,6 @@ def mixtral(pools, tmp_path_factory):
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
     """On a rank: the steps of a run and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as told:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
         steps = train(options)
-    return steps, told.getvalue()
+    return steps, printed.getvalue()

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fine-tuning on instructions: what transformers computes, at every layout, micro batch and padding, and on from a stop."""
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ def test_packed_rows_restart_positions(pools, tmp_path, samples):
     assert labels[:sum(lengths)] == [label for sample in learned for label in [*sample["input_ids"][1:], -100]]
 
 
-def test_packs_without_numbers_and_packs_that_nobody_separates_are_told_of(pools, chats, tmp_path, samples):
+def test_packs_without_numbers_and_packs_without_separators_are_reported(pools, chats, tmp_path, samples):
     """The original's --pack leaves a mask of ones: its samples cannot be told apart, and would attend to each other."""
     ones = [INSTRUCTIONS.pack(samples[:3], 70) | {"attention_mask": [1] * 70}] * 5
     INSTRUCTIONS.write_set(tmp_path / "ones", ones)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run starts from: random weights that differ everywhere, or a run to resume, but never another run."""
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def test_no_two_layers_begin_with_the_same_weights(pools):
         assert len(set(numbers)) == len(numbers) > 50
 
 
-def told(options: dict[str, Any]) -> str:
+def printed_by(options: dict[str, Any]) -> str:
     """On a rank: what a run prints."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
         training.train(options)
@@ -107,9 +108,9 @@ def test_a_run_of_another_kind_is_not_continued(texts, saved, tmp_path):
 
 
 def test_what_changes_the_order_of_the_data_is_said(pools, texts, saved):
-    (said,) = pools(1)(told, options=texts | {"load": str(saved), "seed": 8, "train_iters": 3})
+    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "seed": 8, "train_iters": 3})
     assert "note: seed was 7 and is 8" in said and said.count("in another order") == 1
-    (said,) = pools(1)(told, options=texts | {"load": str(saved), "train_iters": 2})
+    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "train_iters": 2})
     assert "note: all 2 iterations are done" in said and "in another order" not in said
 
 
@@ -123,10 +124,10 @@ def test_a_run_keeps_its_batch_and_counts_what_it_has_taken(pools, texts, saved)
     given = texts | {"load": str(saved), "global_batch_size": None}
     assert settle(given).data.global_batch_size == 4
     assert settle(given | {"global_batch_size": 2}).data.global_batch_size == 2
-    (said,) = pools(1)(told, options=given | {"global_batch_size": 2, "lr_warmup_iters": 0})
+    (said,) = pools(1)(printed_by, options=given | {"global_batch_size": 2, "lr_warmup_iters": 0})
     assert "note: the global batch size was 4 and is 2" in said
     counted = given | {"train_iters": None, "save": str(saved.with_name("counted"))}
-    pools(1)(told, options=counted | {"load": texts["load"], "train_samples": 8, "global_batch_size": 4})
+    pools(1)(printed_by, options=counted | {"load": texts["load"], "train_samples": 8, "global_batch_size": 4})
     goes_on = {"load": counted["save"], "train_samples": 18, "global_batch_size": 2}
     assert settle(counted | goes_on).optimizer.train_iters == 7
 

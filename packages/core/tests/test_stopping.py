@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """When a run ends early, what it leaves, and what the next one takes of it."""
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def test_sigterm_saves_and_ends_the_run(tiny, corpus, tmp_path):
         if "iteration        3/" in line:
             process.send_signal(signal.SIGTERM)
             break
-    told = process.stdout.read()
+    output = process.stdout.read()
     assert process.wait() == 0
     (folder,) = iterations(tmp_path / "save")
-    assert f"leaving after iteration {int(folder[5:])}: SIGTERM" in told
+    assert f"leaving after iteration {int(folder[5:])}: SIGTERM" in output
     assert json.loads((tmp_path / "save" / folder / "training.json").read_text())["iteration"] == int(folder[5:])
 
 
@@ -140,7 +141,7 @@ def test_a_save_that_cannot_be_written_ends_the_run(pools, run, tiny, corpus, tm
     assert run(2, load=str(tmp_path))[-1][0] == 5
 
 
-def told(options: dict[str, Any]) -> str:
+def printed_by(options: dict[str, Any]) -> str:
     """On a rank: the output of a run that fails."""
     with pytest.raises(ModelLinkError) as caught:
         training.train(options=options)
@@ -149,7 +150,7 @@ def told(options: dict[str, Any]) -> str:
 
 def test_what_keeps_rank_0_from_saving_is_said_on_all(pools, tiny, corpus, tmp_path):
     (tmp_path / "hf").touch()
-    for said in pools(2)(told, options={"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path)}):
+    for said in pools(2)(printed_by, options={"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path)}):
         assert "the checkpoint could not be written: rank 0: FileExistsError" in said
 
 

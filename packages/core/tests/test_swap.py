@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Activations wait in host memory: what leaves really leaves, comes back one layer ahead, and no gradient differs in a bit."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What switches of ops and of context parallelism really change: the form that is taken, what is sent, and when."""
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def forms(options: dict[str, Any]) -> tuple[float, dict[str, str]]:
     modules = [importlib.import_module(f"modellink.kernels.ops.{op}") for op in dispatch.OPS]
     real = dispatch.form_of
 
-    def told(op: str, device_type: str, forms: Any, plain: Any) -> Any:
+    def recorded(op: str, device_type: str, forms: Any, plain: Any) -> Any:
         what = "fused" if real(op, "any", {"any": None}, plain) is None else "plain"
         assert taken.setdefault(op, what) == what
         return real(op, device_type, forms, plain)
     try:
         for module in modules:
-            module.form_of = told
+            module.form_of = recorded
         return sum(step[2] for step in training.train(options)), taken  # of several ranks the last has the step
     finally:
         for module in modules:

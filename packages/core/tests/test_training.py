@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Equal losses at every layout, and a stopped run that resumes as if it had not been stopped."""
 
 from __future__ import annotations
@@ -148,9 +149,9 @@ def offline(options: dict[str, Any]) -> None:
 def test_weights_and_biases_without_a_network(pools, tiny, corpus, tmp_path):
     pytest.importorskip("wandb", reason="the extra [wandb] is not installed")
     save = tmp_path / "a"
-    told = {"data_path": (str(corpus),), "save": str(save), "wandb_project": "words", "wandb_exp_name": "first"}
-    pools(1)(offline, options=told | {"load": str(tiny), "exit_interval": 2})
-    pools(1)(offline, options=told | {"load": str(save)})
+    options = {"data_path": (str(corpus),), "save": str(save), "wandb_project": "words", "wandb_exp_name": "first"}
+    pools(1)(offline, options=options | {"load": str(tiny), "exit_interval": 2})
+    pools(1)(offline, options=options | {"load": str(save)})
     folders = sorted((save / "wandb/wandb").glob("offline-run-*"))
     assert {folder.name.rpartition("-")[2] for folder in folders} == {(save / "wandb.id").read_text()}  # one run
     assert all(b"lm loss" in next(folder.glob("*.wandb")).read_bytes() for folder in folders)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small real tokenizers, trained here, and helpers that run the command."""
 
 from __future__ import annotations

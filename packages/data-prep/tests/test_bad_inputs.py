@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad inputs: each is refused with one message that names file, row and fix, and leaves no files behind."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates: the same text as transformers, clear errors, and attacks that the sandbox stops."""
 
 import json

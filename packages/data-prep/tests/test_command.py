@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: its output, its exit statuses, and the files left when it is killed."""
 
 import fcntl

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Conditions of a resumed run: anything that changes a byte of the result makes it start over."""
 
 import datetime

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming decode: chunks add up to the full text, characters are never split, and the work per token is constant."""
 
 import pytest

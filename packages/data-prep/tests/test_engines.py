@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizer engines: equal ids if two libraries read the same vocabulary, and the choice of a library with its reason."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instruction and pairwise sets: the samples of each row style, the learned tokens, and the handling of long samples."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron's two files: exact bytes, complete or absent, and errors that name the damage."""
 
 import struct

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packed instruction sets and shares, killed at named points and at random moments, end with the same bytes."""
 
 import random

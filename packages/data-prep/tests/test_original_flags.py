@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines of the original's preprocess_data.py: every flag is an option, or is ignored or refused with a reason."""
 
 from __future__ import annotations

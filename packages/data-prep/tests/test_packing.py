@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Packing: no sample is lost or cut, labels stay masked, ends are kept, and the bytes do not depend on the pieces."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Preprocessing: the ids, equal bytes for any workers and pieces, and errors that leave no files."""
 
 import gzip

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rows of every format, equal for any split; errors name broken rows and files with their position."""
 
 import csv

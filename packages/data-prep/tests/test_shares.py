@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shares: the same bytes as a single run, in any order and distribution, killed or not, and on a Ray cluster."""
 
 import errno

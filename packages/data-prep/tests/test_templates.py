@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every prompt template token by token, on tokenizers trained here and real ones; message text never becomes a control token.
 
 `rendered.json` holds, for each template and conversation, the parts of each turn as they must be encoded: asked, then learned.

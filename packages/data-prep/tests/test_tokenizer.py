@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ids, special tokens and templates from folders of transformers 4 and 5, and errors."""
 
 import json

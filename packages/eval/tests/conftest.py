@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small sets in the original layouts, a small model, and helpers that run processes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A language model small enough for tests: characters after the two before them, learned from English text and from the prompt.
 
 As a script it evaluates: `python ngram.py TASK DATA OUTPUT STYLE BATCH [SECONDS]`, SECONDS being slept before each batch.

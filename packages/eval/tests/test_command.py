@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: its output, and that mistakes end with one message, status 2 and no files."""
 
 import importlib.util

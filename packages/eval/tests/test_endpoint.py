@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server over HTTP: the small model behind OpenAI's API gives the same scores as directly."""
 
 import json

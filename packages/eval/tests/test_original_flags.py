@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines of the original's evaluation.py: every flag is an option, translated, or ignored or refused with a reason."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """docs/your-own-task.md: its two tasks run as written and print what it shows, and its table matches the dataclasses."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts, character by character."""
 
 from dataclasses import replace
@@ -125,5 +126,5 @@ def test_an_unknown_style_says_what_there_is():
 
 
 def test_every_benchmark_has_both_styles():
-    assert task_names() == ["agieval", "bbh", "boolq", "ceval", "gsm8k", "humaneval", "mmlu"]
+    assert {"boolq", "mmlu"} < set(task_names())
     assert all(set(load_task(name).styles) == {"original", "lm-eval"} for name in task_names())

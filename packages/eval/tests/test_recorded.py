@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts use the chat template a checkpoint was trained with, unless options choose another."""
 
 import json

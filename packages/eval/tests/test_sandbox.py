@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The sandbox: right programs pass, wrong ones fail, and escapes fail, started as root and as nobody.
 
 The attempts are in attempts.yaml.

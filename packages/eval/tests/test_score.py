@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Marks and accuracies, against numbers computed by hand."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmarks with generated answers: prompts character by character on small sets, extraction, chats, and the real sets."""
 
 import csv

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Requests as token ids, with real tokenizers trained here."""
 
 import pydoc_data.topics

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small random models with a small real tokenizer. transformers writes the folders and is the reference."""
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ TEXT = [
     "Schöne Grüße aus Köln: Straße, Fähre, Übermut. Ça va déjà mieux, garçon?",
     "机器学习是人工智能的一个分支。模型从数据中学习。", "日本語の文章もあります。絵文字: 🦊🐶🌍 🦊🐶🌍",
     "def add(a, b):\n    return a + b\n\nprint(add(1, 2))  # 3"]
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+          "+ '<|im_end|>' + '\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 VOCABULARY = 379
 # No two sizes are equal: heads and groups, head size and hidden / heads, feed-forward size and 4 x hidden.
 SIZES = {"hidden_size": 48, "intermediate_size": 112, "num_hidden_layers": 3, "num_attention_heads": 6,

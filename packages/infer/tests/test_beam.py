@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search against transformers, token by token."""
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def test_alternatives_of_a_beam(engine, full_logits):
                "top_logprobs": 3}
     for completion in engine.generate([prompt], **options):
         expected_logprobs = full_logits([*prompt, *completion.token_ids])[len(prompt) - 1:-1]
-        assert completion.logprobs == pytest.approx(expected_logprobs[range(6), completion.token_ids].tolist(), abs=1e-4)
+        of_tokens = expected_logprobs[range(6), completion.token_ids].tolist()
+        assert completion.logprobs == pytest.approx(of_tokens, abs=1e-4)
         for step, expected in zip(completion.top_logprobs, expected_logprobs, strict=True):
             values, ids = expected.topk(3)
             assert [token for token, _ in step] == ids.tolist()

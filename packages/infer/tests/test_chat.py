@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The history of a conversation, and Ctrl-C."""
 
 from __future__ import annotations

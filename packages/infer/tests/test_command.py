@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The commands: what they print, where prompts come from, and one error message per mistake."""
 
 from __future__ import annotations
@@ -113,9 +114,8 @@ def test_stop_strings(command, llama, engine):
 
 def test_two_ranks_read_one_stdin_and_print_once(llama, engine):
     found = run("generate", "--load", llama, "--tp", 2, "--stream", *OPTIONS, stdin="Köln: 机器\n")
-    assert (found.returncode, found.stdout) == (0,
-                                                engine.generate("Köln: 机器",
-                                                                max_new_tokens=12)[0].text + "\n"), found.stderr
+    expected = engine.generate("Köln: 机器", max_new_tokens=12)[0].text
+    assert (found.returncode, found.stdout) == (0, expected + "\n"), found.stderr
 
 
 def test_a_conversation_on_two_ranks(llama, engine):
@@ -129,7 +129,8 @@ def test_a_conversation_on_two_ranks(llama, engine):
         expected.append(engine.generate(messages, max_new_tokens=12)[0].text)
         messages.append({"role": "assistant", "content": expected[-1]})
     assert found.stdout.replace("You >> ", "") == "".join(f"ModelLink:\n{text}\n\n" for text in expected)
-    assert "/clear: the conversation is cleared" in found.stderr and "/quit: the conversation ends" in found.stderr
+    assert "/clear: the conversation is cleared" in found.stderr
+    assert "/quit: the conversation ends" in found.stderr
 
 
 WRONG = [
@@ -183,7 +184,8 @@ TORCH_FREE = [
     ("generate --load x --prompt a --do-sample --repetition-penalty 0", 2),
     ("generate --load x --prompt a --num-beams 2 --num-return-sequences 3", 2),
     ("generate --load x --prompt a --json-schema {} --regex a", 2),
-    ("generate --load x --prompt a --stream --num-beams 2", 2), ("generate --load x --prompt-file nowhere", 2),
+    ("generate --load x --prompt a --stream --num-beams 2", 2),
+    ("generate --load x --prompt-file nowhere", 2),
     ("chat --load x --int8 --no-native", 2), ("serve --load x --port 0", 2),
     ("serve --replica-url http://a:1 --load x", 2), ("generate --load x --prompt a --unknown", 2)]
 RUN_ALL = """

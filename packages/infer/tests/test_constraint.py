@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constrained completions of a model whose unconstrained output is noise."""
 
 from __future__ import annotations
@@ -144,4 +145,5 @@ def test_the_server(engine):
                                ({"type": "json_schema", "json_schema": {"schema": {"type": "foo"}}},
                                 "Invalid type")):
             response = ask(response_format=wrong)
-            assert response.status_code == 400 and message in response.json()["error"]["message"], response.text
+            assert response.status_code == 400, response.text
+            assert message in response.json()["error"]["message"]

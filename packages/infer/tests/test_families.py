@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every family generates the tokens of the reference, and the log-probabilities of a pass over the full
 sequence.
 
@@ -107,8 +108,8 @@ def found(folders) -> Iterator[Callable[[str], dict[str, Any]]]:
         wanted = {case: folders[case] for case in CASES[name]}
         if layout.world_size == 1:
             return on_rank(wanted, layout)
-        first, *others = pools.setdefault(layout.world_size, Ranks(layout.world_size))(on_rank,
-                                                                                       folders=wanted, layout=layout)
+        ranks = pools.setdefault(layout.world_size, Ranks(layout.world_size))
+        first, *others = ranks(on_rank, folders=wanted, layout=layout)
         tokens = {case: [row for row, _ in result["batch"]] for case, result in first.items()}
         for other in others:
             assert {case: [row for row, _ in result["batch"]] for case, result in other.items()} == tokens
@@ -145,7 +146,8 @@ def reference(case: str, folder: Path) -> Callable[[torch.Tensor], torch.Tensor]
                                                                   dtype="float32").eval()
         return lambda ids: model(ids).logits
     from safetensors.torch import load_file
-    weights, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
     module = MODELS.reference(case.split(": ")[0])
     return lambda ids: module.logits(config, weights, ids)
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The server in front of replicas: what it imports and forwards, and what it does if a replica cannot start.
 """
 
@@ -30,7 +31,8 @@ async def ask():
     front = make_front([Replica(0, "http://127.0.0.1:1")], max_body=1000)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(front), base_url="http://front") as client:
         assert (await client.get("/health")).status_code == 503
-        assert (await client.post("/v1/completions", json={})).json()["error"]["message"] == "no replica is ready"
+        answer = (await client.post("/v1/completions", json={})).json()
+        assert answer["error"]["message"] == "no replica is ready"
         assert (await client.post("/v1/completions", content=b"x" * 2000)).status_code == 413
 
 asyncio.run(ask())

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation against transformers on random models; stops, streams, log-probabilities and arguments."""
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ def greedy(model, ids: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_greedy_tokens_equal_transformers(folder, family, prompts):
     import transformers
-    engine, model = load(folder(family),
-                         device="cpu"), transformers.AutoModelForCausalLM.from_pretrained(folder(family)).eval()
+    engine = load(folder(family), device="cpu")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder(family)).eval()
     found = engine.generate(prompts, max_new_tokens=40)
     expected = [greedy(model, engine.tokenizer.encode(prompt), 40) for prompt in prompts]
     assert [one.token_ids for one in found] == expected
@@ -56,7 +57,8 @@ def test_logprobs_equal_one_pass_over_the_full_sequence(engine, prompts, full_lo
                                   strict=True):
         ids = engine.tokenizer.encode(prompt)
         reference = full_logits(ids + completion.token_ids)[len(ids) - 1:-1]
-        assert completion.logprobs == pytest.approx(reference[range(len(reference)), completion.token_ids].tolist(), abs=1e-4)
+        of_tokens = reference[range(len(reference)), completion.token_ids].tolist()
+        assert completion.logprobs == pytest.approx(of_tokens, abs=1e-4)
     assert engine.generate("The", max_new_tokens=1)[0].logprobs is None
 
 
@@ -100,7 +102,8 @@ def test_prompt_logprobs_with_chunked_prefill_and_preemption(engine, full_logits
     assert waited and all(pool.used == 0 for pool in cache.pools)
     for completion, sequence in zip(completions, sequences, strict=True):
         reference = full_logits(sequence)[:-1]
-        assert completion.prompt_logprobs == pytest.approx(reference[range(len(reference)), sequence[1:]].tolist(), abs=1e-4)
+        of_prompt = reference[range(len(reference)), sequence[1:]].tolist()
+        assert completion.prompt_logprobs == pytest.approx(of_prompt, abs=1e-4)
         best = [step[0][1] for step in completion.prompt_top_logprobs]
         assert best == pytest.approx(reference.max(-1).values.tolist(), abs=1e-4)
         assert completion.token_ids == engine.generate([sequence], max_new_tokens=20,
@@ -184,7 +187,8 @@ def test_max_new_tokens_ends_a_completion(engine):
 
 def test_a_chat_is_rendered_with_the_template(engine):
     chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊"}]
-    text = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nGrüße 🦊<|im_end|>\n<|im_start|>assistant\n"
+    text = ("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nGrüße 🦊<|im_end|>\n"
+            "<|im_start|>assistant\n")
     expected = engine.generate(engine.tokenizer.encode(text), max_new_tokens=8)
     assert engine.generate(chat, max_new_tokens=8) == expected == engine.generate([chat, chat],
                                                                                   max_new_tokens=8)[1:]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode passes from graphs. On a CPU the captured function runs itself, over the buffers that an accelerator
 would use."""
 
@@ -75,7 +76,8 @@ def test_a_failed_capture_falls_back_to_the_model(llama, engine, monkeypatch, ca
     broken = load(llama, device="cpu", graphs=True)
     check_equal(broken.generate(PROMPTS, **OPTIONS), engine.generate(PROMPTS, **OPTIONS))
     assert broken.network.fast_paths[0].failed
-    assert capsys.readouterr().err.count("decoding runs without graphs, capturing one failed: operation not") == 1
+    note = "decoding runs without graphs, capturing one failed: operation not"
+    assert capsys.readouterr().err.count(note) == 1
 
 
 def test_models_without_graphs(engine):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server under load: many connections, large bodies, clients that stop reading or disconnect.
 
 Every completion is right, and nothing of a finished request stays in memory. The numbers of requests are
@@ -88,7 +89,8 @@ def test_many_connections_and_requests(server, paused, expected):
     assert Counter(response.status_code for response in found) == {200: limit, 429: 9 * limit}
     for number, response in enumerate(found):
         if response.status_code == 429:
-            assert response.json()["error"]["type"] == "rate_limit_error" and response.headers["retry-after"] == "1"
+            assert response.json()["error"]["type"] == "rate_limit_error"
+            assert response.headers["retry-after"] == "1"
         else:
             assert response.json()["choices"][0]["text"] == expected[number % 5, 0]
 

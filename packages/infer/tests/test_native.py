@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled step computes what core's model computes; a model that it does not support runs core's model.
 """
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from ranks import beside
 
+from modellink.ckpt_convert.layer import LayerSpec
+from modellink.ckpt_convert.spec import ModelSpec
 from modellink.infer import load
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout
@@ -97,7 +100,50 @@ def test_other_layouts_and_precisions_are_not_supported(engine):
     assert supports(engine.spec, one, cpu, torch.float32) and supports(engine.spec, one, cpu, torch.bfloat16)
     assert not supports(engine.spec, ParallelLayout(tp=2), cpu, torch.float32)
     assert not supports(engine.spec, one, cpu, torch.float16)
-    assert not supports(dataclasses.replace(engine.spec, post_norm=True), one, cpu, torch.float32)
+
+
+UNSUPPORTED: list[dict[str, Any]] = [
+    {"post_norm": True}, {"normalization": "LayerNorm"}, {"gated_linear_unit": False}, {"add_mlp_bias": True},
+    {"add_dense_bias": True}, {"position_embedding_type": "alibi"}, {"num_experts": 4},
+    {"position_embedding_type": "learned_absolute"}, {"attn_logit_softcapping": 3.0}, {"scale_depth": 1.4},
+    {"output_logit_softcapping": 5.0}, {"output_multiplier_scale": 0.5}, {"embed_layernorm": True},
+    {"rope_scaling_type": "dynamic", "original_max_position_embeddings": 64, "rope_scaling_factor": 2.0},
+    {"layer_windows": (8, 0, 8)}, {"sliding_window": 8, "window_attn_skip_freq": 2},
+    {"layer_rotary_bases": (10000.0, 0.0, 10000.0)}, {"layer_rotary_bases": (10000.0, 500.0, 10000.0)}]
+
+
+@pytest.mark.parametrize("changes", UNSUPPORTED, ids=str)
+def test_other_layers_and_surroundings_are_not_supported(engine, changes):
+    from modellink.infer.native.model import supports
+    cpu, one = torch.device("cpu"), ParallelLayout()
+    assert not supports(dataclasses.replace(engine.spec, **changes), one, cpu, torch.float32)
+
+
+@pytest.mark.parametrize("changes", [
+    {"layer_windows": (8, 8, 8)}, {"layer_windows": (0, 0, 0)}, {"layer_rotary_bases": (500.0, 500.0, 500.0)},
+    {"sliding_window": 8, "window_attn_skip_freq": 7}], ids=str)
+def test_layers_that_are_alike_are_supported(engine, changes):
+    from modellink.infer.native.model import supports
+    cpu, one = torch.device("cpu"), ParallelLayout()
+    assert supports(dataclasses.replace(engine.spec, **changes), one, cpu, torch.float32)
+
+
+def test_a_layer_with_an_unknown_field_is_not_supported(engine):
+    from modellink.infer.native.model import _supports_layer
+    layer = engine.spec.layer(0)
+    assert _supports_layer(layer)
+    kind = dataclasses.make_dataclass("Layer", [("feature", bool)], bases=(LayerSpec,), frozen=True)
+    assert not _supports_layer(kind(**vars(layer), feature=False))
+
+
+def test_the_tables_of_fields_are_complete():
+    """Every field of a layer is in one of them; a new one is refused until someone decides."""
+    from modellink.infer.native import model
+    of_layers = {field.name for field in dataclasses.fields(LayerSpec)}
+    of_models = {field.name for field in dataclasses.fields(ModelSpec)}
+    assert of_layers == model.ANY_VALUE | model.SUPPORTED.keys()
+    assert not model.ANY_VALUE & model.SUPPORTED.keys()
+    assert of_models > model.AROUND_LAYERS | model.IN_LAYERS
 
 
 def test_bf16_is_as_close_to_fp32_as_the_model(llama, engine):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The chat page in a headless Chromium, if installed: streaming, markdown, stop, history, light and dark, a
 phone.
 
@@ -28,7 +29,8 @@ QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
          "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 ANSWER = ("# Foxes\n\nA **quick** fox, with `code`, a <b>tag</b> and [a link](https://example.com):\n\n- "
           "one\n- two\n\n```python\nprint('<hi>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\nThe end 🦊.")
-HOSTILE = "<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1)) <script>document.title='taken'</script>"
+HOSTILE = ("<img src=x onerror=\"document.title='taken'\"> [x](javascript:alert(1)) "
+           "<script>document.title='taken'</script>")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +50,8 @@ def site() -> Iterator[SimpleNamespace]:
         try:
             await asyncio.sleep(found.before)
             for start in range(0, len(answer), 7):
-                yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': answer[start:start + 7]}}]})}\n\n"
+                delta = {"content": answer[start:start + 7]}
+                yield f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n"
                 await asyncio.sleep(found.pause)
             yield "data: [DONE]\n\n"
             done = True
@@ -133,8 +136,10 @@ def test_an_answer_is_shown_as_markdown(visit, site):
     answer = page.locator(".assistant").last
     assert answer.locator("h1").inner_text() == "Foxes" and answer.locator("strong").inner_text() == "quick"
     assert answer.locator("li").all_inner_texts() == ["one", "two"]
-    assert answer.locator("pre code").inner_text() == "print('<hi>')\n" and answer.locator("td").all_inner_texts() == ["1", "2"]
-    assert answer.locator("a").get_attribute("href") == "https://example.com" and "<b>tag</b>" in answer.inner_text()
+    assert answer.locator("pre code").inner_text() == "print('<hi>')\n"
+    assert answer.locator("td").all_inner_texts() == ["1", "2"]
+    assert answer.locator("a").get_attribute("href") == "https://example.com"
+    assert "<b>tag</b>" in answer.inner_text()
     assert page.locator(".user").inner_text() == "Tell me of <b>foxes</b>"
     assert page.locator("#model").inner_text() == "tiny"
     picture(page, "light")
@@ -189,7 +194,8 @@ def test_a_hostile_answer_is_text(visit, site):
     page = visit()
     say(page, "Hi")
     finished(page)
-    assert page.title() == "ModelLink" and page.locator(".assistant img, .assistant script, .assistant a").count() == 0
+    assert page.title() == "ModelLink"
+    assert page.locator(".assistant img, .assistant script, .assistant a").count() == 0
 
 
 def test_an_error_is_shown(visit, site):

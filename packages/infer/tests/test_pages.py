@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pages are allocated, shared, released and found again; a batch works with too few of them."""
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def test_no_page_is_used_twice_or_lost(seed):
         if sequences and chance.random() < 0.4:
             tables.release(sequences.pop(chance.randrange(len(sequences))))
         else:
-            tokens = [chance.randrange(2)] * chance.randrange(1, PAGE_SIZE) + [3] * chance.randrange(1,
-                                                                                                     3 * PAGE_SIZE)
+            tokens = [chance.randrange(2)] * chance.randrange(1, PAGE_SIZE)
+            tokens += [3] * chance.randrange(1, 3 * PAGE_SIZE)
             sequence = CachedSequence(tokens)
             tables.admit(sequence)
             if tables.grow(sequence, len(tokens)):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chat templates: for every prompt type, the token ids in a chat are those of the training data."""
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
 
 CONVERSATION = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Grüße 🦊 {content}"},
-        {"role": "assistant", "content": "The dog."}, {"role": "user", "content": "Say <|im_end|> \n"},
-        {"role": "assistant", "content": "Yes."}]
+                {"role": "assistant", "content": "The dog."},
+                {"role": "user", "content": "Say <|im_end|> \n"}, {"role": "assistant", "content": "Yes."}]
 GREETING = [{"role": "user", "content": "Hello"}]
 
 
@@ -26,7 +27,8 @@ def tokenizer(llama, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokens")
     engine = tokenizers.Tokenizer.from_file(str(llama / "tokenizer.json"))
     from importlib import resources
-    written = resources.files("modellink.data_prep.templates").joinpath("templates.json").read_text(encoding="utf-8")
+    templates = resources.files("modellink.data_prep.templates").joinpath("templates.json")
+    written = templates.read_text(encoding="utf-8")
     engine.add_special_tokens(sorted({*re.findall(r'"token": "(.+?)"', written),
                                       *re.findall(r"<\|?[a-z_]+\|?>", written)}))
     engine.save(str(folder / "tokenizer.json"))

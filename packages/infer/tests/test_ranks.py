@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two tensor-parallel ranks give the same results as one. Run as a script, this file is a rank."""
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def test_two_machines_generate(llama, engine):
     first, second = on_two_machines(llama, "generate", "--max-new-tokens", 12)
     try:
         out, errors = first.communicate("Köln: 机器\n", timeout=120)
-        assert (first.returncode, second.wait(60), second.stdout.read()) == (0, 0,
-                                                                             ""), errors + second.stderr.read()
+        ended = first.returncode, second.wait(60), second.stdout.read()
+        assert ended == (0, 0, ""), errors + second.stderr.read()
         assert out == engine.generate("Köln: 机器", max_new_tokens=12)[0].text + "\n"
     finally:
         for agent in (first, second):

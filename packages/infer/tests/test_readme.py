@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the examples of the README for the server: the curl commands and the program with the openai client.
 """
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replicas behind one server: what clients get, also if one is killed."""
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ def test_a_disconnect_cancels_the_completions_of_the_replica(front, streaming):
     before = sum(samples(front, "modellink_cancelled_total").values())
     content = json.dumps({**LONG, "prompt": ["The"] * 32, "stream": streaming}).encode()
     with socket.create_connection(("127.0.0.1", front.port)) as connection:
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(content), content))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
         deadline = time.monotonic() + 60
         while not any(samples(front, "modellink_running").values()) and time.monotonic() < deadline:
             time.sleep(0.005)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing tokens: filters against a plain reference, random draws, seeds, penalties and limits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Likelihoods of given texts against one pass of transformers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What clients of the server get. The openai package is the client that must work."""
 
 from __future__ import annotations
@@ -69,11 +70,13 @@ def test_the_openai_client_streams(openai, engine):
         usage = chunk.usage or usage
     (expected,) = engine.generate(CHAT, max_new_tokens=20)
     assert texts == [expected.text] * 2 and reasons == dict.fromkeys((0, 1), expected.finish_reason)
-    assert usage.completion_tokens == 2 * len(expected.token_ids) and usage.prompt_tokens == expected.prompt_tokens
+    assert usage.completion_tokens == 2 * len(expected.token_ids)
+    assert usage.prompt_tokens == expected.prompt_tokens
 
 
 def test_the_openai_client_lists_models(openai):
-    assert [model.id for model in openai.models.list()] == ["tiny"] and openai.models.retrieve("tiny").id == "tiny"
+    assert [model.id for model in openai.models.list()] == ["tiny"]
+    assert openai.models.retrieve("tiny").id == "tiny"
 
 
 def test_events_follow_the_protocol(server):
@@ -120,7 +123,8 @@ def test_an_echoed_prompt_has_log_probabilities(server, engine, full_logits, as_
     assert choice["text"].startswith(text)
     assert all(choice["text"][offset:].startswith(token) for token, offset in zip(
         logprobs["tokens"], logprobs["text_offset"], strict=True) if "\ufffd" not in token)
-    assert logprobs["text_offset"] == sorted(logprobs["text_offset"]) and found["usage"]["completion_tokens"] == count
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    assert found["usage"]["completion_tokens"] == count
     with server.client.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
         events = [json.loads(line[6:])["choices"][0] for line in response.iter_lines()
                   if line.startswith("data: {")]
@@ -181,9 +185,9 @@ def test_unsupported_fields_with_a_neutral_value_are_accepted(server, engine):
 
 def test_tool_calls_reach_the_template_as_objects(server, engine, monkeypatch):
     """The `openai` client sends back the arguments of a call as JSON text."""
-    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", ""
-                                                                    "{% for m in messages %}{{ m.content }}"
-                        "{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}")
+    template = ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+                "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}")
+    monkeypatch.setitem(engine.tokenizer.chat_templates, "default", template)
     call = {"id": "1", "type": "function", "function": {"name": "clock", "arguments": '{"zone": "Köln"}'}}
     messages = [CHAT[1], {"role": "assistant", "content": None, "tool_calls": [call]},
                 {"role": "tool", "tool_call_id": "1", "content": "12:00"}]
@@ -235,7 +239,8 @@ def test_a_disconnect_cancels_the_completion(server, paused, streaming):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         body = json.dumps({"prompt": "The", "max_tokens": 240, "stream": streaming,
                            "ignore_eos": True}).encode()
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
         wait_until(lambda: service.unfinished == 1 and service._inbox.empty())  # it has joined the batch
     wait_until(lambda: not service._inbox.empty())  # the cancellation is on its way
     paused.set()
@@ -281,7 +286,8 @@ def test_a_client_that_stops_reading_delays_nobody(server, engine):
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         body = json.dumps({"prompt": ["The"] * 8, "max_tokens": 200, "stream": True, "ignore_eos": True,
                            "logprobs": 20}).encode()
-        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        connection.sendall(head.encode() + body)
         found = post(server, prompt="The quick", max_tokens=10, temperature=0).json()
     assert found["choices"][0]["text"] == expected.text
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the server refuses, and with which error; API keys."""
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def test_the_api_key_is_checked(engine, key):
     app = make_app(Service(engine, max_waiting=4), name="tiny", api_key=key, max_body=1000)
     with TestClient(app) as client:
         assert client.get("/v1/models").status_code == 401
-        assert client.get("/v1/models",
-                          headers={"Authorization": "Bearer no"}).json()["error"]["type"] == "authentication_error"
+        refused = client.get("/v1/models", headers={"Authorization": "Bearer no"})
+        assert refused.json()["error"]["type"] == "authentication_error"
         assert client.get("/v1/models",
                           headers={"Authorization": f"Bearer {key}".encode()}).status_code == 200
         assert client.get("/health").status_code == 200

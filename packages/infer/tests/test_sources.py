@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every checkpoint format gives the same tokens, whatever layout it was written at."""
 
 from __future__ import annotations

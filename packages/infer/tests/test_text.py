@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Incremental text: complete characters only, no part of a stop string, the same text as decoding at once."""
 
 from __future__ import annotations

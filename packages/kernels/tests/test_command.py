@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Console commands made from config classes: help in groups, dry runs, how to start."""
 
 from __future__ import annotations

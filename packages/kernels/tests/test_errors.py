@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a command prints and its exit status after an error."""
 
 from __future__ import annotations

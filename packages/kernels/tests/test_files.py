@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files are complete or absent: kills at named points, and what a reader finds then."""
 
 from __future__ import annotations

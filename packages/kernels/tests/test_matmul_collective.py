@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products joined with a collective over two real processes equal products of unsharded matrices, with gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options that several commands share: layouts from sizes, with virtual stages, and errors that name what works."""
 
 from __future__ import annotations

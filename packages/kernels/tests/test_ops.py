@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every op's form on this device, with gradients, against the plain form and an independent formula."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options, YAML and documentation from a dataclass."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model is split: every layer and row is on exactly one rank, in order; errors name what works."""
 
 from __future__ import annotations

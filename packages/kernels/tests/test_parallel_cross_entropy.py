@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropy over a vocabulary sharded across two real processes equals the unsharded one, with gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress on stderr: plain lines without a terminal, a bar on one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SVG pictures are well-formed, whatever a title says."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write `tensors/NAME.txt` for every record: names and shapes of its weights, from another source than this package.
 
 If transformers has the model type, its class is built on the meta device and its state is renamed and split like its own

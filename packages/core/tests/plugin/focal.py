@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two training methods of a third party, with their own options, data, loss and metrics; tests put this folder on PYTHONPATH."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model family of a third party: SmolLM3, a Llama in which some layers have no rotary embedding."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aquila and Aquila2 (`model_type: aquila`; 7B, 34B) from their public description; tensors named as in the public folders.
 
 A Llama in names, shapes and formulas: no bias, rotary embedding in the half layout, grouped keys where `num_key_value_heads` says

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Baichuan 7B and 13B, Baichuan2 7B and 13B, from their public description; tensors named as in the public folders.
 
 All four say `model_type: baichuan`. What tells them apart, and what each has:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The few formulas the references share, in plain PyTorch and fp32.
 
 Covers the root mean square norm, rotary embedding in its two layouts, causal attention with grouped keys, and the two gated

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ChatGLM3-6B and GLM-4-9B (`model_type: chatglm`) from their public description; tensors named as in the public folders.
 
 - `query_key_value` is [all queries; all keys; all values] by rows, biased (`add_qkv_bias`); `multi_query_group_num` key groups.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests of the references share: loading one, random tensors for it, and comparing it with a transformers model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grok-1 in its Hugging Face port (`model_type: grok-1`) from its public description; tensors named as in that port.
 
 - Embeddings times `embedding_multiplier_scale`, logits times `output_multiplier_scale`; head tied to the embedding.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternLM of the first generation (`model_type: internlm`; 7B, 20B) from its public description; tensors named as published.
 
 A Llama whose `bias` (true for 7B, false for 20B) puts a bias on the query, key, value and output projections of attention and on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternLM2 (`model_type: internlm2`) from its public description; tensors named as in the public folders.
 
 - `attention.wqkv` goes group by group: the queries of the group, then its key, then its value, each `hidden / heads` rows.

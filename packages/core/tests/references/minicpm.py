@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MiniCPM-2B and MiniCPM-MoE-8x2B (`model_type: minicpm`) from their public description; tensors named as published.
 
 A Llama with three scales and a tied head (`tie_word_embeddings` defaults to true):

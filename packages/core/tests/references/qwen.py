@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen of the first generation (`model_type: qwen`; 7B, 14B, 72B) from its public description; tensors named as published.
 
 - `attn.c_attn` is [query; key; value] by rows, always biased, no grouped keys. `no_bias` (true in every release) takes the bias

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint conversion between Hugging Face and Megatron layouts, and the one description of a model
 (ModelSpec)."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The configuration of a LoRA adapter, and the names of the files in which modellink-train saves one."""
 
 from __future__ import annotations

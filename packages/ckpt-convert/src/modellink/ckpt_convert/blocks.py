@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The content of a tensor to be written, as blocks of rows: each is read, cast and passed on before the next.
 
 A block has at most `BLOCK_BYTES` of the target, so memory does not grow with a model or its vocabulary. If

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-convert` with its `inspect` and `diff`: reading of options; the work is done by the library."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Converting a checkpoint: check everything, write file by file into `DST.tmp`, verify, rename.
 
 A conversion that was killed leaves `DST.tmp` with a journal of the complete files; the same command resumes

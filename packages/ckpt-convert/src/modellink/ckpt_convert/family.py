@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Family`: tables from ModelSpec's fields to config keys, and from canonical modules to Hugging Face tensor
 names.
 

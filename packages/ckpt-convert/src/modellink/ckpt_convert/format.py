@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Format`: how a checkpoint format is recognized, opened, planned and completed.
 
 A format is one file in formats/ with a subclass marked `@register`, or the same in another distribution (see

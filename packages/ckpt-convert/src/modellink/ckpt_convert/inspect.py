@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describing a checkpoint without converting it: model, layout, tensors, sizes; for people and as JSON.
 
 A checkpoint whose model is unknown (written by another program, no configuration given) is described by its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The iterations of a Megatron checkpoint folder, and which of them are complete.
 
 An iteration of ours is complete if its marker lists files that are all present (kernels.files). Checkpoints

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LayerSpec`: one layer of a model, with everything that may differ from layer to layer.
 
 `ModelSpec.layer(number)` makes it from the fields of the model and from lists of per-layer settings. Code that creates, splits,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters: their tensors under canonical names, and merging them into the weights of the model.
 
 The adapter of a linear layer is A [rank, in] and B [out, rank]; the layer's weight W then acts as W + scale x

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules a LoRA adapter belongs to, in every spelling: Megatron-Core's, Megatron-Legacy's, Hugging
 Face's.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files that travel with weights: `modellink.json`, and the folder `hf/` next to the iterations of every
 checkpoint of ours.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Opening a checkpoint of any format, which is detected from the files in the folder."""
 
 from __future__ import annotations

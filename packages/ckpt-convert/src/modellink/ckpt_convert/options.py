@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `modellink-convert`, including the original's spellings.
 
 Flags of the original that need no option are in original_flags.yaml.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters as peft folders, written and read: the form in which core's training saves and loads them.
 
 If Megatron has one matrix for several Hugging Face modules (query, key and value; gate and up), they share

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two files of a peft adapter, `adapter_config.json` and `adapter_model.safetensors`: reading, and their
 meaning.
 

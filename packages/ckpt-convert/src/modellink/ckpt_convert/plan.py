@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ConversionPlan`: every file that a conversion will write, every tensor in it with dtype and shape, and how
 each is read.
 

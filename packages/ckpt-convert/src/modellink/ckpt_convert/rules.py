@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a canonical weight is made of Hugging Face weights, as row maps, and the inverse computed from the same
 map.
 

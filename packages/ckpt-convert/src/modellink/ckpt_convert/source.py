@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Checkpoint`: an opened checkpoint of any format, as canonical tensors that are read on demand.
 
 Opening one reads names, shapes and sizes, and checks that every weight of the model is present with its shape

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`ModelSpec`: the architecture of a model, in Megatron's terms.
 
 It is read from a Hugging Face config, a Megatron checkpoint, a preset, or the model options of a command. Everything

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversion without files: tensors one by one, for a program that has a place for them.
 
 `iter_hf_tensors` yields the full tensors of a checkpoint of any format under Hugging Face names;

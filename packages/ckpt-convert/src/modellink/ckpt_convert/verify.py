@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Comparing two checkpoints tensor by tensor, of any formats and layouts.
 
 `compare` is `--verify`: every bit of the output against the source. `differences` is `modellink-convert

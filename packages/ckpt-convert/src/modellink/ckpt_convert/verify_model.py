@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loading the output in transformers: the second part of `--verify`, if it is installed (the extra
 `[verify]`).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The weights of a ModelSpec, under Megatron-Core's names with global layer numbers, and how ranks hold them.
 
 All formats meet here: a reader offers these tensors unsharded (as if TP and PP were 1, the vocabulary not

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training of large language models on megatron-core.
 
     from modellink.core import Callback, Method, Run, Step, fit

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adam and AdamW in the form that megatron-core's optimizers expect: the step count is in the parameter group, as in Apex.
 
 The arithmetic is `kernels.ops.adamw`. A parameter with `halves` (memory/reuse_fp32.py) is assembled one slice at a

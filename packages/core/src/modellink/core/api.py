@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The public entry points for training from Python: `fit` settles the options and trains, `train` runs a prepared run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train`: a thin reading of options over `prepare` and the training methods.
 
 Under torchrun each process runs its part; otherwise this process checks the run and starts --nproc-per-node ranks of itself.

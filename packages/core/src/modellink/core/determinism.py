@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bit-identical repetition of a run (`--use-deter-comp`): settings of torch, the accelerator and its collectives.
 
 Random numbers need no further settings: weights, dropout and data order always come from --seed. Not here: showing where two runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train digests A B`: where the digests of two runs (`--log-digest`) diverge.
 
     FOLDER/rank_00000.jsonl    a line of names, then a line per iteration: loss, digests of gradients and updated parameters
@@ -30,7 +31,7 @@ def read(path: Path) -> tuple[list[str], dict[int, dict[str, Any]]]:
 
 
 @dataclass(frozen=True)
-class Parting:
+class Divergence:
     """The first difference of two runs.
 
     Attributes:
@@ -50,7 +51,7 @@ class Parting:
         return f"iteration {self.iteration}, rank {self.rank}: {which}{more}"
 
 
-def compare(first: Path, second: Path) -> tuple[int, int, Parting | None]:
+def compare(first: Path, second: Path) -> tuple[int, int, Divergence | None]:
     """(number of common iterations, number of ranks, first difference).
 
     Differences within an iteration are ordered as they are computed: loss, gradients from the output layer backward, parameters.
@@ -72,22 +73,23 @@ def compare(first: Path, second: Path) -> tuple[int, int, Parting | None]:
         raise ModelLinkError("the runs have no iteration in common", where=f"{first}, {second}")
     for iteration in common:
         entries = [(names, one[iteration], two[iteration]) for (names, one), (_, two) in ranks]
-        if (parting := _parting(iteration, entries)) is not None:
-            return len(common), len(ranks), parting
+        if (divergence := _divergence(iteration, entries)) is not None:
+            return len(common), len(ranks), divergence
     return len(common), len(ranks), None
 
 
-def _parting(iteration: int, ranks: list[tuple[list[str], dict[str, Any], dict[str, Any]]]) -> Parting | None:
+def _divergence(iteration: int,
+                ranks: list[tuple[list[str], dict[str, Any], dict[str, Any]]]) -> Divergence | None:
     losses = [rank for rank, (_, one, two) in enumerate(ranks) if one["loss"] != two["loss"]]
     if losses:
-        return Parting(iteration, losses[0], "loss", "", len(losses) - 1)
+        return Divergence(iteration, losses[0], "loss", "", len(losses) - 1)
     for what in ("gradient", "parameter"):
         found = [((*_place(name), number), rank, name) for rank, (names, one, two) in enumerate(ranks)
                  for number, name in enumerate(names) if one[what + "s"][number] != two[what + "s"][number]]
         if found:
             earliest = max(found)[0] if what == "gradient" else min(found)[0]
             _, rank, name = min(item for item in found if item[0] == earliest)
-            return Parting(iteration, rank, what, name, len(found) - 1)
+            return Divergence(iteration, rank, what, name, len(found) - 1)
     return None
 
 
@@ -103,9 +105,9 @@ def _place(name: str) -> tuple[int, int]:
 @click.argument("second", type=click.Path(path_type=Path))
 def digests(first: Path, second: Path) -> None:
     """Compare the digests of two runs in their --log-digest folders FIRST and SECOND. Exit status 1 if they differ."""
-    iterations, ranks, parting = compare(first, second)
-    if parting is None:
+    iterations, ranks, divergence = compare(first, second)
+    if divergence is None:
         print(f"bit-equal: {iterations} iterations on {ranks} ranks, loss, gradients and parameters")
         return
-    print(f"the runs diverge at {parting}")
+    print(f"the runs diverge at {divergence}")
     sys.exit(1)

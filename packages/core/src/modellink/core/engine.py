@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Puts megatron-core on a device; nothing else in the package depends on the kind of device.
 
 megatron-core 0.16.1 hard-codes `torch.cuda`. On CUDA it runs as shipped. On a CPU or an NPU an import hook (rewrite.py) rewrites

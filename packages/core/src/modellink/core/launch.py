@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the ranks of a run on this machine and waits for them. Imports no torch.
 
 Not here: the process groups, which each rank joins (processes.py), and runs with high availability (resilience/agent.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train models`: a table of the presets, or one preset with the commands that use it.
 
 Not here: the presets (presets/) and their use in a run (`--model` of the training commands).

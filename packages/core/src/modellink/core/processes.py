@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Joins the processes of a run into megatron-core's process groups.
 
 Not here: starting them (launch.py) and putting megatron-core on a device (engine.py).

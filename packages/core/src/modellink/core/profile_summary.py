@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Summarizes a trace in a few numbers.
 
     communication   fraction of the traced time with a transfer of this rank in progress, overlapped with computation or not

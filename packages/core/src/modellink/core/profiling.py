@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Traces of some iterations (`--profile`): torch_npu's profiler on NPUs, torch's elsewhere.
 
     DIR/rank_0.*.pt.trace.json     one per rank, for chrome://tracing, Perfetto or TensorBoard; `distributed_args` has its layout
@@ -119,16 +120,17 @@ class Profiler:
         dist.all_gather_object(made, self._summary)
         if dist.get_rank() > 0:
             return
-        if not (told := [summary for summary in made if summary is not None]):
+        if not (summaries := [summary for summary in made if summary is not None]):
             print(f"note: nothing was profiled: the run ended after {self.steps} iterations, and the first "
                   f"{self.config.profile_step_start} are skipped (--profile-step-start)", flush=True)
             return
         start = self.first + self.config.profile_step_start
-        where = f"iterations {start} to {start + told[0].iterations - 1}, traces in {self.config.profile_save_path}"
+        end = start + summaries[0].iterations - 1
+        where = f"iterations {start} to {end}, traces in {self.config.profile_save_path}"
         layout = self.run.layout
         ideal = profile_summary.ideal_bubble(layout.pp, layout.vpp, self.run.data.num_microbatches(layout.dp))
-        print(profile_summary.text(where, told, ideal), flush=True)
-        write_json(self.config.profile_save_path / "summary.json", [asdict(summary) for summary in told])
+        print(profile_summary.text(where, summaries, ideal), flush=True)
+        write_json(self.config.profile_save_path / "summary.json", [asdict(summary) for summary in summaries])
 
 
 def distributed_args(run: Run) -> dict[str, Any]:

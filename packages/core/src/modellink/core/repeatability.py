@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-train determinism`: runs a tiny model twice in many configurations and shows which repeat bit for bit.
 
     modellink-train determinism [--device npu] [--no-use-deter-comp]
@@ -101,12 +102,14 @@ def rows(first: Path, second: Path, names: Sequence[str]) -> list[tuple[str, str
     """(configuration, ranks, digests equal, checkpoint equal, first difference) of two folders from `run_all`."""
     made = []
     for name in names:
-        _, ranks, parting = compare(first / name / "digests", second / name / "digests")
+        _, ranks, difference = compare(first / name / "digests", second / name / "digests")
         saved = [{path.relative_to(folder / name): path.read_bytes() for path in sorted((folder / name / "save").glob("iter_*/*"))
                   if path.name not in OF_THE_SAVE} for folder in (first, second)]
         differ = [path.name for path in saved[0].keys() | saved[1].keys() if saved[0].get(path) != saved[1].get(path)]
-        where = str(parting) if parting else ", ".join(sorted(differ)[:3])
-        made.append((name, str(ranks), "no" if parting else "yes", "no" if differ or not saved[0] else "yes", where))
+        where = str(difference) if difference else ", ".join(sorted(differ)[:3])
+        digests_equal = "no" if difference else "yes"
+        checkpoint_equal = "no" if differ or not saved[0] else "yes"
+        made.append((name, str(ranks), digests_equal, checkpoint_equal, where))
     return made
 
 
@@ -136,8 +139,9 @@ def determinism(given: Layer, dry_run: DryRun | None) -> None:
         for attempt in ("first", "second"):
             for count in sorted({ranks for ranks, _ in CONFIGURATIONS.values() if ranks <= there}):
                 names = [name for name, (ranks, _) in CONFIGURATIONS.items() if ranks == count]
-                told = json.dumps([f"{work}/{attempt}/{count}", names, {"device": found.kind, "use_deter_comp": use_deter_comp}])
-                if launch.spawn(count, "modellink.core.repeatability", [told]):
+                options = {"device": found.kind, "use_deter_comp": use_deter_comp}
+                argument = json.dumps([f"{work}/{attempt}/{count}", names, options])
+                if launch.spawn(count, "modellink.core.repeatability", [argument]):
                     raise InternalError(f"a run on {count} ranks failed", where=", ".join(names))
                 done += names if attempt == "first" else []
         table = [row for count in (1, 2) for row in rows(Path(work) / "first" / str(count), Path(work) / "second" / str(count), [

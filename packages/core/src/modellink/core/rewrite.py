@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The import hook that rewrites CUDA names in the source of megatron-core; see engine.py for the rules.
 
 Rewriting and compiling takes about two seconds, so the code is kept next to Python's own .pyc files.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A run: the settled and checked settings of one training (made by prepare/). Imports no torch."""
 
 from __future__ import annotations

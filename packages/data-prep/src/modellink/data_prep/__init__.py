@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training data for ModelLink: text, parquet and chats in, Megatron-compatible .bin/.idx out."""
 
 from modellink.data_prep.detokenize import StreamDecoder

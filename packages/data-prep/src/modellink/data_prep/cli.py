@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `modellink-preprocess` and its subcommands `inspect` and `merge`."""
 
 from __future__ import annotations

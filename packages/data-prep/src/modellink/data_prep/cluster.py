@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenize pieces on a Ray cluster (extra `ray`) whose nodes share a disk. The parts equal those of a local run, byte for byte.
 
 Ray chooses the cluster: RAY_ADDRESS, the cluster this machine belongs to, or a new one on this machine.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode token ids one at a time, for streaming a generation.
 
 A chunk never ends inside a character, and the chunks together equal `Tokenizer.decode` of all ids. Each push decodes

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An SVG histogram of document lengths."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reader and writer of Megatron's indexed dataset: PREFIX.bin holds the tokens, PREFIX.idx the sequence bounds.
 
 The index, all little endian: 9 bytes `MMIDIDX\\0\\0`; u64 version 1; u8 code of the token type; u64 number of sequences; u64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resolve `--input` and split it into pieces of work.
 
 An input is a file, a folder (its files with a known extension, sorted by name) or a glob. All files in order are split into

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inspect a dataset: counts, lengths and a few documents as text, with the learned tokens of an instruction set marked."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Merge several datasets into one by a streamed copy, in the given order."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options and the summary of preprocessing."""
 
 from __future__ import annotations

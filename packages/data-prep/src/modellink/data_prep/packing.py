@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pack several samples into sequences of a fixed length, by first fit decreasing over all samples.
 
 `packed_attention_mask` numbers the samples of a pack from 1 and is 0 on padding, so that a reader sees the end of each sample

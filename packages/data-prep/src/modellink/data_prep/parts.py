@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The finished parts of a run in PREFIX.parts/: one dataset per piece, and journals that record which parts are complete.
 
 A run writes `journal.jsonl`, share i of N writes `journal.i-of-N.jsonl` and touches no files of the others. The run that joins

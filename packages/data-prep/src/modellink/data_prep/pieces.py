@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenize one piece of the input: read its rows, tokenize them and write them as a dataset, the part of that piece.
 
 A part is a function of the piece and the job only: its bytes do not depend on the process or the time.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Validate options and inputs and plan the work; mistakes are reported here, before anything is written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenize text files into Megatron datasets, piece by piece; the parts are recorded in a journal and joined in order at the end.
 
 `PREFIX.parts/` holds the finished parts. A run that was killed resumes from them and ends with the same bytes, as does any number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Streaming readers of jsonl, json, txt and csv, also as .gz and .zst; `FORMATS` lists these and the tables (tables.py).
 
 A source is split into spans that are read independently: byte ranges of a line file (a line belongs to the span of its first

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of readers: rows with their positions, in spans that are read independently."""
 
 from __future__ import annotations

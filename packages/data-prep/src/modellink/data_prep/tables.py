@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Readers of Parquet and Arrow files in batches of rows. Invalid UTF-8 makes only its own row bad."""
 
 from __future__ import annotations

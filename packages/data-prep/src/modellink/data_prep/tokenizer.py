@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tokenizer folder, read without transformers: ids, text, special tokens and chat templates.
 
 `engines/` chooses the library. The special tokens are read from the JSON files in the folder, in the form of transformers 4

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benchmark scores for language models. A benchmark is a YAML file; every answered question is recorded in a journal."""
 
 from modellink.eval.backends.backend import Backend, Completion, GenerationRequest, Likelihood, LikelihoodRequest, Turn

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `modellink-eval`: options for `evaluate`.
 
 Options and data are validated before weights are read. With `--tp N` this process starts N ranks and waits for them; under

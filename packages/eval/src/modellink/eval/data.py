@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find the data of a task by file name and content below the given folders, and read it strictly.
 
 A file belongs to a task if its name and its first rows match. If one file of a folder matches, all files with a matching name

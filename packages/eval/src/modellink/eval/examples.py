@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Solved examples: the first rows of a dev file, samples in the task's own file, or the prompts that came with a paper.
 
 - `bbh-prompts` (github.com/suzgunmirac/BIG-Bench-Hard, `cot-prompts/`): a warning and a line `-----`, a description of the task,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prepare a run: read the data of the tasks and make the prompts, before anything is computed or written."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The output folder of a run: journals of answers, and the checks before a run may resume in it.
 
 `DIR/TASK.journal.jsonl` begins with a header line with task, prompt style and model, followed by one line per finished question

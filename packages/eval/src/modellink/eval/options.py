@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of `modellink-eval run`; importing them does not import torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Make questions from rows: the prompt, the choices and the right answer.
 
 Templates run in jinja2's immutable sandbox; the text of a row is a value and never a template. Chat templates are applied later,

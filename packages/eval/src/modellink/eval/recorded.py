@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read from a checkpoint's manifest the chat template it was trained with, before the checkpoint is opened.
 
 Not here: whether the template exists and fits the tokenizer, which is checked when the checkpoint is opened.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read the rows of a file strictly: a row that does not match the layout is an error with file and row; none is skipped."""
 
 from __future__ import annotations

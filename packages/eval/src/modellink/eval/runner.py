@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run an evaluation: answer the questions, record every answer in a journal, and write the results.
 
 Results are computed only from the journals, so they do not depend on how often a run was interrupted.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compute accuracies and standard errors from the marks of questions."""
 
 from __future__ import annotations

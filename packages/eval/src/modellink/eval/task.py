@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dataclasses of a task.yaml; taskfile.py reads and validates it.
 
 Not here: reading the questions (data.py) and making prompts (prompts.py).

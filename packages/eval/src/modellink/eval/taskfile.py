@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Read and validate a task.yaml; an unknown key or a value of the wrong type is an error that names it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text generation, chat and a server, from any checkpoint that modellink-ckpt-convert can read."""
 
 from __future__ import annotations

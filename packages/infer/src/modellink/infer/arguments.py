@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keyword arguments of `generate` and `stream`, and the checks that need neither model nor tokenizer. Imports
 no torch."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a pass over a paged cache attends: which slots it writes, and which tokens attend together to which
 slots.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continuous batching: requests join and leave a running batch, one pass at a time.
 
 A pass computes the newest token of every running sequence, and prefill chunks with the rest of its token

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Beam search over shared pages of the cache.
 
 The rules are those of transformers. Of max(2, 1 + end tokens) x beams candidates, the best unfinished ones

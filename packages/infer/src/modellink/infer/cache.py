@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory of a paged cache: the keys and values of the tokens a model has seen, allocated once.
 
 Latent attention (DeepSeek-V2) caches its compressed form: one key for all heads, whose first part is the

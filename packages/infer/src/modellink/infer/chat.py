@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation, and the loop that holds it on a terminal.
 
 `/clear` forgets the conversation; `/quit` or the end of the input exits. The original's words work too, on a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-infer`: reads options, checks them, and calls the engine.
 
 Everything that can be checked without the model is checked before torch is imported, everything else before

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keeps a completion within a grammar: before each token, those that would violate it are masked. Not here:
 beam search."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`load` and `Engine`: generation and likelihoods as a library.
 
 With several ranks, each calls the same methods with the same arguments and gets the same results; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faster ways than core's model to run some passes: the compiled step on a CPU, captured graphs on
 accelerators.
 

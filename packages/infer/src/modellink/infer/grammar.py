@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grammars that a completion must match: a JSON schema or a regular expression, compiled by llguidance (extra
 `constrained`).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decode passes replayed from captured graphs, for devices where launching the kernels takes longer than
 running them.
 

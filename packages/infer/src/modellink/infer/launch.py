@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The ranks of a command: which one this process is, and how the others are started.
 
 With `--tp N` a command starts N ranks of itself and waits for them; under torchrun, on one machine or

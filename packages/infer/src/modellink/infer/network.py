@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model across its ranks: a pass in, logits over the full vocabulary out on every rank.
 
 Pipeline stages pass hidden states on and the last one broadcasts its logits; ranks that hold different

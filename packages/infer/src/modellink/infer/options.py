@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of the commands. Importing this module imports no torch, so that help texts and mistakes appear
 at once."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines of the original's inference.py: its own flags (original_flags.yaml), and the flags of
 training that its scripts repeat to describe the model, which the checkpoint describes here."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bookkeeping of a paged cache: which page holds which tokens, which pages are free, and which can be shared.
 
 A page holds PAGE_SIZE consecutive tokens of a sequence. A full page is identified by a digest of all tokens

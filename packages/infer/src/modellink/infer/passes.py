@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A pass: the tokens that the model computes at once, as a value.
 
 It holds chunks of sequences in a paged cache and says after which tokens the logits are wanted. core's model

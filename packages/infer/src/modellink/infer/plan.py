@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is decided and checked before a model is built and before any process starts. Imports no
 megatron-core."""
 

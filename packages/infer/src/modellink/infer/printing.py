@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prints the completions of `generate`, on the first rank."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads the prompts of `generate`: from the command line, a file or stdin."""
 
 from __future__ import annotations

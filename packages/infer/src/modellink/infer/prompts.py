@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Turns prompts into checked requests. A prompt is a text, token ids or a chat; there may be one or many.
 Imports no torch."""
 

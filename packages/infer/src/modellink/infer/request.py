@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A request, the completion that grows for it, and the result."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Chooses the next token from logits.
 
 Order, as in the original: penalties, grammar mask, logits / temperature, top-k, top-p (which keeps the token

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters of sampling and beam search, with their limits.
 
 Imports no torch, so that a command can check them first; sampler.py and beam.py apply them.

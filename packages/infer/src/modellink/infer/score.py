@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Likelihoods of given texts: log-probabilities of tokens that are already there.
 
 A pass is one line of tokens of many sequences, without padding, over a paged cache. A common prefix (the

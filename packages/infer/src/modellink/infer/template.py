@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Renders a conversation to token ids, by the same templates that data-prep uses for training data.
 
 A prompt type is the name of one of data-prep's templates, a JSON file in the same format, or

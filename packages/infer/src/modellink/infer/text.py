@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Incremental detokenization, and stop strings.
 
 Pieces never split a character and never contain a part of a stop string: text that could be the beginning of

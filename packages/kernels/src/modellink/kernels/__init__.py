@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Shared ground of the ModelLink packages: files, errors, progress, options, devices, parallel layouts and
 ops."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Console commands made from config classes: options, help in groups, `--version` and `--dry-run`.
 
 Not here: declaring and merging options (options.py), the options that every command has (general_options.py), and how

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Constants that several packages must agree on."""
 
 from __future__ import annotations

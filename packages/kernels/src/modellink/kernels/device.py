@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The accelerator of this process, and the few things that differ between accelerators: one `Device` object.
 
 CPU, CUDA and Ascend NPU. torch_npu is imported only if an NPU is requested. Not here: how megatron-core runs

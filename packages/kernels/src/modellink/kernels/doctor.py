@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-doctor`: which versions and devices this machine has, and whether the ops compute what they
 should.
 

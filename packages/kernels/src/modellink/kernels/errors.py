@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every package fails: one exception, the exit statuses, and the one place that prints errors.
 
 A message says what is wrong, where, and how to fix it. A user's mistake ends with status 2 and no traceback,

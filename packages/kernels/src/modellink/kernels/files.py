@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How every package writes files: completely or not at all.
 
 A file is written under a temporary name in its own folder, flushed, fsynced and renamed. A folder of many

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that do not depend on what a command does: `--dry-run`, `--devices` and `--config`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that several commands share: how a model is split across ranks, and which checkpoint it comes from.
 
 A command's option class inherits from these, so that flags, YAML keys and help texts are the same in every

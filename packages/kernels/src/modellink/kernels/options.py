@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Configuration by dataclasses: one field is the command-line option, the YAML key and a row of the
 documentation.
 

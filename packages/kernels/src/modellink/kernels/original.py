@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Command lines of the original: flags that have another name here, have no effect, or request something
 unsupported.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a model is split across ranks: the layers of a pipeline stage, the rows of a rank, the experts of a
 rank.
 

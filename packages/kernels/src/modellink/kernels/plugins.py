@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Things that come in kinds, one module each: imports the modules of a package and those of other distributions.
 
 Each module registers itself in a registry of its package when it is imported. Not here: the registries.

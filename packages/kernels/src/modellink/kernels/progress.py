@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Progress of long work: a bar with rate and remaining time on a terminal, a plain line every few seconds
 elsewhere.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The frame and the text of an SVG picture, for charts that are written without a plotting library.
 
 Not here: what a chart shows; the modules that draw one compute their own shapes.

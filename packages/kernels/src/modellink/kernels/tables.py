@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables of results as text: aligned columns that fit a terminal; full lines in files and pipes.
 
 Not here: progress (progress.py), and machine-readable output, for which commands have `--json`.

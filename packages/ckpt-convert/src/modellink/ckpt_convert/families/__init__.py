@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Model families: how a Hugging Face config and its tensor names map to ModelSpec and canonical weights.
 
 A family is a module with a class marked `@register`. Modules in this folder are discovered; modules of other

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Aquila and Aquila2: a Llama under another name."""
 
 from __future__ import annotations

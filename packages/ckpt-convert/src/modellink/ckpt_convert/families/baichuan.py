@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Baichuan and Baichuan2, 7B and 13B: one tensor [query; key; value]; the 13B models have ALiBi, Baichuan2 a
 normalized head.
 

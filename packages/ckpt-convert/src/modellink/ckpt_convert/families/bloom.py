@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bloom: LayerNorm, biases everywhere, ALiBi, a norm after the embedding; query, key and value are fused as
 in Megatron."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """ChatGLM3 and GLM-4: few key groups, half of each head rotated in adjacent pairs, biases on query, key and
 value."""
 

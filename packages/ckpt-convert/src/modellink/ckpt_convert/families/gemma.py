@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma: scaled embedding, gains of 1 + weight, gated GELU, tied."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gemma2: a Gemma with four norms per layer, soft caps, and a sliding window in every second layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GLM-4 in transformers' own form: gate and up are one tensor, half of each head is rotated in adjacent
 pairs."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPT-2 and GPT-3's shape: LayerNorm, biases everywhere, learned positions; matrices are stored [in, out]."""
 
 from __future__ import annotations

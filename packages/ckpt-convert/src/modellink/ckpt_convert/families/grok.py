@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Grok-1 as ported to Hugging Face: four norms per layer, scaled embedding and logits, capped scores,
 GELU-gated experts."""
 

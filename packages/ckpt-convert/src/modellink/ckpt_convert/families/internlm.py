@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternLM of the first generation: a Llama with attention biases if `bias` is true."""
 
 from __future__ import annotations

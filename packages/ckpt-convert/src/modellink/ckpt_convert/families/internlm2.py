@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """InternLM2: a Llama whose query, key and value are one tensor, group by group, as in Megatron."""
 
 from __future__ import annotations

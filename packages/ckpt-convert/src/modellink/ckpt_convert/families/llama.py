@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Llama 1 to 3.3, CodeLlama, Yi, SmolLM2, and everything that uses `model_type: llama`."""
 
 from __future__ import annotations

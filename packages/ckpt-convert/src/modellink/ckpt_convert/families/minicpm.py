@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """MiniCPM and its mixture of experts: a Llama with scales on embedding, residual branches and head."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mistral: a Llama that may have a sliding window in every layer."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtral: a Mistral in which every layer is a mixture of experts."""
 
 from __future__ import annotations

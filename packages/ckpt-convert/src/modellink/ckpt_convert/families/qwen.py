@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen of the first generation: one tensor [query; key; value] with bias, the feed-forward size in its config
 counts gate and up.
 

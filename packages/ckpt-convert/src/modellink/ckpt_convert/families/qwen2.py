@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen1.5, CodeQwen1.5, Qwen2, Qwen2.5: a Llama with biases on query, key and value."""
 
 from __future__ import annotations

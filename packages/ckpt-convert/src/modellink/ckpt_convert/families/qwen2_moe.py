@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Qwen2-MoE: a Qwen2 whose layers have experts and a gated shared expert, which sees every token."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoint formats, found by registration.
 
 A format is a module with a class marked `@register` (see format.py). Modules in this folder are discovered;

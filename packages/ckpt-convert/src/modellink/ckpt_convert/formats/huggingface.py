@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hugging Face folders: config.json, weights in one file or in shards with an index, tokenizer files.
 
 Weights are read from safetensors or, if a folder has none, from `pytorch_model*.bin` by our pickle reader.

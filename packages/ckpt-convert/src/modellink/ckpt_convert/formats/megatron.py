@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Core and Megatron-Legacy checkpoints of the `torch` kind: one file per rank in `iter_*/mp_rank_*`.
 
 Both are read by the same code, which detects the dialect. Not here: the files themselves (megatron/).

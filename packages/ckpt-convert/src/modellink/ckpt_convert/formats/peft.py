@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters as peft folders; also the ones that modellink-train saves in its iterations.
 
 Not here: the files (peft_files.py) and what they contain (peft.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Distributed checkpoints of PyTorch and Megatron-Core (`torch-dist`), which have no layout.
 
 Not here: the files themselves (megatron/distributed.py, megatron/distributed_state.py).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The names that different programs give the weights of a model chunk, and ours (weights.stage_names), in
 both directions.
 

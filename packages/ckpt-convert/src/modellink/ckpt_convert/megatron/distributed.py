@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading distributed checkpoints of PyTorch and Megatron-Core (`torch-dist`): `.metadata` and `__R_N.distcp`
 files.
 

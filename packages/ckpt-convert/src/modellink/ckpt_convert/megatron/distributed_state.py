@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files of a distributed checkpoint as megatron-core loads it: `__N_0.distcp`, `.metadata`, `common.pt`,
 `metadata.json`.
 

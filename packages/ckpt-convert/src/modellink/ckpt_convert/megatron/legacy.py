@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Megatron-Legacy: the tensors of Megatron-Core under other names, in nested mappings.
 
     language_model: {embedding: {word_embeddings: {weight, norm.weight ...}, position_embeddings: {weight}},

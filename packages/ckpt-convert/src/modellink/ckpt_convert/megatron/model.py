@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reading Megatron checkpoints of the `torch` kind, Core and Legacy: the files of all ranks as one model.
 
 Any tensor, pipeline, virtual pipeline and expert parallel size is read; weights outside of experts are in the

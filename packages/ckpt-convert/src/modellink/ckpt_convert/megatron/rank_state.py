@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The content of one rank's file of a Megatron checkpoint: arguments, counters, and the model chunks.
 
 The arguments are those that Megatron's and the original's loaders look for. Not here: the names of tensors

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The folders of a Megatron checkpoint, `mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt`: one file per rank.
 
 TT is the tensor-parallel rank, PPP the pipeline stage, EEE the expert-parallel rank; the last two are present

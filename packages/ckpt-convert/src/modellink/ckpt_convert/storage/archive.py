@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The layout of a file for `torch.load`, made from names, dtypes and shapes before any tensor exists.
 
 A zip archive of uncompressed records: `archive/data.pkl` (a pickle of protocol 2, storages as persistent

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our own reader of what `torch.save` writes: nothing in the file is executed, and tensors stay on disk.
 
 A torch.save file is a zip archive without compression: `NAME/data.pkl` is a pickle in which storages are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The safetensors file format: reading the positions of tensors, and laying out a file before its tensors
 exist.
 

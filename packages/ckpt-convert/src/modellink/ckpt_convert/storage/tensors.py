@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensors that stay on disk until some of their rows or columns are read.
 
 All formats meet here: a tensor is a run of bytes in a file (`Stored`), and a canonical tensor is assembled

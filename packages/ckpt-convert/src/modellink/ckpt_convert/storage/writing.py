@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writing files in which every byte has its position before the first tensor is read.
 
 A format gives the fixed bytes and the position of each tensor (`FileLayout`). The file is allocated at its

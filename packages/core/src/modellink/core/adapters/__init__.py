@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters and quantized base weights: changes to a built model, below the training loop."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """LoRA adapters on megatron-core's linears at every layout; all other parameters are frozen.
 
     column   y_t = W_t x + s B_t A x               A replicated, B sharded by rows like W

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Frozen linears in 4 or 8 bits (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), dequantized for each product.
 
 bitsandbytes quantizes (extra `qlora`; CPU and CUDA): NF4 in blocks of 64 with 8-bit absolute maxima, or its dynamic

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Adapters by canonical name, and the folders they are saved in and read from.
 
     decoder.layers.0.self_attention.linear_qkv.lora_A.weight  [r, in]

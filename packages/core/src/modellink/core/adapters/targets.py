@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which linears of a model get an adapter. Imports no torch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The options of a run, one dataclass per concern. The architecture is ckpt_convert's ModelSpec. Imports no torch."""
 
 from modellink.core.config.checkpoint import CheckpointConfig

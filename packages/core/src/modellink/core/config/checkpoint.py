@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run starts from and what it saves."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training data and batch sizes."""
 
 from __future__ import annotations

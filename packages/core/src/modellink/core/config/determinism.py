@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reproducible runs, and digests that show where two runs diverge."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Faults to inject for testing high availability (`--inject-fault`): what fails, on which rank, in which step and when."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which ops use the fused kernel of the device (kernels.ops); the README of modellink-kernels has a table.
 
 Not here: options that also change communication or memory (--use-mc2, --moe-grouped-gemm).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How instruction data is batched: padding, order and template."""
 
 from __future__ import annotations

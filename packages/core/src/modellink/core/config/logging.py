@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run logs and evaluates."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685): which linears get one, and its size."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory savings: recompute activations, offload them to the host, share fp32 and bf16 parameters."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a mixture of experts is trained: load balancing and token dispatch."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Length of the run, precision, optimizer and learning-rate schedule."""
 
 from __future__ import annotations

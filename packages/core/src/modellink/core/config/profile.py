@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which iterations and ranks are profiled, and what is recorded."""
 
 from __future__ import annotations

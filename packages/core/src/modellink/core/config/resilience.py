@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run does when a rank or a machine fails."""
 
 from __future__ import annotations

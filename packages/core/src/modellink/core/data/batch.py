@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One micro batch of token sequences."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Boundaries of the documents packed into a sample."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Instruction samples from the three .bin/.idx pairs of modellink-preprocess, in an order that depends only on the seed.
 
     PREFIX_packed_input_ids_document        token ids

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A weighted blend of several data sets in a fixed order.
 
 The sample at a position follows from the position by arithmetic, so that a run can be resumed anywhere: of the first n positions

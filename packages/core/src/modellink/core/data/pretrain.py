@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretraining samples: blends of .bin/.idx sets through megatron-core's GPTDataset, and which rank reads which sample.
 
 The order of samples depends only on the seed, the data and the length of the run. A position in it is one number, the samples
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from numpy.lib.format import MAGIC_PREFIX
 
 from modellink.core.config import DataConfig
 from modellink.core.data.batch import Batch
@@ -114,6 +116,8 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
     except OSError as error:
         raise ModelLinkError(f"the sample index cannot be written: {error.strerror}", where=cache,
                              fix="set --data-cache-path to a writable folder") from None
+    if rank() == 0:  # the others read what it leaves there
+        _refuse_pickles(cache)
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
@@ -129,13 +133,23 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
     return list(sets)
 
 
+def _refuse_pickles(cache: Path) -> None:
+    """Raise ModelLinkError if a file of the sample index is no array: numpy would unpickle it when megatron-core reads it."""
+    for path in sorted(cache.glob("*.npy")):
+        with path.open("rb") as file:
+            head = file.read(len(MAGIC_PREFIX))
+        if not MAGIC_PREFIX.startswith(head):  # an empty or truncated file of a killed run is written again
+            raise ModelLinkError("the sample index is not a numpy array", where=path,
+                                 fix="remove its folder; it is computed again")
+
+
 def _fingerprint(config: DataConfig) -> str:
     """A name for the cache that changes with the data, unlike megatron-core's own."""
     stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
-    told = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
+    shared = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
     if dist.is_initialized():
-        dist.broadcast_object_list(told)  # copies on other machines may have other modification times
-    return told[0]
+        dist.broadcast_object_list(shared)  # copies on other machines may have other modification times
+    return shared[0]
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,

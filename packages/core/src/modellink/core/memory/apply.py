@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Applies the memory settings of a run to its built models."""
 
 from __future__ import annotations

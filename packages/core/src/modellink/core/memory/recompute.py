@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which layers recompute only a part of their activations; megatron-core recomputes full layers by itself.
 
 Layers of a pipeline stage are ordered as memory fills: layer l of chunk v has position l x chunks + v. The first ones are

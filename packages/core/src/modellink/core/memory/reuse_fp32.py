@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stores every parameter once in bf16 training (`--reuse-fp32-param`): the bf16 weight is the upper half of the fp32 one.
 
 An fp32 number is its rounding to bf16, which the model computes with, plus a 16-bit difference of bit patterns. The optimizer

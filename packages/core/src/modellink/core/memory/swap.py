@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Offloads the activations of the named modules to host memory in the forward pass and prefetches them in the backward pass
 (`--swap-attention`).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pretraining: cross-entropy of every next token of the documents in .bin/.idx files."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Supervised fine-tuning: the mean cross-entropy of the tokens of assistant messages in instruction data."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-attention over megatron-core's parallel linears: rotary positions, an optional cache, and one fused op.
 
 megatron-core's own forward ignores position ids, so only its parameters and its split into heads are used.

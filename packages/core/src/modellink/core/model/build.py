@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the model chunks of a rank from a ModelSpec and the settings of a run."""
 
 from __future__ import annotations

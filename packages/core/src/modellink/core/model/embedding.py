@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token embeddings sharded by vocabulary, and learned position embeddings."""
 
 from __future__ import annotations

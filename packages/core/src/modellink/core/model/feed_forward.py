@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The feed-forward part of a layer: dense, experts one by one or grouped, and the shared expert."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): keys, values and optionally queries come from a compressed form.
 
 Compressing matrices are replicated on all tensor-parallel ranks, expanding ones are sharded by heads. A part of every query and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which modules megatron-core's transformer layer is made of, for each layer of a ModelSpec."""
 
 from __future__ import annotations

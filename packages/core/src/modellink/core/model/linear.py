@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """megatron-core's parallel linears, with collectives fused into the product (--use-mc2) and biases chosen per linear."""
 
 from __future__ import annotations

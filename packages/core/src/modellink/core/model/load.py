@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loads weights from any checkpoint that ckpt_convert reads into the model chunks of this rank, at any layout."""
 
 from __future__ import annotations

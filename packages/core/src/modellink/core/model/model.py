@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Model`: embedding, megatron-core's transformer block and output layer, as a ModelSpec describes them.
 
 Not here: the layers of the block (layers.py) and the wrapper for 16-bit precision (build.py).

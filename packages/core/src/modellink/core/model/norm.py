@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RMSNorm and LayerNorm over kernels.ops."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding of a layer: tables of cos and sin, and their application to heads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The router of a mixture of experts: which experts see a token, and the load-balancing losses.
 
 ModelSpec selects the top k of all experts or of the top groups, and a softmax over all or over the chosen experts. The losses are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Changes the class of an object that megatron-core has built, in place. The only place that does so.
 
 megatron-core builds linears, optimizers and dispatchers itself and keeps references to them, so an object with more behavior

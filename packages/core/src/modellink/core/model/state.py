@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attention needs to know about a batch in addition to its hidden states: positions, documents and a cache.
 
 It travels through megatron-core as `packed_seq_params`, which the transformer block hands to every attention layer unread.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context-parallel attention: Ulysses, ring attention, or Ulysses within a ring.
 
 Groups of `ulysses` ranks first exchange heads for tokens, so that each rank has all tokens of its group for some

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Context parallelism: which tokens of a sequence this rank holds.
 
 A sequence is split into 2 cp chunks; rank r holds chunks r and 2 cp - 1 - r, which balances causal attention.

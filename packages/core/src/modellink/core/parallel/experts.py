@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token dispatch with overlapped transfers (`--moe-permutation-async-comm`).
 
 megatron-core's dispatchers send routing map, scores and hidden states one after another; here all transfers, and those of their

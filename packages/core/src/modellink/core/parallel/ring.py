@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ring attention (Liu et al. 2023, arXiv:2310.01889): each rank keeps its queries while keys and values travel round the ring.
 
 Partial results are combined by their log-sum-exp, so that a rank never holds more than two sets of keys. Chunks

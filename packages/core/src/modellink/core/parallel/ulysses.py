@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All-to-all between heads and tokens (DeepSpeed Ulysses, Jacobs et al. 2023, arXiv:2309.14509)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Settles and checks a run; starts nothing and writes nothing.
 
 Everything that needs no tensor is checked without importing torch, so that mistakes show at once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules between the options of different concerns. Those of one concern are next to its fields (config/)."""
 
 from __future__ import annotations

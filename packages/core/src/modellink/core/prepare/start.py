@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run starts from: random weights, the weights of a checkpoint, or a run to resume."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The original's 76 model rows: architecture, layout, batch size and precision, and the original's measured speed.
 
 Each YAML file of this folder is one series: `common` is shared by its presets, `presets` has the values of each. If a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """High availability: a run survives the failure of a rank.
 
     agent.py      starts and restarts the ranks of a machine

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Starts the ranks of this machine, and restarts them when one fails, after the others have saved the training state.
 
 Based on torch.distributed.elastic's agent, with its rendezvous and a store that outlives rank 0; as shipped it stops all ranks as
@@ -92,12 +93,12 @@ class Agent(LocalElasticAgent):
         store = self._keys(processes.keys(self._generation()))
         first = self._worker_group.workers[0].global_rank
         watched = store.check([WATCHED])  # otherwise it failed at startup, and there is nothing to save
-        deadline, told, gone = time.monotonic() + (SAVING if watched else GRACE), 0, 0
+        deadline, reported, gone = time.monotonic() + (SAVING if watched else GRACE), 0, 0
         while time.monotonic() < deadline:
             codes = self._codes()
             dead = [first + rank for rank, code in codes.items() if code not in (None, 0, PEER_FAILED)]
-            if len(dead) > told:
-                told = len(dead)
+            if len(dead) > reported:
+                reported = len(dead)
                 report(store, Failure(f"rank {', '.join(map(str, dead))} is gone", dead=dead))
             ended = [code for code in codes.values() if code is not None]
             if len(ended) == len(codes):
@@ -123,14 +124,14 @@ class Agent(LocalElasticAgent):
         causes = [rank for rank, code in codes.items() if code != PEER_FAILED] or sorted(codes)
         now = (causes[0], self._saved())
         again = f"; restarting, at most {self._remaining_restarts} more times" if self._remaining_restarts else ""
-        print(f"note: rank {causes[0]} ended with {_told(codes[causes[0]])}{again}", flush=True)
+        print(f"note: rank {causes[0]} ended with {_status_text(codes[causes[0]])}{again}", flush=True)
         if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
             print(f"note: it failed twice without progress: restarting with {count} ranks", flush=True)
             self._worker_group.spec.local_world_size = count
         self._failed_before = now
 
 
-def _told(code: int) -> str:
+def _status_text(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"status {code}"
 
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step changes the weights on all ranks or on none.
 
 Before megatron-core's optimizer changes anything, all ranks agree that they are ready: each then has everything its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Injects the faults of `--inject-fault` into a running training.
 
 Each fault strikes once in the life of a run: the agent's store, which survives restarts, records that it has.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """High availability around the training loop: repeats or completes steps, and saves what survives a failure."""
 
 from __future__ import annotations

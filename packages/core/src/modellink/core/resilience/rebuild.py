@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A training state in host memory, and the same training rebuilt from it over other ranks or new process groups.
 
 fp32 parameters and moments are copied from the optimizer in its own order; which of them a rank has depends on the

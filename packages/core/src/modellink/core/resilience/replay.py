@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Undoes a step: a copy of weights and optimizer state in host memory, and digests that detect corruption.
 
 The copy is taken after each step. A digest per tensor, the sum of the bit patterns of its numbers, shows whether

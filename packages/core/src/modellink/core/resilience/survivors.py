@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The surviving ranks of a failure agree on a step to save, and on who saves it.
 
 Each rank reports its progress; the first one decides for all when every rank that can has reported. Not here: how a

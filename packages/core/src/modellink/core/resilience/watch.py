@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A thread of each rank that learns of failures and frees its rank from collectives that cannot complete.
 
 A signal cannot do this: Python handles signals after the collective returns. gloo cannot abort a collective, so its sockets are

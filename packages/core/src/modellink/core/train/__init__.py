@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop and what it keeps: optimizer, checkpoints, metrics."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The load-balancing losses of an iteration for the log, without their coefficients.
 
 megatron-core's routers record them per layer; this module reduces them over ranks and clears the record.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Functions of the caller that run during training."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training checkpoints: everything a run needs to resume at any layout, in megatron-core's torch-dist format.
 
     SAVE/modellink.json, SAVE/hf/                    description of the model (ckpt_convert.manifest)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Digests of every gradient and parameter after each iteration (`--log-digest`), which `digests.py` compares.
 
 A digest has 64 bits; two tensors that differ in one element have different digests. Gradients are taken after data-parallel

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Stops a run before a loss or gradient that is not finite reaches the weights, and keeps the batch that caused it.
 
 Not here: fp16, whose optimizer skips such a step and lowers the loss scale.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the training loop needs of high availability: `attempt` a step, `saving` around a save. See resilience/guard.py.
 
 Without high availability `NoGuard` runs everything directly.

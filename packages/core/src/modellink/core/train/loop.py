@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The training loop: iterate, report, evaluate, save, stop. The method owns data, forward step and loss (method.py)."""
 
 from __future__ import annotations

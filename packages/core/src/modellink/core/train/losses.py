@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token losses over vocabulary-parallel logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights in the original's Megatron files, next to the state of the run in an iteration's folder.
 
     SAVE/iter_0000010/mp_rank_TT[_PPP][_EEE]/model_optim_rng.pt    --save-format megatron-core or megatron-legacy

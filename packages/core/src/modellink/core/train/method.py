@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training method is: its data, forward step, loss, metrics and reference model. Imports neither torch nor megatron.
 
 `modellink-train NAME` runs the method that is registered as NAME in the entry-point group `modellink.methods`. The methods

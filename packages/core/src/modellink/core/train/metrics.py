@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reports of a run: the log line in the original's format, metrics.jsonl, TensorBoard, Weights & Biases and the loss curve.
 
 The last rank prints, as in the original. `metrics.jsonl` is next to the checkpoints; a resumed run drops its entries

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """megatron-core's data-parallel wrapper, optimizer and learning-rate schedule for the settings of a run."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The optimizer state as tensors by weight name, so that a run can resume at any layout.
 
 megatron-core has one optimizer or, with expert parallelism, a chain of two, depending on the layout and even on the

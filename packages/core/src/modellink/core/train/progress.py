@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`training.json`: the progress of a saved run. Its presence marks an iteration's folder as a run that can be resumed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random generators of a rank: the host's, the device's, and megatron-core's named ones for parallel layers."""
 
 from __future__ import annotations

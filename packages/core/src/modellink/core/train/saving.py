@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run saves next to its state: files in the original's formats, and adapters in PEFT's format."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds the models, optimizer and schedule of a run, and loads what the run starts from."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All micro batches of an iteration through megatron-core's pipeline schedules. The method owns the loss (method.py)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reasons to stop before the last iteration: an interval, a duration or SIGTERM. All ranks stop after the same iteration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens and floating-point operations per second, for the log line (`--log-throughput`)."""
 
 from __future__ import annotations

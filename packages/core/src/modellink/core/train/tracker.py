@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights & Biases: the values of TensorBoard under the same names. WANDB_MODE=offline needs no network.
 
 A resumed run with the same --save continues the same Weights & Biases run.

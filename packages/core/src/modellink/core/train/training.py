@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The state of a training run that changes from step to step."""
 
 from __future__ import annotations

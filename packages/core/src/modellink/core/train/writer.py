@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes a checkpoint with threads, in the foreground or in the background of training.
 
 megatron-core plans which rank writes which tensors and collects the results. Its own writers are forked processes,

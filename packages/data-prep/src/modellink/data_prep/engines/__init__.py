@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokenizer engines: the libraries that turn text into ids; `open_engine` picks one by the files of a folder.
 
 `tokenizer.json` is run by `tokenizers`. A folder without one needs an extra: sentencepiece for `tokenizer.model`, tiktoken for

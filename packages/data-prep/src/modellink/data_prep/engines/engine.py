@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a tokenizer engine, and helpers that several engines share."""
 
 from __future__ import annotations

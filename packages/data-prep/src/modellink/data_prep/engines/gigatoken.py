@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tokenizer.json` run by `gigatoken` (extra `gigatoken`), which is much faster on batches; everything else by `tokenizers`.
 
 It is used if it gives the same ids as `tokenizers` on a set of hard texts and on a sample of the corpus; `verify` compares every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tokenizer.json`, run by the `tokenizers` library."""
 
 from __future__ import annotations

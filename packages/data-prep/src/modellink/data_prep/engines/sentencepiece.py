@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`tokenizer.model` of sentencepiece (extra `sentencepiece`). A bos token is added before a text, as by LLaMA's tokenizers.
 
 Control tokens are those of the model (`<s>`) and those added in `added_tokens.json` or in `added_tokens_decoder` of

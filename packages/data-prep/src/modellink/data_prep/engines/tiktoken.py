@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A `*.tiktoken` file (extra `tiktoken`).
 
 The file holds only the merges. The split pattern and the control tokens come from `pattern` and `special_tokens` (name to id) in

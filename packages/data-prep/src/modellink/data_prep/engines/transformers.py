@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow tokenizers without a tokenizer.json, run by transformers (extra `transformers`). Code in the folder is never run."""
 
 from __future__ import annotations

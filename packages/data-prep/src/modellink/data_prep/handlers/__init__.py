@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Handlers: each reads its columns of a row and encodes them to token ids for each of its outputs."""
 
 from __future__ import annotations

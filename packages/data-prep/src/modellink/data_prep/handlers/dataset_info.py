@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`dataset_info.json`: named datasets with their files and row formats (LlamaFactoryInstructionHandler).
 
 An entry has `file_name` (a file, folder or pattern in the same folder) and optionally `formatting` (alpaca or sharegpt),

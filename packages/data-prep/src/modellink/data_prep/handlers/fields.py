@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The meaning of columns: defaults of each style, those of a handler in `handlers.json`, and `--map-keys`.
 
 Columns of the style `alpaca`: prompt, query, response, history, system, chosen, rejected; of `sharegpt`: messages, system, tools,

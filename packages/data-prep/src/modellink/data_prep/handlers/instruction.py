@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encode conversations as training samples: `packed_input_ids`, `packed_attention_mask` and `packed_labels`, or pairwise fields.
 
 The assistant's text is learned in every turn; of a ranking row, the two last answers. Packing is in packing.py; the output names

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Plain text for pretraining: each selected column becomes its own dataset, or several columns one text. A row is a document."""
 
 from __future__ import annotations

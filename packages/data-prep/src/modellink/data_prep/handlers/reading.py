@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The settings and the result of a handler."""
 
 from __future__ import annotations

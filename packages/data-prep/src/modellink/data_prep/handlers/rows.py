@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parse rows into conversations: one function per style. A bad row raises a ValueError that describes the fault."""
 
 from __future__ import annotations

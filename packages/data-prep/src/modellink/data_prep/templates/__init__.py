@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts: how a conversation becomes the one text a model reads."""

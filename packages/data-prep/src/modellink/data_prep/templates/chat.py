@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Render a tokenizer's own chat template as transformers does, for training, chat and evaluation.
 
 A template is code from the internet and runs in a sandbox; sandbox.py documents what the sandbox contains and what it does not.

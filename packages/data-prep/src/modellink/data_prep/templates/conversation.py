@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation in one normal form: system text, tools, and alternating turns.
 
 Roles are `user`, `assistant`, `tool` (the result of a function; also `observation`) and `function` (a call by the model; also

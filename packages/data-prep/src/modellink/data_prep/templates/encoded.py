@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A conversation as ids, turn by turn, split into source and learned target; labels and the rule for long samples."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`chat_format` selects a prompt template; training data, chat and evaluation use it and thus get the same ids.
 
     form = chat_format(tokenizer, prompt_type="qwen")

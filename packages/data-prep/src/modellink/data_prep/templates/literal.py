@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Treat control tokens in user text as text: `<|im_end|>` in a question must not end it.
 
 While a template runs, each such text is replaced by one unused character (from Unicode's private planes). Control tokens that are

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's own chat template (`--hf-chat-template`) as a format: ids, and which of them are the assistant's.
 
 If a template has `{% generation %}`, the text inside is learned. Otherwise an answer begins where its prompt ends, and ends with

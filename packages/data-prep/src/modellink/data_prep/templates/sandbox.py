@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run Jinja chat templates, which are code from the internet, in a sandbox.
 
 A template runs in Jinja's immutable sandbox: it has no access to Python internals, files, the network or processes, cannot modify

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Named prompt templates: `templates.json` has the texts, a file in the same form adds one (`--template my.json`).
 
 A slot is a list of parts. A text part is encoded on its own; `{content}` in it is replaced by the message (`{idx}` by the number

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Describe tools as text at the end of a system prompt (`tools.json` has the wording, the original's default)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol between a benchmark and a model. Requests are texts; the backend tokenizes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A short digest of a checkpoint's files from their sizes and samples of their content, without reading gigabytes."""
 
 from __future__ import annotations

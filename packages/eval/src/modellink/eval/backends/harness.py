@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model class for lm-evaluation-harness, so that its tasks run on any checkpoint of modellink-infer, including Megatron's.
 
     python -m modellink.eval.backends.harness --model modellink --model_args path=./checkpoint,dtype=float32 --tasks arc_easy

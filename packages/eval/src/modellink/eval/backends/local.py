@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A checkpoint on this machine, run by modellink-infer, which is imported when the first model is opened.
 
 With several ranks, the first one broadcasts every batch to the others, which only `follow`. Journals, files and progress belong

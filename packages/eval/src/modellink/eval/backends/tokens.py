@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Encode requests to token ids as lm-evaluation-harness does, with the tokenizer's leading tokens kept in front."""
 
 from __future__ import annotations

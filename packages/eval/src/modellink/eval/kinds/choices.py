@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiple choice: the answer is the most likely choice after the prompt."""
 
 from __future__ import annotations

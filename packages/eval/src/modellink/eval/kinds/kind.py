@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The interface of a kind of answer, and the kind of a question."""
 
 from __future__ import annotations

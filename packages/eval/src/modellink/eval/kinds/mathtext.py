@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find the mathematical answer in a LaTeX text, and compare two answers.
 
 The rules are those in common use: the answer is the boxed text, else the text between dollar signs, else the text after the last

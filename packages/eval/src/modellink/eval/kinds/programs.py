@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer is a program, which runs with a test in a sandbox; several samples give pass@k.
 
 pass@k by the unbiased estimator of Chen et al., "Evaluating Large Language Models Trained on Code", arXiv:2107.03374, section

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The answer is extracted from a generated text; if it is not found, it counts as unparsed and is listed, never guessed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compare two runs: the difference of their scores, and the probability that chance causes one as large.
 
 If both runs answered the same questions (identified by a digest of the row; prompts and models may differ), the test is paired:

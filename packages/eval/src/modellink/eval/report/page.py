@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A self-contained HTML page for one task: a bar for each subject, and the worst answers."""
 
 from __future__ import annotations

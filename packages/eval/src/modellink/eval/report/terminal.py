@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Print results on the terminal: a table for each task, and the line the original prints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Write the files next to results.json: a CSV of subjects, a CSV of questions, and an HTML page."""
 
 from __future__ import annotations

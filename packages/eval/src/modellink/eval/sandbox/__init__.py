@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Run generated programs, which may do anything, isolated from this machine.
 
 See `Sandbox`; the README.md of this folder documents what is contained and what is not.

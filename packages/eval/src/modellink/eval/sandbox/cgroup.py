@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A control group for one program, if this process may create one: the kernel limits memory and processes.
 
 Version 2 if its root has the memory controller, else version 1. If neither is writable, only the watchdog of process.py and the

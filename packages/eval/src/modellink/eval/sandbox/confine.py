@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The script inside the sandbox: a process drops its privileges and then runs its side of the dialogue.
 
 It is started twice. First it waits for a line on stdin (by then its parent has applied a memory limit), switches to the user

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dialogue of two processes that do not trust each other: the candidate runs the generated program, the judge the test.
 
 The judge never runs code of the program and the candidate never sees the test. A program that patches `assert`, `print` or `==`,

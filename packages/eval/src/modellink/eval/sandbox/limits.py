@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Resource limits of a program. This file is also read inside the sandbox, so it imports only the standard library."""
 
 from dataclasses import asdict, dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Start a confined process, monitor the memory of its process tree, and kill it; no process survives `Confined.end`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A compiled function for passes over a few tokens on a CPU.
 
 step.c is the function, compiled.py builds it, model.py says which models and passes it supports and runs it,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Builds step.c with the system's C compiler, once per processor and compiler, and loads it.
 
 The library is kept in the user's cache folder (XDG_CACHE_HOME, else ~/.cache). Without a compiler, core's
@@ -37,7 +38,7 @@ class Layer(ctypes.Structure):
 class Model(ctypes.Structure):
     _fields_: ClassVar[Any] = [(name, I64) for name in (
         "layers", "hidden", "heads", "groups", "dim", "ffn", "rotary", "interleaved", "gelu", "weights",
-        "cache", "vocab", "window")] + [
+        "cache", "vocab")] + [
         ("epsilon", ctypes.c_float), ("scale", ctypes.c_float), ("layer", ctypes.POINTER(Layer)),
         ("norm", PTR), ("head", Matrix)]
 

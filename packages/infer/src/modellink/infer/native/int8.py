@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weight matrices in int8 with a scale per row: half or a quarter of the memory, and of the time to read
 them.
 

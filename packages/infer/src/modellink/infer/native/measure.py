@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measures whether the compiled step is faster than core's model on this machine, when a model is loaded."""
 
 from __future__ import annotations

@@ -1,20 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the compiled step over a model's own parameters, and says which models and passes it supports.
 
 Supported are models with RMSNorm, rotary positions, grouped queries and a gated feed-forward, on one CPU
-rank, in fp32 or bf16, and nothing that a family adds to that (experts, latent attention, caps, ALiBi, post
-norms). Weights may be int8 (int8.py). Activations are fp32, whatever the precision of the weights.
+rank, in fp32 or bf16, if all layers are alike and have nothing in addition (experts, latent attention, caps,
+ALiBi, post norms). Weights may be int8 (int8.py). Activations are fp32, whatever the precision of the weights.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import fields
+from collections.abc import Collection
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from modellink.ckpt_convert.layer import LayerSpec
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.model.load import bare
 from modellink.core.model.rotary import RotaryTable
@@ -28,20 +31,54 @@ MAX_TOKENS = 16  # of a pass with prefill chunks; beyond, torch's matrix product
 MAX_DECODE_TOKENS = 64  # of a decode pass, whose attention costs torch more
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2}
-# Fields that the step implements or does not depend on. All other fields must have their default.
-KNOWN = {"num_layers", "hidden_size", "num_attention_heads", "vocab_size", "ffn_hidden_size",
-         "num_query_groups", "kv_channels", "max_position_embeddings", "norm_epsilon", "activation_func",
-         "add_qkv_bias", "untie_embeddings_and_output_weights", "query_pre_attn_scalar",
-         "layernorm_zero_centered_gamma", "embedding_multiplier_scale", "sliding_window"}
-ROTARY = ("rotary", "rope", "original_max", "low_freq", "high_freq")
+# Fields of ModelSpec outside the layers that the step implements or does not depend on.
+AROUND_LAYERS = {"num_layers", "hidden_size", "vocab_size", "max_position_embeddings", "norm_epsilon",
+                 "layernorm_zero_centered_gamma", "untie_embeddings_and_output_weights",
+                 "embedding_multiplier_scale", "query_pre_attn_scalar"}
+# Fields that `ModelSpec.layer` makes LayerSpec from; `_supports_layer` judges the result.
+IN_LAYERS = {"num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidden_size", "normalization",
+             "post_norm", "gated_linear_unit", "activation_func", "add_qkv_bias", "add_dense_bias",
+             "add_mlp_bias", "position_embedding_type", "rotary_base", "rotary_percent",
+             "rotary_interleaved", "rope_scaling_type", "rope_scaling_factor",
+             "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+             "rope_scaling_beta_fast", "rope_scaling_beta_slow", "rope_scaling_mscale",
+             "rope_scaling_mscale_all_dim", "layer_rotary_bases", "sliding_window", "window_attn_skip_freq",
+             "layer_windows"}
+# Fields of LayerSpec: those that may have any value, and the supported values of the others.
+ANY_VALUE = {"number", "heads", "groups", "head_dim", "value_dim", "window", "rope", "qkv_bias", "ffn"}
+SUPPORTED: dict[str, Collection[object]] = {
+    "attention": ["grouped"], "nope_dim": [0], "q_lora_rank": [None], "kv_lora_rank": [0], "alibi": [False],
+    "normalization": ["RMSNorm"], "post_norm": [False], "dense_bias": [False], "mlp_bias": [False],
+    "gated": [True], "activation": ACTIVATIONS, "experts": [None]}
 
 
 def supports(spec: ModelSpec, layout: ParallelLayout, device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the compiled step exists and supports this model."""
-    plain = all(getattr(spec, field.name) == field.default for field in fields(spec)
-                if field.name not in KNOWN and not field.name.startswith(ROTARY))
-    return (plain and spec.rope_scaling_type != "dynamic" and layout.world_size == 1 and device.type == "cpu"
+    return (_supports_model(spec) and layout.world_size == 1 and device.type == "cpu"
             and dtype in (torch.float32, torch.bfloat16) and compiled.step() is not None)
+
+
+def _supports_model(spec: ModelSpec) -> bool:
+    """Return whether the step supports the layers, which must be alike, and what surrounds them.
+
+    A field of ModelSpec that is in neither of the two sets must have its default.
+    """
+    known = AROUND_LAYERS | IN_LAYERS
+    others = [field for field in fields(spec) if field.name not in known]
+    if any(getattr(spec, field.name) != field.default for field in others):
+        return False
+    first = spec.layer(0)
+    return _supports_layer(first) and all(replace(layer, number=0) == first for layer in spec.layers)
+
+
+def _supports_layer(layer: LayerSpec) -> bool:
+    """Return whether the step supports a layer; it supports none with a field that it does not know."""
+    values = vars(layer)
+    if any(values[name] not in SUPPORTED.get(name, ()) for name in values.keys() - ANY_VALUE):
+        return False
+    if layer.rope is None or layer.value_dim != layer.head_dim:
+        return False
+    return layer.rope.scaling is None or layer.rope.scaling.kind != "dynamic"
 
 
 class CompiledStep:
@@ -57,9 +94,9 @@ class CompiledStep:
         self._held: list[Tensor] = []
         self._squared_error = self._squared_norm = 0.0
         self._model = cast(Any, bare(model))
-        rope = spec.layer(0).rope  # the same in all layers, see `supports`
-        assert rope is not None
-        self._table = RotaryTable(rope)
+        first = self._layer_spec = spec.layer(0)  # all others are like it, see `supports`
+        assert first.rope is not None and first.ffn is not None
+        self._table = RotaryTable(first.rope)
         self._library = compiled.step()
         self._cache: PagedCache | None = None
         layers = list(self._model.decoder.layers)
@@ -69,10 +106,10 @@ class CompiledStep:
             head = self._model.shared_embedding_or_output_weight()
         kind = KINDS[torch.int8 if int8 else dtype]
         self._c = compiled.Model(
-            len(layers), spec.hidden_size, spec.num_attention_heads, spec.groups, spec.head_dim, spec.ffn,
-            spec.rotary_dim, int(spec.rotary_interleaved), ACTIVATIONS[spec.activation_func], kind,
-            KINDS[dtype], spec.vocab_size, 0, spec.norm_epsilon,
-            (spec.query_pre_attn_scalar or spec.head_dim) ** -0.5, self._layers,
+            len(layers), spec.hidden_size, first.heads, first.groups, first.head_dim, first.ffn,
+            first.rope.dim, int(first.rope.interleaved), ACTIVATIONS[first.activation], kind,
+            KINDS[dtype], spec.vocab_size, spec.norm_epsilon,
+            (spec.query_pre_attn_scalar or first.head_dim) ** -0.5, self._layers,
             self._gain(self._model.decoder.final_layernorm),
             self._matrix(self._model.output_layer, head, spec.vocab_size))
         if int8:
@@ -140,11 +177,12 @@ class CompiledStep:
     def _workspace_size(self, tokens: int) -> int:
         """Return the floats of workspace that step.c needs for so many tokens, without the attention scores.
         """
-        spec = self._spec
-        qkv = spec.groups * (spec.num_attention_heads // spec.groups + 2) * spec.head_dim
-        context = spec.num_attention_heads * spec.head_dim
-        widest = max(spec.hidden_size, context, spec.ffn)
-        return tokens * (2 * spec.hidden_size + qkv + context + 3 * spec.ffn + widest)
+        hidden, layer = self._spec.hidden_size, self._layer_spec
+        assert layer.ffn is not None
+        qkv = (layer.heads + 2 * layer.groups) * layer.head_dim
+        context = layer.heads * layer.head_dim
+        widest = max(hidden, context, layer.ffn)
+        return tokens * (2 * hidden + qkv + context + 3 * layer.ffn + widest)
 
     def _point_at(self, cache: PagedCache) -> None:
         if cache is self._cache:

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 /* A pass of a decoder over a few tokens: hidden states in, logits out, over a paged cache.
  *
  * With few tokens the speed is limited by reading the weights, so each weight is read once, by rows that are split across the
@@ -22,7 +23,7 @@ typedef struct {
     void *keys, *values; /* [slots, groups, dim] */
 } Layer;
 typedef struct {
-    int64_t layers, hidden, heads, groups, dim, ffn, rotary, interleaved, gelu, weights, cache, vocab, window;
+    int64_t layers, hidden, heads, groups, dim, ffn, rotary, interleaved, gelu, weights, cache, vocab;
     float epsilon, scale;
     const Layer *layer;
     const float *norm;

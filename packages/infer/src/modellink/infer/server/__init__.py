@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """An HTTP server with OpenAI's API.
 
 app.py holds the endpoints; body.py and messages.py read requests, protocol.py writes responses; service.py is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The HTTP endpoints. A handler submits the completions of a request and sends their text; a disconnect
 cancels them.
 

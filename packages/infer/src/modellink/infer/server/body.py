@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads and checks the body of a request of OpenAI's API, field by field. Plain dicts in, requests out;
 nothing here computes.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads a field of a JSON object and checks its type."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A server in front of replicas: `serve --replicas N` on this machine, `serve --replica-url URL` on any.
 
 It sends each request to the replica with the fewest requests and forwards the response as it comes. It checks

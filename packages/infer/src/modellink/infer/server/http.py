@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the server with the model and the server in front of replicas share: read a body, detect a disconnect,
 write an error.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The messages and tools of a chat in the form that chat templates expect: contents are strings, call
 arguments are objects."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Counters and histograms of the server, in the text format of Prometheus."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The response objects of OpenAI's API. Plain dicts; nothing here waits or computes."""
 
 from __future__ import annotations

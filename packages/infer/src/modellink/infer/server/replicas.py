@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Replicas: servers of the same model that a server in front (front.py) forwards requests to.
 
 A local replica is a process (with `--tp` a group of processes) that runs the full server on its own port with

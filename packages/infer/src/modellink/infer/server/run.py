@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`modellink-infer serve`: runs the server around an engine on the first rank; the other ranks follow it."""
 
 from __future__ import annotations

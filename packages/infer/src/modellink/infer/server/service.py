@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The thread between the server and the model: takes requests, runs one batch over all of them, and returns
 pieces of text.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ops for which accelerators have fused forms, each with one dispatching function.
 
 `ops.rms_norm(x, ...)` picks the form by the tensor's device. Every file has the plain PyTorch form (`plain`),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AdamW (Loshchilov and Hutter 2019): one step over a list of tensors, in place."""
 
 from __future__ import annotations

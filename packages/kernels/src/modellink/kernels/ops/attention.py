@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Scaled dot-product attention with grouped queries, causal or over a cache.
 
 It has two uses: full sequences (causal), and queries at given positions against keys 0 .. n - 1 (a cache).

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention over a block of the keys of a longer sequence, which ring attention combines with `ring_update`,
 and its gradients.
 

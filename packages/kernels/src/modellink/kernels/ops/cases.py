@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calls of every op in each of its uses, on fixed inputs, for comparing a device's form with the plain one.
 
 `alone` returns the ops of one process, `joined` the ops over the ranks of a group. Not here: the allowed
@@ -181,6 +182,7 @@ def _others(made: _Inputs) -> list[Case]:
     block = made.random(4, 8, 16)
     apart = [made.random(8, 16) for _ in range(4)]
     state = [made.random(5, 8, dtype=single).detach().abs() for _ in range(4)]
+    many, few, matrix = made.random(40, 3, 24), made.random(3, 24), made.random(20, 24)
 
     def grouped(use: str, matrices: Callable[[], Sequence[Tensor]], learned: Sequence[Tensor]) -> Case:
         return Case("grouped_matmul", use,
@@ -194,7 +196,8 @@ def _others(made: _Inputs) -> list[Case]:
         return Case("adamw", use, run)
 
     step = Settings(step=3, lr=0.1, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
-    return [_case("ring_update", "", (outs[0], sums[0], outs[1], sums[1])),
+    return [_case("linear", "", (many, matrix)), _case("linear", "few rows", (few, matrix)),
+            _case("ring_update", "", (outs[0], sums[0], outs[1], sums[1])),
             Case("ring_update", "no key seen",
                  lambda form: list(form(nothing, unseen, outs[1].detach(), sums[1].detach()))),
             Case("ring_update", "no key ever seen",

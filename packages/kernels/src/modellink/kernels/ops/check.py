@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The measurements of modellink-doctor that need torch: devices, one collective, every use of every op
 against its plain form.
 
@@ -70,11 +71,15 @@ def _group(device: Device) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def difference(case: Case) -> float:
-    """Return the largest difference of a result or gradient, relative to the plain one's largest value if
-    that is above 1."""
+def difference(case: Case, reference: Case | None = None) -> float:
+    """Return the largest difference of a result or gradient from the plain form's, relative to the plain
+    one's largest value if that is above 1.
+
+    Args:
+        reference: the same use on another device, for the plain form. Default: `case`.
+    """
     largest = 0.0
-    for found, expected in zip(case.dispatched(), case.plain(), strict=True):
+    for found, expected in zip(case.dispatched(), (reference or case).plain(), strict=True):
         ours, plain = found.cpu(), expected.cpu()
         where = plain.isfinite()
         if not torch.equal(where, ours.isfinite()) or not torch.equal(ours[~where], plain[~where]):

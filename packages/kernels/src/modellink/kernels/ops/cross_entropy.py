@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cross entropy over a vocabulary that may be sharded across tensor-parallel ranks (Megatron-LM, Shoeybi et
 al. 2019).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Choosing the form of an op: the fused one of the tensor's device, or the plain one if that is requested.
 
 Not here: the forms, which are in each op's own file, and products joined with a collective

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Multiplying consecutive groups of rows, each with its own matrix: the products of a mixture of experts.
 
 The fused forms are one kernel for all groups. CUDA's kernel needs the matrices in one block: they are used in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The product of a linear layer, on a CPU by the library that is fast on this processor.
 
 torch multiplies fp32 matrices with MKL, which is made for Intel processors and is faster on a Xeon. oneDNN,

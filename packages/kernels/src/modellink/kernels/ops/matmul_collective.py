@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Matrix products joined with a collective over tensor-parallel ranks (MC2 on Ascend).
 
 If ranks hold parts of the rows, `all_gather_matmul` multiplies the rows of all ranks, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Combining attention over two sets of keys (as in flash attention, Dao et al. 2022): the step of ring
 attention.
 """

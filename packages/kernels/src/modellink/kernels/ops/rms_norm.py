@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Root-mean-square norm (Zhang and Sennrich 2019).
 
 On a CPU each step of the plain form is a pass over newly allocated memory; the CPU form needs fewer passes,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """SiLU-gated activation (Shazeer 2020)."""
 
 from __future__ import annotations
