@@ -51,6 +51,14 @@ def test_no_hand_written_file_is_too_long() -> None:
     assert not {name: lines for name, lines in lengths.items() if lines > MAX_LINES}
 
 
+def test_notes_are_printed_by_one_function() -> None:
+    """`kernels.messages.note` prints them once for all ranks; `modellink-train models show` prints notes about a preset."""
+    allowed = {"packages/kernels/src/modellink/kernels/messages.py", "packages/core/src/modellink/core/models.py"}
+    prints = re.compile(r'print\(\s*f?"note\b')
+    found = {relative(path) for path in ROOT.glob("packages/*/src/**/*.py") if prints.search(path.read_text("utf-8"))}
+    assert found == allowed
+
+
 def test_modellink_is_a_namespace() -> None:
     assert not [relative(path) for path in ROOT.glob("packages/*/src/modellink/*.py")]
 

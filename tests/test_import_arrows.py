@@ -53,7 +53,8 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "command", "general_options | model_options | ops",
                 "device | files | options | original | parallel | progress",
-                "constants | errors | plugins | svg | tables"),
+                "constants | errors | plugins | svg | tables",
+                "dependency_warnings | messages | terminal"),
     "ckpt_convert": (
         "__main__",
         "cli",

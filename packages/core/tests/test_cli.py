@@ -51,21 +51,28 @@ def test_two_ranks_train_tell_and_save(options, tmp_path):
     done = command(*options, "--tp", "2", "--sequence-parallel", "--save", str(save))
     assert done.returncode == 0, done.stderr
     assert len(LINE.findall(done.stdout)) == 3
-    assert "------------------------ ModelLink Arguments ------------------------" in done.stdout
-    assert "  tensor_model_parallel_size ...................... 2" in done.stdout
+    summary = done.stdout.splitlines()[:3]
+    assert summary[0].startswith("pretrain: llama, 0.1M parameters in float32, weights of ")
+    assert summary[0].endswith(", 2 ranks on cpu (TP 2)")
+    assert summary[1].endswith("words_text_document, 2 samples of 24 tokens per iteration")
+    assert summary[2] == f"iterations 1 to 3, saved in {save} at the end; all settings in {save}/arguments.txt"
+    assert "  tensor_model_parallel_size ...................... 2\n" in (save / "arguments.txt").read_text()
+    log = (save / "train.log").read_text()
+    assert len(LINE.findall(log)) == 3 and set(log.splitlines()) <= set(done.stdout.splitlines())
     for where in ("iteration 3 on validation set", "iteration 3 on test set"):
         line = rf"^ validation loss at {where} \| lm loss value: \S+ \| lm loss PPL: \S+ \| $"
         assert re.search(line, done.stdout, re.MULTILINE)
     assert f"  successfully saved checkpoint at iteration       3 to {save}" in done.stdout
     assert {path.name for path in save.iterdir()} == {
-        "hf", "iter_0000003", "latest_checkpointed_iteration.txt", "loss.svg", "metrics.jsonl", "modellink.json"}
-    assert "Warning" not in done.stderr
+        "arguments.txt", "hf", "iter_0000003", "latest_checkpointed_iteration.txt", "loss.svg", "metrics.jsonl", "modellink.json",
+        "train.log"}
+    assert not [line for line in done.stderr.splitlines() if not line.startswith("loading weights: ")]  # nor any warning
 
 
 def trained(arguments: list[str]) -> str:
     """On a rank: what the command does there; its output, or the message of a mistake."""
     sys.argv[1:] = ["pretrain", *arguments]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         try:
             _run()
         except ModelLinkError as error:
@@ -76,7 +83,8 @@ def trained(arguments: list[str]) -> str:
 def test_a_preset_with_smaller_sizes_trains(pools, options, tmp_path):
     smaller = ["--num-layers", "2", "--hidden-size", "24", "--num-attention-heads", "4", "--num-query-groups", "2",
                "--ffn-hidden-size", "52", "--tp", "1", "--no-sequence-parallel", "--pp", "1", "--vocab-size", "131"]
-    (said,) = pools(1)(trained, arguments=["--model", "qwen2-7b-32k", *options[2:], *smaller, "--save", str(tmp_path / "save")])
+    (said,) = pools(1)(trained, arguments=["--model", "qwen2-7b-32k", *options[2:], *smaller, "--print-arguments", "--save",
+                                           str(tmp_path / "save")])
     assert "  bf16 ............................................ True" in said and "iteration        3/       3" in said
     assert json.loads((tmp_path / "save/modellink.json").read_text())["family"] == "qwen2"
 
@@ -205,7 +213,7 @@ def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(pools, options, t
     config = tmp_path / "run.yaml"
     config.write_text("optimizer: {lr: 0.5, train-iters: 1}\nlogging:\n  log_throughput: true\n")
     place = options.index("--train-iters")
-    (said,) = pools(1)(trained, arguments=[*options[:place], *options[place + 2:], "--config", str(config)])
+    (said,) = pools(1)(trained, arguments=[*options[:place], *options[place + 2:], "--config", str(config), "--print-arguments"])
     assert "  lr .............................................. 0.001" in said  # the command line wins
     assert "iteration        1/       1" in said
     config.write_text("optimizer: {learning-rate: 0.5}\n")
@@ -214,10 +222,18 @@ def test_a_yaml_file_says_the_same_and_an_unknown_key_is_named(pools, options, t
     assert "Traceback" not in wrong
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *BARE[2:]]
+
+
+def test_a_mistake_under_torchrun_is_one_message(options):
+    done = subprocess.run([*TORCHRUN, *options, "--tp", "2", "--exit-interval", "x"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("error: --exit-interval") == 1
+    assert "exitcode  : 2" in done.stderr  # of rank 0
+
+
 def test_under_torchrun_every_process_is_a_rank(options):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", *BARE[2:]]
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # keeps what was written at once together
-    process = subprocess.Popen([*torchrun, *options, "--tp", "2"], stdout=theirs, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([*TORCHRUN, *options, "--tp", "2"], stdout=theirs, stderr=subprocess.DEVNULL)
     theirs.close()
     with ours:
         writes = [write.decode() for write in iter(lambda: ours.recv(2**16), b"")]

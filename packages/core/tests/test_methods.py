@@ -38,7 +38,7 @@ def installed() -> Iterator[None]:
 def trained(words: list[str]) -> str:
     """On a rank: what the command does there; its output."""
     sys.argv[1:] = words
-    with installed(), contextlib.redirect_stdout(io.StringIO()) as said:
+    with installed(), contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         _run()
     return said.getvalue()
 

@@ -25,7 +25,8 @@ PROFILE: dict[str, Any] = {"profile": True, "profile_step_start": 1, "profile_st
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
     """On a rank: the steps of a run whose device reports a peak of `PEAK` bytes, and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed, patch.object(Device, "memory", lambda _: (1, PEAK)):
+    with (contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed),
+          patch.object(Device, "memory", lambda _: (1, PEAK))):
         steps = training.train(options)
     return steps, printed.getvalue()
 

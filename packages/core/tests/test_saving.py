@@ -118,6 +118,6 @@ def mixtral(pools, tmp_path_factory):
 
 def heard(options: dict[str, Any]) -> tuple[list[tuple[int, int, float, float]], str]:
     """On a rank: the steps of a run and what it printed."""
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
         steps = train(options)
     return steps, printed.getvalue()

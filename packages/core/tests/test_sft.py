@@ -180,7 +180,7 @@ def noted(prefix: str) -> None:
     import contextlib
     import io
 
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.redirect_stderr(printed):
         rows(prefix, 48, [0])
     assert not printed.getvalue(), printed.getvalue()
 

@@ -48,7 +48,7 @@ def test_no_two_layers_begin_with_the_same_weights(pools):
 
 def printed_by(options: dict[str, Any]) -> str:
     """On a rank: what a run prints."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
         training.train(options)
     return said.getvalue()
 

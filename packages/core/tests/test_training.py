@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from typing import Any
@@ -125,19 +124,6 @@ def test_finetune_takes_weights_alone(run, tmp_path):
     assert steps[0][:2] == (1, 4)
 
 
-def test_metrics_on_disk_are_those_of_the_run(run, tmp_path):
-    save = tmp_path / "a"
-    run("tp1", save=str(save), save_interval=2)
-    for lost in (4, 5):  # the run got further than its last checkpoint: those iterations are logged again
-        shutil.rmtree(save / f"iter_{lost:07d}")
-    run("tp1", load=str(save), save=str(save), tensorboard_dir=str(tmp_path / "events"))
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5]
-    assert (save / "loss.svg").read_text().startswith("<svg")
-    assert (save / "latest_checkpointed_iteration.txt").read_text() == "5"
-    assert [path for path in (tmp_path / "events").iterdir() if path.stat().st_size]
-
-
 def offline(options: dict[str, Any]) -> None:
     """On a rank: a run that must not look for a network."""
     import os
@@ -164,8 +150,6 @@ def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
     victim.write_bytes(victim.read_bytes()[:-100])
     steps = run("tp1", load=str(save), train_iters=4)
     assert [step[0] for step in steps] == [3, 4]
-
-
 
 
 def test_the_two_kinds_of_optimizer_state_are_not_mixed(run, tmp_path, tiny, corpus):

@@ -29,6 +29,7 @@ from modellink.ckpt_convert.verify import differences
 from modellink.kernels.command import command
 from modellink.kernels.errors import OUR_FAULT, ModelLinkError, run_command
 from modellink.kernels.general_options import NOTHING_DONE, DryRun
+from modellink.kernels.messages import note
 from modellink.kernels.model_options import ModelPathOptions
 from modellink.kernels.options import Layer, option, resolve
 from modellink.kernels.original import original_flags, translate
@@ -107,7 +108,7 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer, dry_run: D
     to = options.target()
     if options.save_dir is not None and to == "hf" and (target / "config.json").is_file():
         hf, target = hf or target, target / "mg2hf"
-        print(f"note: the output is {target}", file=sys.stderr)
+        note(f"the output is {target}")
     _check_source(folder, options)
     source = _opened(folder, hf, options)
     if options.true_vocab_size not in (None, source.spec.vocab_size):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ from modellink.kernels.files import (
     refuse_existing,
     write_json,
 )
+from modellink.kernels.messages import note
 from modellink.kernels.parallel import ParallelLayout
 from modellink.kernels.progress import Work
 
@@ -202,7 +202,7 @@ def _finished(temporary: Path, fingerprint: str) -> set[str]:
     with Journal(temporary / JOURNAL) as journal:
         entries = journal.entries
     if not entries or entries[0] != {"fingerprint": fingerprint}:
-        print(f"note: {temporary} belongs to another conversion; starting from scratch", file=sys.stderr)
+        note(f"{temporary} belongs to another conversion; starting from scratch")
         shutil.rmtree(temporary)
         return set()
     sizes = {temporary / entry["file"]: entry["bytes"] for entry in entries[1:]}
@@ -211,5 +211,5 @@ def _finished(temporary: Path, fingerprint: str) -> set[str]:
         if path.is_file() and path not in complete and path.name != JOURNAL:
             path.unlink()
     if complete:
-        print(f"note: resuming after {len(complete)} finished files of an earlier run", file=sys.stderr)
+        note(f"resuming after {len(complete)} finished files of an earlier run")
     return {path.relative_to(temporary).as_posix() for path in complete}

@@ -9,11 +9,11 @@ with a note, and the last complete one is used.
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import MARKER, incomplete
+from modellink.kernels.messages import note
 
 TRACKER = "latest_checkpointed_iteration.txt"
 FOLDER = re.compile(r"iter_(\d{7,})$")
@@ -67,11 +67,11 @@ def last_complete(root: Path, iteration: int | None = None, *, ours: bool = Fals
         foreign = not ours and (named == str(number) or iteration == number)
         reason = None if foreign else incomplete(path)
         if reason is None:
-            for note in reasons:
-                print(f"note: skipped {note}; using {path.name}", file=sys.stderr)
+            for skipped in reasons:
+                note(f"skipped {skipped}; using {path.name}")
             return path
         reasons.append(f"{path.name}: {reason}")
     wanted = "complete iteration" if iteration is None else f"complete iteration {iteration}"
-    raise ModelLinkError(f"no {wanted} was found" + "".join(f"\n  {note}" for note in reasons), where=root,
+    raise ModelLinkError(f"no {wanted} was found" + "".join(f"\n  {skipped}" for skipped in reasons), where=root,
                          fix=None if named else f"a checkpoint of another program needs its {TRACKER}, or "
                                                 f"--iteration")

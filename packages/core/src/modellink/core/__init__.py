@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from modellink.core.api import fit
     from modellink.core.run import Run
     from modellink.core.train.callbacks import Callback
+    from modellink.core.train.history import Step
     from modellink.core.train.method import Feeds, Method
-    from modellink.core.train.metrics import Step
 
 __version__ = "0.1.0"
 __all__ = ["Callback", "Feeds", "Method", "Run", "Step", "fit"]
 
 _HOMES = {"Callback": "train.callbacks", "Feeds": "train.method", "Method": "train.method", "Run": "run",
-          "Step": "train.metrics", "fit": "api"}
+          "Step": "train.history", "fit": "api"}
 """Exported name -> the module it is defined in."""
 
 

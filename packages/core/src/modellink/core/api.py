@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from modellink.core import launch
 from modellink.core.prepare.prepare import prepare
 from modellink.core.run import Run
+from modellink.core.train.announce import announce
 from modellink.core.train.callbacks import Callback
 from modellink.core.train.method import Method, find_method
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer
 
 if TYPE_CHECKING:
-    from modellink.core.train.metrics import Step
+    from modellink.core.train.history import Step
 
 
 def fit(method: str | type[Method], settings: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> list[Step]:
@@ -47,6 +48,7 @@ def fit(method: str | type[Method], settings: Mapping[str, Any], callbacks: Sequ
     if run.determinism.use_deter_comp:
         from modellink.core.determinism import set_variables  # imports torch
         set_variables(run.device.kind)
+    announce(run)
     join(run)
     own = method if isinstance(method, type) and method.name == run.method else None
     return train(run, own, callbacks)

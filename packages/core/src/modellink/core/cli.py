@@ -26,6 +26,7 @@ from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core import launch
 from modellink.core.presets import load_preset
 from modellink.core.run import CONFIGS, Run
+from modellink.core.train.announce import announce
 from modellink.core.train.method import Method, find_method, registered
 from modellink.kernels.command import Group, command, group
 from modellink.kernels.errors import ModelLinkError, run_command
@@ -162,20 +163,10 @@ def _start_agent(run: Run, method: type[Method], layers: list[Layer]) -> int:
 
 def _train(run: Run) -> None:
     from modellink.core import api, processes
-    if launch.rank() == 0:
-        print_arguments(run)
+    announce(run)
     api.join(run)
     with processes.cause_first():
         api.train(run)
-
-
-def print_arguments(run: Run) -> None:
-    """All settings, in the original's form."""
-    values = run.settings
-    print("------------------------ ModelLink Arguments ------------------------")
-    for name in sorted(values, key=str.lower):
-        print(f"  {name} {'.' * max(1, 48 - len(name))} {values[name]}")
-    print("-------------------- end of ModelLink Arguments ---------------------", flush=True)
 
 
 def translate_original(words: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from modellink.core.rewrite import Finder
+from modellink.kernels import dependency_warnings
 from modellink.kernels.device import Device
 from modellink.kernels.errors import InternalError, ModelLinkError
 
@@ -174,11 +175,9 @@ def start(device: Device) -> None:
         _namespace = cpu_namespace() if device.kind == "cpu" else _NpuNamespace()
         sys.meta_path.insert(0, Finder(device.kind, _namespace))
     logging.getLogger("megatron.core").setLevel(logging.ERROR)  # it warns at every fork of the RNG if there is one generator
-    warnings.filterwarnings("ignore", message=r"`(torch\.distributed\.\w+|load_state_dict)` is deprecated",
-                            category=FutureWarning)  # megatron-core calls them
-    warnings.filterwarnings("ignore", message="If you are using transformer_engine")  # of selective recomputation
-    # every module warns that Transformer Engine and Apex are missing
-    with warnings.catch_warnings(action="ignore"), _hidden("wandb"):
+    dependency_warnings.ignore()
+    # Python hides what megatron-core says about its own modules unless it is run with -W, as in tests
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning), _hidden("wandb"):
         import megatron.core.distributed
         import megatron.core.models.backends
         import megatron.core.transformer.moe.moe_layer

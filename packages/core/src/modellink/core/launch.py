@@ -18,6 +18,9 @@ from collections.abc import Sequence
 from typing import IO
 
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
+from modellink.kernels.messages import for_ranks
+from modellink.kernels.messages import rank as rank
+from modellink.kernels.terminal import above_a_line
 
 LIFELINE = "MODELLINK_LIFELINE"
 """Environment variable with the number of a pipe that closes when the launcher is gone."""
@@ -30,10 +33,6 @@ GRACE_AFTER_MISTAKE = 1.5  # the same after a user's mistake, which one rank rep
 def under_launcher() -> bool:
     """Whether this process is one of several that torchrun or `spawn` started."""
     return "RANK" in os.environ
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
@@ -59,7 +58,7 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
     threads = max(1, (os.cpu_count() or 1) // count)
     environment = os.environ | {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))} | for_ranks()
     lifeline, ours = os.pipe()  # its end tells the ranks that this process is gone, however it ended
     environment[LIFELINE] = str(lifeline)
     with contextlib.ExitStack() as stack:
@@ -81,7 +80,8 @@ def spawn(count: int, module: str, arguments: Sequence[str], forward: Sequence[s
                 process.wait()
         if failed is None:
             return 0
-        return _report([process.returncode for process in ranks], logs, failed)
+        with above_a_line():
+            return _report([process.returncode for process in ranks], logs, failed)
 
 
 def _report(codes: list[int], logs: Sequence[IO[str] | None], failed: int) -> int:

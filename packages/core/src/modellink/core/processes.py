@@ -46,11 +46,11 @@ def lost_peer(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def cause_first() -> Iterator[None]:
-    """If this rank lost a peer, give that peer time to report the cause before this rank fails."""
+    """If this rank lost a peer, give that peer time to report the cause, and the launcher time to stop this rank."""
     try:
         yield
     except RuntimeError as error:
-        if lost_peer(error) and _has_launcher:
+        if lost_peer(error) and under_launcher() and START not in os.environ:
             time.sleep(GRACE_AFTER_MISTAKE + 5)  # the peer may still be exiting
         raise
 
@@ -61,9 +61,7 @@ def _end_with_the_launcher() -> None:
         os.read(lifeline, 1)
         os._exit(1)
 
-    global _has_launcher
     if lifeline := os.environ.pop(LIFELINE, None):
-        _has_launcher = True
         threading.Thread(target=wait, args=(int(lifeline),), daemon=True).start()
 
 
@@ -76,7 +74,6 @@ def _print_whole_lines() -> None:
 _groups_of: tuple[ParallelLayout, int] | None = None
 """Layout and optimizer instances of the present process groups."""
 _second_ring: Any = None
-_has_launcher = False
 
 
 def join(device: Device, layout: ParallelLayout, seed: int, *, timeout_minutes: float = 45, instances: int = 1) -> None:

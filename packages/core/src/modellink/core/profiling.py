@@ -28,6 +28,7 @@ from modellink.core import profile_summary
 from modellink.core.profile_summary import Summary
 from modellink.core.run import Run
 from modellink.kernels.files import write_json
+from modellink.kernels.messages import note
 
 
 class Ranges:
@@ -121,8 +122,8 @@ class Profiler:
         if dist.get_rank() > 0:
             return
         if not (summaries := [summary for summary in made if summary is not None]):
-            print(f"note: nothing was profiled: the run ended after {self.steps} iterations, and the first "
-                  f"{self.config.profile_step_start} are skipped (--profile-step-start)", flush=True)
+            note(f"nothing was profiled: the run ended after {self.steps} iterations, and the first "
+                 f"{self.config.profile_step_start} are skipped (--profile-step-start)")
             return
         start = self.first + self.config.profile_step_start
         end = start + summaries[0].iterations - 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -22,6 +21,7 @@ from modellink.data_prep.indexed import checksum
 from modellink.data_prep.pieces import Done, Job
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal
+from modellink.kernels.messages import note
 from modellink.kernels.progress import Work
 
 Share = tuple[int, int]
@@ -62,8 +62,7 @@ def _lock(file: IO[str], kind: int, path: Path, *, show: bool) -> None:
         raise ModelLinkError("another run is writing this output", where=path, fix="wait until it ends") from None
     except OSError as error:  # Lustre mounted without flock, some network disks
         if show:
-            print(f"note: {path.parent} does not support locks ({error.strerror}): make sure that no two runs write one output",
-                  file=sys.stderr)
+            note(f"{path.parent} does not support locks ({error.strerror}): make sure that no two runs write one output")
 
 
 def clear(parts: Path) -> None:
@@ -91,7 +90,7 @@ def open_journal(parts: Path, share: Share | None, made_from: dict[str, Any], *,
         journal = Journal(path)
         journal.append({"made_from": made_from})
         if before is not None and show:
-            print(f"starting over: the unfinished run here had {_difference(before, made_from)}", file=sys.stderr)
+            note(f"starting over: the unfinished run here had {_difference(before, made_from)}")
     if share is None:
         for path in parts.glob(".*.tmp"):
             path.unlink()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +26,7 @@ from modellink.data_prep.pieces import Around, Job
 from modellink.data_prep.rows import BadRow, Source, Span
 from modellink.data_prep.tokenizer import Tokenizer
 from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.messages import note
 
 LAYOUT = 4  # format version of the parts; increase it when their content changes
 MIB = 1 << 20
@@ -117,7 +117,7 @@ def _reading(options: PreprocessOptions, maps: tuple[tuple[str, str], ...], *, s
     if options.packs and options.seq_length is None:
         raise ModelLinkError("--pack needs --seq-length", where="--pack", fix="set --seq-length to the length of a pack")
     if options.seq_length is not None and not chats and show:
-        print("note: --seq-length is ignored: plain text keeps full documents, training cuts its own sequences", file=sys.stderr)
+        note("--seq-length is ignored: plain text keeps full documents, training cuts its own sequences")
     return Reading(options.handler_name, tuple(dict.fromkeys(options.json_keys)), options.append_eod, maps, options.prompt_type,
                    str(options.template) if options.template else None, options.hf_chat_template, None, options.train_on_prompt,
                    options.seq_length if chats else None, options.long_samples)
@@ -145,8 +145,7 @@ def _check_columns(source: Source, rows: Rows, handler: str, *, show: bool) -> N
             raise ModelLinkError(f"there is no column {column!r}", where=source.path, fix=near(column, names) or
                                  f"{option} names the columns; available: {', '.join(names)}")
         if show:
-            print(f"note: {source.path} has no column {column!r} in its first rows; it is optional for {handler}",
-                  file=sys.stderr)
+            note(f"{source.path} has no column {column!r} in its first rows; it is optional for {handler}")
 
 
 def _before_check(choice: Choice) -> Choice:

@@ -27,6 +27,7 @@ from modellink.data_prep.pieces import Done, Workers, part_prefix, tokenize
 from modellink.data_prep.plan import PreprocessPlan, make_plan, output_exists
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import Journal, kill_point
+from modellink.kernels.messages import note
 from modellink.kernels.progress import Work
 
 __all__ = ["PreprocessOptions", "Summary", "preprocess"]
@@ -108,12 +109,12 @@ def _run(plan: PreprocessPlan, options: PreprocessOptions, workers: Workers, *,
 def _work(plan: PreprocessPlan, todo: list[Piece], journal: Journal, options: PreprocessOptions, workers: Workers, *,
           show: bool) -> Pieces:
     done: Pieces = {}
-    count = len(plan.pieces) - len(todo)
-    what = "tokenizing" + (f", {count} of {len(plan.pieces)} pieces are done or belong to other shares" if count else "")
+    if show and len(todo) < len(plan.pieces):
+        note(f"{len(plan.pieces) - len(todo)} of {len(plan.pieces)} pieces are done or belong to other shares")
     run: Callable[..., Iterator[Done]] = partial(tokenize, started=workers)
     if options.executor == "ray":
         from modellink.data_prep.cluster import tokenize_on_ray as run
-    with Work(what, sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:
+    with Work("tokenizing", sum(piece.bytes for piece in todo), unit="bytes", show=show) as work:
         for item in run(plan.job, todo, min(options.workers, len(todo)), plan.handler):
             journal.append(asdict(item))
             done[item.piece] = item

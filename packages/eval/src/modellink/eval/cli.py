@@ -26,6 +26,7 @@ from modellink.eval.sandbox import Sandbox
 from modellink.kernels.command import command, group
 from modellink.kernels.errors import ModelLinkError, run_command
 from modellink.kernels.general_options import ConfigFileOptions, DryRun, print_plan, with_file
+from modellink.kernels.messages import note
 from modellink.kernels.options import Layer, resolve
 from modellink.kernels.original import original_flags, translate
 
@@ -52,8 +53,8 @@ def run_tasks(given: Layer, dry_run: DryRun | None) -> None:
     first = rank in (None, "0")
     starts = rank is None and options.layout().world_size > 1  # this process only starts the ranks
     if first and not starts and settings.chat and not (options.prompt_type or options.hf_chat_template):
-        print(f"note: prompts use the chat template {settings.chat}, with which the checkpoint was trained; --no-chat-template "
-              "uses plain text", file=sys.stderr)
+        note(f"prompts use the chat template {settings.chat}, with which the checkpoint was trained; --no-chat-template uses "
+             "plain text")
     wanted = options.allow_code_execution and first and any(job.runs_code for job in jobs)
     sandbox = Sandbox(options.isolation) if wanted else None
     if first:

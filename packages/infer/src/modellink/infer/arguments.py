@@ -4,12 +4,12 @@ no torch."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from modellink.infer.sampling import BeamSearch, Sampling, out_of_range
 from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.messages import note
 
 
 class GenerationArguments(TypedDict, total=False):
@@ -109,7 +109,7 @@ def note_ignored(arguments: GenerationArguments) -> None:
     for name in IGNORED.keys() - _noted:
         if arguments.get(name) is not None:
             _noted.add(name)
-            print(f"note: {name} has no effect: {IGNORED[name]}", file=sys.stderr)
+            note(f"{name} has no effect: {IGNORED[name]}")
 
 
 def sampling_of(arguments: GenerationArguments) -> Sampling:

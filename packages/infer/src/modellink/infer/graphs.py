@@ -10,7 +10,6 @@ here: passes with prefill chunks, several ranks, mixtures of experts (their shap
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from modellink.infer.attention import PassPlan, PlannedAttention
 from modellink.infer.cache import PagedCache
 from modellink.infer.passes import Pass
 from modellink.kernels.device import Device
+from modellink.kernels.messages import note
 from modellink.kernels.parallel import ParallelLayout
 
 MIN_KEYS = 128
@@ -85,8 +85,7 @@ class DecodeGraphs:
                 graph = self._captured[size] = self._capture(size[0], plans, work.cache)
             except RuntimeError as error:
                 self.failed, self._captured = True, {}
-                print("note: decoding runs without graphs, capturing one failed: "
-                      f"{str(error).splitlines()[0]}", file=sys.stderr)
+                note(f"decoding runs without graphs, capturing one failed: {str(error).splitlines()[0]}")
                 return None
         graph.ids[0, :count] = work.token_ids[0].to(graph.ids.device)
         graph.positions[0, :count] = work.positions

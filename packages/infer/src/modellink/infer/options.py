@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -14,6 +13,7 @@ from typing import ClassVar
 from modellink.infer.arguments import GenerationArguments, check_arguments
 from modellink.kernels.constants import HF_CHAT_TEMPLATE
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 from modellink.kernels.model_options import RunModelOptions
 from modellink.kernels.options import option
 
@@ -217,9 +217,7 @@ class ServeOptions:
                 raise ModelLinkError(f"{url!r} is not the address of a server", where="--replica-url",
                                      fix="write it as http://HOST:PORT")
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.key and not self.replica_url:
-            print(f"note: listening on {self.host} without an API key: everybody who can reach it can use "
-                  "the model",
-                  file=sys.stderr)
+            note(f"listening on {self.host} without an API key: everybody who can reach it can use the model")
 
     @property
     def key(self) -> str | None:

@@ -19,6 +19,9 @@ from typing import NoReturn
 
 import click
 
+from modellink.kernels import dependency_warnings
+from modellink.kernels.messages import is_under_our_launcher, let_first_rank_report
+
 USER_MISTAKE, OUR_FAULT, INTERRUPTED = 2, 1, 130
 SYSTEM_ERRORS = {errno.ENOSPC: "free some space, or choose another disk",
                  errno.EDQUOT: "free some space: the disk quota is used up",
@@ -164,13 +167,16 @@ def _usage_errors() -> Iterator[None]:
 def run_command(command: Callable[[], object]) -> NoReturn:
     """Run the body of a console command and exit with its status.
 
-    Errors go to stderr. `MODELLINK_TRACE=1` prints the traceback of a user's mistake too.
+    Errors go to stderr; ranks that have the same one print it once (see messages.py). `MODELLINK_TRACE=1`
+    prints the traceback of a user's mistake too.
     """
+    dependency_warnings.ignore()
     try:
         with _system_errors(), _usage_errors():
             command()
             sys.stdout.flush()  # a closed pipe shows here, not in the interpreter's shutdown
     except ModelLinkError as error:
+        let_first_rank_report()
         if error.exit_status != USER_MISTAKE or os.environ.get("MODELLINK_TRACE"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
@@ -179,12 +185,15 @@ def run_command(command: Callable[[], object]) -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        print("interrupted", file=sys.stderr)
+        if not is_under_our_launcher():  # the launcher is interrupted too, and prints it
+            let_first_rank_report()
+            print("\ninterrupted" if sys.stderr.isatty() else "interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader (head, less) exited: not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
+        let_first_rank_report()
         traceback.print_exc()
         print(f"error: unexpected {type(error).__name__}: {error}\n  fix:   this is a bug in ModelLink; "
               f"please report it with "

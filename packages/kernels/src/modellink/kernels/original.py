@@ -7,7 +7,7 @@ entry has one of
 
     as: words that replace the flag; `{}` is its value, or the result of `of`
     choices: for each value the words that replace it; they override options of the same line
-    ignored: the reason why it has no effect; printed on stderr
+    ignored: the reason why it has no effect; printed as a note
     refused: what it would request, with `fix`: what to do instead
 
 and `values`: the number of words that follow the flag (default: 0); `place`: first or last, if its words are
@@ -18,7 +18,6 @@ value on the same line.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 
 
 def original_flags(package: str) -> dict[str, dict[str, Any]]:
@@ -68,11 +68,10 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]],
             made[place] += _words(flag, values, about, args)
     for why, flags in ignored.items():
         verb = "is" if len(flags) == 1 else "are"
-        print(f"note: {', '.join(flags)} {verb} ignored: {why}", file=sys.stderr)
+        note(f"{', '.join(flags)} {verb} ignored: {why}")
     if not defaults or (not ignored and made[""] == list(args)):
         return [word for words in made.values() for word in words]
-    print(f"note: this is a command line of the original; its defaults are used: {' '.join(defaults)}",
-          file=sys.stderr)
+    note(f"this is a command line of the original; its defaults are used: {' '.join(defaults)}")
     return [*defaults, *(word for words in made.values() for word in words)]
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-import sys
 from collections.abc import Iterable
 from importlib.metadata import entry_points
+
+from modellink.kernels.messages import note
 
 
 def import_modules(package: str, path: Iterable[str], group: str) -> None:
     """Import all modules of `package`, and all that other distributions name in the entry-point group.
 
-    A module of another distribution that cannot be imported is reported on stderr and skipped, so that it does
+    A module of another distribution that cannot be imported is reported by a note and skipped, so that it does
     not break the others.
 
     Args:
@@ -30,5 +31,4 @@ def import_modules(package: str, path: Iterable[str], group: str) -> None:
         try:
             entry.load()
         except Exception as error:
-            print(f"note: {entry.name} of {group} ({entry.value}) is not available: {type(error).__name__}: {error}",
-                  file=sys.stderr)
+            note(f"{entry.name} of {group} ({entry.value}) is not available: {type(error).__name__}: {error}")

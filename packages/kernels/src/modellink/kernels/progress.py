@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import sys
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
+
+from modellink.kernels.terminal import is_terminal
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,14 +40,13 @@ class Work:
 
     def __enter__(self) -> Work:
         self._start = self._last = time.monotonic()
-        if self.show and sys.stderr.isatty():
+        if self.show and is_terminal(sys.stderr):
             # importing it takes 0.1 s, which worker processes and log files need not wait for
             from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
-            self._bar = Progress(TextColumn("{task.description}"), BarColumn(),
-                                 TextColumn("{task.fields[count]}"), TimeElapsedColumn(),
-                                 TimeRemainingColumn(), console=Console(stderr=True))
+            self._bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
+                                 console=Console(stderr=True))
             self._bar.start()
             self._bar.add_task(self.what, total=self.total, count="")
         return self
@@ -67,11 +69,13 @@ class Work:
             of = "" if self.total is None else f" of {self.total:,}"
             shown = f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"
         left = (self.total or 0) - self.done
-        return f"{shown}, {left / rate:,.0f} s left" if left > 0 and rate and self._bar is None else shown
+        return f"{shown}, {timedelta(seconds=round(left / rate))} left" if left > 0 and rate else shown
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         now = time.monotonic()
         if self._bar is not None:
+            took = timedelta(seconds=round(now - self._start))
+            self._bar.update(self._bar.task_ids[0], count=f"{self._count(now)}, {took}")
             self._bar.stop()
         elif self.show and kind is None:
             print(f"{self.what}: {self._count(now)}, {now - self._start:.1f} s", file=sys.stderr, flush=True)

@@ -17,6 +17,8 @@ class LoggingConfig:
     heading: ClassVar[str] = "Logging and evaluation"
 
     log_interval: int = option(100, "Iterations between log lines.", minimum=1)
+    progress: bool = option(True, "Show one progress line instead of log lines if stdout is a terminal.")
+    print_arguments: bool = option(False, "Print all settings at the start. They are in SAVE/arguments.txt too.")
     eval_interval: int = option(1000, "Iterations between evaluations on the validation data.", minimum=1)
     eval_iters: int = option(100, "Iterations per evaluation; 0 disables evaluation.", minimum=0)
     skip_train: bool = option(False, "Only evaluate on the validation and test data.")
@@ -28,7 +30,7 @@ class LoggingConfig:
     wandb_project: str | None = option(None, "Weights & Biases project to log to; needs modellink-core[wandb].")
     wandb_exp_name: str | None = option(None, "Name of the Weights & Biases run. Default: the last part of --save.")
     wandb_save_dir: Path | None = option(None, "Folder for Weights & Biases files. Default: SAVE/wandb.")
-    curve: Path | None = option(None, "SVG file for the loss curve, drawn at the end. Default: SAVE/loss.svg.")
+    curve: Path | None = option(None, "SVG file for the loss curve, drawn at each save and at the end. Default: SAVE/loss.svg.")
 
     def check(self) -> None:
         if self.peak_tflops is not None and not self.log_throughput:

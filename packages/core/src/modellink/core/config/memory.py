@@ -113,7 +113,7 @@ class MemoryConfig:
         most = max(self._held(layout, num_layers)) * (layout.vpp if self.enable_recompute_layers_per_pp_rank else 1)
         if (wanted := self.recompute_num_layers or 0) <= most:
             return None
-        return (f"note: --recompute-num-layers {wanted} is more than the {most} layers of a "
+        return (f"--recompute-num-layers {wanted} is more than the {most} layers of a "
                 f"{'pipeline stage' if self.enable_recompute_layers_per_pp_rank else 'model chunk'}: all of them are recomputed")
 
     @staticmethod

@@ -31,6 +31,7 @@ from modellink.core.data.documents import starts_by_number
 from modellink.core.data.mixture import Mixture, Samples
 from modellink.kernels.constants import IGNORE_INDEX
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 
 LOOKED_AT = 100  # rows to examine, to detect a packed set
 INPUTS, MASK, LABELS = FIELDS = INSTRUCTION_FIELDS
@@ -166,13 +167,11 @@ def _split(prefix: str, data: DataConfig, instruction: InstructionConfig, seed: 
     if not rows[0]:
         raise ModelLinkError(f"no training data: the training share of {len(samples)} samples is empty",
                              where=f"--data-path {prefix}, --split", fix="use more data, or another split")
-    speaks = not dist.is_initialized() or dist.get_rank() == 0
-    if speaks and not samples.packed and samples.looks_packed:
-        print(f"note: rows of {prefix} hold several samples, which attend to each other; --reset-position-ids separates them",
-              flush=True)
-    if speaks and samples.cut:
-        print(f"note: {samples.cut} of {len(samples)} samples of {prefix} are longer than --seq-length {data.seq_length} and "
-              "are truncated", flush=True)
+    if not samples.packed and samples.looks_packed:
+        note(f"rows of {prefix} hold several samples, which attend to each other; --reset-position-ids separates them")
+    if samples.cut:
+        note(f"{samples.cut} of {len(samples)} samples of {prefix} are longer than --seq-length {data.seq_length} and are "
+             "truncated")
     return [Share(samples, part, seed, instruction.shuffle) if part else None for part in rows]
 
 

@@ -26,6 +26,7 @@ from modellink.core.data.batch import Batch
 from modellink.core.data.documents import starts_after
 from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,8 @@ def usable_split(config: DataConfig, *, evaluated: bool) -> str:
                 raise ModelLinkError(f"no training data: the training share has none of the {documents} documents",
                                      where=f"{prefix}, --split", fix="use more data, or another split")
             shares[number] = 0.0
-            if evaluated and rank() == 0:
-                print(f"note: the {name} share has none of the {documents} documents of {prefix}; evaluation on it is disabled",
-                      flush=True)
+            if evaluated:
+                note(f"the {name} share has none of the {documents} documents of {prefix}; evaluation on it is disabled")
     return ",".join(f"{share:g}" for share in shares)
 
 

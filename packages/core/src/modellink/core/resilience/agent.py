@@ -29,6 +29,8 @@ from modellink.core import launch, processes
 from modellink.core.resilience.watch import PEER_FAILED, SAVING, WATCHED, Failure, report, wait_for
 from modellink.core.run import Run
 from modellink.kernels.errors import OUR_FAULT, USER_MISTAKE
+from modellink.kernels.messages import for_ranks, note
+from modellink.kernels.terminal import above_a_line
 
 GRACE = 5.0  # seconds for the remaining ranks after the first of them has saved and exited
 AGREEING = 90.0  # seconds in which survivors on other machines agree on a plan
@@ -124,9 +126,9 @@ class Agent(LocalElasticAgent):
         causes = [rank for rank, code in codes.items() if code != PEER_FAILED] or sorted(codes)
         now = (causes[0], self._saved())
         again = f"; restarting, at most {self._remaining_restarts} more times" if self._remaining_restarts else ""
-        print(f"note: rank {causes[0]} ended with {_status_text(codes[causes[0]])}{again}", flush=True)
+        note(f"rank {causes[0]} ended with {_status_text(codes[causes[0]])}{again}")
         if now == self._failed_before and (count := self._fewer(self._worker_group.spec.local_world_size)) is not None:
-            print(f"note: it failed twice without progress: restarting with {count} ranks", flush=True)
+            note(f"it failed twice without progress: restarting with {count} ranks")
             self._worker_group.spec.local_world_size = count
         self._failed_before = now
 
@@ -148,6 +150,7 @@ def run_agent(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[
     endpoint = run.resilience.rdzv_endpoint or f"127.0.0.1:{launch.free_port()}"
     threads = max(1, (os.cpu_count() or 1) // count)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ |= for_ranks()
     with tempfile.TemporaryDirectory() as logs:
         handler = get_rendezvous_handler(RendezvousParameters(
             backend="c10d", endpoint=endpoint, run_id=run.resilience.rdzv_id, min_nodes=low, max_nodes=high,
@@ -161,8 +164,9 @@ def run_agent(run: Run, module: str, arguments: Sequence[str], fewer: Callable[[
             handler.shutdown()
         if not result.is_failed():
             return 0
-        for failure in result.failures.values():
-            _show(Path(logs), failure.local_rank)
+        with above_a_line():
+            for failure in result.failures.values():
+                _show(Path(logs), failure.local_rank)
         return agent.status or OUR_FAULT
 
 

@@ -25,6 +25,7 @@ from modellink.core.train.guard import Guard, GuardFactory, NoGuard
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import note
 
 NOTICED = 30.0  # seconds within which a failure elsewhere becomes known
 
@@ -127,8 +128,7 @@ class HighAvailability:
         self._watch.beat()
 
     def _say(self, what: str) -> None:
-        if dist.get_rank() == 0:
-            print(f"note: {what}", flush=True)
+        note(what)
 
     def _survive(self, error: Exception, *, inside: bool = True) -> None:
         """Return once training is consistent again in this process; otherwise exit.
@@ -162,13 +162,11 @@ class HighAvailability:
         self._faults.strike(plan.iteration + 1, "repair", training.models)
         snapshot = take(training)
         self._generation += 1
-        first = plan.ranks[0] == rank
         store = self._store
         with end_with(store, plan.ranks):
             again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
         if plan.action == "save":
-            if first:
-                print(f"note: {plan.why}; the surviving ranks save iteration {plan.iteration}", flush=True)
+            self._say(f"{plan.why}; the surviving ranks save iteration {plan.iteration}")
             self._save(again)
             store.set("over", "yes")
             leave()

@@ -22,6 +22,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from modellink.kernels.messages import note
+
 PERIOD = 0.25  # seconds between checks
 SAVING = 1800.0  # seconds that a save of the survivors may take
 FAILURE, WATCHED = "failure", "watched"  # keys
@@ -137,7 +139,7 @@ class Watch:
 def leave(why: str | None = None) -> NoReturn:
     """Exit at once: the process groups are broken, and destroying them would wait for other ranks."""
     if why:
-        print(f"note: {why}", flush=True)
+        note(why, every_rank=True)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(PEER_FAILED)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from modellink.core.train.metrics import Step
+    from modellink.core.train.history import Step
     from modellink.core.train.training import Training
 
 

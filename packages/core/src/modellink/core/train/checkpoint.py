@@ -36,6 +36,7 @@ from modellink.core.train.training import Training
 from modellink.core.train.writer import Writer, on_all_ranks
 from modellink.kernels.errors import InternalError, ModelLinkError
 from modellink.kernels.files import atomic_write, finish_folder, kill_point
+from modellink.kernels.messages import note
 
 
 def save(training: Training, folder: Path, manifest: Manifest, companions: Path | None, *, tokenizer_alone: bool = False,
@@ -140,18 +141,16 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     training.schedule.load_state_dict(state["schedule"])
     if same and load_rng:
         _set_random_state(training, state)
-    elif load_rng and dist.get_rank() == 0:
-        print(f"note: saved at {progress.layout}, resumed at {training.layout}: the random state is initialized again",
-              flush=True)
+    elif load_rng:
+        note(f"saved at {progress.layout}, resumed at {training.layout}: the random state is initialized again")
     training.iteration, training.consumed_samples = progress.iteration, progress.consumed_samples
     training.ordered = progress.ordered
-    if dist.get_rank() == 0:
-        if progress.global_batch_size not in (None, training.global_batch_size):
-            print(f"note: the global batch size was {progress.global_batch_size} and is {training.global_batch_size}", flush=True)
-        for name in sorted(progress.order.keys() & training.order.keys()):
-            if progress.order[name] != training.order[name]:
-                print(f"note: {name} was {progress.order[name]} and is {training.order[name]}: training resumes after the same "
-                      "number of samples, in another order", flush=True)
+    if progress.global_batch_size not in (None, training.global_batch_size):
+        note(f"the global batch size was {progress.global_batch_size} and is {training.global_batch_size}")
+    for name in sorted(progress.order.keys() & training.order.keys()):
+        if progress.order[name] != training.order[name]:
+            note(f"{name} was {progress.order[name]} and is {training.order[name]}: training resumes after the same number of "
+                 "samples, in another order")
 
 
 def _chunks(training: Training) -> list[tuple[str, Any]]:

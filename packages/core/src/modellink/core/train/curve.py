@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from modellink.kernels.svg import picture, text
 
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 64, 40, 20, 44
+MARKED = 30  # points of a line up to which each is marked by a circle; a single one has no line
 COLORS = ("#1f6feb", "#b35900", "#1a7f37", "#8250df")
 
 
@@ -20,9 +21,30 @@ def ticks(low: float, high: float, wanted: int = 6) -> list[float]:
     return [number * step for number in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
-def draw(points: Sequence[tuple[float, float]], *, title: str, x: str) -> str:
-    """Draw one line through `points`, in their order; return the SVG document."""
-    return draw_lines({"": points}, title=title, x=x)
+def draw_losses(lines: Mapping[str, Sequence[tuple[float, float]]]) -> str | None:
+    """Return the SVG document of loss curves over iterations, by name; None if there are not two points.
+
+    Points that are not finite are left out, and long lines are thinned to what the picture can show.
+    """
+    finite = {name: [point for point in points if math.isfinite(point[1])] for name, points in lines.items()}
+    shown = {name: thin(points) for name, points in finite.items() if points}
+    if sum(map(len, shown.values())) < 2:
+        return None
+    return draw_lines(shown, title="lm loss", x="iteration")
+
+
+def thin(points: Sequence[tuple[float, float]], most: int = 2 * (WIDTH - LEFT - RIGHT)) -> list[tuple[float, float]]:
+    """Return about `most` points: the lowest and the highest of each stretch, so that no spike is lost."""
+    size = math.ceil(2 * len(points) / most)
+    if size <= 2:
+        return list(points)
+    stretches = [points[start:start + size] for start in range(0, len(points), size)]
+    kept = {extreme for stretch in stretches for extreme in (min(stretch, key=_y), max(stretch, key=_y))}
+    return sorted(kept | {points[0], points[-1]})
+
+
+def _y(point: tuple[float, float]) -> float:
+    return point[1]
 
 
 def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str, x: str) -> str:
@@ -48,6 +70,9 @@ def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str
         line = " ".join(f"{px},{py}" for px, py in (place(*point) for point in points))
         look = f'stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"' + ' stroke-dasharray="5 4"' * (number % 2)
         parts.append(f'<polyline points="{line}" fill="none" {look}/>')
+        if len(points) <= MARKED:
+            color = COLORS[number % len(COLORS)]
+            parts += [f'<circle cx="{px}" cy="{py}" r="3" fill="{color}"/>' for px, py in (place(*point) for point in points)]
         if name:
             y = TOP + 16 + 18 * number
             parts += [f'<line x1="{WIDTH - 220}" x2="{WIDTH - 190}" y1="{y}" y2="{y}" {look}/>',

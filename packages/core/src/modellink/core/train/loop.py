@@ -20,18 +20,18 @@ from modellink.core.train.callbacks import Callback
 from modellink.core.train.digest import Digests
 from modellink.core.train.finite import keep_batch, refuse_not_finite
 from modellink.core.train.guard import GuardFactory, NoGuard
+from modellink.core.train.history import Step
 from modellink.core.train.method import Feed, Method
-from modellink.core.train.metrics import Clock, Metrics, Step
+from modellink.core.train.metrics import Clock, Metrics
 from modellink.core.train.optimizer import let_go, whole_parameters
 from modellink.core.train.saving import save, save_now
 from modellink.core.train.setup import set_up
 from modellink.core.train.step import run_schedule
 from modellink.core.train.stop import Stop, is_multiple
-from modellink.core.train.throughput import throughput
-from modellink.core.train.tracker import Tracker
 from modellink.core.train.training import Training
 from modellink.core.train.writer import Writer
 from modellink.kernels.ops import plain_forms
+from modellink.kernels.terminal import above_a_line
 
 
 def train(run: Run, method: Method, callbacks: Sequence[Callback] = (), guard: GuardFactory = NoGuard) -> list[Step]:
@@ -55,7 +55,8 @@ class Loop:
                  guard: GuardFactory) -> None:
         self.run, self.training, self.method, self.callbacks = run, training, method, callbacks
         self.feeds = method.feeds(training)
-        self.metrics = _metrics(run, training, method)
+        self.metrics = Metrics(run, training.iteration, active=dist.get_rank() == dist.get_world_size() - 1,
+                               reports_memory=parallel_state.get_data_parallel_rank() == 0)
         self.clock, self.writer = Clock(run.device), Writer()
         self.digests = Digests(run, training)
         self.last_step: Step | None = None
@@ -63,6 +64,16 @@ class Loop:
 
     def run_all(self) -> list[Step]:
         """Train, evaluate at the end, and release the models."""
+        with above_a_line():
+            try:
+                self._run_all()
+            except BaseException:
+                self.metrics.screen.close()
+                raise
+        let_go(self.training.models)
+        return self.metrics.history.steps
+
+    def _run_all(self) -> None:
         run, training = self.run, self.training
         for callback in self.callbacks:
             callback.on_start(training)
@@ -72,11 +83,8 @@ class Loop:
             self.evaluate(self.feeds.test, f"iteration {training.iteration} on test set")
         for callback in self.callbacks:
             callback.on_end(training)
-        save = run.checkpoint.save
-        self.metrics.close(run.logging.curve or (save and save / "loss.svg"))
+        self.metrics.close()
         self.digests.close()
-        let_go(training.models)
-        return self.metrics.history
 
     def _iterate_all(self) -> None:
         run, training, guard = self.run, self.training, self.guard
@@ -119,6 +127,7 @@ class Loop:
             with self.guard.saving(last=last):
                 save(run, training, folder, self.writer)
                 saved = True
+            self.metrics.draw()
             for callback in self.callbacks if saved else ():
                 callback.on_save(training, folder)
 
@@ -173,6 +182,7 @@ class Loop:
             for number in range(run.logging.eval_iters):
                 found.append(run_schedule(self.method, training.models, partial(feed, consumed=number * size),
                                           forward_only=True, **self._sizes(None)))
+                self.metrics.evaluating(where, len(found))
                 beat()
         for model in training.models:
             model.train()
@@ -194,17 +204,3 @@ class Loop:
         data = self.run.data
         return {"num_microbatches": data.num_microbatches(self.run.layout.dp, consumed), "seq_length": data.seq_length,
                 "micro_batch_size": data.micro_batch_size}
-
-
-def _metrics(run: Run, training: Training, method: Method) -> Metrics:
-    """The log of a run, on its last rank."""
-    save, logging = run.checkpoint.save, run.logging
-    measured = logging.log_throughput and not run.instruction.variable_seq_lengths
-    if logging.log_throughput and not measured and dist.get_rank() == 0:
-        print("note: throughput is not shown because samples differ in length", flush=True)
-    return Metrics(
-        active=dist.get_rank() == dist.get_world_size() - 1, reports_memory=parallel_state.get_data_parallel_rank() == 0,
-        device=run.device, train_iters=run.optimizer.train_iters, log_interval=logging.log_interval, folder=save,
-        tensorboard_dir=logging.tensorboard_dir, resumed=training.iteration,
-        throughput=throughput(run).report if measured else None,
-        tracker=None if logging.wandb_project is None else partial(Tracker, logging, save, run.settings))

@@ -1,187 +1,169 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of a run: the log line in the original's format, metrics.jsonl, TensorBoard, Weights & Biases and the loss curve.
+"""Reports of a run: the log, metrics.jsonl, TensorBoard, Weights & Biases and the loss curve.
 
-The last rank prints, as in the original. `metrics.jsonl` is next to the checkpoints; a resumed run drops its entries
-of iterations that will be repeated.
+The last rank reports, as in the original. A file that cannot be written is dropped with a note, and training continues.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
-
-from tensorboardX import SummaryWriter
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from modellink.core.launch import rank
-from modellink.core.train.curve import draw
+from modellink.core.run import Run
+from modellink.core.train import announce, history, screen
+from modellink.core.train.curve import draw_losses
+from modellink.core.train.events import Events, step_values
+from modellink.core.train.history import History, Step
+from modellink.core.train.log_lines import log_line, perplexity
+from modellink.core.train.screen import Screen
+from modellink.core.train.throughput import throughput
 from modellink.core.train.tracker import Tracker
 from modellink.kernels.device import Device
-from modellink.kernels.files import Journal, atomic_write
-
-
-@dataclass(frozen=True)
-class Step:
-    """One finished iteration.
-
-    Attributes:
-        loss: the first metric of the training method; for pretrain and sft in nats per token.
-        grad_norm: global gradient norm before clipping; None if it was not computed.
-        seconds: wall-clock time.
-    """
-
-    iteration: int
-    consumed_samples: int
-    global_batch_size: int
-    loss: float
-    learning_rate: float
-    grad_norm: float | None
-    loss_scale: float
-    skipped: bool
-    seconds: float
-    num_zeros: int | None = None
-    """Zeros in the gradient, with --log-num-zeros-in-grad."""
-    balance: dict[str, float] = field(default_factory=dict)
-    """Balance losses of the routers of experts, by name, without their coefficients."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Further metrics of the training method, by name."""
+from modellink.kernels.files import atomic_write
+from modellink.kernels.messages import note
 
 
 class Metrics:
-    """Collects steps and reports them on the last rank.
+    """Collects steps and evaluations, and reports them.
 
     Args:
-        active: this is the last rank.
-        reports_memory: this rank prints a line about its memory after the first log line.
         resumed: the iteration the run resumes from.
-        throughput: returns the parts of the log line about speed. Default: none.
-        tracker: opens an external tracker. Default: none.
+        active: this rank reports.
+        reports_memory: this rank prints a line about its memory after the first log line.
     """
 
-    def __init__(self, *, active: bool, reports_memory: bool, device: Device, train_iters: int, log_interval: int,
-                 folder: Path | None, tensorboard_dir: Path | None, resumed: int,
-                 throughput: Callable[[Sequence[Step]], list[str]] | None = None,
-                 tracker: Callable[[], Tracker] | None = None) -> None:
-        self.active, self.reports_memory, self.device = active, reports_memory, device
-        self.train_iters, self.log_interval = train_iters, log_interval
-        self.throughput = throughput
-        self.folder, self.tensorboard_dir, self.resumed = folder, tensorboard_dir, resumed
-        self._opened = False
-        self.history: list[Step] = []
+    def __init__(self, run: Run, resumed: int, *, active: bool, reports_memory: bool) -> None:
+        self.run, self.resumed, self.active, self.reports_memory = run, resumed, active, reports_memory
+        self.folder, self.train_iters = run.checkpoint.save, run.optimizer.train_iters
+        self.picture = run.logging.curve or (self.folder and self.folder / "loss.svg")
+        fixed = not run.instruction.variable_seq_lengths
+        if run.logging.log_throughput and not fixed:
+            note("throughput is not shown because samples differ in length")
+        self.throughput = throughput(run) if fixed and active else None
+        self.screen = Screen(self.train_iters, run.data.seq_length if fixed else None, progress=run.logging.progress)
+        self.history = History(None, resumed)
         self._window: list[Step] = []
-        self._journal: Journal | None = None
-        self._events: SummaryWriter | None = None
-        self._open_tracker = tracker
+        self._is_open = False
+        self._events: Events | None = None
         self._tracker: Tracker | None = None
 
     def _open(self) -> None:
-        """Create the files at the first step, so that a run that fails earlier leaves none."""
+        """Create the files at the first step or evaluation, so that a run that fails earlier leaves none."""
+        if self._is_open:
+            return
+        self._is_open = True
         if self.folder is not None:
-            self._open_journal(self.folder, self.resumed)
-        if self.tensorboard_dir is not None:
-            self._events = SummaryWriter(str(self.tensorboard_dir), purge_step=self.resumed + 1 if self.resumed else None)
-        if self._open_tracker is not None:
-            self._tracker = self._open_tracker()
+            with self._or_drop(announce.FILE):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                announce.write_arguments(self.folder, self.run, self.resumed)
+            with self._or_drop(history.FILE):
+                self.history = History(self.folder, self.resumed)
+            self.screen.log_file = self.folder / screen.FILE
+        if (folder := self.run.logging.tensorboard_dir) is not None:
+            with self._or_drop(str(folder)):
+                self._events = Events(folder, self.resumed)
+        if self.run.logging.wandb_project is not None:
+            self._tracker = Tracker(self.run.logging, self.folder, self.run.settings)
 
-    def _open_journal(self, folder: Path, resumed: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        with Journal(path) as journal:
-            kept = [entry for entry in journal.entries if entry["iteration"] <= resumed]
-        with atomic_write(path, "w") as file:
-            file.writelines(json.dumps(entry) + "\n" for entry in kept)
-        self.history = [Step(**entry) for entry in kept]
-        self._journal = Journal(path)
+    @contextlib.contextmanager
+    def _or_drop(self, what: str, drop: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Note an error of the file system, and call `drop` so that it does not occur again."""
+        try:
+            yield
+        except OSError as error:
+            drop()
+            note(f"{what} cannot be written, and training continues without it: {error}", every_rank=True)
 
     def add(self, step: Step) -> None:
-        due = step.iteration % self.log_interval == 0 or step.iteration == self.train_iters
+        due = step.iteration % self.run.logging.log_interval == 0 or step.iteration == self.train_iters
         if self.active:
-            self._note(step, due=due)
+            self._report(step, due=due)
         if due and self.reports_memory:
             self._report_memory(step.iteration)
 
-    def _note(self, step: Step, *, due: bool) -> None:
-        if not self._opened:
-            self._opened = True
-            self._open()
-        self.history.append(step)
+    def _report(self, step: Step, *, due: bool) -> None:
+        self._open()
+        with self._or_drop(history.FILE, self.history.detach):
+            self.history.add(step)
+        if self._events or self._tracker:
+            speed = {} if self.throughput is None else self.throughput.rates([step])
+            self._send(step_values(step, self.run.device) | speed, step.iteration)
         self._window.append(step)
-        if self._journal:
-            self._journal.append(step.__dict__)
-        self._draw({"lm loss": step.loss, "learning-rate": step.learning_rate, "grad-norm": step.grad_norm,
-                    "loss-scale": step.loss_scale, "iteration-time": step.seconds, "batch-size": step.global_batch_size,
-                    "num-zeros": step.num_zeros, **step.balance, **step.metrics}, step.iteration)
         if due:
-            self._print()
+            shown = self.throughput if self.run.logging.log_throughput else None
+            self._log(log_line(self._window, self.train_iters, [] if shown is None else shown.report(self._window)))
+            self._window = []
+        self.screen.step(step)
 
-    def _draw(self, values: Mapping[str, float | None], iteration: int) -> None:
+    def _log(self, text: str) -> None:
+        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
+            self.screen.log(text)
+
+    def _send(self, values: Mapping[str, float | None], iteration: int) -> None:
         """Send the values to TensorBoard and the tracker."""
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if self._events:
-            for name, value in known.items():
-                self._events.add_scalar(name, value, iteration)
+            with self._or_drop("TensorBoard's file", partial(setattr, self, "_events", None)):
+                self._events.add(known, iteration)
         if self._tracker:
             self._tracker.log(known, iteration)
 
-    def _print(self) -> None:
-        steps, self._window = self._window, []
-        last, seconds = steps[-1], sum(step.seconds for step in steps) / len(steps)
-        good = [step.loss for step in steps if not step.skipped and math.isfinite(step.loss)]
-        nan = sum(not math.isfinite(step.loss) for step in steps)
-        parts = [f"iteration {last.iteration:8d}/{self.train_iters:8d}",
-                 f"consumed samples: {last.consumed_samples:12d}",
-                 f"elapsed time per iteration (ms): {seconds * 1000:.1f}"]
-        if self.throughput is not None:
-            parts += self.throughput(steps)
-        parts += [f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
-        if good:
-            parts.append(f"lm loss: {sum(good) / len(good):.6E}")
-        parts += [f"{name}: {sum(step.balance[name] for step in steps) / len(steps):.6E}" for name in last.balance]
-        parts += [f"{name}: {sum(step.metrics[name] for step in steps) / len(steps):.6E}" for name in last.metrics]
-        parts.append(f"loss scale: {last.loss_scale:.1f}")
-        if last.grad_norm is not None:
-            parts.append(f"grad norm: {last.grad_norm:.3f}")
-        if last.num_zeros is not None:
-            parts.append(f"num zeros: {last.num_zeros:.1f}")
-        parts += [f"number of skipped iterations: {sum(step.skipped for step in steps):3d}",
-                  f"number of nan iterations: {nan:3d}"]
-        print(f" [{datetime.now():%Y-%m-%d %H:%M:%S}] " + " | ".join(parts) + " |", flush=True)
-
     def _report_memory(self, iterations: int) -> None:
-        """Print the memory report once, in the original's format."""
+        """Report the memory of this rank once, in the original's format. A terminal shows only rank 0's."""
         self.reports_memory = False
-        megabytes = [f"{name}: {value / 2**20:.1f}" for name, value in self.device.memory_report().items()]
-        print(f"[Rank {rank()}] (after {iterations} iterations) memory (MB) | {' | '.join(megabytes)}", flush=True)
+        megabytes = [f"{name}: {value / 2**20:.1f}" for name, value in self.run.device.memory_report().items()]
+        line = f"[Rank {rank()}] (after {iterations} iterations) memory (MB) | {' | '.join(megabytes)}"
+        if self.active:
+            self._log(line)
+        elif not self.screen.shows_progress:
+            print(line, flush=True)
+        if self.screen.shows_progress and rank() == 0:
+            print(line, flush=True)
+
+    def evaluating(self, where: str, done: int) -> None:
+        """Show that `done` iterations of an evaluation are done."""
+        if self.active:
+            self.screen.evaluating(where, done, self.run.logging.eval_iters)
 
     def evaluation(self, where: str, means: Mapping[str, float], iteration: int) -> None:
-        """Print the means of an evaluation in the original's frame; the first is the loss."""
+        """Report the means of an evaluation; the first is the loss."""
         if not self.active:
             return
-        (_, loss), *others = means.items()
-        line = (f" validation loss at {where} | lm loss value: {loss:.6E} | "
-                f"lm loss PPL: {math.exp(min(20.0, loss)):.6E} | ")
-        line += "".join(f"{name}: {value:.6E} | " for name, value in others)
-        print("-" * len(line), line, "-" * len(line), sep="\n", flush=True)
+        self._open()
         share = "test" if where.endswith("test set") else "validation"
-        self._draw({f"lm loss {share}": loss} | {f"{name} {share}": value for name, value in others}, iteration)
+        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
+            self.screen.evaluation(where, iteration, share, means)
+        (_, loss), *others = means.items()
+        losses = {f"lm loss {share}": loss, **{f"{name} {share}": value for name, value in others}}
+        with self._or_drop(history.FILE, self.history.detach):
+            self.history.add_evaluation(iteration, losses)
+        self._send(losses | {f"lm loss {share} ppl": perplexity(loss)}, iteration)
 
-    def close(self, curve: Path | None) -> None:
-        """Close all files, and draw the loss curve if `curve` is a path."""
+    def draw(self) -> None:
+        """Draw the loss curve; after each save and at the end."""
+        if not self.active or self.picture is None:
+            return
+        svg = draw_losses({"training": self.history.curve("loss"), "validation": self.history.curve("lm loss validation")})
+        if svg is not None:
+            with self._or_drop(str(self.picture), partial(setattr, self, "picture", None)):
+                self.picture.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.picture, "w") as file:
+                    file.write(svg)
+        self.screen.redraw()
+
+    def close(self) -> None:
+        """Draw the loss curve and close all files."""
+        self.draw()
+        self.screen.close()
         if self._events:
-            self._events.close()
+            with self._or_drop("TensorBoard's file"):
+                self._events.close()
         if self._tracker:
             self._tracker.close()
-        if self._journal:
-            self._journal.close()
-        points = [(step.iteration, step.loss) for step in self.history if math.isfinite(step.loss)]
-        if self.active and curve is not None and len(points) > 1:
-            curve.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(curve, "w") as file:
-                file.write(draw(points, title="lm loss", x="iteration"))
 
 
 class Clock:

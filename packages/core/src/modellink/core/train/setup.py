@@ -20,6 +20,7 @@ from modellink.core.run import Run
 from modellink.core.train import checkpoint
 from modellink.core.train.optimizer import make_optimizer, make_schedule, wrap
 from modellink.core.train.training import Training
+from modellink.kernels.messages import note
 
 
 def build_settings(run: Run) -> BuildSettings:
@@ -40,8 +41,8 @@ def set_up(run: Run, *, reference: bool = False) -> Training:
     Args:
         reference: also build the frozen reference model.
     """
-    if _is_first() and (note := run.memory.note(run.layout, run.spec.num_layers)):
-        print(note, flush=True)
+    if text := run.memory.note(run.layout, run.spec.num_layers):
+        note(text)
     settings = build_settings(run)
     models = _load_models(run, settings)
     frozen = _reference(run, settings, models) if reference else []
@@ -60,8 +61,8 @@ def set_up(run: Run, *, reference: bool = False) -> Training:
                           load_rng=run.checkpoint.load_rng)
         if _is_first():
             print(f"resuming from {run.resumed} at iteration {training.iteration}", flush=True)
-            if training.iteration >= run.optimizer.train_iters:
-                print(f"note: all {run.optimizer.train_iters} iterations are done", flush=True)
+        if training.iteration >= run.optimizer.train_iters:
+            note(f"all {run.optimizer.train_iters} iterations are done")
     return training
 
 
@@ -76,9 +77,9 @@ def _load_models(run: Run, settings: BuildSettings) -> list[Any]:
         return models
     load_weights(models, run.source, settings, show=_is_first())
     weights_only = run.checkpoint.finetune or run.lora.on
-    if _is_first() and run.resumed is None and run.source.format != "Hugging Face" and not weights_only:
-        print(f"note: only weights are loaded from {run.source.folder} ({run.source.format}); optimizer, schedule and random "
-              "state that Megatron may have saved there are not read, and training starts at iteration 0", flush=True)
+    if run.resumed is None and run.source.format != "Hugging Face" and not weights_only:
+        note(f"only weights are loaded from {run.source.folder} ({run.source.format}); optimizer, schedule and random state that "
+             "Megatron may have saved there are not read, and training starts at iteration 0")
     return models
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.weights import EXPERTS, weights
 from modellink.core.run import Run
-from modellink.core.train.metrics import Step
+from modellink.core.train.history import Step
 
 
 @dataclass(frozen=True)
@@ -19,20 +19,31 @@ class Throughput:
 
     Attributes:
         peak: floating-point operations per second of the device; None if unknown.
+        ranks: number of ranks.
     """
 
     tokens: float
     flops: float
     peak: float | None
+    ranks: int
+
+    def rates(self, steps: Sequence[Step]) -> dict[str, float]:
+        """Values for TensorBoard: TFLOP/s of a rank under Megatron's name, and tokens per second of all ranks."""
+        rate = _samples_per_second(steps)
+        return {"throughput": rate * self.flops / 1e12, "tokens-per-second": rate * self.tokens * self.ranks}
 
     def report(self, steps: Sequence[Step]) -> list[str]:
         """Parts of the log line for these iterations."""
-        rate = sum(step.global_batch_size for step in steps) / sum(step.seconds for step in steps)
+        rate = _samples_per_second(steps)
         parts = [f"throughput per GPU (TFLOP/s/GPU): {rate * self.flops / 1e12:.1f}",
                  f"tokens per second per GPU: {rate * self.tokens:.1f}"]
         if self.peak is not None:
             parts.append(f"MFU: {rate * self.flops / self.peak:.1%} of {self.peak / 1e12:g} TFLOP/s")
         return parts
+
+
+def _samples_per_second(steps: Sequence[Step]) -> float:
+    return sum(step.global_batch_size for step in steps) / sum(step.seconds for step in steps)
 
 
 def throughput(run: Run) -> Throughput:
@@ -47,7 +58,7 @@ def throughput(run: Run) -> Throughput:
     tokens = seq / run.layout.world_size
     flops = (6.0 * attention + per_weight * _active_weights(spec)) * tokens
     peak = run.logging.peak_tflops
-    return Throughput(tokens, flops, None if peak is None else peak * 1e12)
+    return Throughput(tokens, flops, None if peak is None else peak * 1e12, run.layout.world_size)
 
 
 def _active_weights(spec: ModelSpec) -> float:

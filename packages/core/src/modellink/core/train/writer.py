@@ -133,11 +133,12 @@ def on_all_ranks(work: Callable[[], None], where: Path) -> None:
 
 
 def _raise(errors: Sequence[BaseException], where: Path) -> None:
-    told: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(told, [f"rank {dist.get_rank()}: {type(error).__name__}: {error}" for error in map(_origin, errors)])
+    reasons: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    mine = [f"rank {dist.get_rank()}: {type(error).__name__}: {error}" for error in map(_origin, errors)]
+    dist.all_gather_object(reasons, mine)
     if dist.get_rank() == 0:
         shutil.rmtree(where, ignore_errors=True)  # frees the disk space that may be missing
-    raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in told for line in lines),
+    raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in reasons for line in lines),
                          where=where,
                          fix="free disk space or choose another --save, and resume from the last complete checkpoint")
 
