@@ -19,7 +19,7 @@ TARGET = ROOT / "docs" / "en" / "house.svg"
 SUMMARIES = {
     "kernels": "files, errors, options, devices, layouts, fused ops",
     "ckpt_convert": "what a model is; checkpoints of every format",
-    "data_prep": "text and chats to token ids",
+    "data_prep": "text to ids",
     "core": "training",
     "infer": "generation, chat, server",
     "eval": "benchmark scores",
@@ -130,8 +130,9 @@ def place() -> dict[str, Building]:
 def connections(buildings: Mapping[str, Building]) -> Iterator[str]:
     """Yield the arrows between the packages."""
     at_import = package_arrows(at_import=True)
-    for package, targets in direct(package_arrows()).items():
-        for target in sorted(targets):
+    needed, possible = direct(at_import), direct(package_arrows())
+    for package in PACKAGES:
+        for target in sorted(needed[package] | (possible[package] - at_import[package])):
             upper, lower = buildings[package], buildings[target]
             left, right = max(upper.x, lower.x), min(upper.x + upper.width, lower.x + lower.width)
             late = target not in at_import[package]

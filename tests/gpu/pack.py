@@ -17,7 +17,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LEFT_OUT = {"torch", "pyarrow"}
+UNUSED = {"pyarrow"}  # by the rows; large
+LEFT_OUT = {"torch"} | UNUSED
 WITHOUT_NEEDS = {"megatron-core", "tokenizers"}
 """Installed without what they require: torch, and a client for downloads that we do not call."""
 MORE = ("safetensors",)  # the rows write weights with it

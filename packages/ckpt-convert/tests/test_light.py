@@ -40,7 +40,8 @@ def test_importing_all_modules_does_not_import_torch() -> None:
     ("ckpt_convert.cli", ["a", "b", "--to", "mcore"], 2, "did you mean megatron-core?"),
     ("ckpt_convert.cli", ["--to", "hf"], 2, "SRC is required"),
     ("ckpt_convert.cli", ["missing", "b", "--to", "hf"], 2, "the checkpoint folder is missing"),
-    ("ckpt_convert.cli", ["inspect"], 2, "PATH is required"),
+    ("ckpt_convert.cli", ["inspect"], 2, "modellink-convert inspect --help lists all options."),
+    ("ckpt_convert.cli", ["inspect", "--json"], 2, "PATH is required"),
     ("kernels.doctor", ["--help"], 0, "Usage:"),
     ("kernels.doctor", ["--device", "gpu"], 2, "did you mean cuda?")])
 def test_help_and_errors(command: str, arguments: list[str], status: int, text: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ranks import beside
 
-OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "exit_interval": 3,
+OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "exit_interval": 2,
            "eval_iters": 0, "split": "100,0,0", "device": "cpu", "seed": 7, "log_interval": 1, "make_vocab_size_divisible_by": 8,
            "moe_aux_loss_coeff": 0.05, "moe_device_level_aux_loss_coeff": 0.03, "moe_comm_aux_loss_coeff": 0.02,
            "moe_z_loss_coeff": 0.01}
@@ -75,10 +75,14 @@ def whole(run):
     return run("one")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_three_steps_are_the_same_at_every_layout(run, whole, layout):
+ELSEWHERE = ("tp2 ep2", "ep2 grouped", "ep2 together")
+"""Layouts of other tests, whose parts are among the layouts that are compared."""
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ELSEWHERE])
+def test_two_steps_are_the_same_at_every_layout(run, whole, layout):
     steps = run(layout)
-    assert [step[0] for step in steps] == [1, 2, 3]
+    assert [step[0] for step in steps] == [1, 2]
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], rel=2e-6)
     assert [step[3] for step in steps] == pytest.approx([step[3] for step in whole], rel=1e-5)
 
@@ -204,9 +208,10 @@ def test_every_balance_loss_acts(run, coefficient):
 
 @pytest.mark.parametrize("layout", ["ep2", "ep2 distributed optimizer", "tp2 ep2", "pp2 ep2"])
 def test_stopping_and_going_on_changes_no_bit(run, tmp_path, layout):
-    straight = run(layout)
+    straight = run(layout, exit_interval=3)
     stopped = run(layout, save=str(tmp_path / "a"), exit_interval=1)
-    assert stopped + run(layout, load=str(tmp_path / "a")) == straight  # the last loss needs the state of the optimizer
+    resumed = run(layout, load=str(tmp_path / "a"), exit_interval=3)
+    assert stopped + resumed == straight  # the last loss needs the state of the optimizer
 
 
 def test_what_was_trained_goes_on_elsewhere_and_becomes_a_hugging_face_folder(run, whole, tmp_path):
@@ -246,9 +251,9 @@ def test_tokens_beyond_the_capacity_are_the_same_ones_at_every_layout(run, whole
     one = run("one", **few)
     assert one[0][2] != pytest.approx(whole[0][2], rel=1e-5)
     padded = run("one", **few, moe_pad_expert_input_to_capacity=True)
-    for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):  # of scores that are nearly equal, rounding decides later
-        assert [step[2] for step in other[:2]] == pytest.approx([step[2] for step in one[:2]], rel=2e-6)
-        assert [step[3] for step in other[:2]] == pytest.approx([step[3] for step in one[:2]], rel=1e-5)
+    for other in (padded, run("ep2", **few), run("pp2 ep2", **few)):
+        assert [step[2] for step in other] == pytest.approx([step[2] for step in one], rel=2e-6)
+        assert [step[3] for step in other] == pytest.approx([step[3] for step in one], rel=1e-5)
 
 
 @pytest.mark.parametrize("factor", [-1.0, 100.0])

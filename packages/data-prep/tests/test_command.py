@@ -75,7 +75,7 @@ def test_mistakes_are_told_in_one_message(command, options, tmp_path, args, mess
 
 def test_what_must_be_given_is_named(command):
     result = command("--input", "x")
-    assert result.returncode == 2 and "--output-prefix, --tokenizer-name-or-path are required" in result.stderr
+    assert result.returncode == 2 and "--tokenizer-name-or-path, --output-prefix are required" in result.stderr
 
 
 def test_flags_of_the_original_that_mean_nothing_are_explained(command, options):

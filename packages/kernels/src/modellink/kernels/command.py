@@ -134,7 +134,7 @@ class Command(_Explained, click.Command):
                      **extra: Any) -> click.Context:
         chosen = self.subcommands.get(args[0]) if args else None
         if chosen is not None:
-            return chosen.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+            return chosen.make_context(f"{self.name} {args[0]}", args[1:], parent, **extra)
         return super().make_context(info_name, args, parent, **extra)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
