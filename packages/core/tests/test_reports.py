@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from screens import Recording, screen
 
 from modellink.core.train.curve import WIDTH, draw_losses, thin
 from modellink.core.train.history import History, Step
+from modellink.kernels import dependency_warnings
 
 training = beside(__file__, "test_training")
 EVALUATED = {"split": "60,20,20", "eval_interval": 2, "eval_iters": 2, "save_interval": 2}
@@ -152,6 +154,26 @@ def test_settings_are_in_a_file_with_what_a_resumed_run_changes(pools, texts, tm
     assert [line for line in changes.splitlines() if "load " not in line] == [
         "  iteration 2: exit_interval 2 -> 4", "  iteration 2: lr 0.005 -> 0.01",
         "  iteration 4: exit_interval 4 -> None", "  iteration 4: lr 0.01 -> 0.005"]
+
+
+def warned(options: dict[str, Any], *, hidden: bool) -> list[str]:
+    """On a rank: the warnings of a run that is saved and resumed; `hidden`: as far as a command shows them."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # as Python does
+        if hidden:
+            dependency_warnings.ignore()
+        training.train(options | {"exit_interval": 2})
+        training.train(options | {"load": options["save"]})
+    return [str(warning.message) for warning in seen]
+
+
+def test_warnings_of_dependencies_are_not_shown(pools, texts, tmp_path):
+    options = texts | {"use_distributed_optimizer": True}
+    assert pools(1)(warned, options=options | {"save": str(tmp_path / "a")}, hidden=True) == [[]]
+    (shown,) = pools(1)(warned, options=options | {"save": str(tmp_path / "b")}, hidden=False)
+    for text in ("deprecating ShardedTensor", "The .grad attribute of a Tensor"):  # still needed
+        assert any(text in warning for warning in shown)
 
 
 def step(iteration: int, **more: Any) -> Step:
