@@ -88,7 +88,7 @@ def entries(save: Path) -> list[dict]:
 
 def test_its_loss_data_and_metric(train, tmp_path):
     said, steps = train("focal", "--gamma", 2, "--train-iters", 3)
-    assert said.count("| mean-weight: ") == 3 and "gamma ...." in said
+    assert said.count("| mean-weight: ") == 3 and "gamma ...." in (tmp_path / "save/arguments.txt").read_text()
     assert [step["iteration"] for step in steps] == [1, 2, 3]
     weights = [step["metrics"]["mean-weight"] for step in steps]
     assert 0.9 < weights[0] < 1 and steps[-1]["loss"] < steps[0]["loss"]

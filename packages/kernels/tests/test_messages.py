@@ -39,9 +39,12 @@ def test_ranks_do_not_repeat_what_their_launcher_has_printed(monkeypatch, capsys
     note("before")
     note("after")
     note("after")  # an event may occur twice
+    monkeypatch.setenv("LOCAL_RANK", "1")  # its stderr is shown only if the run fails
+    note("of a survivor that is rank 0 now")
     monkeypatch.setenv("RANK", "1")
-    note("known to rank 1", every_rank=True)  # its stderr is shown only if the run fails
-    assert capsys.readouterr() == ("note: known to rank 1\n", "note: before\nnote: after\nnote: after\n")
+    note("known to rank 1", every_rank=True)
+    assert capsys.readouterr() == ("note: of a survivor that is rank 0 now\nnote: known to rank 1\n",
+                                   "note: before\nnote: after\nnote: after\n")
 
 
 def test_worker_processes_are_quiet(capfd):

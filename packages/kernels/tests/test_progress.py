@@ -35,6 +35,14 @@ def test_bytes_are_gigabytes_and_a_line_on_the_way_says_how_long_it_takes(monkey
                                        "copying: 2.00 of 2.00 GB, 0.05 GB/s, 40.0 s\n")
 
 
+def test_few_bytes_are_megabytes(monkeypatch, capsys):
+    clock = iter([0.0, 0.0, 0.0, 1.0, 1.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.Work("copying", 2_500_000, unit="bytes") as work:
+        work.advance(2_500_000)
+    assert capsys.readouterr().err == "copying: 2.50 of 2.50 MB, 2.50 MB/s, 1.0 s\n"
+
+
 def test_other_ranks_are_quiet():
     done = subprocess.run([sys.executable, "-c", CODE.format(show=False)], capture_output=True, text=True)
     assert done.stdout == done.stderr == ""

@@ -28,7 +28,7 @@ MODULE = "modellink.infer.cli"
 
 def is_first_rank() -> bool:
     """Whether this is the first rank, or the process that starts the ranks."""
-    return os.environ.get("RANK", "0") == "0"
+    return launch.rank() == 0
 
 
 def must_start_ranks(model: ModelOptions) -> bool:

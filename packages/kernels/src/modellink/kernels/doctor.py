@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from modellink.kernels.command import command
 from modellink.kernels.errors import ModelLinkError, run_command
+from modellink.kernels.messages import rank
 from modellink.kernels.options import Layer, option, resolve
 from modellink.kernels.tables import print_table
 
@@ -59,7 +59,6 @@ class DoctorOptions:
 def doctor(given: Layer) -> None:
     """Print versions and devices, and check every op on this device."""
     device = resolve([DoctorOptions], given)[DoctorOptions].device
-    shows = os.environ.get("RANK", "0") == "0"
     found = versions()
     failures = advice(found)
     tables = [("versions", ["", "version"], list(found.items()))]
@@ -71,7 +70,7 @@ def doctor(given: Layer) -> None:
         rows, bad = check.ops(device)
         tables.append(("ops against their plain form", ["op", "use", "dtype", "difference", "allowed", ""], rows))
         failures += bad
-    if shows:
+    if rank() == 0:
         _print(tables, failures)
     if failures:
         sys.exit(1)

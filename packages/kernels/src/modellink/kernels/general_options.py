@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.messages import rank
 from modellink.kernels.options import Layer, option, yaml_layer
 from modellink.kernels.parallel import ParallelLayout
 
@@ -68,7 +68,7 @@ def print_plan(rows: Iterable[tuple[str, object]]) -> None:
 
     Under torchrun only the first rank prints.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if rank() > 0:
         return
     shown = [(name, str(value)) for name, value in rows if value not in (None, "")]
     width = max((len(name) for name, _ in shown), default=0)

@@ -18,7 +18,7 @@ from multiprocessing import parent_process
 SHOWN = "MODELLINK_NOTES_SHOWN"
 """Environment variable: JSON list of the notes that the launcher has printed, which its ranks do not repeat."""
 KEPT = "MODELLINK_STDERR_KEPT"
-"""Environment variable, set if the launcher keeps the error output of all ranks but the first, to show it after a failure."""
+"""Environment variable, set if the launcher keeps the stderr of all local ranks but the first, to show it after a failure."""
 PATIENCE = 2.0  # seconds in which torchrun stops a rank that would only repeat the error of another one
 
 _shown: list[str] = []
@@ -41,7 +41,8 @@ def note(text: str, *, every_rank: bool = False) -> None:
     if (quiet and not every_rank) or text in _inherited():
         return
     _shown.append(text)
-    kept = rank() > 0 and KEPT in os.environ  # nobody would see it on stderr
+    # survivors of a failure are numbered anew, but the launcher keeps the stderr of the same processes
+    kept = KEPT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
     print(f"note: {text}", file=sys.stdout if kept else sys.stderr, flush=True)
 
 

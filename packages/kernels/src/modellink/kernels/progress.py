@@ -18,7 +18,7 @@ from modellink.kernels.terminal import is_terminal
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-GIGABYTE = 10 ** 9
+MEGABYTE, GIGABYTE = 10 ** 6, 10 ** 9
 PLAIN_SECONDS = 10.0  # between two lines without a terminal
 
 
@@ -28,7 +28,7 @@ class Work:
     Args:
         what: a few words, e.g. `converting`.
         total: number of units; None if it is unknown.
-        unit: plural name of a unit, e.g. `tensors`; `bytes` are shown as GB.
+        unit: plural name of a unit, e.g. `tensors`; `bytes` are shown as MB or GB.
         show: False prints nothing (on every rank but the first).
     """
 
@@ -63,8 +63,9 @@ class Work:
     def _count(self, now: float) -> str:
         rate = self.done / max(now - self._start, 1e-9)
         if self.unit == "bytes":
-            of = "" if self.total is None else f" of {self.total / GIGABYTE:,.2f}"
-            shown = f"{self.done / GIGABYTE:,.2f}{of} GB, {rate / GIGABYTE:,.2f} GB/s"
+            unit, name = (MEGABYTE, "MB") if (self.total or GIGABYTE) < GIGABYTE else (GIGABYTE, "GB")
+            of = "" if self.total is None else f" of {self.total / unit:,.2f}"
+            shown = f"{self.done / unit:,.2f}{of} {name}, {rate / unit:,.2f} {name}/s"
         else:
             of = "" if self.total is None else f" of {self.total:,}"
             shown = f"{self.done:,}{of} {self.unit}, {rate:,.1f} a second"

@@ -50,7 +50,11 @@ def _model(run: Run) -> str:
 
 def _data(run: Run) -> str:
     prefixes = [item for item in run.data.data_path if not _is_number(item)]
-    source = prefixes[0] if len(prefixes) == 1 else f"{len(prefixes)} sets, the first is {prefixes[0]}"
+    source = ", ".join(prefixes[:1])
+    if len(prefixes) > 1:
+        source = f"{len(prefixes)} sets, the first is {source}"
+    elif not prefixes:  # the method brings its own
+        source = f"of {run.method}"
     samples, length = run.data.samples_per_iteration(run.layout.dp), run.data.seq_length
     up_to = "up to " if run.instruction.variable_seq_lengths else ""
     return f"data: {source}, {samples} samples of {up_to}{length:,} tokens per iteration"

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from modellink.kernels.svg import picture, text
 
-WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 64, 40, 20, 44
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 400, 64, 56, 20, 44
+LEGEND = 150  # pixels between two names of the legend
 MARKED = 30  # points of a line up to which each is marked by a circle; a single one has no line
 COLORS = ("#1f6feb", "#b35900", "#1a7f37", "#8250df")
 
@@ -68,13 +69,13 @@ def draw_lines(lines: Mapping[str, Sequence[tuple[float, float]]], *, title: str
         parts.append(text(across, HEIGHT - BOTTOM + 16, f"{value:g}"))
     for number, (name, points) in enumerate(lines.items()):
         line = " ".join(f"{px},{py}" for px, py in (place(*point) for point in points))
-        look = f'stroke="{COLORS[number % len(COLORS)]}" stroke-width="1.6"' + ' stroke-dasharray="5 4"' * (number % 2)
+        color = COLORS[number % len(COLORS)]
+        dashes = ' stroke-dasharray="5 4"' if number % 2 else ""
+        look = f'stroke="{color}" stroke-width="1.6"{dashes}'
         parts.append(f'<polyline points="{line}" fill="none" {look}/>')
         if len(points) <= MARKED:
-            color = COLORS[number % len(COLORS)]
             parts += [f'<circle cx="{px}" cy="{py}" r="3" fill="{color}"/>' for px, py in (place(*point) for point in points)]
-        if name:
-            y = TOP + 16 + 18 * number
-            parts += [f'<line x1="{WIDTH - 220}" x2="{WIDTH - 190}" y1="{y}" y2="{y}" {look}/>',
-                      text(WIDTH - 182, y + 4, name, anchor="start")]
+        left = LEFT + LEGEND * number  # the legend is above the plot, where no line can be
+        parts += [f'<line x1="{left}" x2="{left + 30}" y1="{TOP - 16}" y2="{TOP - 16}" {look}/>',
+                  text(left + 38, TOP - 12, name, anchor="start")]
     return picture(WIDTH, HEIGHT, parts)
