@@ -37,7 +37,7 @@ from modellink.kernels.original import original_flags, translate
 RESTART = Layer("the restart after a failure", {"auto_resume": True})
 TOOLS = {"models": "models:models", "digests": "digests:digests", "determinism": "repeatability:determinism"}
 """Subcommands that train nothing -> module and command."""
-EXAMPLE = """modellink-train {method} --load ./Qwen2.5-7B --save ./run \\
+EXAMPLE = """modellink-train {method} --load ./checkpoint --save ./run \\
     --data-path ./data/{data} --seq-length 4096 \\
     --train-iters 1000 --lr 1e-5 --tp 2"""
 DATA = {"pretrain": "text_text_document"}

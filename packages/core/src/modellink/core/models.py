@@ -51,7 +51,7 @@ def _list(*, as_json: bool) -> None:
     print_table(COLUMNS, [row(preset) for preset in presets], right=NUMBERS, optional=OPTIONAL, wrap="layers")
 
 
-@command(name="show", example="modellink-train models show llama3-8b", starts=True)
+@command(name="show", example="modellink-train models show yi-34b-4k", starts=True)
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def show(name: str, as_json: bool) -> None:
