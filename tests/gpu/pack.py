@@ -2,8 +2,8 @@
 """Collects wheels for a machine without a network, and makes an environment there with them and its torch.
 
 Carried are our six packages, megatron-core, safetensors, and what our packages declare. Not carried: torch
-and what only torch needs, and pyarrow, which is large and only imported to read tables. Imports nothing that a
-bare machine may lack.
+and what only torch needs, and pyarrow, which is large and only imported to read tables. Imports nothing that
+a bare machine may lack.
 """
 
 from __future__ import annotations

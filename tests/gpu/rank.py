@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,4 +16,6 @@ if __name__ == "__main__":
 
     kind = sys.argv[1]
     set_variables("cuda" if kind == "auto" else kind)  # before a library of the device reads them
+    # without a network a machine may not resolve its own name
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     serve(kind)  # type: ignore[arg-type]

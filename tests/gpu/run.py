@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seconds", type=float, default=SECONDS,
                       help=f"Time limit; rows that start later are skipped. Default: {SECONDS:.0f}.")
     made.add_argument("--call-seconds", type=float, default=CALL_SECONDS,
-                      help="Time limit of one call in the process on the device; a row that exceeds it fails. "
+                      help="Time limit of one call in the process on the device, after which a row fails. "
                            f"Default: {CALL_SECONDS:.0f}.")
     made.add_argument("--pack", type=Path, metavar="FOLDER", help="Collect the wheels in FOLDER instead.")
     made.add_argument("--python", default=".".join(map(str, sys.version_info[:2])),

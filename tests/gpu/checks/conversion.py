@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from checks.decode import compare, decode
-from checks.training import STRAIGHT, straight
+from checks.training import run
 from registry import Machine, require, row
 
 
@@ -32,8 +32,8 @@ def round_trip(saved: str, folder: str) -> dict[str, Any]:
 
 @row("conversion: what was trained returns from other formats, and decodes to the same tokens")
 def conversion(machine: Machine) -> str:
-    straight(machine)
-    saved = machine.folder / STRAIGHT
+    saved = machine.folder / "trained"
+    run(machine, {"train_iters": 2, "save": str(saved)})
     found = machine.on_device(round_trip, saved=str(saved), folder=str(machine.folder))
     differ = found["differ"]
     require(not differ, f"{len(differ)} of {found['tensors']} tensors differ: {differ[:3]}")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def doctor(machine: Machine) -> str:
     if not command.exists():
         raise Skipped(f"{command.name} is not next to {Path(sys.executable).name}")
     done = subprocess.run([command, "--device", machine.kind], capture_output=True, text=True,
-                          timeout=DOCTOR_SECONDS)
+                          timeout=DOCTOR_SECONDS, env={"OMP_NUM_THREADS": "1"} | os.environ)
     wrong = [line for line in done.stdout.splitlines() if line.startswith("wrong:")]
     require(done.returncode == 0, f"{done.stdout}{done.stderr}\nstatus {done.returncode}: {' '.join(wrong)}")
     good = re.findall(r"\bok\b", done.stdout)

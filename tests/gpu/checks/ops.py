@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every op of kernels.ops, in each of its uses, with gradients, in fp32, bf16 and fp16: against its plain form
-on the device, and against the plain form on the CPU."""
+"""Every op of kernels.ops, in each of its uses, with gradients, in fp32, bf16 and fp16: against its plain
+form on the device, and against the plain form on the CPU."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from registry import Machine, require, row
 
 OPS = ("adamw", "attention", "attention_block", "attention_block_gradients", "cross_entropy",
-       "grouped_matmul", "linear", "ring_update", "rms_norm", "rotary", "swiglu", "all_gather_matmul", "matmul_reduce_scatter",
-       "matmul_all_reduce")
+       "grouped_matmul", "linear", "ring_update", "rms_norm", "rotary", "swiglu", "all_gather_matmul",
+       "matmul_reduce_scatter", "matmul_all_reduce")
 """The last three join a product with a collective, here over a group of one rank."""
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training a tiny Llama: losses against the CPU's, precisions, memory options, adapters, experts, resuming.
 
-All runs are deterministic (--use-deter-comp), so that "bit-equal" can be required of a resumed run on a GPU.
+Only the resumed run, which must be bit-equal, uses deterministic operations (--use-deter-comp), so that one
+without a deterministic form on a device costs one row.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from models import TINY, write_documents, write_llama
@@ -15,8 +15,7 @@ from registry import Machine, Skipped, require, row
 Losses = list[tuple[float, float]]
 OPTIONS: dict[str, Any] = {
     "seq_length": 64, "micro_batch_size": 4, "global_batch_size": 8, "train_iters": 8, "lr": 3e-3,
-    "lr_decay_style": "constant", "split": "100,0,0", "eval_iters": 0, "log_interval": 100, "seed": 7,
-    "use_deter_comp": True}
+    "lr_decay_style": "constant", "split": "100,0,0", "eval_iters": 0, "log_interval": 100, "seed": 7}
 ALL_LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 RUNS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -124,7 +123,7 @@ def fp16(machine: Machine) -> str:
 
 
 def memory(machine: Machine, name: str) -> str:
-    return compare(losses(machine, name), losses(machine, "fp32"), loss=1e-6, norm=1e-5)
+    return compare(losses(machine, name), losses(machine, "fp32"), loss=1e-5, norm=1e-4)
 
 
 @row("training: recomputed layers change no loss")
@@ -162,30 +161,18 @@ def experts(machine: Machine) -> str:
     return compare(grouped, single, loss=1e-2, norm=1e-1)
 
 
-STRAIGHT = "straight"
-"""Folder of the run that is not stopped; checks/conversion.py converts what it saved."""
-
-
-def straight(machine: Machine) -> Losses:
-    """Return the losses of a run with dropout that saves to STRAIGHT, trained at the first call."""
-    save = machine.folder / STRAIGHT
-    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 4, "save": str(save),
-               "log_digest": str(save / "digests")}
-    found: Losses = machine.once(STRAIGHT, lambda: run(machine, options))
-    return found
-
-
 @row("training: a stopped run resumes, bit-equal")
 def resumes(machine: Machine) -> str:
     from modellink.core.digests import compare as divergence_of
 
-    expected = straight(machine)
-    stopped, resumed = (machine.folder / name for name in ("stopped", "resumed"))
-    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 4}
+    straight, stopped, resumed = (machine.folder / name for name in ("straight", "stopped", "resumed"))
+    options = {"hidden_dropout": 0.1, "attention_dropout": 0.1, "train_iters": 4, "use_deter_comp": True}
+    digests = [folder / "digests" for folder in (straight, resumed)]
+    expected = run(machine, options | {"save": str(straight), "log_digest": str(digests[0])})
     first = run(machine, options | {"save": str(stopped), "exit_interval": 2})
-    digests = resumed / "digests"
-    second = run(machine, options | {"load": str(stopped), "save": str(resumed), "log_digest": str(digests)})
-    iterations, _, divergence = divergence_of(Path(machine.folder / STRAIGHT / "digests"), digests)
+    options |= {"load": str(stopped), "save": str(resumed), "log_digest": str(digests[1])}
+    second = run(machine, options)
+    iterations, _, divergence = divergence_of(*digests)
     require(divergence is None, f"the resumed run diverges at {divergence}")
     require(first + second == expected, f"losses, gradient norms {first + second}, without a stop {expected}")
     return f"stopped after 2 of 4 iterations; gradients and parameters of the other {iterations} are equal"
