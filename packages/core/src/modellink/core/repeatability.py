@@ -139,8 +139,8 @@ def determinism(given: Layer, dry_run: DryRun | None) -> None:
         for attempt in ("first", "second"):
             for count in sorted({ranks for ranks, _ in CONFIGURATIONS.values() if ranks <= there}):
                 names = [name for name, (ranks, _) in CONFIGURATIONS.items() if ranks == count]
-                more = {"device": found.kind, "use_deter_comp": use_deter_comp}
-                argument = json.dumps([f"{work}/{attempt}/{count}", names, more])
+                settings = {"device": found.kind, "use_deter_comp": use_deter_comp}
+                argument = json.dumps([f"{work}/{attempt}/{count}", names, settings])
                 if launch.spawn(count, "modellink.core.repeatability", [argument]):
                     raise InternalError(f"a run on {count} ranks failed", where=", ".join(names))
                 done += names if attempt == "first" else []
