@@ -41,7 +41,7 @@ def note(text: str, *, every_rank: bool = False) -> None:
     if (quiet and not every_rank) or text in _inherited():
         return
     _shown.append(text)
-    # survivors of a failure are numbered anew, but the launcher keeps the stderr of the same processes
+    # survivors of a failure are renumbered, but the launcher keeps the stderr of the same processes
     kept = KEPT in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
     print(f"note: {text}", file=sys.stdout if kept else sys.stderr, flush=True)
 
