@@ -37,7 +37,7 @@ REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
 HARNESS = "lm-eval[hf]"  # the benchmark peer of modellink-eval
 WORKERS = ("-n", "2", "--dist", "loadfile")
-"""Of pytest-xdist: two processes share the files of a package. Each computes with one thread, or they would wait for each other."""
+"""Of pytest-xdist: two processes share the test files of a package. Each computes with one thread; more would compete."""
 
 
 class Env:
