@@ -12,7 +12,8 @@ import textwrap
 from collections.abc import Collection, Iterable, Sequence
 
 GAP = "  "
-NARROWEST = 16  # characters that a wrapped column keeps on a narrow terminal
+READABLE = 32  # characters of a wrapped column for which optional columns are omitted
+NARROWEST = 16  # characters that it keeps in any case
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], *, title: str = "",
@@ -48,7 +49,7 @@ def table_lines(columns: Sequence[str], rows: Iterable[Sequence[object]], *, wid
         return 0 if width is None else sum(widths[at] for at in kept) + len(GAP) * (len(kept) - 1) - width
 
     for name in optional:
-        if missing() + min(widths[wrapped], NARROWEST) - widths[wrapped] <= 0:
+        if missing() + min(widths[wrapped], READABLE) - widths[wrapped] <= 0:
             break
         kept.remove(columns.index(name))
     if missing() > 0:
