@@ -7,6 +7,7 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy
 import pytest
 from ranks import beside
 
@@ -88,15 +89,20 @@ class Payload:
         return os.mkdir, (str(self.made),)
 
 
-def test_a_sample_index_is_never_unpickled(pools, corpus, tmp_path):
-    """megatron-core reads its index with allow_pickle, and numpy unpickles a file that is no array."""
+@pytest.mark.parametrize("attack", ["pickle", "array of objects", "truncated", "empty"])
+def test_a_sample_index_is_never_unpickled(pools, corpus, tmp_path, attack):
+    """megatron-core reads its index with allow_pickle: numpy unpickles a file that is no array, and elements that are objects."""
     kept = str(tmp_path / "cache")
     before = pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
     files = sorted((tmp_path / "cache").rglob("*.npy"))
     assert files
     for path in files:
-        path.write_bytes(pickle.dumps(Payload(tmp_path / "made")))
-    with pytest.raises(AssertionError, match=r"(?s)the sample index is not a numpy array.*\.npy"):
+        whole = path.read_bytes()
+        if attack == "array of objects":
+            numpy.save(path, numpy.array([Payload(tmp_path / "made")], dtype=object), allow_pickle=True)
+        else:
+            path.write_bytes({"pickle": pickle.dumps(Payload(tmp_path / "made")), "truncated": whole[:-1], "empty": b""}[attack])
+    with pytest.raises(AssertionError, match=r"(?s)the sample index is not a complete numpy array of numbers.*\.npy"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
     assert not (tmp_path / "made").exists()
     for path in files:

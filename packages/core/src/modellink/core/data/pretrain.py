@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from numpy.lib.format import MAGIC_PREFIX
+from numpy.lib import format as npy
 
 from modellink.core.config import DataConfig
 from modellink.core.data.batch import Batch
@@ -27,6 +28,9 @@ from modellink.core.data.documents import starts_after
 from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.messages import note
+
+HEADERS: dict[tuple[int, int], Any] = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+"""Readers of the header of a .npy file, by the version of the format."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
         raise ModelLinkError(f"the sample index cannot be written: {error.strerror}", where=cache,
                              fix="set --data-cache-path to a writable folder") from None
     if rank() == 0:  # the others read what it leaves there
-        _refuse_pickles(cache)
+        _check_index(cache)
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
         path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
@@ -133,13 +137,20 @@ def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_s
     return list(sets)
 
 
-def _refuse_pickles(cache: Path) -> None:
-    """Raise ModelLinkError if a file of the sample index is no array: numpy would unpickle it when megatron-core reads it."""
+def _check_index(cache: Path) -> None:
+    """Raise ModelLinkError unless every file of the sample index is a complete array of numbers.
+
+    megatron-core lets numpy unpickle them, which runs code: a file that is no array, and one whose elements are objects.
+    """
     for path in sorted(cache.glob("*.npy")):
-        with path.open("rb") as file:
-            head = file.read(len(MAGIC_PREFIX))
-        if not MAGIC_PREFIX.startswith(head):  # an empty or truncated file of a killed run is written again
-            raise ModelLinkError("the sample index is not a numpy array", where=path,
+        try:
+            with path.open("rb") as file:
+                shape, _, dtype = HEADERS[npy.read_magic(file)](file)
+                complete = file.tell() + prod(shape) * dtype.itemsize == path.stat().st_size
+        except (ValueError, KeyError):
+            complete, dtype = False, None
+        if not complete or dtype is None or dtype.hasobject:
+            raise ModelLinkError("the sample index is not a complete numpy array of numbers", where=path,
                                  fix="remove its folder; it is computed again")
 
 
