@@ -22,8 +22,7 @@ from typing import Any
 from modellink.ckpt_convert.families import read_spec
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import weights
-from modellink.core.models import parameters
+from modellink.ckpt_convert.weights import parameters, weights
 from modellink.core.presets import Preset, load_preset, preset_names
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -22,8 +22,9 @@ from click.testing import CliRunner
 from modellink.ckpt_convert.families import read_spec
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.spec import ModelSpec
+from modellink.ckpt_convert.weights import parameters
 from modellink.core.config import CheckpointConfig, DataConfig, OptimizerConfig, ParallelConfig
-from modellink.core.models import COLUMNS, commands, models, parameters
+from modellink.core.models import COLUMNS, commands, models
 from modellink.core.presets import load_preset, preset_names
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import fields_of

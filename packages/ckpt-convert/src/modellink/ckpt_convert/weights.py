@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -171,6 +172,11 @@ def _experts(layer: LayerSpec, experts: ExpertSpec, hidden: int) -> dict[str, We
         if experts.shared_gate:
             found["shared_experts.gate_weight"] = Weight((1, hidden), "replicated")
     return found
+
+
+def parameters(spec: ModelSpec) -> int:
+    """Return the number of parameters, without padding of the vocabulary."""
+    return sum(prod(weight.shape) for weight in weights(spec).values())
 
 
 def stage_names(spec: ModelSpec, layout: ParallelLayout, stage: int, chunk: int = 0, expert_rank: int = 0, *,

@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, resources
@@ -108,7 +107,8 @@ def _start(method: type[Method], given: Layer, dry_run: DryRun | None) -> None:
     devices = dry_run.devices if dry_run else None
     run = prepare(method, layers, launch.world_size() if launched else devices, int(os.environ.get("LOCAL_RANK", "0")))
     if dry_run:
-        print_plan(plan_rows(run))
+        announce(run)
+        print_plan([])
         return
     if run.resilience.enable_high_availability and launch.START not in os.environ:
         sys.exit(_start_agent(run, method, layers))
@@ -118,23 +118,6 @@ def _start(method: type[Method], given: Layer, dry_run: DryRun | None) -> None:
     if not launched and run.layout.world_size > 1:
         sys.exit(launch.spawn(run.layout.world_size, "modellink.core.cli", sys.argv[1:], forward=(signal.SIGTERM,)))
     _train(run)
-
-
-def plan_rows(run: Run) -> Iterator[tuple[str, object]]:
-    """Yield what a run would do, for --dry-run."""
-    from modellink.core.models import billions
-    start = "random weights" if run.source is None else f"{run.source.folder}, {run.source.describe()}"
-    micro, steps = run.data.micro_batch_size, run.data.num_microbatches(run.layout.dp)
-    yield "method", run.method
-    yield "model", (f"{billions(run.spec)} parameters, {run.spec.num_layers} layers, hidden size {run.spec.hidden_size}, "
-                    f"{run.optimizer.dtype_name}")
-    yield "start", start if run.resumed is None else f"resumes {run.resumed}"
-    yield "reference", None if run.reference is None else run.reference.folder
-    yield "layout", f"{run.layout} on {run.device.kind}"
-    yield "data", " ".join(run.data.data_path)
-    yield "iterations", (f"{run.optimizer.train_iters:,} of {steps * micro * run.layout.dp} samples of "
-                         f"{run.data.seq_length} tokens (micro batch {micro} x {steps} x DP {run.layout.dp})")
-    yield "save", run.checkpoint.save
 
 
 def newest(folder: Path) -> Path | None:

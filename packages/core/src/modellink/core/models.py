@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
-from math import prod
 from typing import Any
 
 import click
 
 from modellink.ckpt_convert.spec import ModelSpec
-from modellink.ckpt_convert.weights import weights
+from modellink.ckpt_convert.weights import parameters
 from modellink.core.presets import SECTIONS, Preset, load_preset, preset_names
 from modellink.kernels.command import command, group
 from modellink.kernels.tables import print_table
@@ -77,11 +76,6 @@ def show(name: str, as_json: bool) -> None:
 
 models.add_command(list_models)
 models.add_command(show)
-
-
-def parameters(spec: ModelSpec) -> int:
-    """Number of parameters, without padding of the vocabulary."""
-    return sum(prod(weight.shape) for weight in weights(spec).values())
 
 
 def billions(spec: ModelSpec) -> str:

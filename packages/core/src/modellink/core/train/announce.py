@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from modellink.ckpt_convert.weights import weights
+from modellink.ckpt_convert.weights import parameters
 from modellink.core.launch import rank
 from modellink.core.run import Run
 from modellink.core.train.progress import read_progress
@@ -35,7 +34,7 @@ def summary(run: Run) -> str:
 
 
 def _model(run: Run) -> str:
-    count = sum(math.prod(weight.shape) for weight in weights(run.spec).values())
+    count = parameters(run.spec)
     size = f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
     start = "random weights"
     if run.resumed is not None:
