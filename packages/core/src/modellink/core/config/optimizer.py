@@ -37,23 +37,23 @@ class OptimizerConfig:
     end_weight_decay: float | None = option(None, "Weight decay at the last iteration.", minimum=0)
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option(
         "constant", "Schedule of the weight decay.")
-    adam_beta1: float = option(0.9, "Decay rate of the first moment.", minimum=0, maximum=1)
-    adam_beta2: float = option(0.999, "Decay rate of the second moment.", minimum=0, maximum=1)
-    adam_eps: float = option(1e-8, "Term added to the denominator for numerical stability.", minimum=0)
+    adam_beta1: float = option(0.9, "Decay rate of the first moment.", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "Decay rate of the second moment.", minimum=0, below=1)
+    adam_eps: float = option(1e-8, "Term added to the denominator for numerical stability.", above=0)
     clip_grad: float = option(1.0, "Maximum global gradient norm; 0 disables clipping.", minimum=0)
     bf16: bool = option(False, "Weights and activations in bfloat16, master weights and gradients in fp32.",
                          heading="Precision")
     fp16: bool = option(False, "Weights and activations in float16, with a dynamic loss scale.")
-    initial_loss_scale: float = option(2.0**32, "fp16: initial loss scale.")
-    loss_scale: float | None = option(None, "fp16: a constant loss scale.", minimum=0)
-    min_loss_scale: float = option(1.0, "fp16: minimum loss scale.", minimum=0)
+    initial_loss_scale: float = option(2.0**32, "fp16: initial loss scale.", above=0)
+    loss_scale: float | None = option(None, "fp16: a constant loss scale.", above=0)
+    min_loss_scale: float = option(1.0, "fp16: minimum loss scale.", above=0)
     loss_scale_window: int = option(1000, "fp16: iterations without overflow after which the loss scale doubles.", minimum=1)
     hysteresis: int = option(2, "fp16: overflows before the loss scale is halved.", minimum=1)
     check_for_nan_in_loss_and_grad: bool = option(
         True, "Stop before the weights change if the loss or a gradient is not finite; fp16 skips such a step instead.")
-    attention_dropout: float = option(0.0, "Dropout of attention weights.", minimum=0, maximum=1,
+    attention_dropout: float = option(0.0, "Dropout of attention weights.", minimum=0, below=1,
                                       heading="Regularization and randomness")
-    hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, maximum=1)
+    hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, below=1)
     init_method_std: float = option(0.02, "Standard deviation of randomly initialized weights.", minimum=0)
     seed: int = option(1234, "Seed for weights, dropout and the order of the data.")
 

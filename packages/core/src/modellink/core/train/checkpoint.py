@@ -6,7 +6,8 @@
     SAVE/latest_checkpointed_iteration.txt           moved last
 
 All ranks write to `iter_N.tmp/`, possibly in the background (writer.py); when all are done, rank 0 calls fsync,
-writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind. Readers take
+writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind, and weights that are
+not finite are not saved. Readers take
 the last complete iteration, regardless of the tracker. Weights have canonical names, so the converter reads them too.
 
 Not here: loading only weights (model/load.py).
@@ -28,6 +29,7 @@ from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.core.model.load import bare
+from modellink.core.train.finite import refuse_bad_weights
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
 from modellink.core.train.progress import Progress, read_progress, write_progress
@@ -56,6 +58,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     first = dist.get_rank() == 0
     writer = background or Writer()
     writer.wait()
+    with whole_parameters(training.models):
+        refuse_bad_weights(training, folder)
 
     def begin() -> None:
         if first:

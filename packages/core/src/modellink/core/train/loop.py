@@ -143,7 +143,7 @@ class Loop:
         loss = values[self.method.metrics[0]]
         if run.optimizer.check_for_nan_in_loss_and_grad and not run.optimizer.fp16:
             where = f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}"
-            refuse_not_finite(training.models, loss, where, self._keep_batch)
+            refuse_not_finite(training.models, loss, where, self._keep_batch, run.checkpoint.save)
         learning_rate = training.optimizer.param_groups[0]["lr"]
         self.digests.gradients()
         with record_function("optimizer-step"):  # a range in the traces of --profile
