@@ -116,6 +116,36 @@ def test_sigterm_while_a_save_is_on_its_way_leaves_it_whole_and_another(pools, r
         assert straight[:iteration] + run(2, load=str(tmp_path), ckpt_step=iteration) == straight
 
 
+def evaluating(options: dict[str, Any], after: int) -> tuple[list[Any], int]:
+    """On a rank: a run that SIGTERM reaches on the last rank in evaluation iteration `after`: steps, evaluation iterations."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from modellink.core.train.metrics import Metrics
+
+    show, done = Metrics.evaluating, [0]
+
+    def shown(self: Any, where: str, number: int) -> None:
+        show(self, where, number)
+        done[0] += 1
+        if done[0] == after and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(Metrics, "evaluating", shown):
+        return training.train(options=options), done[0]
+
+
+@pytest.mark.parametrize(("after", "stopped", "evaluated"), [(3, 2, 3), (6, 4, 6), (10, 5, 10)])
+def test_sigterm_in_an_evaluation_saves_after_its_running_iteration(pools, tiny, corpus, tmp_path, after, stopped, evaluated):
+    """Evaluations of 4 iterations after steps 2 and 4 and twice at the end, which evaluates the validation data once."""
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "eval_interval": 2, "eval_iters": 4,
+               "split": "80,10,10"}
+    found = pools(2)(evaluating, options=options, after=after)
+    assert [(len(steps or found[-1][0]), count) for steps, count in found] == [(stopped, evaluated)] * 2
+    assert iterations(tmp_path) == [f"iter_{stopped:07d}"]
+
+
 def without_room(options: dict[str, Any]) -> str:
     """On a rank: the output of a run that cannot write a file of more than 20 kB."""
     import resource
