@@ -275,6 +275,41 @@ def test_a_run_made_longer_goes_on_in_its_order(run, tmp_path):
     assert [step[2] for step in again] == pytest.approx([step[2] for step in longer[10:20]], rel=2e-6)
 
 
+def resumed(options: dict[str, Any]) -> tuple[list[float], str]:
+    """On a rank: the learning rates of a run, and what it prints."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        training.train(options=options)
+    return [json.loads(line)["learning_rate"] for line in (Path(options["save"]) / "metrics.jsonl").open()], printed.getvalue()
+
+
+def test_a_resumed_run_tells_what_changed_and_keeps_its_schedule_unless_told(pools, run, tiny, corpus, tmp_path):
+    options = {"data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 1, "train_iters": 4, "lr_warmup_iters": 0,
+               "lr_decay_style": "linear", "lr": 4e-3}
+    pools(1)(resumed, options=options | {"load": str(tiny)})
+    longer = options | {"load": str(tmp_path), "train_iters": 8}
+    with pytest.raises(AssertionError, match="another schedule: --lr-decay-iters was 4 and is 8"):
+        run(**longer)
+    ((rates, printed),) = pools(1)(resumed, options=longer | {"use_checkpoint_opt_param_scheduler": True, "lr": 1.0})
+    assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3, 0, 0, 0, 0]) and " was " not in printed
+    import shutil
+    for number in range(5, 9):
+        shutil.rmtree(tmp_path / f"iter_{number:07d}")
+    changed = {"override_opt_param_scheduler": True, "lr": 8e-3, "adam_beta2": 0.95, "clip_grad": 0.5, "hidden_dropout": 0.1,
+               "weight_decay": 0.2, "global_batch_size": 2, "exit_interval": 6}
+    ((rates, printed),) = pools(1)(resumed, options=longer | changed)
+    assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3, 4e-3, 3e-3])
+    for line in ("--lr was 0.004 and is 0.008", "--lr-decay-iters was 4 and is 8", "--weight-decay was 0.01 and is 0.2",
+                 "--adam-beta2 was 0.999 and is 0.95", "--clip-grad was 1.0 and is 0.5", "--hidden-dropout was 0.0 and is 0.1",
+                 "the global batch size was 4 and is 2"):
+        assert printed.count(line) == 1, line
+    with pytest.raises(AssertionError, match="saved in float32 and this one is in bfloat16: the optimizer state does not fit"):
+        run(**longer | changed | {"bf16": True, "exit_interval": 7})
+    assert len(run(**longer | changed | {"bf16": True, "exit_interval": 7, "load_optim": False})) == 7
+
+
 def test_evaluation_alone(run, tmp_path):
     assert run(skip_train=True, eval_iters=1, split="80,10,10", save=str(tmp_path)) == []
     assert not iterations(tmp_path)

@@ -32,7 +32,7 @@ from modellink.core.model.load import bare
 from modellink.core.train.finite import refuse_bad_weights
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
-from modellink.core.train.progress import Progress, read_progress, write_progress
+from modellink.core.train.progress import Progress, changes, read_progress, write_progress
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.core.train.writer import Writer, on_all_ranks
@@ -72,7 +72,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     on_all_ranks(begin, temporary)
     progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
                         training.by_samples, training.ordered, training.method, training.order,
-                        training.global_batch_size)
+                        training.global_batch_size, training.recipe)
 
     def complete() -> None:
         if first:
@@ -151,6 +151,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     training.ordered = progress.ordered
     if progress.global_batch_size not in (None, training.global_batch_size):
         note(f"the global batch size was {progress.global_batch_size} and is {training.global_batch_size}")
+    for line in changes(progress.recipe, training.recipe):
+        note(f"{line}, from iteration {training.iteration + 1} on")
     for name in sorted(progress.order.keys() & training.order.keys()):
         if progress.order[name] != training.order[name]:
             note(f"{name} was {progress.order[name]} and is {training.order[name]}: training resumes after the same number of "
