@@ -9,8 +9,9 @@ order and appends another one.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from numpy.lib import format as npy
 
 from modellink.core.config import DataConfig
-from modellink.core.data.batch import Batch
+from modellink.core.data.batch import Batch, over_global_batch
 from modellink.core.data.documents import starts_after
 from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
@@ -161,6 +162,18 @@ def _fingerprint(config: DataConfig) -> str:
     if dist.is_initialized():
         dist.broadcast_object_list(shared)  # copies on other machines may have other modification times
     return shared[0]
+
+
+def iteration(dataset: Any, config: DataConfig, *, consumed: int, dp: int, group: Callable[[], dist.ProcessGroup],
+              **more: Any) -> Iterator[Batch]:
+    """This rank's micro batches of the iteration that starts at sample `consumed`; their loss is a mean over all of its labels.
+
+    Args:
+        group: the current data-parallel group.
+        more: further arguments of `micro_batches`.
+    """
+    batches = micro_batches(dataset, config, consumed=consumed, dp=dp, **more)
+    return iter(over_global_batch(list(islice(batches, config.num_microbatches(dp, consumed))), dp, group))
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,
