@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from megatron.core.package_info import __version__ as megatron_version
 
 from modellink.core.config import DataConfig
 from modellink.core.data import sample_index
-from modellink.core.data.batch import Batch
+from modellink.core.data.batch import Batch, over_global_batch
 from modellink.core.data.documents import starts_after
 from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
@@ -176,6 +177,18 @@ def _from_first(value: T) -> T:
 def _state_of(config: DataConfig) -> object:
     """What changes with the data, unlike in megatron-core's own fingerprint."""
     return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
+
+
+def iteration(dataset: Any, config: DataConfig, *, consumed: int, dp: int, group: Callable[[], dist.ProcessGroup],
+              **more: Any) -> Iterator[Batch]:
+    """This rank's micro batches of the iteration that starts at sample `consumed`; their loss is a mean over all of its labels.
+
+    Args:
+        group: the current data-parallel group.
+        more: further arguments of `micro_batches`.
+    """
+    batches = micro_batches(dataset, config, consumed=consumed, dp=dp, **more)
+    return iter(over_global_batch(list(islice(batches, config.num_microbatches(dp, consumed))), dp, group))
 
 
 def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: int, dp: int, vocab_size: int,
