@@ -107,9 +107,9 @@ class Family:
         Raises:
             ModelLinkError: a key is missing, or a feature is not supported.
         """
-        for key in self.stated:
-            if key not in config.values:
-                config.need(key)
+        for stated in self.stated:
+            if stated not in config.values:
+                config.need(stated)
         config = config.changed(dict(self.defaults) | config.values)
         for fixed, only in self.fixed.items():
             config.refuse(fixed, only)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 from modellink.ckpt_convert.families import register
 from modellink.ckpt_convert.family import LLAMA_KEYS, Family, Key, inverted
@@ -24,7 +24,7 @@ class Gemma(Family):
         "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh"})}
     features = {"layernorm_zero_centered_gamma": True}
     fixed = {"attention_bias": False, "use_bidirectional_attention": False}
-    inert = ("hidden_activation",)  # transformers reads hidden_act
+    inert: ClassVar[tuple[str, ...]] = ("hidden_activation",)  # transformers reads hidden_act
 
     def read(self, config: Config) -> dict[str, Any]:
         values = super().read(config)
