@@ -53,6 +53,7 @@ WITHOUT_TORCH = ("kernels", "data_prep", "eval")
 FLOORS: dict[str, tuple[str, ...]] = {
     "kernels": ("doctor", "command", "general_options | model_options | ops",
                 "device | files | options | original | parallel | progress",
+                "owner",
                 "constants | errors | plugins | svg | tables",
                 "dependency_warnings | messages | terminal"),
     "ckpt_convert": (

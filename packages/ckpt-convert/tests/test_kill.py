@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 
-from modellink.ckpt_convert import open_checkpoint
+from modellink.ckpt_convert import convert, open_checkpoint
 from modellink.ckpt_convert.adapter import AdapterConfig
 from modellink.ckpt_convert.cli import main
 from modellink.ckpt_convert.plan import ConversionPlan
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.owner import owned
 from modellink.kernels.parallel import ParallelLayout
 
 Make = Callable[..., Path]
@@ -84,6 +85,17 @@ def test_killed_and_run_again(target: str, point: str, make_model: Make, run: Ru
     assert run([source, tmp_path / "straight", *arguments]).returncode == 0
     assert content(tmp_path / "out") == content(tmp_path / "straight")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "out", "straight"]
+
+
+def test_a_second_conversion_into_a_target_is_refused(make_model: Make, content: Content, tmp_path: Path) -> None:
+    source = make_model("llama")
+    with owned(tmp_path / "out"):
+        temporary = tmp_path / "out.tmp"
+        temporary.mkdir()
+        (temporary / "convert.journal").write_bytes(b"")
+        with pytest.raises(ModelLinkError, match="is writing to this output"):
+            convert(source, tmp_path / "out", to="megatron-core", overwrite=True)
+        assert content(temporary) == {"convert.journal": b""}
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.stress)])

@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -113,3 +114,34 @@ def test_each_flag_changes_the_loss(steps, expected):
     assert first[1] == pytest.approx(first[2], rel=1e-6)
     assert len({round(loss, 4) for loss in (*first, expected[0][2])}) == 4
 
+
+
+def first_step(options: dict[str, Any]) -> tuple[float, float, int]:
+    """On a rank: the loss of a run's first iteration; what transformers finds for its learned tokens (sum) and their number."""
+    import transformers
+
+    from modellink.core.methods.pretrain import Pretrain
+    loss, seen = Pretrain.loss, []
+
+    def kept(self: Any, batch: Any, output: Any) -> Any:
+        seen.append(batch)
+        return loss(self, batch, output)
+
+    with patch.object(Pretrain, "loss", kept):
+        steps = training.train(options=options | {"exit_interval": 1})
+    model = transformers.LlamaForCausalLM.from_pretrained(options["load"], dtype=torch.float32)
+    total = 0.0
+    for batch in seen:
+        each = torch.nn.functional.cross_entropy(model(batch.tokens).logits.transpose(1, 2), batch.labels, reduction="none")
+        total += float((each * (batch.tokens != 5)).sum())
+    return (steps[0][2] if steps else 0.0), total, sum(int((batch.tokens != 5).sum()) for batch in seen)
+
+
+def test_masked_tokens_leave_the_mean_over_the_global_batch(pools, tiny, corpus):
+    """Independent of micro batches and of data parallelism, although they hold different numbers of learned tokens."""
+    options = {"load": str(tiny), "data_path": (str(corpus),), "eod_token_id": 5, "eod_mask_loss": True}
+    for ranks, size in ((1, 1), (1, 4), (2, 1)):
+        found = pools(ranks)(first_step, options=options | {"micro_batch_size": size})
+        count = sum(number for _, _, number in found)
+        assert 24 * 4 - 12 < count < 24 * 4
+        assert found[-1][0] == pytest.approx(sum(total for _, total, _ in found) / count, rel=1e-6)

@@ -143,7 +143,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(pools, texts, tmp_
 
 def test_settings_are_in_a_file_with_what_a_resumed_run_changes(pools, texts, tmp_path):
     save = tmp_path / "a"
-    options = texts | {"save": str(save)}
+    options = texts | {"save": str(save), "override_opt_param_scheduler": True}
     pools(1)(training.train, options=options | {"exit_interval": 2})
     first = (save / "arguments.txt").read_text()
     assert "  lr .............................................. 0.005\n" in first and "changed" not in first

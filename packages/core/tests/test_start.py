@@ -62,7 +62,7 @@ def texts(tiny, corpus) -> dict[str, Any]:
 def saved(pools, texts, tmp_path) -> Path:
     """The folder of a run of two iterations."""
     save = tmp_path / "saved"
-    pools(1)(training.train, options=texts | {"save": str(save), "train_iters": 2})
+    pools(1)(training.train, options=texts | {"save": str(save), "exit_interval": 2})
     return save
 
 
@@ -108,9 +108,9 @@ def test_a_run_of_another_kind_is_not_continued(texts, saved, tmp_path):
 
 
 def test_what_changes_the_order_of_the_data_is_said(pools, texts, saved):
-    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "seed": 8, "train_iters": 3})
+    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "seed": 8, "exit_interval": 3})
     assert "note: seed was 7 and is 8" in said and said.count("in another order") == 1
-    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "train_iters": 2})
+    (said,) = pools(1)(printed_by, options=texts | {"load": str(saved), "train_iters": 2, "override_opt_param_scheduler": True})
     assert "note: all 2 iterations are done" in said and "in another order" not in said
 
 
@@ -121,7 +121,7 @@ def test_what_goes_on_by_itself_takes_all_of_its_run(texts, saved):
 
 def test_a_run_keeps_its_batch_and_counts_what_it_has_taken(pools, texts, saved):
     """Two iterations of 4 samples are done."""
-    given = texts | {"load": str(saved), "global_batch_size": None}
+    given = texts | {"load": str(saved), "global_batch_size": None, "override_opt_param_scheduler": True}
     assert settle(given).data.global_batch_size == 4
     assert settle(given | {"global_batch_size": 2}).data.global_batch_size == 2
     (said,) = pools(1)(printed_by, options=given | {"global_batch_size": 2, "lr_warmup_iters": 0})

@@ -116,6 +116,36 @@ def test_sigterm_while_a_save_is_on_its_way_leaves_it_whole_and_another(pools, r
         assert straight[:iteration] + run(2, load=str(tmp_path), ckpt_step=iteration) == straight
 
 
+def evaluating(options: dict[str, Any], after: int) -> tuple[list[Any], int]:
+    """On a rank: a run that SIGTERM reaches on the last rank in evaluation iteration `after`: steps, evaluation iterations."""
+    from unittest.mock import patch
+
+    import torch.distributed as dist
+
+    from modellink.core.train.metrics import Metrics
+
+    show, done = Metrics.evaluating, [0]
+
+    def shown(self: Any, where: str, number: int) -> None:
+        show(self, where, number)
+        done[0] += 1
+        if done[0] == after and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with patch.object(Metrics, "evaluating", shown):
+        return training.train(options=options), done[0]
+
+
+@pytest.mark.parametrize(("after", "stopped", "evaluated"), [(3, 2, 3), (6, 4, 6), (10, 5, 10)])
+def test_sigterm_in_an_evaluation_saves_after_its_running_iteration(pools, tiny, corpus, tmp_path, after, stopped, evaluated):
+    """Evaluations of 4 iterations after steps 2 and 4 and twice at the end, which evaluates the validation data once."""
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "eval_interval": 2, "eval_iters": 4,
+               "split": "80,10,10"}
+    found = pools(2)(evaluating, options=options, after=after)
+    assert [(len(steps or found[-1][0]), count) for steps, count in found] == [(stopped, evaluated)] * 2
+    assert iterations(tmp_path) == [f"iter_{stopped:07d}"]
+
+
 def without_room(options: dict[str, Any]) -> str:
     """On a rank: the output of a run that cannot write a file of more than 20 kB."""
     import resource
@@ -245,6 +275,41 @@ def test_a_run_made_longer_goes_on_in_its_order(run, tmp_path):
     assert [step[2] for step in again] == pytest.approx([step[2] for step in longer[10:20]], rel=2e-6)
 
 
+def resumed(options: dict[str, Any]) -> tuple[list[float], str]:
+    """On a rank: the learning rates of a run, and what it prints."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        training.train(options=options)
+    return [json.loads(line)["learning_rate"] for line in (Path(options["save"]) / "metrics.jsonl").open()], printed.getvalue()
+
+
+def test_a_resumed_run_tells_what_changed_and_keeps_its_schedule_unless_told(pools, run, tiny, corpus, tmp_path):
+    options = {"data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 1, "train_iters": 4, "lr_warmup_iters": 0,
+               "lr_decay_style": "linear", "lr": 4e-3}
+    pools(1)(resumed, options=options | {"load": str(tiny)})
+    longer = options | {"load": str(tmp_path), "train_iters": 8}
+    with pytest.raises(AssertionError, match="another schedule: --lr-decay-iters was 4 and is 8"):
+        run(**longer)
+    ((rates, printed),) = pools(1)(resumed, options=longer | {"use_checkpoint_opt_param_scheduler": True, "lr": 1.0})
+    assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3, 0, 0, 0, 0]) and " was " not in printed
+    import shutil
+    for number in range(5, 9):
+        shutil.rmtree(tmp_path / f"iter_{number:07d}")
+    changed = {"override_opt_param_scheduler": True, "lr": 8e-3, "adam_beta2": 0.95, "clip_grad": 0.5, "hidden_dropout": 0.1,
+               "weight_decay": 0.2, "global_batch_size": 2, "exit_interval": 6}
+    ((rates, printed),) = pools(1)(resumed, options=longer | changed)
+    assert rates == pytest.approx([4e-3, 3e-3, 2e-3, 1e-3, 4e-3, 3e-3])
+    for line in ("--lr was 0.004 and is 0.008", "--lr-decay-iters was 4 and is 8", "--weight-decay was 0.01 and is 0.2",
+                 "--adam-beta2 was 0.999 and is 0.95", "--clip-grad was 1.0 and is 0.5", "--hidden-dropout was 0.0 and is 0.1",
+                 "the global batch size was 4 and is 2"):
+        assert printed.count(line) == 1, line
+    with pytest.raises(AssertionError, match="saved in float32 and this one is in bfloat16: the optimizer state does not fit"):
+        run(**longer | changed | {"bf16": True, "exit_interval": 7})
+    assert len(run(**longer | changed | {"bf16": True, "exit_interval": 7, "load_optim": False})) == 7
+
+
 def test_evaluation_alone(run, tmp_path):
     assert run(skip_train=True, eval_iters=1, split="80,10,10", save=str(tmp_path)) == []
     assert not iterations(tmp_path)
@@ -264,12 +329,44 @@ def spoilt(folder: str, model: str) -> None:
 
 def test_a_loss_that_is_not_a_number_ends_the_run_and_leaves_the_batch(pools, run, tiny, tmp_path):
     pools(1)(spoilt, folder=str(tmp_path / "spoilt"), model=str(tiny))
-    with pytest.raises(AssertionError, match="the loss is nan; the last checkpoint is unchanged, the batch is in"):
+    with pytest.raises(AssertionError, match=r"the loss is nan; the batch is in .*; no checkpoint has been saved"):
         run(2, load=str(tmp_path / "spoilt"), save=str(tmp_path / "save"))
     kept = tmp_path / "save/not_finite_0000001"
     assert np.load(kept / "tokens_dp0.npy").shape == np.load(kept / "labels_dp1.npy").shape == (2, 24)
     assert not iterations(tmp_path / "save")
     assert len(run(load=str(tmp_path / "spoilt"), check_for_nan_in_loss_and_grad=False)) == 5
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_weights_that_are_not_finite_are_not_saved(pools, run, tiny, corpus, tmp_path, background):
+    """Steps without a gradient divide zero by --adam-eps; here it is one rank that has a bad moment in its second save."""
+    options = {"load": str(tiny), "data_path": (str(corpus),), "save": str(tmp_path), "save_interval": 1, "save_total_limit": 1,
+               "async_save": background}
+    for said in pools(2)(broken, options=options):
+        assert "exp_avg is not finite after iteration 2, so nothing is saved" in said
+        assert f"the last valid checkpoint is {tmp_path}/iter_0000001" in said
+    assert iterations(tmp_path) == ["iter_0000001"] and not list(tmp_path.glob("*.tmp"))
+    assert run(2, load=str(tmp_path))[-1][0] == 5
+
+
+def broken(options: dict[str, Any]) -> str:
+    """On a rank: the message of a run, the first moment of whose last rank becomes infinite after the second step."""
+    from unittest.mock import patch
+
+    import torch
+    import torch.distributed as dist
+
+    from modellink.core.adam import Adam
+    step = Adam.step
+
+    def stepped(self: Any) -> None:
+        step(self)
+        if dist.get_rank() == dist.get_world_size() - 1 and self.param_groups[0]["step"] == 2:
+            next(iter(self.state.values()))["exp_avg"].view(-1)[3] = torch.inf
+
+    with patch.object(Adam, "step", stepped), pytest.raises(ModelLinkError) as caught:
+        training.train(options=options)
+    return str(caught.value)
 
 
 def poisoned(value: float) -> str:

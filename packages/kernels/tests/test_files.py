@@ -84,6 +84,9 @@ def test_a_reader_says_what_a_folder_lacks(tmp_path):
     assert "sub/a is missing" in incomplete(path)
     (path / "modellink.complete").unlink()
     assert "did not finish" in incomplete(path)
+    for damaged in ("", "[]", '{"files": 3}'):
+        (path / "modellink.complete").write_text(damaged)
+        assert "is damaged" in incomplete(path)
 
 
 def test_an_output_that_exists_is_refused_and_left_alone(tmp_path):
@@ -91,6 +94,9 @@ def test_an_output_that_exists_is_refused_and_left_alone(tmp_path):
     path.mkdir()
     (path / "a").write_text("precious")
     with pytest.raises(ModelLinkError, match="the output exists"), atomic_folder(path):
+        pass
+    with (atomic_folder(tmp_path / "new"), pytest.raises(ModelLinkError, match="is writing to this output"),
+          atomic_folder(tmp_path / "new", overwrite=True)):
         pass
     assert (path / "a").read_text() == "precious"
 

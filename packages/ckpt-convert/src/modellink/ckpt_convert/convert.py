@@ -37,6 +37,7 @@ from modellink.kernels.files import (
     write_json,
 )
 from modellink.kernels.messages import note
+from modellink.kernels.owner import owned
 from modellink.kernels.parallel import ParallelLayout
 from modellink.kernels.progress import Work
 
@@ -101,26 +102,29 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: P
     dtype = dtype_name(plan.dtype)
     described = manifest.Manifest(source.family, source.spec, dtype, source.prompt_type)
     config = config_for(source.spec, source.family, source.companions, dtype)
-    _check_target(source.folder, dst, plan, overwrite)
-    if dry_run:
-        return Converted(plan)
-
+    _check_target(source.folder, dst, overwrite)
     temporary = dst.with_name(dst.name + ".tmp")
-    try:
-        _write_files(plan, temporary, workers)
-        form.write_companions(plan, temporary, described, config)
-        count = report = None
-        if verify or verify_model:
-            hf = None if form.names_its_model else source.companions
-            target = open_checkpoint(temporary, family=source.family, hf=hf, adapter=True)
-            count = compare(source, target, params_dtype)
-            report = check_model(source, target) if verify_model else None
-    except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    kill_point("before-rename")
-    (temporary / JOURNAL).unlink()
-    move_into_place(temporary, dst)
+    if dry_run:
+        _check_temporary(temporary, plan)
+        return Converted(plan)
+    with owned(dst):
+        refuse_existing(dst, overwrite=overwrite)  # another conversion may have ended meanwhile
+        _check_temporary(temporary, plan)
+        try:
+            _write_files(plan, temporary, workers)
+            form.write_companions(plan, temporary, described, config)
+            count = report = None
+            if verify or verify_model:
+                hf = None if form.names_its_model else source.companions
+                target = open_checkpoint(temporary, family=source.family, hf=hf, adapter=True)
+                count = compare(source, target, params_dtype)
+                report = check_model(source, target) if verify_model else None
+        except ModelLinkError:  # not a kill: running it again would not help, so nothing is kept
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        kill_point("before-rename")
+        (temporary / JOURNAL).unlink()
+        move_into_place(temporary, dst)
     return Converted(plan, count, report)
 
 
@@ -140,20 +144,25 @@ def _check_format(form: Format, source: Checkpoint, layout: ParallelLayout) -> N
                              fix="remove the parallel sizes")
 
 
-def _check_target(src: Path, dst: Path, plan: ConversionPlan, overwrite: bool) -> None:
+def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
     refuse_existing(dst, overwrite=overwrite)
     here, there = src.resolve(), dst.resolve()
     if there == here or there in here.parents or here in there.parents:
         raise ModelLinkError("one of source and target is inside the other", where=f"{src}, {dst}",
                              fix="choose a target folder outside of the source")
-    free = free_bytes(dst)
-    temporary = dst.with_name(dst.name + ".tmp")
+    free_bytes(dst)
+
+
+def _check_temporary(temporary: Path, plan: ConversionPlan) -> None:
+    """Raise a ModelLinkError if the temporary folder is not of a conversion, or the disk is too small."""
+    free = free_bytes(temporary)
     if temporary.exists() and not (temporary / JOURNAL).exists() and any(temporary.iterdir()):
         raise ModelLinkError("the temporary folder of the output exists and is not from a conversion",
                              where=temporary, fix="remove it, or choose another target")
     written = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
     if plan.nbytes > free + written:
-        raise ModelLinkError(f"the output needs {size(plan.nbytes)}, but {size(free)} are free", where=dst)
+        raise ModelLinkError(f"the output needs {size(plan.nbytes)}, but {size(free)} are free",
+                             where=temporary.with_suffix(""))
 
 
 def free_bytes(dst: Path) -> int:

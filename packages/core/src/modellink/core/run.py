@@ -97,6 +97,15 @@ class Run:
                 "seq_length": self.data.seq_length, "seed": self.optimizer.seed}
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """The settings that change what a step computes, by option name; a resumed run reports which of them have changed."""
+        optimizer = self.optimizer
+        names = ("adam_beta1", "adam_beta2", "adam_eps", "clip_grad", "attention_dropout", "hidden_dropout")
+        values = optimizer.schedule | {name: getattr(optimizer, name) for name in names}
+        values |= {"micro_batch_size": self.data.micro_batch_size, "precision": optimizer.dtype_name}
+        return values | ({"lora_dropout": self.lora.lora_dropout} if self.lora.on else {})
+
+    @property
     def sequence_multiple(self) -> int:
         """What the length of a sequence must be a multiple of to be sharded."""
         context = 2 * self.layout.cp if self.layout.cp > 1 else 1

@@ -6,7 +6,7 @@ files is written as `NAME.tmp`, gets a marker with its files and their sizes, an
 without a valid marker is not complete. A journal is a file of JSON lines that survives being killed in the
 middle of a line.
 
-Not here: the formats of the files, and locks between processes (each piece of work has one writer).
+Not here: the formats of the files, and that each output has one writer (owner.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.owner import owned
 
 MARKER = "modellink.complete"
 SYNC_FILE_RANGE_WRITE = 2  # from linux/fs.h: start writing dirty pages, do not wait
@@ -116,21 +117,27 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False,
+                  wait: bool = False) -> Iterator[Path]:
     """Yield the new folder `path.tmp`; when the block ends it is marked complete and renamed to `path`.
 
     Args:
         overwrite: replace an existing `path`.
         keep: keep an unfinished `path.tmp` of an earlier run, for work that resumes.
+        wait: wait for another process that writes `path` instead of refusing.
+
+    Raises:
+        ModelLinkError: `path` exists, or another process is writing it.
     """
     path = Path(path)
-    refuse_existing(path, overwrite=overwrite)
-    temporary = path.with_name(path.name + ".tmp")
-    if temporary.exists() and not keep:
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True, exist_ok=True)
-    yield temporary
-    finish_folder(temporary, path)
+    with owned(path, wait=wait):
+        refuse_existing(path, overwrite=overwrite)
+        temporary = path.with_name(path.name + ".tmp")
+        if temporary.exists() and not keep:
+            shutil.rmtree(temporary)
+        temporary.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        finish_folder(temporary, path)
 
 
 def mark_complete(folder: Path) -> None:
@@ -170,7 +177,10 @@ def incomplete(path: Path) -> str | None:
     marker = path / MARKER
     if not marker.is_file():
         return f"it has no {MARKER}, so writing it did not finish"
-    sizes: Mapping[str, int] = read_json(marker)["files"]
+    try:
+        sizes: Mapping[str, int] = dict(read_json(marker)["files"])
+    except (ModelLinkError, KeyError, TypeError, ValueError):
+        return f"its {MARKER} is damaged"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file():

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,12 +51,15 @@ class About:
     short: str | None = None
     heading: str | None = None
     listed: bool = True
+    above: float | None = None
+    below: float | None = None
 
 
 def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None,
            alias: str | Sequence[str] = (), minimum: float | None = None, maximum: float | None = None,
            choices: Callable[[], Sequence[str]] | None = None, short: str | None = None,
-           heading: str | None = None, listed: bool = True) -> Any:
+           heading: str | None = None, listed: bool = True, above: float | None = None,
+           below: float | None = None) -> Any:
     """Declare a dataclass field that is also an option.
 
     Args:
@@ -69,9 +73,12 @@ def option(default: Any = _REQUIRED, doc: str = "", *, unit: str | None = None,
         short: a short spelling, which the help text lists, e.g. `--tp`.
         heading: starts a group of the help text with this heading: this option and those after it.
         listed: whether the help text shows the option.
+        above: exclusive lower bound.
+        below: exclusive upper bound.
     """
     aliases = (alias,) if isinstance(alias, str) else tuple(alias)
-    about = About(doc, unit, aliases, minimum, maximum, choices, short, heading, listed)
+    about = About(doc, unit, aliases, minimum, maximum, choices, short, heading, listed,
+                  above, below)
     return field(default=default, metadata={"about": about})
 
 
@@ -130,14 +137,19 @@ class Field:
             result = kind(value)
         except (TypeError, ValueError):
             raise self._wrong(value, source) from None
-        low, high = self.about.minimum, self.about.maximum
-        # nor is NaN
-        if kind in (int, float) and not ((low is None or result >= low) and (high is None or result <= high)):
-            limits = " and ".join(([f"at least {low:g}"] if low is not None else [])
-                                  + ([f"at most {high:g}"] if high is not None else []))
+        if kind in (int, float) and (limits := self._exceeded(result)):
             raise ModelLinkError(f"{self.flag} is {result}, it must be {limits}", where=source,
                                  option=self.name)
         return result
+
+    def _exceeded(self, number: float) -> str:
+        """Return all bounds, in words, if a number is outside of one; NaN is."""
+        bounds = ((operator.ge, self.about.minimum, "at least"), (operator.gt, self.about.above, "above"),
+                  (operator.le, self.about.maximum, "at most"), (operator.lt, self.about.below, "below"))
+        given = [(holds, bound, word) for holds, bound, word in bounds if bound is not None]
+        if all(holds(number, bound) for holds, bound, _ in given):
+            return ""
+        return " and ".join(f"{word} {bound:g}" for _, bound, word in given)
 
     def _wrong(self, value: Any, source: str) -> ModelLinkError:
         wanted = KINDS.get(self.kind, str(self.kind))

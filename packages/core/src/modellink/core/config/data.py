@@ -31,7 +31,8 @@ class DataConfig:
     reset_position_ids: bool = option(
         False, "Restart positions at each document of a sample, and keep attention within documents.")
     reset_attention_mask: bool = option(False, "Keep attention within documents; positions do not restart.")
-    eod_mask_loss: bool = option(False, "Exclude the token after each end of document from the loss.")
+    eod_mask_loss: bool = option(False, "Exclude the token after each end of document from the loss, which is the mean over "
+                                 "the other tokens of the global batch.")
     eod_token_id: int | None = option(
         None, "Token that ends a document. Default: eos_token_id of the model's config.json.", minimum=0)
     data_cache_path: Path | None = option(None, "Folder for the sample index. Default: `cache` next to the data.")

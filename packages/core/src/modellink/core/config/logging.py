@@ -24,7 +24,7 @@ class LoggingConfig:
     skip_train: bool = option(False, "Only evaluate on the validation and test data.")
     log_throughput: bool = option(False, "Log TFLOP/s and tokens/s per rank.")
     peak_tflops: float | None = option(None, "Peak performance of the device, to log the model FLOPs utilization (MFU).",
-                                       unit="TFLOP/s", minimum=0)
+                                       unit="TFLOP/s", above=0)
     log_num_zeros_in_grad: bool = option(False, "Log the number of zeros in the gradient.")
     tensorboard_dir: Path | None = option(None, "Folder for TensorBoard events.")
     wandb_project: str | None = option(None, "Weights & Biases project to log to; needs modellink-core[wandb].")

@@ -21,8 +21,8 @@ class LoraConfig:
     lora_target_modules: tuple[str, ...] = option(
         (), "Train LoRA adapters of these linears only: linear_qkv, linear_proj, linear_fc1, linear_fc2, or their Legacy names.")
     lora_r: int = option(16, "Rank of the adapters.", minimum=1)
-    lora_alpha: float = option(32.0, "Scale the adapters by alpha / r.", minimum=0)
-    lora_dropout: float = option(0.0, "Dropout of the adapters' input.", minimum=0, maximum=1)
+    lora_alpha: float = option(32.0, "Scale the adapters by alpha / r.", above=0)
+    lora_dropout: float = option(0.0, "Dropout of the adapters' input.", minimum=0, below=1)
     lora_use_rslora: bool = option(False, "Scale the adapters by alpha / sqrt(r) instead (rsLoRA).")
     lora_load: Path | None = option(None, "Adapters to start from or resume: a saved run on the same --load, or a PEFT folder.")
     lora_quantize: Literal["nf4", "int8"] | None = option(

@@ -38,6 +38,9 @@ class MoEConfig:
         return None if factor is None or factor < 0 else factor
 
     def check(self) -> None:
+        if self.moe_expert_capacity_factor == 0:
+            raise ModelLinkError("experts with a capacity of 0 would drop every token", where="--moe-expert-capacity-factor",
+                                 fix="use a positive factor, or remove the option", option="moe_expert_capacity_factor")
         if self.capacity_factor is not None and self.moe_token_dispatcher_type != "alltoall":
             raise ModelLinkError(f"the {self.moe_token_dispatcher_type} dispatcher does not support an expert capacity",
                                  where="--moe-expert-capacity-factor, --moe-token-dispatcher-type",

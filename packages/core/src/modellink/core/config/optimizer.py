@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import option
 
 if TYPE_CHECKING:
     import torch
+
+SCHEDULE = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples",
+            "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "weight_decay", "start_weight_decay", "end_weight_decay",
+            "weight_decay_incr_style")
+"""Fields that `OptimizerConfig.schedule` may have, besides the length of the run."""
 
 
 @dataclass(frozen=True)
@@ -37,23 +43,29 @@ class OptimizerConfig:
     end_weight_decay: float | None = option(None, "Weight decay at the last iteration.", minimum=0)
     weight_decay_incr_style: Literal["constant", "linear", "cosine"] = option(
         "constant", "Schedule of the weight decay.")
-    adam_beta1: float = option(0.9, "Decay rate of the first moment.", minimum=0, maximum=1)
-    adam_beta2: float = option(0.999, "Decay rate of the second moment.", minimum=0, maximum=1)
-    adam_eps: float = option(1e-8, "Term added to the denominator for numerical stability.", minimum=0)
+    override_opt_param_scheduler: bool = option(
+        False, "Resume with the learning rate, its schedule and the weight decay of this command. Without this option and the "
+        "next, they must be those of the saved run.", alias="--override-opt_param-scheduler")
+    use_checkpoint_opt_param_scheduler: bool = option(
+        False, "Resume with the learning rate, its schedule and the weight decay of the saved run.",
+        alias="--use-checkpoint-opt_param-scheduler")
+    adam_beta1: float = option(0.9, "Decay rate of the first moment.", minimum=0, below=1)
+    adam_beta2: float = option(0.999, "Decay rate of the second moment.", minimum=0, below=1)
+    adam_eps: float = option(1e-8, "Term added to the denominator for numerical stability.", above=0)
     clip_grad: float = option(1.0, "Maximum global gradient norm; 0 disables clipping.", minimum=0)
     bf16: bool = option(False, "Weights and activations in bfloat16, master weights and gradients in fp32.",
                          heading="Precision")
     fp16: bool = option(False, "Weights and activations in float16, with a dynamic loss scale.")
-    initial_loss_scale: float = option(2.0**32, "fp16: initial loss scale.")
-    loss_scale: float | None = option(None, "fp16: a constant loss scale.", minimum=0)
-    min_loss_scale: float = option(1.0, "fp16: minimum loss scale.", minimum=0)
+    initial_loss_scale: float = option(2.0**32, "fp16: initial loss scale.", above=0)
+    loss_scale: float | None = option(None, "fp16: a constant loss scale.", above=0)
+    min_loss_scale: float = option(1.0, "fp16: minimum loss scale.", above=0)
     loss_scale_window: int = option(1000, "fp16: iterations without overflow after which the loss scale doubles.", minimum=1)
     hysteresis: int = option(2, "fp16: overflows before the loss scale is halved.", minimum=1)
     check_for_nan_in_loss_and_grad: bool = option(
         True, "Stop before the weights change if the loss or a gradient is not finite; fp16 skips such a step instead.")
-    attention_dropout: float = option(0.0, "Dropout of attention weights.", minimum=0, maximum=1,
+    attention_dropout: float = option(0.0, "Dropout of attention weights.", minimum=0, below=1,
                                       heading="Regularization and randomness")
-    hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, maximum=1)
+    hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, below=1)
     init_method_std: float = option(0.02, "Standard deviation of randomly initialized weights.", minimum=0)
     seed: int = option(1234, "Seed for weights, dropout and the order of the data.")
 
@@ -93,7 +105,32 @@ class OptimizerConfig:
             return self.lr_warmup_fraction * self.decay
         return self.lr_warmup_samples if self.by_samples else self.lr_warmup_iters
 
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The settings of learning rate and weight decay by field name, as JSON returns them; lengths in the unit of the run."""
+        names = ["lr", "decoupled_lr", "lr_warmup_init", "lr_decay_style", "weight_decay", "weight_decay_incr_style"]
+        if self.lr_decay_style != "constant":
+            names += ["min_lr", "decoupled_min_lr"]
+        if self.weight_decay_incr_style != "constant":
+            names += ["start_weight_decay", "end_weight_decay"]
+        unit = "samples" if self.by_samples else "iters"
+        lengths: dict[str, Any] = {f"lr_warmup_{unit}": self.warmup}
+        if self.lr_decay_style != "constant":
+            lengths[f"lr_decay_{unit}"] = self.decay
+        if self.weight_decay_incr_style != "constant":
+            lengths[f"train_{unit}"] = self.total  # the length of the weight decay's schedule
+        return {name: getattr(self, name) for name in names} | lengths
+
+    def with_schedule(self, saved: Mapping[str, Any]) -> OptimizerConfig:
+        """These settings with the schedule among the `saved` settings of a run; the length of the run stays."""
+        known = {name: saved[name] for name in SCHEDULE if name in saved}
+        return replace(self, lr_warmup_fraction=None, **known) if known else self
+
     def check(self) -> None:
+        if self.override_opt_param_scheduler and self.use_checkpoint_opt_param_scheduler:
+            raise ModelLinkError("the schedule can be that of the command or of the checkpoint, not both",
+                                 where="--override-opt-param-scheduler, --use-checkpoint-opt-param-scheduler",
+                                 fix="remove one of them")
         if self.bf16 and self.fp16:
             raise ModelLinkError("--bf16 and --fp16 exclude each other", where="--bf16, --fp16")
         self._check_length()

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 
@@ -34,3 +36,18 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
+
+
+def over_global_batch(batches: Sequence[Batch], dp: int, group: Callable[[], dist.ProcessGroup] | None) -> list[Batch]:
+    """The micro batches of an iteration with a `divisor` that makes the loss the mean over all labels that count.
+
+    Args:
+        batches: those of this rank.
+        group: the current data-parallel group, which counts the labels together.
+    """
+    learned = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
+    if group is not None and dp > 1:
+        dist.all_reduce(learned, group=group())
+    # so that the mean of sum / divisor over micro batches and ranks is the mean over tokens
+    divisor = learned.clamp(min=1) / (len(batches) * dp)
+    return [replace(batch, divisor=divisor) for batch in batches]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from modellink.core.config import DataConfig, InstructionConfig
 from modellink.core.config.data import INSTRUCTION_FIELDS
-from modellink.core.data.batch import Batch
+from modellink.core.data.batch import Batch, over_global_batch
 from modellink.core.data.documents import starts_by_number
 from modellink.core.data.mixture import Mixture, Samples
 from modellink.kernels.constants import IGNORE_INDEX
@@ -211,8 +211,7 @@ def iteration(share: Samples[Sample], data: DataConfig, instruction: Instruction
         ModelLinkError: a token id is outside the model's vocabulary.
     """
     size, batches = data.micro_batch_size, []
-    passes = data.num_microbatches(dp, consumed)
-    for number in range(passes):
+    for number in range(data.num_microbatches(dp, consumed)):
         start = consumed + (number * dp + dp_rank) * size
         samples = [share[place] for place in range(start, start + size)]
         longest = max(len(sample.tokens) for sample in samples)
@@ -221,9 +220,4 @@ def iteration(share: Samples[Sample], data: DataConfig, instruction: Instruction
             raise ModelLinkError(f"token id {largest} is outside the model's vocabulary of {vocab_size}",
                                  where=f"--data-path, sample {start}", fix="tokenize the data with this model's tokenizer")
         batches.append(batch.to(device))
-    learned = torch.stack([batch.loss_mask.sum() for batch in batches]).sum()
-    if group is not None and dp > 1:
-        dist.all_reduce(learned, group=group())
-    # so that the mean of sum / divisor over micro batches and ranks is the mean over tokens
-    divisor = learned.clamp(min=1) / (passes * dp)
-    return iter([replace(batch, divisor=divisor) for batch in batches])
+    return iter(over_global_batch(batches, dp, group))

@@ -41,7 +41,7 @@ class Pretrain(Method):
     def feeds(self, training: Training) -> Feeds:
         from megatron.core import parallel_state
 
-        from modellink.core.data.pretrain import build_datasets, extended, micro_batches
+        from modellink.core.data.pretrain import build_datasets, extended, iteration, micro_batches
         run, config = self.run, self.run.data
         left = max(0, run.optimizer.train_iters - training.iteration)
         trained = config.samples_of(left, run.layout.dp, training.consumed_samples)
@@ -50,13 +50,17 @@ class Pretrain(Method):
         sets = build_datasets(config, seed=run.optimizer.seed, vocab_size=run.spec.vocab_size, trained=training.ordered,
                               evaluated=evaluated)
 
-        def feed(dataset: Any) -> Feed | None:
+        def feed(dataset: Any, config: DataConfig) -> Feed | None:
             if dataset is None:
                 return None
-            return partial(micro_batches, dataset, config, dp_rank=parallel_state.get_data_parallel_rank(), dp=run.layout.dp,
-                           vocab_size=run.spec.vocab_size, device=run.device.torch)
+            where = {"dp_rank": parallel_state.get_data_parallel_rank(), "dp": run.layout.dp,
+                     "vocab_size": run.spec.vocab_size, "device": run.device.torch}
+            if not config.eod_mask_loss:  # then every micro batch has the same number of labels
+                return partial(micro_batches, dataset, config, **where)
+            return partial(iteration, dataset, config, group=parallel_state.get_data_parallel_group, **where)
 
-        train, valid, test = map(feed, sets)
+        evaluated_at_full_size = replace(config, rampup_batch_size=None)
+        train, valid, test = map(feed, sets, (config, evaluated_at_full_size, evaluated_at_full_size))
         assert train is not None
         return Feeds(train, valid, test)
 

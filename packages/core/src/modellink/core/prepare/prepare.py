@@ -85,6 +85,8 @@ def _complete(configs: dict[type, Any], method: type[Method], start: Start, spec
         done, consumed = start.progress.iteration, start.progress.consumed_samples
         if data.global_batch_size is None:  # a resumed run keeps its own, on fewer ranks too
             data = replace(data, global_batch_size=start.progress.global_batch_size)
+        if optimizer.use_checkpoint_opt_param_scheduler:
+            optimizer = configs[OptimizerConfig] = optimizer.with_schedule(start.progress.recipe)
     if optimizer.train_samples is not None:
         iterations = data.iterations_of(optimizer.train_samples, dp, done=done, consumed=consumed)
         configs[OptimizerConfig] = replace(optimizer, train_iters=iterations)

@@ -16,7 +16,7 @@ from modellink.ckpt_convert.peft_files import is_peft
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.config import CheckpointConfig, LoraConfig, OptimizerConfig, ParallelConfig
-from modellink.core.train.progress import Progress, read_progress
+from modellink.core.train.progress import Progress, changes, read_progress
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
 
@@ -146,6 +146,24 @@ def check_resumed(start: Start, method: str, checkpoint: CheckpointConfig, paral
         unit = "samples" if progress.by_samples else "iters"
         raise ModelLinkError(f"the resumed run is measured by --train-{unit}", where=f"{folder}, --train-iters, --train-samples",
                              fix=f"give --train-{unit}, or load only the weights with --finetune")
+
+
+    _check_precision(progress, folder, checkpoint, optimizer)
+    chosen = optimizer.override_opt_param_scheduler or optimizer.use_checkpoint_opt_param_scheduler
+    changed = changes(progress.recipe, optimizer.schedule)
+    if changed and not chosen:
+        raise ModelLinkError("the resumed run has another schedule: " + "; ".join(changed), where=folder,
+                             fix="--override-opt-param-scheduler uses that of this command, --use-checkpoint-opt-param-scheduler "
+                             "that of the checkpoint")
+
+
+def _check_precision(progress: Progress, folder: Path | None, checkpoint: CheckpointConfig, optimizer: OptimizerConfig) -> None:
+    """Refuse optimizer state of fp32 in a half-precision run and the reverse: only one of them has separate main weights."""
+    before, now = progress.recipe.get("precision", optimizer.dtype_name), optimizer.dtype_name
+    if checkpoint.load_optim and before != now and "float32" in (before, now):
+        raise ModelLinkError(f"the run was saved in {before} and this one is in {now}: the optimizer state does not fit",
+                             where=f"{folder}, --bf16, --fp16",
+                             fix="resume with --no-load-optim, or load only the weights with --finetune")
 
 
 def open_reference(given: CheckpointConfig, start: Start, lora: LoraConfig, spec: ModelSpec) -> Checkpoint | None:

@@ -20,7 +20,7 @@ from modellink.core.resilience.rebuild import rebuild, take
 from modellink.core.resilience.replay import LocalCopy
 from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end_with, leave, report, wait_for
 from modellink.core.run import Run
-from modellink.core.train.finite import NotFinite
+from modellink.core.train.finite import BadWeights, NotFinite
 from modellink.core.train.guard import Guard, GuardFactory, NoGuard
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
@@ -122,7 +122,7 @@ class HighAvailability:
         try:
             yield
         except ModelLinkError as error:  # on all ranks
-            if last:
+            if last or isinstance(error, BadWeights):  # further steps would not repair them
                 raise
             self._say(f"training continues without this checkpoint: {error.what}")
         self._watch.beat()
@@ -167,8 +167,10 @@ class HighAvailability:
             again = rebuild(run, training, snapshot, plan.ranks, processes.keys(self._generation), plan.dp)
         if plan.action == "save":
             self._say(f"{plan.why}; the surviving ranks save iteration {plan.iteration}")
-            self._save(again)
-            store.set("over", "yes")
+            try:
+                self._save(again)
+            finally:  # other machines wait for it
+                store.set("over", "yes")
             leave()
         self._run = again
         self._watch_over()

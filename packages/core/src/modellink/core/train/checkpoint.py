@@ -6,7 +6,8 @@
     SAVE/latest_checkpointed_iteration.txt           moved last
 
 All ranks write to `iter_N.tmp/`, possibly in the background (writer.py); when all are done, rank 0 calls fsync,
-writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind. Readers take
+writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind, and weights that are
+not finite are not saved. Readers take
 the last complete iteration, regardless of the tracker. Weights have canonical names, so the converter reads them too.
 
 Not here: loading only weights (model/load.py).
@@ -28,9 +29,10 @@ from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.core.model.load import bare
+from modellink.core.train.finite import refuse_bad_weights
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
-from modellink.core.train.progress import Progress, read_progress, write_progress
+from modellink.core.train.progress import Progress, changes, read_progress, write_progress
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.core.train.writer import Writer, on_all_ranks
@@ -56,6 +58,8 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     first = dist.get_rank() == 0
     writer = background or Writer()
     writer.wait()
+    with whole_parameters(training.models):
+        refuse_bad_weights(training, folder)
 
     def begin() -> None:
         if first:
@@ -68,7 +72,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     on_all_ranks(begin, temporary)
     progress = Progress(iteration, training.consumed_samples, str(training.layout), training.distributed_optimizer,
                         training.by_samples, training.ordered, training.method, training.order,
-                        training.global_batch_size)
+                        training.global_batch_size, training.recipe)
 
     def complete() -> None:
         if first:
@@ -147,6 +151,8 @@ def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng:
     training.ordered = progress.ordered
     if progress.global_batch_size not in (None, training.global_batch_size):
         note(f"the global batch size was {progress.global_batch_size} and is {training.global_batch_size}")
+    for line in changes(progress.recipe, training.recipe):
+        note(f"{line}, from iteration {training.iteration + 1} on")
     for name in sorted(progress.order.keys() & training.order.keys()):
         if progress.order[name] != training.order[name]:
             note(f"{name} was {progress.order[name]} and is {training.order[name]}: training resumes after the same number of "

@@ -27,7 +27,7 @@ from modellink.core.train.optimizer import let_go, whole_parameters
 from modellink.core.train.saving import save, save_now
 from modellink.core.train.setup import set_up
 from modellink.core.train.step import run_schedule
-from modellink.core.train.stop import Stop, is_multiple
+from modellink.core.train.stop import SIGNALLED, Stop, is_multiple
 from modellink.core.train.training import Training
 from modellink.core.train.writer import Writer
 from modellink.kernels.ops import plain_forms
@@ -60,6 +60,7 @@ class Loop:
         self.clock, self.writer = Clock(run.device), Writer()
         self.digests = Digests(run, training)
         self.last_step: Step | None = None
+        self.stop = Stop(run.checkpoint, run.device.torch)
         self.guard = guard(run, training, partial(save_now, training), self.advance)
 
     def run_all(self) -> list[Step]:
@@ -77,36 +78,43 @@ class Loop:
         run, training = self.run, self.training
         for callback in self.callbacks:
             callback.on_start(training)
-        self._iterate_all()
-        if training.iteration == run.optimizer.train_iters or run.logging.skip_train:
-            self.evaluate(self.feeds.valid, f"iteration {training.iteration} on validation set")
-            self.evaluate(self.feeds.test, f"iteration {training.iteration} on test set")
+        with self.stop:
+            leaving = self._iterate_all()
+            if leaving is None and (training.iteration == run.optimizer.train_iters or run.logging.skip_train):
+                leaving = self._evaluate_at_end()
+        if leaving and dist.get_rank() == 0:
+            print(f"leaving after iteration {training.iteration}: {leaving}", flush=True)
         for callback in self.callbacks:
             callback.on_end(training)
         self.metrics.close()
         self.digests.close()
 
-    def _iterate_all(self) -> None:
+    def _evaluate_at_end(self) -> str | None:
+        at = self.training.iteration
+        for feed, share in ((self.feeds.valid, "validation"), (self.feeds.test, "test")):
+            if not self.evaluate(feed, f"iteration {at} on {share} set"):
+                return SIGNALLED
+        return None
+
+    def _iterate_all(self) -> str | None:
+        """Iterate until the last iteration; return the reason to stop earlier."""
+        leaving: str | None = None
         run, training, guard = self.run, self.training, self.guard
         last = run.optimizer.train_iters
         profiling = Profiler(run, training.models, training.iteration)
-        with Stop(run.checkpoint, run.device.torch) as stop, profiling as profiler, guard:
-            while training.iteration < last and not run.logging.skip_train:
+        with profiling as profiler, guard:
+            while training.iteration < last and not run.logging.skip_train and leaving is None:
                 guard.attempt(self.iterate)
                 self._report_step()
                 profiler.step()
                 guard.beat()  # writing a trace takes time
                 with guard.finishing(last=False):
                     self.writer.poll()
-                leaving = stop.reason(training.iteration)
-                self._after_iteration(leaving=leaving is not None)
-                if leaving:
-                    if dist.get_rank() == 0:
-                        print(f"leaving after iteration {training.iteration}: {leaving}", flush=True)
-                    break
+                leaving = self._after_iteration(self.stop.reason(training.iteration))
                 self.clock.lap()  # evaluating and saving do not count as part of an iteration
             with guard.finishing(last=True):
                 self.writer.wait()
+        return leaving
 
     def _report_step(self) -> None:
         """Call the callbacks; outside of the guarded step, as an error of theirs is not a failure of the rank."""
@@ -116,12 +124,14 @@ class Loop:
         for callback in self.callbacks:
             callback.on_step(self.training, step)
 
-    def _after_iteration(self, *, leaving: bool) -> None:
-        """Evaluate and save if it is time to."""
+    def _after_iteration(self, leaving: str | None) -> str | None:
+        """Evaluate and save if it is time to; return the reason to stop after that."""
         run, training, at = self.run, self.training, self.training.iteration
-        if is_multiple(at, run.logging.eval_interval):
-            self.evaluate(self.feeds.valid, f"iteration {at}", self.guard.beat)
-        folder, last = run.checkpoint.save, at == run.optimizer.train_iters or leaving
+        ended = at == run.optimizer.train_iters
+        due = is_multiple(at, run.logging.eval_interval) and leaving != SIGNALLED and not ended  # the end has its own
+        if due and not self.evaluate(self.feeds.valid, f"iteration {at}", self.guard.beat):
+            leaving = SIGNALLED
+        folder, last = run.checkpoint.save, ended or leaving is not None
         if folder is not None and (last or is_multiple(at, run.checkpoint.save_interval)):
             saved = False
             with self.guard.saving(last=last):
@@ -130,6 +140,7 @@ class Loop:
             self.metrics.draw()
             for callback in self.callbacks if saved else ():
                 callback.on_save(training, folder)
+        return leaving
 
     def iterate(self) -> None:
         """One iteration: gradients over all micro batches, an optimizer step, a line of metrics."""
@@ -143,7 +154,7 @@ class Loop:
         loss = values[self.method.metrics[0]]
         if run.optimizer.check_for_nan_in_loss_and_grad and not run.optimizer.fp16:
             where = f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}"
-            refuse_not_finite(training.models, loss, where, self._keep_batch)
+            refuse_not_finite(training.models, loss, where, self._keep_batch, run.checkpoint.save)
         learning_rate = training.optimizer.param_groups[0]["lr"]
         self.digests.gradients()
         with record_function("optimizer-step"):  # a range in the traces of --profile
@@ -169,27 +180,36 @@ class Loop:
         training.consumed_samples += size
 
     @torch.no_grad()
-    def evaluate(self, feed: Feed | None, where: str, beat: Callable[[], None] = lambda: None) -> None:
-        """Report the mean metrics over --eval-iters iterations from the start of `feed`; call `beat` after each."""
+    def evaluate(self, feed: Feed | None, where: str, beat: Callable[[], None] = lambda: None) -> bool:
+        """Report the mean metrics over --eval-iters iterations from the start of `feed`; call `beat` after each.
+
+        Returns:
+            False if SIGTERM has interrupted it; then nothing is reported.
+        """
         run, training = self.run, self.training
         if feed is None or run.logging.eval_iters == 0:
-            return
+            return True
         for model in training.models:
             model.eval()
         size = run.data.samples_per_iteration(run.layout.dp)
         with whole_parameters(training.models):
             found = []
             for number in range(run.logging.eval_iters):
+                if interrupted := self.stop.signalled():
+                    break
                 found.append(run_schedule(self.method, training.models, partial(feed, consumed=number * size),
                                           forward_only=True, **self._sizes(None)))
                 self.metrics.evaluating(where, len(found))
                 beat()
         for model in training.models:
             model.train()
+        if interrupted:
+            return False
         means = {name: torch.stack([values[name] for values in found]).mean().item() for name in self.method.metrics}
         self.metrics.evaluation(where, means, training.iteration)
         for callback in self.callbacks:
             callback.on_evaluation(training, where, means)
+        return True
 
     def _keep_batch(self) -> str:
         self.writer.wait()  # the save in progress holds good weights

@@ -84,4 +84,5 @@ def make_schedule(optimizer: Any, config: OptimizerConfig) -> OptimizerParamSche
         optimizer, init_lr=config.lr_warmup_init, max_lr=config.lr, min_lr=config.min_lr, lr_warmup_steps=config.warmup,
         lr_decay_steps=config.decay, lr_decay_style=config.lr_decay_style, start_wd=start, end_wd=end,
         wd_incr_steps=config.total, wd_incr_style=config.weight_decay_incr_style,
-        use_checkpoint_opt_param_scheduler=False, override_opt_param_scheduler=True)
+        use_checkpoint_opt_param_scheduler=config.use_checkpoint_opt_param_scheduler,
+        override_opt_param_scheduler=not config.use_checkpoint_opt_param_scheduler)  # prepare has compared them

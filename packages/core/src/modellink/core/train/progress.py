@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ class Progress:
     """Settings that determine the order of the data, by name."""
     global_batch_size: int | None = None
     """In samples, after the ramp-up; None if unknown."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Settings that change what a step computes, by name; empty if unknown."""
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """One line per setting that differs, with its old and its new value; settings that only one side has do not apply there."""
+    return [f"{_named(name)} was {before[name]} and is {now[name]}"
+            for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+
+
+def _named(name: str) -> str:
+    return name if name == "precision" else "--" + name.replace("_", "-")
 
 
 def write_progress(folder: Path, progress: Progress) -> None:

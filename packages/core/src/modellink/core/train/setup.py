@@ -54,7 +54,8 @@ def set_up(run: Run, *, reference: bool = False) -> Training:
     training = Training(
         models, optimizer, make_schedule(optimizer, run.optimizer), run.layout,
         distributed_optimizer=run.parallel.use_distributed_optimizer, by_samples=run.optimizer.by_samples,
-        method=run.method, order=run.order, global_batch_size=run.data.samples_per_iteration(run.layout.dp),
+        method=run.method, order=run.order, recipe=run.recipe,
+        global_batch_size=run.data.samples_per_iteration(run.layout.dp),
         reference=frozen)
     if run.resumed is not None:
         checkpoint.resume(training, run.resumed, load_optim=run.checkpoint.load_optim,

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from modellink.core.config import CheckpointConfig
 
+SIGNALLED = "SIGTERM"
+
 
 class Stop:
     """Within the context SIGTERM is recorded instead of ending the process."""
@@ -35,11 +37,21 @@ class Stop:
         if is_multiple(iteration, self._config.exit_interval):
             return f"iteration {iteration} is a multiple of --exit-interval"
         minutes, limit = (time.monotonic() - self._began) / 60, self._config.exit_duration_in_mins
-        mine = [self._signalled, limit is not None and minutes > limit]
+        signalled, over = self._anywhere(self._signalled, limit is not None and minutes > limit)
+        if signalled:
+            return SIGNALLED
+        return f"--exit-duration-in-mins {limit:g} is over" if over else None
+
+    def signalled(self) -> bool:
+        """Whether SIGTERM has reached a rank; every rank calls it after each iteration of an evaluation."""
+        (signalled,) = self._anywhere(self._signalled)
+        return signalled
+
+    def _anywhere(self, *mine: bool) -> list[bool]:
+        """Which of these hold on any rank: a signal may reach only one, and clocks differ."""
         anywhere = torch.tensor(mine, dtype=torch.int32, device=self._device)
-        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)  # a signal may reach one rank, and clocks differ
-        signalled, over = anywhere.tolist()
-        return "SIGTERM" if signalled else f"--exit-duration-in-mins {limit:g} is over" if over else None
+        dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in anywhere.tolist()]
 
 
 def is_multiple(iteration: int, interval: int | None) -> bool:

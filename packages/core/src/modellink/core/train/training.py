@@ -24,6 +24,7 @@ class Training:
         by_samples: whether schedules count samples instead of iterations.
         method: name of the training method.
         order: settings that determine the order of the data, by name.
+        recipe: settings that change what a step computes, by name.
         global_batch_size: in samples, after the ramp-up.
         iteration: finished iterations.
         consumed_samples: samples seen so far by all ranks together.
@@ -39,6 +40,7 @@ class Training:
     by_samples: bool = False
     method: str = "pretrain"
     order: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
     global_batch_size: int | None = None
     iteration: int = 0
     consumed_samples: int = 0

@@ -22,6 +22,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from modellink.core.engine import current_device
+from modellink.core.train.finite import valid_checkpoint
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import kill_point
 
@@ -140,7 +141,7 @@ def _raise(errors: Sequence[BaseException], where: Path) -> None:
         shutil.rmtree(where, ignore_errors=True)  # frees the disk space that may be missing
     raise ModelLinkError("the checkpoint could not be written: " + "; ".join(line for lines in reasons for line in lines),
                          where=where,
-                         fix="free disk space or choose another --save, and resume from the last complete checkpoint")
+                         fix=f"free disk space or choose another --save; {valid_checkpoint(where.parent)}")
 
 
 def _origin(error: BaseException) -> BaseException:
