@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -46,6 +47,12 @@ def test_the_order_does_not_depend_on_the_ranks(pools, corpus):
     assert later == one[4:]
 
 
+def test_all_ranks_read_the_index_that_the_first_one_builds(pools, corpus, tmp_path):
+    found = [pools(2)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=str(tmp_path / "cache"))
+             for _ in ("built", "read")]
+    assert found[0] == found[1] and found[0][0] == found[0][1]
+
+
 def test_the_seed_mixes(pools, corpus):
     runs = [pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, seed=seed)[0] for seed in (1, 2)]
     assert runs[0] != runs[1]
@@ -77,6 +84,7 @@ def test_data_replaced_under_its_name_is_noticed(pools, tmp_path):
     after, rebuilt = (pools(1)(first_tokens, prefixes=(str(prefix),), dp=1, consumed=0, passes=6, cache=folder)
                    for folder in (kept, str(tmp_path / "another")))
     assert after == rebuilt != before
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # the index of the replaced data is gone
 
 
 class Payload:
@@ -89,25 +97,52 @@ class Payload:
         return os.mkdir, (str(self.made),)
 
 
-@pytest.mark.parametrize("attack", ["pickle", "array of objects", "truncated", "empty"])
-def test_a_sample_index_is_never_unpickled(pools, corpus, tmp_path, attack):
+@pytest.mark.parametrize("attack", ["pickle", "array of objects", "truncated", "empty", "beyond the data", "no marker"])
+def test_a_sample_index_is_checked_or_built_again(pools, corpus, tmp_path, attack):
     """megatron-core reads its index with allow_pickle: numpy unpickles a file that is no array, and elements that are objects."""
-    kept = str(tmp_path / "cache")
-    before = pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
-    files = sorted((tmp_path / "cache").rglob("*.npy"))
-    assert files
-    for path in files:
-        whole = path.read_bytes()
+    kept, low = str(tmp_path / "cache"), tmp_path / "low_text_document"
+    pools(1)(write_low, prefix=str(low))
+    blend = ("0.5", str(corpus), "0.5", str(low))
+
+    def read():
+        return pools(1)(first_tokens, prefixes=blend, dp=1, consumed=0, passes=6, cache=kept)
+
+    before = read()
+    (folder,) = (tmp_path / "cache").iterdir()
+    files = sorted(folder.glob("*.npy"))
+    whole = {path: path.read_bytes() for path in files}
+    assert len(files) == 2 * 3 * 2 + 2 * 2  # training and validation of two sets, and their blends
+    for path in files if attack != "no marker" else ():
         if attack == "array of objects":
             numpy.save(path, numpy.array([Payload(tmp_path / "made")], dtype=object), allow_pickle=True)
+        elif attack == "beyond the data":
+            array = numpy.load(path)
+            array.flat[-1] = 30000
+            numpy.save(path, array)
+            assert read() == before and path.read_bytes() == whole[path]
         else:
-            path.write_bytes({"pickle": pickle.dumps(Payload(tmp_path / "made")), "truncated": whole[:-1], "empty": b""}[attack])
-    with pytest.raises(AssertionError, match=r"(?s)the sample index is not a complete numpy array of numbers.*\.npy"):
-        pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept)
-    assert not (tmp_path / "made").exists()
-    for path in files:
-        path.unlink()
-    assert pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=6, cache=kept) == before
+            path.write_bytes({"pickle": pickle.dumps(Payload(tmp_path / "made")), "truncated": whole[path][:-1],
+                              "empty": b""}[attack])
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*[!e]") if path.suffix in (".npy", ".txt")}
+    marker = folder / "modellink.complete"
+    marker.write_text(json.dumps({"files": sizes}))  # an attacker writes it too
+    if attack == "no marker":
+        marker.unlink()
+    assert read() == before and not (tmp_path / "made").exists()
+    assert {path: path.read_bytes() for path in files} == whole and list((tmp_path / "cache").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("point", ["after-write", "before-rename"])
+def test_a_kill_while_the_index_is_built_leaves_nothing_behind(pools, corpus, tmp_path, point):
+    kept = tmp_path / "cache"
+    before = pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=2, cache=str(kept))
+    (folder,) = kept.iterdir()
+    folder.rename(unfinished := folder.with_name(folder.name + ".tmp"))
+    if point == "after-write":
+        (unfinished / "modellink.complete").unlink()
+        next(unfinished.glob("*.npy")).write_bytes(b"")
+    assert pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=2, cache=str(kept)) == before
+    assert list(kept.iterdir()) == [folder]
 
 
 def write_low(prefix: str) -> None:

@@ -117,18 +117,20 @@ def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, overwrite: bool = False, keep: bool = False,
+                  wait: bool = False) -> Iterator[Path]:
     """Yield the new folder `path.tmp`; when the block ends it is marked complete and renamed to `path`.
 
     Args:
         overwrite: replace an existing `path`.
         keep: keep an unfinished `path.tmp` of an earlier run, for work that resumes.
+        wait: wait for another process that writes `path` instead of refusing.
 
     Raises:
         ModelLinkError: `path` exists, or another process is writing it.
     """
     path = Path(path)
-    with owned(path):
+    with owned(path, wait=wait):
         refuse_existing(path, overwrite=overwrite)
         temporary = path.with_name(path.name + ".tmp")
         if temporary.exists() and not keep:

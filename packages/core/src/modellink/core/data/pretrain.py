@@ -8,30 +8,31 @@ order and appends another one.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from numpy.lib import format as npy
+from megatron.core.package_info import __version__ as megatron_version
 
 from modellink.core.config import DataConfig
+from modellink.core.data import sample_index
 from modellink.core.data.batch import Batch, over_global_batch
 from modellink.core.data.documents import starts_after
 from modellink.core.launch import rank
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.files import atomic_folder
 from modellink.kernels.messages import note
 
-HEADERS: dict[tuple[int, int], Any] = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-"""Readers of the header of a .npy file, by the version of the format."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,55 +114,69 @@ def usable_split(config: DataConfig, *, evaluated: bool) -> str:
 
 
 def _build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_size: int) -> list[Any]:
-    """The three sets with at least `samples` samples each; rank 0 writes the sample index, the others read it."""
-    first = config.blend()[0][0]
-    cache = (config.data_cache_path or Path(first).parent / "cache") / _fingerprint(config)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ModelLinkError(f"the sample index cannot be written: {error.strerror}", where=cache,
-                             fix="set --data-cache-path to a writable folder") from None
-    if rank() == 0:  # the others read what it leaves there
-        _check_index(cache)
+    """The three sets with at least `samples` samples each; rank 0 writes the sample index, then all ranks read it."""
+    prefixes, _ = config.blend()
+    cache = config.data_cache_path or Path(prefixes[0]).parent / "cache"
+    request = (config.data_path, config.split, config.seq_length, samples, seed, vocab_size, megatron_version)
+    folder = cache / sample_index.folder_name(prefixes, _state_of(config), request)
+    folder, reason = _from_first((folder, sample_index.defect(folder, prefixes, values=True) if rank() == 0 else None))
+    build = partial(_read_or_build, config, samples, seed, vocab_size)
+    if reason is not None:
+        _write_index(folder, build)
+    elif reason := sample_index.defect(folder, prefixes, values=False):  # on another machine the folder may be another one
+        raise ModelLinkError(f"the sample index differs from that of rank 0: {reason}", where=folder,
+                             fix="set --data-cache-path to a folder that all machines share")
+    sets: list[Any] = build(folder, lambda: True)
+    if dist.is_initialized():
+        dist.barrier()
+    return sets
+
+
+def _write_index(folder: Path, build: Callable[[Path, Callable[[], bool]], list[Any]]) -> None:
+    """Build the sample index on rank 0 in a temporary folder; every rank calls it and waits."""
+    with ExitStack() as stack:
+        failed, temporary = None, folder
+        if rank() == 0:
+            try:
+                if folder.exists():
+                    note(f"the sample index in {folder} is not complete or not valid, and is built again")
+                temporary = stack.enter_context(atomic_folder(folder, overwrite=True, wait=True))
+                sample_index.remove_outdated(folder)
+            except OSError as error:
+                failed = error.strerror
+        if (failed := _from_first(failed)) is not None:
+            raise ModelLinkError(f"the sample index cannot be written: {failed}", where=folder,
+                                 fix="set --data-cache-path to a writable folder")
+        build(temporary, lambda: rank() == 0)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _read_or_build(config: DataConfig, samples: tuple[int, int, int], seed: int, vocab_size: int, folder: Path,
+                   here: Callable[[], bool]) -> list[Any]:
     dataset_config = GPTDatasetConfig(
         random_seed=seed, sequence_length=config.seq_length, blend=config.blend(), split=config.split,
-        path_to_cache=str(cache), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
+        path_to_cache=str(folder), tokenizer=TokenIds(vocab_size), reset_position_ids=False, reset_attention_mask=False,
         eod_mask_loss=False, create_attention_mask=False)
     try:
-        sets = BlendedMegatronDatasetBuilder(Texts, list(samples), lambda: True, dataset_config).build()
+        return list(BlendedMegatronDatasetBuilder(Texts, list(samples), here, dataset_config).build())
     except (IndexError, AssertionError) as error:
         raise ModelLinkError(f"the data has too few tokens for a sample of {config.seq_length} in each part of the split "
                              f"({error})", where="--data-path, --split, --seq-length",
                              fix="use more data, a shorter sequence, or another split") from None
+
+
+def _from_first(value: T) -> T:
+    """The value of rank 0; copies of data on other machines may have other modification times."""
+    shared = [value]
     if dist.is_initialized():
-        dist.barrier()
-    return list(sets)
-
-
-def _check_index(cache: Path) -> None:
-    """Raise ModelLinkError unless every file of the sample index is a complete array of numbers.
-
-    megatron-core lets numpy unpickle them, which runs code: a file that is no array, and one whose elements are objects.
-    """
-    for path in sorted(cache.glob("*.npy")):
-        try:
-            with path.open("rb") as file:
-                shape, _, dtype = HEADERS[npy.read_magic(file)](file)
-                complete = file.tell() + prod(shape) * dtype.itemsize == path.stat().st_size
-        except (ValueError, KeyError):
-            complete, dtype = False, None
-        if not complete or dtype is None or dtype.hasobject:
-            raise ModelLinkError("the sample index is not a complete numpy array of numbers", where=path,
-                                 fix="remove its folder; it is computed again")
-
-
-def _fingerprint(config: DataConfig) -> str:
-    """A name for the cache that changes with the data, unlike megatron-core's own."""
-    stats = [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
-    shared = [hashlib.sha256(repr(stats).encode()).hexdigest()[:16]]
-    if dist.is_initialized():
-        dist.broadcast_object_list(shared)  # copies on other machines may have other modification times
+        dist.broadcast_object_list(shared)
     return shared[0]
+
+
+def _state_of(config: DataConfig) -> object:
+    """What changes with the data, unlike in megatron-core's own fingerprint."""
+    return [(file.name, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in config.indexed_files()]
 
 
 def iteration(dataset: Any, config: DataConfig, *, consumed: int, dp: int, group: Callable[[], dist.ProcessGroup],
