@@ -78,3 +78,11 @@ def test_folding_loses_nothing() -> None:
     assert unfold(fold(shapes)) == shapes
     with pytest.raises(AssertionError, match="gaps"):
         fold({"a.0.b": (1,), "a.2.b": (1,)})
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_no_key_of_a_public_configuration_is_unknown(name: str) -> None:
+    found = config(name)
+    _, family = read_spec(found)
+    limits = {"use_dynamic_ntk", "use_logn_attn"} if family == "qwen" else set()
+    assert set(found.unread(family_of(family).inert)) <= limits

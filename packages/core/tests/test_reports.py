@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import io
 import json
 import math
 import os
 import re
+import resource
 import shutil
 import struct
 import warnings
@@ -22,7 +25,7 @@ from ranks import beside
 from screens import Recording, screen
 
 from modellink.core.train.curve import WIDTH, draw_losses, thin
-from modellink.core.train.history import History, Step
+from modellink.core.train.history import POINTS, History, Step
 from modellink.kernels import dependency_warnings
 
 training = beside(__file__, "test_training")
@@ -199,6 +202,55 @@ def test_an_evaluation_is_part_of_the_line_of_its_iteration(tmp_path):
     assert [item.iteration for item in again.steps] == [1, 2, 3, 4]
     again.add_evaluation(4, {"lm loss test": 2.0})
     assert History(tmp_path, 9).curve("lm loss test") == [(4, 2.0)]
+
+
+def test_a_file_that_cannot_be_written_is_told_once(tmp_path):
+    """EFBIG, from the system; ENOSPC, EDQUOT and ESTALE arrive in the same way."""
+    history = History(tmp_path, 0)
+    history.add(step(1))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            history.add(step(2))
+        history.add(step(3))
+        history.sync()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    history.add(step(4))
+    assert [each.iteration for each in history.steps] == [4]  # there was no room for a temporary file either
+    assert [point[0] for point in history.curve("loss")] == [1, 2, 3, 4]
+    assert [each.iteration for each in History(tmp_path, 9).steps] == [1]
+
+
+def test_what_is_in_memory_does_not_grow_with_the_run():
+    history = History(None, 0)
+    for number in range(1, 3 * POINTS):
+        history.add(step(number))
+    assert len(history.curve("loss")) <= 2 * POINTS and len(history.steps) == 3 * POINTS - 1
+    kept = gc.get_objects()
+    assert sum(isinstance(each, Step) for each in kept) < 10
+
+
+def timed(options: dict[str, Any]) -> str:
+    """On a rank: the log of a run whose clock advances by 100 seconds in every iteration of an evaluation, and else not."""
+    from modellink.core.train.metrics import Metrics
+    now, show = [0.0], Metrics.evaluating
+
+    def evaluating(self: Any, where: str, done: int) -> None:
+        now[0] += 100
+        show(self, where, done)
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed, patch.object(Metrics, "evaluating", evaluating), \
+            patch("modellink.core.train.metrics.time.perf_counter", lambda: now[0]):
+        training.train(options)
+    return printed.getvalue()
+
+
+def test_the_time_between_two_lines_is_all_there(pools, texts):
+    """Two evaluations of 2 iterations, after steps 2 and 4, and a line every 3 and 2 steps; nothing else takes time."""
+    (log,) = pools(1)(timed, options=texts | {"save_interval": None, "log_interval": 3, "eval_interval": 2})
+    assert re.findall(r"elapsed time per iteration \(ms\): ([\d.]+)", log) == ["66666.7", "100000.0"]
 
 
 @pytest.mark.parametrize("count", [100, 5_000, 100_001])

@@ -110,6 +110,7 @@ def test_a_journal_survives_a_cut_line(tmp_path):
     with Journal(path) as journal:
         assert [entry["n"] for entry in journal.entries] == [1, 2]
         journal.append({"n": 4})
+        assert len(journal.entries) == 2
     with Journal(path) as journal:
         assert [entry["n"] for entry in journal.entries] == [1, 2, 4]
 

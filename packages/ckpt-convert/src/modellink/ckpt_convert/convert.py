@@ -182,6 +182,7 @@ def _write_files(plan: ConversionPlan, temporary: Path, workers: int) -> None:
           ThreadPoolExecutor(workers) as pool):
         if not journal.entries:
             journal.append({"fingerprint": fingerprint})
+        sums_of = {entry["file"]: entry["xxh3_64"] for entry in journal.entries[1:]}
         lock = Lock()
 
         def wrote(count: int) -> None:
@@ -197,8 +198,8 @@ def _write_files(plan: ConversionPlan, temporary: Path, workers: int) -> None:
             with atomic_write(path) as handle:
                 sums = writing.write(handle.fileno(), file.layout, pool, wrote, path)
             journal.append({"file": file.name, "bytes": path.stat().st_size, "xxh3_64": sums})
+            sums_of[file.name] = sums
             kill_point(f"after-file-{number}")
-        sums_of = {entry["file"]: entry["xxh3_64"] for entry in journal.entries[1:]}
     write_json(temporary / CHECKSUMS, {"algorithm": "xxh3_64",
                                        "files": {file.name: sums_of[file.name] for file in plan.files}})
 

@@ -87,6 +87,12 @@ class Family:
     """ModelSpec fields that are the same in every model of the family and have no key."""
     fixed: ClassVar[Mapping[str, Any]] = {}
     """Keys that are written with this value; another value is refused."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """What missing keys mean, where it is not Key.default; null is not missing."""
+    stated: ClassVar[tuple[str, ...]] = ()
+    """Keys that must be present, if only as null: programs that read them differ in their defaults."""
+    inert: ClassVar[tuple[str, ...]] = ()
+    """Keys of public configurations that do not change the logits; other keys that are not read are noted."""
     prefix: ClassVar[str] = ""
     """Prefix of tensor names that some public files lack."""
     buffers: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +107,10 @@ class Family:
         Raises:
             ModelLinkError: a key is missing, or a feature is not supported.
         """
+        for stated in self.stated:
+            if stated not in config.values:
+                config.need(stated)
+        config = config.changed(dict(self.defaults) | config.values)
         for fixed, only in self.fixed.items():
             config.refuse(fixed, only)
         fields = {field.name: field for field in fields_of(ModelSpec)}
@@ -137,7 +147,7 @@ class Family:
                 value = next((theirs for theirs, meaning in key.values.items() if meaning == value), None)
             elif key.write and value is not None:
                 value = key.write(value)
-            if value is not None or key.default is NEEDED:
+            if value is not None or key.default is NEEDED or key.name in (*self.defaults, *self.stated):
                 values[key.name] = value
         return values | self.write_positions(spec)
 

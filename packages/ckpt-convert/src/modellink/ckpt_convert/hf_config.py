@@ -7,13 +7,31 @@ Version 4 writes `torch_dtype`, `rope_theta` and `rope_scaling`; version 5 write
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.kernels.errors import ModelLinkError, near
 from modellink.kernels.files import read_json
+
+INERT = frozenset([
+    "_attn_implementation_autoset", "_commit_hash", "_from_model_config", "_name_or_path", "architectures", "auto_map",
+    "chunk_size_feed_forward", "dtype", "model_type", "torch_dtype", "tokenizer_class", "transformers_version",
+    "use_bfloat16", "torchscript", "return_dict", "problem_type", "id2label", "label2id", "num_labels",
+    "finetuning_task", "task_specific_params", "prefix", "name_or_path", "output_attentions", "output_hidden_states",
+    "output_scores", "output_router_logits", "output_past", "return_dict_in_generate", "use_cache",
+    "cache_implementation", "is_encoder_decoder", "is_decoder", "tie_encoder_decoder", "cross_attention_hidden_size",
+    "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id",
+    "forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens", "suppress_tokens", "bad_words_ids",
+    "max_length", "min_length", "max_new_tokens", "do_sample", "early_stopping", "num_beams", "num_beam_groups",
+    "num_return_sequences", "diversity_penalty", "encoder_no_repeat_ngram_size", "no_repeat_ngram_size",
+    "exponential_decay_length_penalty", "length_penalty", "remove_invalid_values", "repetition_penalty", "temperature",
+    "top_k", "top_p", "typical_p", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "gradient_checkpointing", "pretraining_tp",
+    "tf_legacy_loss"])
+"""Keys of any config.json that do not change the logits of a trained model: special tokens, generation, labels, dropout,
+initialization, auxiliary losses."""
 
 
 class MissingKey(ModelLinkError):
@@ -23,8 +41,18 @@ class MissingKey(ModelLinkError):
 class Config:
     """A config.json; errors name its missing and unsupported keys."""
 
-    def __init__(self, values: Mapping[str, Any], path: Path) -> None:
+    def __init__(self, values: Mapping[str, Any], path: Path, seen: set[str] | None = None) -> None:
         self.values, self.path = dict(values), path
+        self.seen: set[str] = set() if seen is None else seen
+
+    def changed(self, values: Mapping[str, Any]) -> Config:
+        """Return the same configuration with some other values; keys read from either count for both."""
+        return Config(self.values | dict(values), self.path, self.seen)
+
+    def unread(self, inert: Collection[str] = ()) -> list[str]:
+        """Return the keys that nobody has read, without empty ones and those that do not change the logits."""
+        known = self.seen | INERT | set(inert)
+        return sorted(key for key, value in self.values.items() if key not in known and value not in (None, [], {}))
 
     @classmethod
     def load(cls, folder: Path) -> Config:
@@ -41,6 +69,7 @@ class Config:
 
     def need(self, key: str) -> Any:
         """Return the value of a required key."""
+        self.seen.add(key)
         if self.values.get(key) is None:
             raise MissingKey(f"{key!r} is missing from the model's configuration", where=self.path,
                              fix=near(key, list(self.values)) or f"add {key!r} to it")
@@ -55,14 +84,30 @@ class Config:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a key, or `default` if it is missing or null."""
+        self.seen.add(key)
         value = self.values.get(key)
         return default if value is None else value
 
     def refuse(self, key: str, *allowed: object) -> None:
         """Raise a ModelLinkError if `key` is present and its value is not one of those that are supported."""
+        self.seen.add(key)
         if (value := self.values.get(key)) is not None and value not in allowed:
             raise ModelLinkError(f"{key} = {value!r} is not supported", where=self.path,
                                  fix=f"supported: {', '.join(map(repr, allowed))}")
+
+    def per_layer(self, key: str, *allowed: str) -> list[str] | None:
+        """Return a list with one of `allowed` for each layer; None if the key is missing."""
+        found = self.get(key)
+        if found is None:
+            return None
+        layers = self.count("num_hidden_layers")
+        if not isinstance(found, list) or len(found) != layers:
+            raise ModelLinkError(f"{key!r} is not a list with an entry for each of the {layers} layers", where=self.path)
+        for kind in found:
+            if kind not in allowed:
+                raise ModelLinkError(f"{key} has {kind!r}, which is not supported", where=self.path,
+                                     fix=f"supported: {', '.join(map(repr, allowed))}")
+        return found
 
     @property
     def model_type(self) -> str:

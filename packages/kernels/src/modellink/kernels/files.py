@@ -194,6 +194,9 @@ class Journal:
     """A file of JSON lines that records finished work, and is read when the work resumes.
 
     A last line that was truncated by a kill is dropped when the journal is opened.
+
+    Attributes:
+        entries: what the file held when it was opened; appended entries are not kept in memory.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -220,7 +223,6 @@ class Journal:
             self._file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.entries.extend(entries)
 
     def close(self) -> None:
         self._file.close()

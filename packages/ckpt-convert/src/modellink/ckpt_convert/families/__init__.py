@@ -11,12 +11,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from functools import cache
+from pathlib import Path
 
 from modellink.ckpt_convert.family import Family
 from modellink.ckpt_convert.hf_config import Config, MissingKey
 from modellink.ckpt_convert.rules import inverse
 from modellink.ckpt_convert.spec import ModelSpec, spec_from
 from modellink.kernels.errors import ModelLinkError, near
+from modellink.kernels.messages import note
 from modellink.kernels.plugins import import_modules
 
 GROUP = "modellink.families"
@@ -80,12 +82,21 @@ def read_spec(config: Config, family: str | None = None) -> tuple[ModelSpec, str
     else:
         found = family_of(stated or config.model_type, config.path)
     try:
-        return spec_from(found.read(config), str(config.path)), found.model_type
+        spec = spec_from(found.read(config), str(config.path))
     except MissingKey as error:
         others = fitting(config)
         hint = f"; families that have all their keys in it: {', '.join(others)}" if others else ""
         raise ModelLinkError(f"{error.what} (family {found.model_type})", where=error.where,
                              fix=f"{error.fix}{hint}") from None
+    if unread := config.unread(found.inert):
+        _note_unread(config.path, found.model_type, ", ".join(unread))
+    return spec, found.model_type
+
+
+@cache
+def _note_unread(path: Path, family: str, keys: str) -> None:
+    """Print a note, once for each file."""
+    note(f"the family {family} does not know these keys of {path}, which have no effect here: {keys}")
 
 
 def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
@@ -96,6 +107,8 @@ def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
         family = _families[name]
         try:
             spec = spec_from(family.read(config), str(config.path))
+            if names is not None and spec.num_layers * (spec.num_experts or 1) > len(names):
+                continue
             if names is None or inverse(spec, family.rules(spec)).keys() == set(names):
                 found.append(name)
         except ModelLinkError:

@@ -12,3 +12,4 @@ class Aquila(Family):
     model_type = "aquila"
     architecture = "AquilaForCausalLM"
     others = ("AquilaModel",)
+    fixed = {"attention_bias": False}

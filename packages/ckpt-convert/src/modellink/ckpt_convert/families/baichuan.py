@@ -25,10 +25,11 @@ class Baichuan(Family):
     architecture = "BaichuanForCausalLM"
     others = ("BaiChuanForCausalLM", "baichuan2")
     keys = without(LLAMA_KEYS, "num_query_groups", "kv_channels", "max_position_embeddings")
+    inert = ("gradient_checkpointing", "model_max_length")
     names = LLAMA_NAMES | {"self_attention.linear_qkv": packed("self_attn.W_pack")}
 
     def read(self, config: Config) -> dict[str, Any]:
-        second = "z_loss_weight" in config.values or config.get("vocab_size") == VOCABULARY_OF_BAICHUAN2
+        second = config.get("z_loss_weight") is not None or config.get("vocab_size") == VOCABULARY_OF_BAICHUAN2
         longest = config.get("max_position_embeddings", config.get("model_max_length"))
         values = super().read(config) | {"normalize_output_weights": second}
         return values if longest is None else values | {"max_position_embeddings": longest}

@@ -26,6 +26,8 @@ class Bloom(Family):
                 "add_qkv_bias": True, "add_dense_bias": True, "add_mlp_bias": True, "embed_layernorm": True,
                 "position_embedding_type": "alibi"}
     fixed = {"apply_residual_connection_post_layernorm": False}
+    inert = ("attention_softmax_in_fp32", "bias_dropout_fusion", "masked_softmax_fusion", "offset_alibi", "skip_bias_add",
+             "skip_bias_add_qkv", "slow_but_exact")
     prefix = "transformer."
     layer = "transformer.h.{layer}."
     names = {
@@ -43,7 +45,7 @@ class Bloom(Family):
     def read(self, config: Config) -> dict[str, Any]:
         old = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "hidden_size": "n_embed"}
         renamed = {key: config.get(key, config.get(other)) for key, other in old.items()}
-        return super().read(Config(config.values | renamed, config.path))
+        return super().read(config.changed(renamed))
 
     def read_positions(self, config: Config) -> dict[str, Any]:
         return {}

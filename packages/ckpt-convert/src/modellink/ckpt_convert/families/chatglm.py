@@ -29,7 +29,9 @@ class ChatGLM(Family):
     features = {"rotary_percent": 0.5, "rotary_interleaved": True}
     fixed = {"add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True,
              "multi_query_attention": True, "apply_residual_connection_post_layernorm": False,
-             "original_rope": True}
+             "original_rope": True, "fp32_residual_connection": False}
+    inert = ("apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion", "classifier_dropout",
+             "num_hidden_layers", "quantization_bit", "pre_seq_len", "prefix_projection", "rope_theta", "vocab_size")
     buffers = ("rotary_pos_emb.inv_freq",)
     layer = "transformer.encoder.layers.{layer}."
     names = {

@@ -11,6 +11,8 @@ from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.rules import same, stack
 from modellink.ckpt_convert.spec import ModelSpec
 
+LATENT_EPSILON = 1e-6  # of the latent norms, whatever rms_norm_eps is
+
 
 @register
 class DeepSeekV2(Family):
@@ -21,13 +23,14 @@ class DeepSeekV2(Family):
         "q_lora_rank": Key("q_lora_rank", None), "kv_lora_rank": Key("kv_lora_rank"),
         "v_head_dim": Key("v_head_dim"), "qk_nope_head_dim": Key("qk_nope_head_dim"),
         "qk_rope_head_dim": Key("qk_rope_head_dim"), "num_experts": Key("n_routed_experts", None),
-        "moe_router_topk": Key("num_experts_per_tok", None),
-        "moe_intermediate_size": Key("moe_intermediate_size"),
+        "moe_router_topk": Key("num_experts_per_tok", None), "moe_intermediate_size": Key("moe_intermediate_size"),
         "first_k_dense_replace": Key("first_k_dense_replace", 0), "moe_layer_freq": Key("moe_layer_freq", 1),
         "moe_router_pre_softmax": inverted("norm_topk_prob", False),
         "routed_scaling_factor": Key("routed_scaling_factor", 1.0)}
     features = {"multi_head_latent_attention": True, "rotary_interleaved": True}
-    fixed = {"attention_bias": False, "scoring_func": "softmax"}
+    fixed = {"attention_bias": False, "mlp_bias": False, "scoring_func": "softmax"}
+    stated = ("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "q_lora_rank")
+    inert = ("aux_loss_alpha", "ep_size", "head_dim", "n_group", "qk_head_dim", "seq_aux", "topk_group")
     names = without(LLAMA_NAMES, "self_attention.linear_qkv") | {
         "self_attention.linear_q_proj": same("self_attn.q_proj"),
         "self_attention.linear_q_down_proj": same("self_attn.q_a_proj"),
@@ -45,11 +48,16 @@ class DeepSeekV2(Family):
     def read(self, config: Config) -> dict[str, Any]:
         config.refuse("topk_method", "greedy", "group_limited_greedy")
         values = super().read(config)
+        config.refuse("num_key_value_heads", values["num_attention_heads"])
+        if values["norm_epsilon"] != LATENT_EPSILON:
+            values["latent_norm_epsilon"] = LATENT_EPSILON
+        if config.get("norm_topk_prob"):  # the authors' code either normalizes or scales, and a single score is only scaled
+            several = values.get("moe_router_topk", 1) > 1
+            values |= {"routed_scaling_factor": 1.0} if several else {"moe_router_pre_softmax": True}
         if shared := config.get("n_shared_experts"):
             values["moe_shared_expert_intermediate_size"] = shared * values["moe_intermediate_size"]
         if config.get("topk_method") == "group_limited_greedy":
-            values |= {"moe_router_num_groups": config.count("n_group"),
-                       "topk_group": config.count("topk_group")}
+            values |= {"moe_router_num_groups": config.count("n_group"), "topk_group": config.count("topk_group")}
         return values
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
@@ -57,5 +65,4 @@ class DeepSeekV2(Family):
         return super().write(spec) | groups | {
             "topk_method": "group_limited_greedy" if spec.topk_group else "greedy",
             "n_shared_experts": (spec.moe_shared_expert_intermediate_size or 0) // spec.expert_ffn or None,
-            "q_lora_rank": spec.q_lora_rank,  # even if null: a missing key would mean another model
             "num_key_value_heads": spec.num_attention_heads}

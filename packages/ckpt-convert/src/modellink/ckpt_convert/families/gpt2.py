@@ -25,6 +25,8 @@ class GPT2(Family):
                 "add_dense_bias": True, "add_mlp_bias": True, "position_embedding_type": "learned_absolute"}
     fixed = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
              "add_cross_attention": False}
+    inert = ("n_ctx", "reorder_and_upcast_attn", "summary_activation", "summary_first_dropout", "summary_proj_to_labels",
+             "summary_type", "summary_use_proj")
     prefix = "transformer."
     buffers = (".attn.bias", ".attn.masked_bias")
     layer = "transformer.h.{layer}."

@@ -22,7 +22,7 @@ class Llama(Family):
     def read(self, config: Config) -> dict[str, Any]:
         # the key of the oldest files
         longest = config.get("max_position_embeddings", config.get("max_sequence_length"))
-        values = super().read(Config(config.values | {"max_position_embeddings": longest}, config.path))
+        values = super().read(config.changed({"max_position_embeddings": longest}))
         return values | {"add_qkv_bias": values["add_dense_bias"]}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:

@@ -11,4 +11,5 @@ from modellink.ckpt_convert.family import LLAMA_KEYS, Family, Key
 class Mistral(Family):
     model_type = "mistral"
     architecture = "MistralForCausalLM"
-    keys = LLAMA_KEYS | {"sliding_window": Key("sliding_window", None)}
+    defaults = {"sliding_window": 4096}
+    keys = LLAMA_KEYS | {"num_query_groups": Key("num_key_value_heads"), "sliding_window": Key("sliding_window", None)}

@@ -15,6 +15,7 @@ class Mixtral(Mistral):
     architecture = "MixtralForCausalLM"
     keys = Mistral.keys | {"num_experts": Key("num_local_experts"),
                            "moe_router_topk": Key("num_experts_per_tok")}
+    defaults = {"sliding_window": None, "rope_theta": 1000000.0}
     names = LLAMA_NAMES | {
         "mlp.router": same("block_sparse_moe.gate"),
         "mlp.experts.linear_fc1": stack("block_sparse_moe.experts.{expert}.w1",

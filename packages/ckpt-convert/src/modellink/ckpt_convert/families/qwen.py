@@ -30,6 +30,8 @@ class Qwen(Family):
             "rotary_base": Key("rotary_emb_base", 10000.0)}
     features = {"add_qkv_bias": True}
     fixed = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True}
+    inert = ("attn_dropout_prob", "bf16", "emb_dropout_prob", "fp16", "fp32", "max_position_embeddings", "onnx_safe",
+             "rope_theta", "softmax_in_fp32", "use_cache_kernel", "use_cache_quantization", "use_flash_attn")
     layer = "transformer.h.{layer}."
     names = {
         "embedding.word_embeddings": same("transformer.wte"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from modellink.ckpt_convert.families import register
 from modellink.ckpt_convert.families.qwen2 import Qwen2
-from modellink.ckpt_convert.family import LLAMA_KEYS, LLAMA_NAMES, Key, inverted
+from modellink.ckpt_convert.family import LLAMA_NAMES, Key, inverted
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.rules import same, stack
 
@@ -21,12 +21,12 @@ class Qwen2MoE(Qwen2):
     model_type = "qwen2_moe"
     architecture = "Qwen2MoeForCausalLM"
     others = ("qwen2-moe",)
-    keys = LLAMA_KEYS | {
-        "num_experts": Key("num_experts"), "moe_router_topk": Key("num_experts_per_tok"),
+    keys = Qwen2.keys | {
+        "add_qkv_bias": Key("qkv_bias", True), "num_experts": Key("num_experts"), "moe_router_topk": Key("num_experts_per_tok"),
         "moe_intermediate_size": Key("moe_intermediate_size"),
         "moe_router_pre_softmax": inverted("norm_topk_prob", False),
         "moe_shared_expert_intermediate_size": Key("shared_expert_intermediate_size")}
-    features = Qwen2.features | {"shared_expert_gate": True}
+    features = {"shared_expert_gate": True}
     fixed = Qwen2.fixed | {"decoder_sparse_step": 1}
     names = LLAMA_NAMES | SHARED | {
         "mlp.router": same("mlp.gate"),

@@ -12,18 +12,19 @@ from modellink.core.train.history import Step
 BAR = 16  # columns of a progress bar
 
 
-def log_line(steps: Sequence[Step], train_iters: int, speed: Sequence[str] = ()) -> str:
+def log_line(steps: Sequence[Step], train_iters: int, seconds: float, speed: Sequence[str] = ()) -> str:
     """Return the line about the iterations since the last one, as the original prints it.
 
     Args:
+        seconds: all time since the last line.
         speed: parts about throughput.
     """
-    last, seconds = steps[-1], sum(step.seconds for step in steps) / len(steps)
+    last = steps[-1]
     good = [step.loss for step in steps if not step.skipped and math.isfinite(step.loss)]
     nan = sum(not math.isfinite(step.loss) for step in steps)
     parts = [f"iteration {last.iteration:8d}/{train_iters:8d}",
              f"consumed samples: {last.consumed_samples:12d}",
-             f"elapsed time per iteration (ms): {seconds * 1000:.1f}", *speed,
+             f"elapsed time per iteration (ms): {seconds / len(steps) * 1000:.1f}", *speed,
              f"learning rate: {last.learning_rate:.6E}", f"global batch size: {last.global_batch_size:5d}"]
     if good:
         parts.append(f"lm loss: {sum(good) / len(good):.6E}")

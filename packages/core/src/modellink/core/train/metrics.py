@@ -23,8 +23,11 @@ from modellink.core.train.screen import Screen
 from modellink.core.train.throughput import throughput
 from modellink.core.train.tracker import Tracker
 from modellink.kernels.device import Device
+from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import atomic_write
 from modellink.kernels.messages import note
+
+TRACKER = "Weights & Biases"
 
 
 class Metrics:
@@ -48,6 +51,7 @@ class Metrics:
         self.history = History(None, resumed)
         self._window: list[Step] = []
         self._is_open = False
+        self._logged = time.perf_counter()
         self._events: Events | None = None
         self._tracker: Tracker | None = None
 
@@ -60,21 +64,23 @@ class Metrics:
             with self._or_drop(announce.FILE):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 announce.write_arguments(self.folder, self.run, self.resumed)
-            with self._or_drop(history.FILE):
+            with self._or_drop(history.FILE, (OSError, ModelLinkError, LookupError, TypeError)):  # also another program's file
                 self.history = History(self.folder, self.resumed)
             self.screen.log_file = self.folder / screen.FILE
         if (folder := self.run.logging.tensorboard_dir) is not None:
             with self._or_drop(str(folder)):
                 self._events = Events(folder, self.resumed)
         if self.run.logging.wandb_project is not None:
-            self._tracker = Tracker(self.run.logging, self.folder, self.run.settings)
+            with self._or_drop(TRACKER, Exception):
+                self._tracker = Tracker(self.run.logging, self.folder, self.run.settings)
 
     @contextlib.contextmanager
-    def _or_drop(self, what: str, drop: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Note an error of the file system, and call `drop` so that it does not occur again."""
+    def _or_drop(self, what: str, kinds: type[Exception] | tuple[type[Exception], ...] = OSError, *,
+                 drop: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Note an error of the file system (or of other `kinds`), and call `drop` so that it does not occur again."""
         try:
             yield
-        except OSError as error:
+        except kinds as error:
             drop()
             note(f"{what} cannot be written, and training continues without it: {error}", every_rank=True)
 
@@ -87,30 +93,34 @@ class Metrics:
 
     def _report(self, step: Step, *, due: bool) -> None:
         self._open()
-        with self._or_drop(history.FILE, self.history.detach):
+        with self._or_drop(history.FILE):
             self.history.add(step)
         if self._events or self._tracker:
             speed = {} if self.throughput is None else self.throughput.rates([step])
             self._send(step_values(step, self.run.device) | speed, step.iteration)
         self._window.append(step)
         if due:
+            now = time.perf_counter()
+            seconds, self._logged = now - self._logged, now  # with evaluations, saves and whatever else took time
             shown = self.throughput if self.run.logging.log_throughput else None
-            self._log(log_line(self._window, self.train_iters, [] if shown is None else shown.report(self._window)))
+            parts = [] if shown is None else shown.report(self._window, seconds)
+            self._log(log_line(self._window, self.train_iters, seconds, parts))
             self._window = []
         self.screen.step(step)
 
     def _log(self, text: str) -> None:
-        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
+        with self._or_drop(screen.FILE, drop=partial(setattr, self.screen, "log_file", None)):
             self.screen.log(text)
 
     def _send(self, values: Mapping[str, float | None], iteration: int) -> None:
         """Send the values to TensorBoard and the tracker."""
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         if self._events:
-            with self._or_drop("TensorBoard's file", partial(setattr, self, "_events", None)):
+            with self._or_drop("TensorBoard's file", drop=partial(setattr, self, "_events", None)):
                 self._events.add(known, iteration)
         if self._tracker:
-            self._tracker.log(known, iteration)
+            with self._or_drop(TRACKER, Exception, drop=partial(setattr, self, "_tracker", None)):
+                self._tracker.log(known, iteration)
 
     def _report_memory(self, iterations: int) -> None:
         """Report the memory of this rank once, in the original's format. A terminal shows only rank 0's."""
@@ -135,21 +145,25 @@ class Metrics:
             return
         self._open()
         share = "test" if where.endswith("test set") else "validation"
-        with self._or_drop(screen.FILE, partial(setattr, self.screen, "log_file", None)):
+        with self._or_drop(screen.FILE, drop=partial(setattr, self.screen, "log_file", None)):
             self.screen.evaluation(where, iteration, share, means)
         (_, loss), *others = means.items()
         losses = {f"lm loss {share}": loss, **{f"{name} {share}": value for name, value in others}}
-        with self._or_drop(history.FILE, self.history.detach):
+        with self._or_drop(history.FILE):
             self.history.add_evaluation(iteration, losses)
         self._send(losses | {f"lm loss {share} ppl": perplexity(loss)}, iteration)
 
     def draw(self) -> None:
         """Draw the loss curve; after each save and at the end."""
-        if not self.active or self.picture is None:
+        if not self.active:
+            return
+        with self._or_drop(history.FILE):
+            self.history.sync()
+        if self.picture is None:
             return
         svg = draw_losses({"training": self.history.curve("loss"), "validation": self.history.curve("lm loss validation")})
         if svg is not None:
-            with self._or_drop(str(self.picture), partial(setattr, self, "picture", None)):
+            with self._or_drop(str(self.picture), drop=partial(setattr, self, "picture", None)):
                 self.picture.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(self.picture, "w") as file:
                     file.write(svg)
@@ -158,12 +172,15 @@ class Metrics:
     def close(self) -> None:
         """Draw the loss curve and close all files."""
         self.draw()
+        with self._or_drop(history.FILE):
+            self.history.wait()
         self.screen.close()
         if self._events:
             with self._or_drop("TensorBoard's file"):
                 self._events.close()
         if self._tracker:
-            self._tracker.close()
+            with self._or_drop(TRACKER, Exception):
+                self._tracker.close()
 
 
 class Clock:

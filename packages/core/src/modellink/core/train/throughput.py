@@ -29,12 +29,12 @@ class Throughput:
 
     def rates(self, steps: Sequence[Step]) -> dict[str, float]:
         """Values for TensorBoard: TFLOP/s of a rank under Megatron's name, and tokens per second of all ranks."""
-        rate = _samples_per_second(steps)
+        rate = _samples(steps) / sum(step.seconds for step in steps)
         return {"throughput": rate * self.flops / 1e12, "tokens-per-second": rate * self.tokens * self.ranks}
 
-    def report(self, steps: Sequence[Step]) -> list[str]:
-        """Parts of the log line for these iterations."""
-        rate = _samples_per_second(steps)
+    def report(self, steps: Sequence[Step], seconds: float) -> list[str]:
+        """Parts of the log line for these iterations, which took `seconds` with everything around them."""
+        rate = _samples(steps) / seconds
         parts = [f"throughput per GPU (TFLOP/s/GPU): {rate * self.flops / 1e12:.1f}",
                  f"tokens per second per GPU: {rate * self.tokens:.1f}"]
         if self.peak is not None:
@@ -42,8 +42,8 @@ class Throughput:
         return parts
 
 
-def _samples_per_second(steps: Sequence[Step]) -> float:
-    return sum(step.global_batch_size for step in steps) / sum(step.seconds for step in steps)
+def _samples(steps: Sequence[Step]) -> int:
+    return sum(step.global_batch_size for step in steps)
 
 
 def throughput(run: Run) -> Throughput:

@@ -52,7 +52,7 @@ def plain(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Ten
 def torch_fused(params: Sequence[Tensor], grads: Sequence[Tensor], means: Sequence[Tensor],
                 variances: Sequence[Tensor], s: Settings) -> None:
     form = torch._fused_adamw_ if s.decoupled else torch._fused_adam_
-    steps = [torch.tensor(float(s.step), device=param.device) for param in params]
+    steps = [torch.full((), float(s.step), device=params[0].device)] * len(params)  # one, filled on the device
     form(list(params), list(grads), list(means), list(variances), [], steps, lr=s.lr, beta1=s.beta1,
          beta2=s.beta2, weight_decay=s.weight_decay, eps=s.epsilon, amsgrad=False, maximize=False)
 
