@@ -27,8 +27,8 @@ def test_no_flag_is_unknown():
 @pytest.mark.parametrize("flag", TABLE)
 def test_a_flag_is_answered(flag, capsys):
     about = TABLE[flag]
-    value = next(iter(about["choices"])) if "choices" in about else "1"
-    words = [flag, *[value] * min(1, about.get("values", 0))]
+    value = next(iter(about.get("choices") or about.get("only") or ["65536"]))
+    words = [flag, *[value] * min(1, about.get("values", 0)), *about.get("with", [])[:1]]
     if "refused" in about:
         with pytest.raises(ModelLinkError) as caught:
             translate(words, TABLE)
@@ -37,6 +37,13 @@ def test_a_flag_is_answered(flag, capsys):
     made = translate(words, TABLE)
     assert {word for word in made if word.startswith("--")} <= OPTIONS
     assert ("ignored" in about) == bool(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("line", ["--cp-attention-mask-type full", "--qk-layernorm", "--pre-tockens 1024", "--next-tockens 1",
+                                  "--sparse-mode 5", "--pre-tockens 4096 --seq-length 8192"])
+def test_a_flag_that_changes_the_result_is_never_ignored(line):
+    with pytest.raises(ModelLinkError, match="would change the result"):
+        translate(line.split(), TABLE)
 
 
 def test_a_script_of_the_original():

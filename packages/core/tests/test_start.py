@@ -162,3 +162,21 @@ def timeout(minutes: int) -> float:
 
 def test_every_group_has_the_timeout(pools):
     assert pools(2)(timeout, minutes=7) == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(("values", "flag"), [
+    ({"seed": "-1"}, "--seed"), ({"split": "0,100,0"}, "--split"), ({"split": "nan,1"}, "--split"), ({"split": "inf"}, "--split"),
+    ({"save": "file/below"}, "--save")])
+def test_what_cannot_work_is_refused_before_the_start(tmp_path, values, flag):
+    from modellink.core.config import CheckpointConfig
+    from modellink.core.prepare.start import Start, _check_save
+    from modellink.core.run import CONFIGS
+    from modellink.kernels.options import Layer, resolve
+
+    (tmp_path / "file").touch()
+    if "save" in values:
+        values = {"save": str(tmp_path / values["save"])}
+    values = {"lr": "1e-3", "train_iters": "1"} | values
+    with pytest.raises(ModelLinkError) as caught:
+        _check_save(resolve(tuple(CONFIGS.values()), Layer("test", values))[CheckpointConfig], Start())
+    assert flag in str(caught.value)

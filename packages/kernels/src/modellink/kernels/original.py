@@ -10,7 +10,11 @@ entry has one of
     ignored: the reason why it has no effect; printed as a note
     refused: what it would request, with `fix`: what to do instead
 
-and `values`: the number of words that follow the flag (default: 0); `place`: first or last, if its words are
+An ignored flag may have a condition under which it changes nothing; otherwise it is refused with `fix`: `only` (its
+values), `least` (its value is at least that of another flag, [flag, default]), `with` (one of these flags is on the
+line).
+
+All may have `values`: the number of words that follow the flag (default: 0); `place`: first or last, if its words are
 overridden by all others or override them; `of`: the value is a product, quotient or root with another flag's
 value on the same line.
 """
@@ -62,6 +66,7 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]],
             values.append(args[index])
             index += 1
         if "ignored" in about:
+            _refuse_effect(flag, values, about, args)
             ignored.setdefault(about["ignored"], []).append(flag)
         else:
             place = "choices" if "choices" in about else about.get("place", "")
@@ -73,6 +78,28 @@ def translate(args: Sequence[str], table: Mapping[str, Mapping[str, Any]],
         return [word for words in made.values() for word in words]
     note(f"this is a command line of the original; its defaults are used: {' '.join(defaults)}")
     return [*defaults, *(word for words in made.values() for word in words)]
+
+
+def _refuse_effect(flag: str, values: list[str], about: Mapping[str, Any], line: Sequence[str]) -> None:
+    """Raise ModelLinkError if an ignored flag would change the result."""
+    value = " ".join(values)
+    if "only" in about:
+        harmless = value in about["only"]
+    elif "least" in about:
+        harmless = value.isdecimal() and int(value) >= _number_of(line, *about["least"])
+    else:
+        given = {word.partition("=")[0].replace("_", "-") for word in line}
+        harmless = "with" not in about or not given.isdisjoint(about["with"])
+    if not harmless:
+        raise ModelLinkError(f"{flag} {value}".strip() + " would change the result, and is not supported", where=flag,
+                             fix=about["fix"])
+
+
+def _number_of(line: Sequence[str], flag: str, default: int) -> int:
+    """The number given with `flag` on the line."""
+    words = [part for word in line for part in word.split("=", 1)]
+    follows = words[words.index(flag) + 1:][:1] if flag in words else []
+    return int(follows[0]) if follows and follows[0].isdecimal() else default
 
 
 def _words(flag: str, values: list[str], about: Mapping[str, Any], line: Sequence[str]) -> list[str]:

@@ -133,6 +133,6 @@ class DataConfig:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:
             shares = []
-        if not 1 <= len(shares) <= 3 or min(shares) < 0 or sum(shares) <= 0:
-            raise ModelLinkError(f"{self.split!r} is not a ratio of at most three numbers", where="--split",
+        if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares) or shares[0] == 0:
+            raise ModelLinkError(f"{self.split!r} is not a ratio of at most three numbers, the first above 0", where="--split",
                                  fix="e.g. --split 969,30,1")

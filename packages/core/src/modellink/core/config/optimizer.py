@@ -67,7 +67,7 @@ class OptimizerConfig:
                                       heading="Regularization and randomness")
     hidden_dropout: float = option(0.0, "Dropout of the residual branches.", minimum=0, below=1)
     init_method_std: float = option(0.02, "Standard deviation of randomly initialized weights.", minimum=0)
-    seed: int = option(1234, "Seed for weights, dropout and the order of the data.")
+    seed: int = option(1234, "Seed for weights, dropout and the order of the data.", minimum=0)
 
     @property
     def dtype_name(self) -> Literal["bfloat16", "float16", "float32"]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from math import isclose
 from pathlib import Path
@@ -118,6 +119,11 @@ def _check_save(config: CheckpointConfig, start: Start) -> None:
     """A folder holds one run: the next start would resume from a later iteration of another one."""
     if config.save is None:
         return
+    existing = next(path for path in (config.save, *config.save.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        reason = "may not be written" if existing.is_dir() else "is a file"
+        raise ModelLinkError(f"--save cannot be created: {existing} {reason}", where=f"--save {config.save}",
+                             fix="choose a folder that can be written", option="save")
     begins = start.progress.iteration if start.progress else 0
     own = start.resumed is not None and start.resumed.parent.resolve() == config.save.resolve()
     later = [number for number in complete_iterations(config.save) if number > begins]
