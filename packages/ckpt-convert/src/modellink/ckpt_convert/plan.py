@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 PROGRAM_BYTES = 250 << 20  # resident size of Python with torch before any weight is read
-LATER_FIELDS = ("layer_windows", "layer_rotary_bases")
+LATER_FIELDS = ("latent_norm_epsilon", "layer_windows", "layer_rotary_bases")
 """Fields of ModelSpec added after 0.1.0; without a value they do not count in a fingerprint."""
 FIRST_NAMES = {"torch-dist": "torch_dist"}
 """Names of formats in the fingerprints of 0.1.0."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 SHOWN = 8  # names in one message
+SMALL = 20_000  # rows of a table that is made in about a second
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,29 @@ def assemble(spec: ModelSpec, parts: Mapping[str, Sequence[Part]], folder: Path)
     for tensor in tensors.values():
         tensor.check()
     return tensors
+
+
+def refuse_larger(spec: ModelSpec, where: Path, *, numbers: int, tensors: int | None = None) -> None:
+    """Raise a ModelLinkError if the model is larger than its files, before a table with its layers and experts is made.
+
+    Args:
+        numbers: upper bound of the numbers that the files hold.
+        tensors: how many tensors the files hold, if each layer and each expert has tensors of its own.
+    """
+    first, step = spec.first_k_dense_replace, spec.moe_layer_freq
+    expert_layers = max(0, ceil(spec.num_layers / step) - ceil(first / step)) if spec.num_experts else 0
+    experts = expert_layers * (spec.num_experts or 0)
+    if spec.num_layers * (8 + spec.groups) + experts < SMALL:
+        return  # the missing weights can be listed by name
+    attention = spec.num_layers * spec.num_attention_heads * spec.head_dim
+    least = spec.num_layers * spec.hidden_size + attention + experts * spec.hidden_size * spec.expert_ffn
+    if least <= numbers and (tensors is None or max(spec.num_layers, experts) <= tensors):
+        return
+    held = f"{numbers:,} numbers" if tensors is None else f"{tensors:,} tensors with {numbers:,} numbers"
+    of_experts = f", {spec.num_experts:,} experts" if spec.num_experts else ""
+    raise ModelLinkError(f"the configuration describes a larger model ({spec.num_layers:,} layers{of_experts}, "
+                         f"{spec.num_attention_heads:,} heads) than the weight files can hold ({held})", where=where,
+                         fix="files are missing, or the configuration and the weights belong to different models")
 
 
 def refuse_missing(names: Iterable[str], folder: Path) -> None:

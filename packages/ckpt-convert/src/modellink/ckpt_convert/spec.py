@@ -94,6 +94,8 @@ class ModelSpec:
     qk_nope_head_dim: int | None = option(None, "Dimensions of a query or key head that are not rotated.")
     qk_rope_head_dim: int | None = option(None, "Dimensions of a query or key head that are rotated.")
     v_head_dim: int | None = option(None, "Size of a value head.")
+    latent_norm_epsilon: float | None = option(None, "Added to the variance inside the norms of compressed queries, keys and "
+                                               "values. Default: --norm-epsilon.")
 
     # experts
     num_experts: int | None = option(None, "Number of experts of a layer. Default: no experts.", minimum=2)
@@ -261,10 +263,15 @@ def _layer(spec: ModelSpec, number: int) -> LayerSpec:
     return LayerSpec(
         number, "latent" if latent else "grouped", heads=spec.num_attention_heads, groups=spec.groups, head_dim=spec.head_dim,
         value_dim=spec.value_dim, nope_dim=spec.qk_nope_head_dim or 0, q_lora_rank=spec.q_lora_rank,
-        kv_lora_rank=spec.kv_lora_rank or 0, window=_window(spec, number), rope=_rope(spec, number),
+        kv_lora_rank=spec.kv_lora_rank or 0, latent_norm_epsilon=_latent_norm_epsilon(spec),
+        window=_window(spec, number), rope=_rope(spec, number),
         alibi=spec.position_embedding_type == "alibi", normalization=spec.normalization, post_norm=spec.post_norm,
         qkv_bias=spec.add_qkv_bias, dense_bias=spec.add_dense_bias, mlp_bias=spec.add_mlp_bias, gated=spec.gated_linear_unit,
         activation=spec.activation_func, ffn=spec.ffn if experts is None else None, experts=experts)
+
+
+def _latent_norm_epsilon(spec: ModelSpec) -> float:
+    return spec.norm_epsilon if spec.latent_norm_epsilon is None else spec.latent_norm_epsilon
 
 
 def _window(spec: ModelSpec, number: int) -> int | None:

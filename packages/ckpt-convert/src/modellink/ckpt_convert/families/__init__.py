@@ -107,6 +107,8 @@ def fitting(config: Config, names: Collection[str] | None = None) -> list[str]:
         family = _families[name]
         try:
             spec = spec_from(family.read(config), str(config.path))
+            if names is not None and spec.num_layers * (spec.num_experts or 1) > len(names):
+                continue
             if names is None or inverse(spec, family.rules(spec)).keys() == set(names):
                 found.append(name)
         except ModelLinkError:

@@ -11,6 +11,8 @@ from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.rules import same, stack
 from modellink.ckpt_convert.spec import ModelSpec
 
+LATENT_EPSILON = 1e-6  # of the latent norms, whatever rms_norm_eps is
+
 
 @register
 class DeepSeekV2(Family):
@@ -47,6 +49,11 @@ class DeepSeekV2(Family):
         config.refuse("topk_method", "greedy", "group_limited_greedy")
         values = super().read(config)
         config.refuse("num_key_value_heads", values["num_attention_heads"])
+        if values["norm_epsilon"] != LATENT_EPSILON:
+            values["latent_norm_epsilon"] = LATENT_EPSILON
+        if config.get("norm_topk_prob"):  # the authors' code either normalizes or scales, and a single score is only scaled
+            several = values.get("moe_router_topk", 1) > 1
+            values |= {"routed_scaling_factor": 1.0} if several else {"moe_router_pre_softmax": True}
         if shared := config.get("n_shared_experts"):
             values["moe_shared_expert_intermediate_size"] = shared * values["moe_intermediate_size"]
         if config.get("topk_method") == "group_limited_greedy":

@@ -31,7 +31,7 @@ class MiniCPM(Family):
     def read(self, config: Config) -> dict[str, Any]:
         values = super().read(config)
         hidden = config.count("hidden_size")
-        return values | {"output_multiplier_scale": config.get("dim_model_base", hidden) / hidden}
+        return values | {"output_multiplier_scale": config.get("dim_model_base", 1) / hidden}
 
     def write(self, spec: ModelSpec) -> dict[str, Any]:
         base = spec.output_multiplier_scale * spec.hidden_size

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,14 @@ from modellink.ckpt_convert.formats import register
 from modellink.ckpt_convert.hf_config import Config
 from modellink.ckpt_convert.plan import ConversionPlan, PlannedFile
 from modellink.ckpt_convert.rules import HFTensor, inverse
-from modellink.ckpt_convert.source import Checkpoint, assemble, refuse_left_over, refuse_missing, refuse_shape
+from modellink.ckpt_convert.source import (
+    Checkpoint,
+    assemble,
+    refuse_larger,
+    refuse_left_over,
+    refuse_missing,
+    refuse_shape,
+)
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.storage import safetensors
 from modellink.ckpt_convert.storage.pickle import read_archive
@@ -77,8 +85,9 @@ def open_folder(folder: Path, family: str | None = None) -> Checkpoint:
         ModelLinkError: something is missing, damaged or not supported; it names the file, key or tensor.
     """
     spec, family = read_spec(Config.load(folder), family)
-    rules = family_of(family).rules(spec)
     found = _weights(folder, family)
+    refuse_larger(spec, folder, tensors=len(found), numbers=sum(prod(stored.shape) for stored in found.values()))
+    rules = family_of(family).rules(spec)
     if spec.tied:
         _drop_tied_copy(found, family, spec)
     targets = inverse(spec, rules)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.megatron.dialects import is_latent, our_name
-from modellink.ckpt_convert.source import assemble, refuse_left_over
+from modellink.ckpt_convert.source import assemble, refuse_larger, refuse_left_over
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.storage.pickle import DTYPES, names, read_archive, read_pickle
 from modellink.ckpt_convert.storage.tensors import Assembled, Part, Stored
@@ -77,6 +77,8 @@ def read(folder: Path, spec: ModelSpec) -> dict[str, Assembled]:
             `spec`.
     """
     entries = _entries(folder)
+    files = {chunk.file for entry in entries.values() for chunk in entry.chunks}
+    refuse_larger(spec, folder, numbers=sum(path.stat().st_size for path in files if path.is_file()))
     known = weights(spec)
     parts: dict[str, list[Part]] = {}
     left_over = []

@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from modellink.ckpt_convert.lora import LORA, A, B, sides
 from modellink.ckpt_convert.megatron import dialects, ranks
 from modellink.ckpt_convert.megatron.ranks import FILE, Ranks, rank_folder
-from modellink.ckpt_convert.source import assemble, refuse_left_over, refuse_missing, refuse_shape
+from modellink.ckpt_convert.source import assemble, refuse_larger, refuse_left_over, refuse_missing, refuse_shape
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.storage.pickle import Inert
 from modellink.ckpt_convert.storage.tensors import Assembled, Part, Stored
@@ -64,10 +65,12 @@ def read(folder: Path, spec: ModelSpec) -> MegatronModel:
     arguments = _arguments(loaded.first.arguments)
     _refuse_other_model(arguments, spec, folder)
     layout = _layout(spec, loaded, folder)
+    stored = [tensor for content in loaded.contents.values() for chunk in content.chunks for tensor in chunk.values()]
+    if not (only_adapter := _is_adapter(loaded)):
+        refuse_larger(spec, folder, numbers=sum(prod(tensor.shape) for tensor in stored))
     known = weights(spec)
     parts: dict[str, list[Part]] = {}
     adapter: dict[str, Assembled] = {}
-    only_adapter = _is_adapter(loaded)
     for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
         names = stage_names(spec, layout, stage, chunk, expert_rank)
         where = folder / rank_folder(layout, 0, stage, expert_rank) / FILE

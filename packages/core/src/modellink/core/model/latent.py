@@ -41,10 +41,10 @@ class LatentAttention(MegatronModule):
             self.linear_q_proj = self._column(hidden, heads * layer.head_dim)
         else:
             self.linear_q_down_proj = ReplicatedLinear(config, hidden, layer.q_lora_rank)
-            self.q_layernorm = Norm(config, layer.q_lora_rank, spec.norm_epsilon)
+            self.q_layernorm = Norm(config, layer.q_lora_rank, layer.latent_norm_epsilon)
             self.linear_q_up_proj = self._column(layer.q_lora_rank, heads * layer.head_dim)
         self.linear_kv_down_proj = ReplicatedLinear(config, hidden, latent + self.rope)
-        self.kv_layernorm = Norm(config, latent, spec.norm_epsilon)
+        self.kv_layernorm = Norm(config, latent, layer.latent_norm_epsilon)
         self.linear_kv_up_proj = self._column(latent, heads * (self.nope + self.value_dim))
         self.core_attention = build_module(submodules.core_attention, config=config, layer_number=layer_number, **kwargs)
         self.linear_proj = build_module(

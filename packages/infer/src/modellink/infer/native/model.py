@@ -43,9 +43,10 @@ IN_LAYERS = {"num_attention_heads", "num_query_groups", "kv_channels", "ffn_hidd
              "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
              "rope_scaling_beta_fast", "rope_scaling_beta_slow", "rope_scaling_mscale",
              "rope_scaling_mscale_all_dim", "layer_rotary_bases", "sliding_window", "window_attn_skip_freq",
-             "layer_windows"}
+             "layer_windows", "latent_norm_epsilon"}
 # Fields of LayerSpec: those that may have any value, and the supported values of the others.
-ANY_VALUE = {"number", "heads", "groups", "head_dim", "value_dim", "window", "rope", "qkv_bias", "ffn"}
+ANY_VALUE = {"number", "heads", "groups", "head_dim", "value_dim", "window", "rope", "qkv_bias", "ffn",
+             "latent_norm_epsilon"}  # the last has no effect on grouped attention
 SUPPORTED: dict[str, Collection[object]] = {
     "attention": ["grouped"], "nope_dim": [0], "q_lora_rank": [None], "kv_lora_rank": [0], "alibi": [False],
     "normalization": ["RMSNorm"], "post_norm": [False], "dense_bias": [False], "mlp_bias": [False],
