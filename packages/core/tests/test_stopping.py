@@ -191,9 +191,10 @@ def test_what_a_kill_left_goes_with_the_next_save(run, tmp_path):
 
 
 def drop(folder: str, iteration: int, keep: int) -> None:
-    from modellink.core.train.checkpoint import drop_older
+    from modellink.core.train.checkpoint import drop_older, finish_removals
 
     drop_older(Path(folder), iteration, keep)
+    finish_removals()
 
 
 def test_what_is_kept_is_counted_back_from_the_save_of_now(pools, tmp_path):

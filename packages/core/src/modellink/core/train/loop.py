@@ -17,6 +17,7 @@ from modellink.core.profiling import Profiler
 from modellink.core.run import Run
 from modellink.core.train.balance import balance_losses
 from modellink.core.train.callbacks import Callback
+from modellink.core.train.checkpoint import finish_removals
 from modellink.core.train.digest import Digests
 from modellink.core.train.finite import keep_batch, refuse_not_finite
 from modellink.core.train.guard import GuardFactory, NoGuard
@@ -115,6 +116,7 @@ class Loop:
                 self.clock.lap()  # evaluating and saving do not count as part of an iteration
             with guard.finishing(last=True):
                 self.writer.wait()
+                finish_removals()
         return leaving
 
     def _report_step(self) -> None:
