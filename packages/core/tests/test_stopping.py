@@ -382,7 +382,7 @@ def poisoned(value: float) -> str:
     gradients[4] = value if dist.get_rank() == dist.get_world_size() - 1 else 0
     model = SimpleNamespace(buffers=[SimpleNamespace(grad_data=gradients)], expert_parallel_buffers=[])
     try:
-        refuse_not_finite([model], torch.tensor(2.0), "iteration 7", lambda: "kept")
+        refuse_not_finite([model], torch.tensor([2.0]), "iteration 7", lambda: "kept")
     except ModelLinkError as error:
         return error.what
     return ""

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from modellink.kernels.owner import owned, owner_file
 
 OPTIONS = {"seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "lr": 5e-3, "train_iters": 5, "eval_iters": 0,
            "split": "100,0,0", "device": "cpu", "seed": 7, "lr_decay_style": "cosine", "lr_warmup_iters": 2, "log_interval": 1,
@@ -70,6 +73,37 @@ def test_half_precision_follows_fp32(run, whole, layout, precision):
     steps = run(layout, **{precision: True, "initial_loss_scale": 1024.0})
     assert [step[2] for step in steps] == pytest.approx([step[2] for step in whole], abs=2e-2)
     assert [step[2] for step in steps] != [step[2] for step in whole]
+
+
+def lose(folder: str) -> list[str]:
+    """On a rank: what a run that owns `folder` is told when its owner file is removed, and when another run has replaced it."""
+    import torch.distributed as dist
+
+    from modellink.core.train.ownership import LostFolder, check, own
+
+    file, told = owner_file(folder, inside=True), []
+    with own(Path(folder)):
+        check(Path(folder))
+        for change in (lambda: file.write_text("{}"), file.unlink):
+            dist.barrier()
+            if dist.get_rank() == 0:
+                change()
+            dist.barrier()
+            try:
+                check(Path(folder))
+            except LostFolder as error:
+                told.append(error.what)
+    return told
+
+
+def test_a_folder_has_one_run(pools, run, tmp_path):
+    with (owned(tmp_path / "saved", inside=True),
+          pytest.raises(AssertionError, match=rf"(?s)process {os.getpid()} .* is writing to this output.*rank 1:.*is writing")):
+        run("dp2", save=str(tmp_path / "saved"))
+    assert list((tmp_path / "saved").iterdir()) == []
+    (first, second) = pools(2)(lose, folder=str(tmp_path / "saved"))
+    assert first == second == ["another run has taken over --save: this run saves nothing more and ends",
+                               "the owner file of this run was removed from --save: this run saves nothing more and ends"]
 
 
 def test_from_random_weights_to_a_hugging_face_folder(pools, tiny, corpus, tmp_path):

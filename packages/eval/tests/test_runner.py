@@ -13,6 +13,7 @@ import pytest
 
 from modellink.eval import Likelihood, evaluate, load_task
 from modellink.kernels.errors import ModelLinkError
+from modellink.kernels.owner import owned
 
 STYLES = ("original", "lm-eval")
 
@@ -159,6 +160,12 @@ def test_a_line_that_was_cut_off_is_answered_again(data, backend, tmp_path, ngra
     again = ngram.NgramBackend()
     evaluate("boolq", data, again, tmp_path / "out")
     assert len(again.asked) == 2 and results(tmp_path / "out") == before
+
+
+def test_an_output_has_one_run(data, ngram, tmp_path):
+    with owned(tmp_path / "out", inside=True), pytest.raises(ModelLinkError, match="is writing to this output"):
+        evaluate("mmlu", data, ngram.NgramBackend(), tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_another_batch_size_gives_the_same_results(data, ngram, tmp_path):

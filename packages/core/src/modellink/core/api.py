@@ -72,4 +72,6 @@ def train(run: Run, method: type[Method] | None = None, callbacks: Sequence[Call
     """
     from modellink.core.resilience.guard import guard
     from modellink.core.train.loop import train as loop  # imports megatron, which is on its device since `join`
-    return loop(run, (method or find_method(run.method))(run), callbacks, guard)
+    from modellink.core.train.ownership import own
+    with own(run.checkpoint.save):
+        return loop(run, (method or find_method(run.method))(run), callbacks, guard)

@@ -26,6 +26,7 @@ from modellink.eval.sandbox import Sandbox
 from modellink.eval.score import Mark, summarize
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.files import kill_point, read_json, write_json
+from modellink.kernels.owner import owned
 from modellink.kernels.progress import Work
 
 BATCH = 32
@@ -76,7 +77,12 @@ def run(jobs: Sequence[Job], backend: Backend, output: Path | None, *, batch_siz
     model = dict(backend.describe())
     if output is not None:
         check_output(jobs, model, output)
-        output.mkdir(parents=True, exist_ok=True)
+    with nullcontext() if output is None else owned(output, inside=True):
+        return _run(jobs, backend, model, output, batch_size, sandbox, show)
+
+
+def _run(jobs: Sequence[Job], backend: Backend, model: Mapping[str, Any], output: Path | None, batch_size: int,
+         sandbox: Sandbox | None, show: bool) -> dict[str, Any]:
     results: dict[str, Any] = {"modellink-eval": version("modellink-eval"), "model": model, "tasks": {}, "run": {}}
     if output is not None and (output / RESULTS).is_file():  # results of other tasks of the same model are kept
         results |= {part: read_json(output / RESULTS)[part] for part in ("tasks", "run")}

@@ -113,6 +113,12 @@ def owner_file(target: Path | str, *, inside: bool = False) -> Path:
     return target / ".owner" if inside else target.with_name(f".{target.name}.owner")
 
 
+def token_of(path: Path) -> str | None:
+    """The token of the present owner. None: there is no owner file."""
+    held = _read(path)
+    return None if held is None else held.token
+
+
 @contextmanager
 def owned(target: Path | str, *, inside: bool = False, wait: bool = False) -> Iterator[Owner]:
     """Be the only writer of `target` within the block.
@@ -151,15 +157,12 @@ def take(path: Path, *, wait: bool = False, after: str | None = None) -> Owner:
                 raise
             if not told:
                 told = True
-                note(f"waiting for {error.held}, which writes {path}")
+                note(f"{error.what}: waiting until it has ended")
             time.sleep(POLL)
 
 
 class _Held(ModelLinkError):
-    def __init__(self, path: Path, held: Record) -> None:
-        self.held = held
-        super().__init__(f"{held} is writing to this output", where=path,
-                         fix="wait until it has ended, or choose another output")
+    """Another process owns the output."""
 
 
 def _acquire(path: Path, after: str | None = None) -> Record:
@@ -169,7 +172,8 @@ def _acquire(path: Path, after: str | None = None) -> Record:
         if held is None:  # released at this moment
             continue
         if held.token != after and not _is_gone(path, held):
-            raise _Held(path, held)
+            raise _Held(f"{held} is writing to this output", where=path,
+                        fix="wait until it has ended, or choose another output")
         with _guard(path, held.token):
             if (now := _read(path)) is not None and now.token == held.token:
                 path.unlink()

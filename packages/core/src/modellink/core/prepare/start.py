@@ -19,6 +19,7 @@ from modellink.core.config import CheckpointConfig, LoraConfig, OptimizerConfig,
 from modellink.core.train.progress import Progress, changes, read_progress
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.options import Layer, fields_of, resolve
+from modellink.kernels.owner import owner_file
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,13 @@ def resolve_start(checkpoint: CheckpointConfig, lora: LoraConfig) -> tuple[Check
     if checkpoint.auto_resume and save is not None and complete_iterations(save):
         checkpoint = replace(checkpoint, finetune=False, ckpt_step=None, load_optim=True, load_rng=True)  # those are of --load
         return (checkpoint, replace(lora, lora_load=save)) if lora.on else (replace(checkpoint, load=save), lora)
-    if load is not None and load == save and (not load.exists() or not any(load.iterdir())):
+    if load is not None and load == save and (not load.exists() or _is_empty(load)):
         return replace(checkpoint, load=None), lora
     return checkpoint, lora
+
+
+def _is_empty(folder: Path) -> bool:
+    return not set(folder.iterdir()) - {owner_file(folder, inside=True)}  # left by a run that was killed before its first save
 
 
 def find_start(config: CheckpointConfig, lora: LoraConfig) -> Start:

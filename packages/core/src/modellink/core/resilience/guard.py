@@ -22,6 +22,7 @@ from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end
 from modellink.core.run import Run
 from modellink.core.train.finite import BadWeights, NotFinite
 from modellink.core.train.guard import Guard, GuardFactory, NoGuard
+from modellink.core.train.ownership import LostFolder
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
@@ -122,7 +123,7 @@ class HighAvailability:
         try:
             yield
         except ModelLinkError as error:  # on all ranks
-            if last or isinstance(error, BadWeights):  # further steps would not repair them
+            if last or isinstance(error, (BadWeights, LostFolder)):  # further steps would not repair them
                 raise
             self._say(f"training continues without this checkpoint: {error.what}")
         self._watch.beat()

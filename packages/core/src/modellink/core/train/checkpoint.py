@@ -29,6 +29,7 @@ from modellink.ckpt_convert.iterations import FOLDER, TRACKER, iteration_folder
 from modellink.ckpt_convert.manifest import Manifest, write_companions
 from modellink.ckpt_convert.megatron.distributed import refuse_unknown_names
 from modellink.core.model.load import bare
+from modellink.core.train import ownership
 from modellink.core.train.finite import refuse_bad_weights
 from modellink.core.train.optimizer import whole_parameters
 from modellink.core.train.optimizer_state import OptimizerState
@@ -58,6 +59,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     first = dist.get_rank() == 0
     writer = background or Writer()
     writer.wait()
+    ownership.check(folder)
     with whole_parameters(training.models):
         refuse_bad_weights(training, folder)
 
@@ -89,6 +91,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
         if extra_files is not None:
             extra_files(temporary)
         dist.barrier()
+        ownership.check(folder)
         on_all_ranks(complete, temporary)
 
     with whole_parameters(training.models):
