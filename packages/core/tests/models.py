@@ -29,7 +29,7 @@ YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 16}
 LATENT = SIZES | {"num_key_value_heads": 6, "kv_lora_rank": 20, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10,
-                  "head_dim": 8, "rms_norm_eps": 1e-6, "n_routed_experts": 8, "num_experts_per_tok": 3,
+                  "head_dim": 8, "rms_norm_eps": 1e-4, "n_routed_experts": 8, "num_experts_per_tok": 3,
                   "moe_intermediate_size": 28, "n_shared_experts": 2, "first_k_dense_replace": 1, "norm_topk_prob": False}
 MIXTURE = EIGHTH | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 28,
                     "shared_expert_intermediate_size": 36, "decoder_sparse_step": 1}

@@ -267,3 +267,50 @@ def test_what_a_curve_shows():
     drawn = draw_losses({"training": [(1, 2.0), (2, math.nan), (3, 1.0)], "validation": [(3, 1.5)]})
     assert drawn is not None and "nan" not in drawn and drawn.count("<circle") == 3
     assert "validation" not in (draw_losses({"training": [(1, 2.0), (3, 1.0)], "validation": []}) or "")
+
+
+READS = ("item", "tolist", "__bool__", "__int__", "__float__", "__index__")
+
+
+def reads(options: dict[str, Any]) -> list[dict[str, int]]:
+    """On a rank: by place, how often the host reads a tensor's value in each step of a run; each read waits for the device."""
+    import sys
+    from collections import Counter
+
+    import torch
+
+    from modellink.core.train.loop import Loop
+    steps: list[Counter[str]] = []
+    iterate = Loop.iterate
+
+    def counted(name: str) -> Any:
+        read = getattr(torch.Tensor, name)
+
+        def reading(self: Any, *more: Any) -> Any:
+            frame = sys._getframe(1)
+            if steps and "/torch/" not in frame.f_code.co_filename:
+                steps[-1][f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_name}"] += 1
+            return read(self, *more)
+        return reading
+
+    def iterated(self: Any) -> None:
+        steps.append(Counter())
+        iterate(self)
+
+    with contextlib.ExitStack() as patches:
+        for name in READS:
+            patches.enter_context(patch.object(torch.Tensor, name, counted(name)))
+        patches.enter_context(patch.object(Loop, "iterate", iterated))
+        training.train(options)
+    return [dict(step) for step in steps]
+
+
+EXPECTED = {"finite.refuse_not_finite": 1, "clip_grads.get_grad_norm_fp32": 1, "stop._anywhere": 1}
+"""Loss, metrics and the check before the update; the gradient norm; the agreement to stop."""
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_the_host_waits_for_the_device_as_often_however_many_parameters_and_micro_batches_there_are(pools, texts, batch):
+    options = texts | {"save_interval": None, "eval_iters": 0, "global_batch_size": batch, "train_iters": 3}
+    first = {"loop._loss_scale": 1}
+    assert pools(2)(reads, options=options) == [[EXPECTED | first, EXPECTED, EXPECTED]] * 2

@@ -191,9 +191,10 @@ def test_what_a_kill_left_goes_with_the_next_save(run, tmp_path):
 
 
 def drop(folder: str, iteration: int, keep: int) -> None:
-    from modellink.core.train.checkpoint import drop_older
+    from modellink.core.train.checkpoint import drop_older, finish_removals
 
     drop_older(Path(folder), iteration, keep)
+    finish_removals()
 
 
 def test_what_is_kept_is_counted_back_from_the_save_of_now(pools, tmp_path):
@@ -382,7 +383,7 @@ def poisoned(value: float) -> str:
     gradients[4] = value if dist.get_rank() == dist.get_world_size() - 1 else 0
     model = SimpleNamespace(buffers=[SimpleNamespace(grad_data=gradients)], expert_parallel_buffers=[])
     try:
-        refuse_not_finite([model], torch.tensor(2.0), "iteration 7", lambda: "kept")
+        refuse_not_finite([model], torch.tensor([2.0]), "iteration 7", lambda: "kept")
     except ModelLinkError as error:
         return error.what
     return ""

@@ -186,11 +186,16 @@ def start(device: Device) -> None:
     _started = device.kind
 
 
+def _l2_norm(_chunk_size: int, _noop: object, lists: list[list[Any]], _per_tensor: object) -> tuple[Any, None]:
+    """The norm over all tensors as a tensor of one number on their device; in place of Apex's multi_tensor_l2norm."""
+    return torch.stack([torch.norm(tensor).float() for tensors in lists for tensor in tensors]).norm().view(1), None
+
+
 def _fix() -> None:
     """Repair what megatron-core 0.16.1 gets wrong without Transformer Engine and Apex."""
-    from megatron.core import optimizer
+    from megatron.core import optimizer, utils
     from megatron.core.dist_checkpointing.strategies import filesystem_async
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils
@@ -210,3 +215,6 @@ def _fix() -> None:
     # 5. a save spawns a manager process (12 s, and it imports the main module again) for a queue that a save within
     #    this process does not need
     filesystem_async._results_queue = queue.Queue()
+    # 6. the gradient norm reads one number per parameter on the host, and waits for the device each time
+    if clip_grads.l2_norm_impl is utils.local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _l2_norm

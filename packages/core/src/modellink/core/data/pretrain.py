@@ -204,7 +204,7 @@ def micro_batches(dataset: Any, config: DataConfig, *, consumed: int, dp_rank: i
         rows = [dataset[number % len(dataset)] for number in range(start, start + size)]
         tokens, labels, mask = (torch.stack([torch.as_tensor(row[key]) for row in rows])
                                 for key in ("tokens", "labels", "loss_mask"))
-        largest = int(max(tokens.max(), labels.max()))
+        largest = max(int(part.numpy().max()) for part in (tokens, labels))
         if largest >= vocab_size:
             raise ModelLinkError(f"token id {largest} is outside the model's vocabulary of {vocab_size}",
                                  where=f"--data-path, sample {start}", fix="tokenize the data with this model's tokenizer")

@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.moe_utils import (
     get_moe_layer_wise_logging_tracker,
     reduce_aux_losses_tracker_across_ranks,
 )
+from torch import Tensor
 
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.core.config import MoEConfig
@@ -31,7 +32,7 @@ def names(spec: ModelSpec, moe: MoEConfig) -> list[str]:
     return [name for name, is_noted in noted.items() if is_noted]
 
 
-def balance_losses(spec: ModelSpec, moe: MoEConfig, num_microbatches: int) -> dict[str, float]:
+def balance_losses(spec: ModelSpec, moe: MoEConfig, num_microbatches: int) -> dict[str, Tensor]:
     """Means over layers of experts and micro batches since the last call; every rank calls it."""
     wanted = names(spec, moe)
     if not wanted:
@@ -45,6 +46,6 @@ def balance_losses(spec: ModelSpec, moe: MoEConfig, num_microbatches: int) -> di
         tracker["z_loss"]["avg_group"] = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     reduce_aux_losses_tracker_across_ranks(wanted)
     layers = sum(layer.experts is not None for layer in spec.layers)
-    found = {name: tracker[name]["values"].sum().item() / layers / num_microbatches for name in wanted}
+    found = {name: tracker[name]["values"].sum() / layers / num_microbatches for name in wanted}
     clear_aux_losses_tracker()
     return found

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,7 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
     def begin() -> None:
         if first:
             print(f"saving checkpoint at iteration {iteration:7d} to {folder} in torch-dist format", flush=True)
+            finish_removals()
             for unfinished in folder.glob("iter_*.tmp"):
                 shutil.rmtree(unfinished)
             temporary.mkdir(parents=True)
@@ -107,11 +110,26 @@ def save(training: Training, folder: Path, manifest: Manifest, companions: Path 
 
 
 def drop_older(folder: Path, iteration: int, keep: int) -> None:
-    """Remove all but the newest `keep` saves up to `iteration`; a partly removed one does not look complete."""
+    """Remove all but the newest `keep` saves up to `iteration`, in the background; what is being removed has another name."""
     saves = sorted((int(match[1]), path) for path in folder.glob("iter_*") if (match := FOLDER.match(path.name)))
     for _, path in [save for save in saves if save[0] <= iteration][:-keep]:
         leaving = path.rename(path.with_name(path.name + ".tmp"))
-        shutil.rmtree(leaving)
+        _removals.append(_remover().submit(shutil.rmtree, leaving))
+
+
+_removals: list[Future[None]] = []
+
+
+@cache
+def _remover() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix="removal")
+
+
+def finish_removals() -> None:
+    """Wait until old saves are removed; one that cannot be removed is noted, and the next save tries again."""
+    while _removals:
+        if (error := _removals.pop().exception()) is not None:
+            note(f"an old checkpoint could not be removed: {error}", every_rank=True)
 
 
 def resume(training: Training, path: Path, *, load_optim: bool = True, load_rng: bool = True) -> None:

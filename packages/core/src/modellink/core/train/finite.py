@@ -74,27 +74,29 @@ def _state(training: Training) -> Iterator[tuple[str, Tensor]]:
                     yield name, value.detach()
 
 
-def refuse_not_finite(models: Sequence[Any], loss: Tensor, where: str, leave: Callable[[], str],
-                      save: Path | None = None) -> None:
-    """Raise NotFinite on every rank if the loss, or a gradient on any rank, is NaN or infinite.
+def refuse_not_finite(models: Sequence[Any], measured: Tensor, where: str, leave: Callable[[], str],
+                      save: Path | None = None) -> list[float]:
+    """Return the numbers of `measured`; raise NotFinite on every rank if the loss, or a gradient on any rank, is NaN or infinite.
 
     Args:
+        measured: the loss and further metrics.
         where: the iteration and its samples, for the message.
         leave: keeps the batch and returns a phrase that says where.
         save: folder of the checkpoints.
     """
-    total = torch.zeros((), device=loss.device)
+    total = torch.zeros((), device=measured.device)
     for model in models:
         for buffer in (*model.buffers, *model.expert_parallel_buffers):
             total += buffer.grad_data.sum()  # one pass: NaN and infinity survive a sum
-    bad = (~torch.isfinite(torch.stack([loss, total]))).int()
+    bad = (~torch.isfinite(torch.stack([measured[0], total]))).float()
     dist.all_reduce(bad, op=dist.ReduceOp.MAX)
-    of_loss, of_gradient = bad.tolist()
+    of_loss, of_gradient, *numbers = torch.cat([bad, measured]).tolist()
     if of_loss or of_gradient:
-        what = f"the loss is {loss.item()}" if of_loss else "the loss is finite and a gradient is not"
+        what = f"the loss is {numbers[0]}" if of_loss else "the loss is finite and a gradient is not"
         raise NotFinite(f"{what}; {leave()}; {valid_checkpoint(save)}", where=where,
                         fix="inspect these samples and the learning rate; --no-check-for-nan-in-loss-and-grad disables "
                         "this check")
+    return numbers
 
 
 def keep_batch(folder: Path, batches: Iterable[Batch], count: int) -> str:

@@ -17,6 +17,7 @@ from modellink.core.profiling import Profiler
 from modellink.core.run import Run
 from modellink.core.train.balance import balance_losses
 from modellink.core.train.callbacks import Callback
+from modellink.core.train.checkpoint import finish_removals
 from modellink.core.train.digest import Digests
 from modellink.core.train.finite import keep_batch, refuse_not_finite
 from modellink.core.train.guard import GuardFactory, NoGuard
@@ -60,6 +61,7 @@ class Loop:
         self.clock, self.writer = Clock(run.device), Writer()
         self.digests = Digests(run, training)
         self.last_step: Step | None = None
+        self.loss_scale: float | None = None
         self.stop = Stop(run.checkpoint, run.device.torch)
         self.guard = guard(run, training, partial(save_now, training), self.advance)
 
@@ -114,6 +116,7 @@ class Loop:
                 self.clock.lap()  # evaluating and saving do not count as part of an iteration
             with guard.finishing(last=True):
                 self.writer.wait()
+                finish_removals()
         return leaving
 
     def _report_step(self) -> None:
@@ -152,9 +155,14 @@ class Loop:
         size = run.data.batch_size_at(start, run.layout.dp)
         values = run_schedule(self.method, training.models, lambda: self.feeds.train(consumed=start), **self._sizes(start))
         loss = values[self.method.metrics[0]]
+        values |= balance_losses(run.spec, run.moe, run.data.num_microbatches(run.layout.dp, start))
+        measured = torch.stack([value.float() for value in values.values()])
         if run.optimizer.check_for_nan_in_loss_and_grad and not run.optimizer.fp16:
             where = f"iteration {training.iteration + 1}, samples {start} to {start + size - 1}"
-            refuse_not_finite(training.models, loss, where, self._keep_batch, run.checkpoint.save)
+            numbers = refuse_not_finite(training.models, measured, where, self._keep_batch, run.checkpoint.save)
+        else:
+            numbers = measured.tolist()
+        found = dict(zip(values, numbers, strict=True))  # the host waits for the device once for all of them
         learning_rate = training.optimizer.param_groups[0]["lr"]
         self.digests.gradients()
         with record_function("optimizer-step"):  # a range in the traces of --profile
@@ -163,12 +171,18 @@ class Loop:
         self.digests.write(training.iteration, loss)
         self.last_step = Step(
             iteration=training.iteration, consumed_samples=training.consumed_samples, global_batch_size=size,
-            loss=loss.item(), learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
-            loss_scale=training.optimizer.get_loss_scale().item(), skipped=not updated, seconds=self.clock.lap(),
+            loss=numbers[0], learning_rate=learning_rate, grad_norm=None if grad_norm is None else float(grad_norm),
+            loss_scale=self._loss_scale(), skipped=not updated, seconds=self.clock.lap(),
             num_zeros=None if zeros is None else int(zeros),
-            balance=balance_losses(run.spec, run.moe, run.data.num_microbatches(run.layout.dp, start)),
-            metrics={name: values[name].item() for name in self.method.metrics[1:]})
+            balance={name: value for name, value in found.items() if name not in self.method.metrics},
+            metrics={name: found[name] for name in self.method.metrics[1:]})
         metrics.add(self.last_step)
+
+    def _loss_scale(self) -> float:
+        """The loss scale; only a dynamic one is read from the device in every step."""
+        if self.loss_scale is None or (self.run.optimizer.fp16 and self.run.optimizer.loss_scale is None):
+            self.loss_scale = self.training.optimizer.get_loss_scale().item()
+        return self.loss_scale
 
     def advance(self, *, updated: bool = True) -> None:
         """Count one more iteration, and step the schedule if the weights were updated."""
