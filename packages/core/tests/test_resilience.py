@@ -105,12 +105,12 @@ def test_a_fault_behind_a_fault(pools, options, tmp_path):
     pytest.param(["--nproc-per-node", "4", "--use-distributed-optimizer"], marks=pytest.mark.stress),
     pytest.param(["--nproc-per-node", "4", "--tp", "2", "--sequence-parallel"], marks=pytest.mark.stress)], ids=" ".join)
 def test_what_the_survivors_hold_is_saved(pools, options, tmp_path, more):
-    """A rank is killed and hangs; the run starts again each time from the step before, with no other checkpoint."""
+    """A rank hangs; the run starts again from the step before, with no other checkpoint."""
     straight, save = tmp_path / "straight", tmp_path / "save"
     pools(int(more[1]))(trained, arguments=[*options, *more, "--save", str(straight)])
-    said = watched(options, save, "kind=kill,step=3,rank=1,when=end;kind=hang,step=7,rank=1", *more)
-    assert re.findall(r"the surviving ranks save iteration (\d)", said) == ["3", "6"]
-    assert said.count("; restarting") == 2 and said.count("resuming from") == 2
+    said = watched(options, save, "kind=hang,step=3,rank=1", *more)
+    assert re.findall(r"the surviving ranks save iteration (\d)", said) == ["2"]
+    assert said.count("; restarting") == 1 and said.count("resuming from") == 1
     assert losses(save) == pytest.approx(losses(straight), rel=2e-6)
 
 
