@@ -76,7 +76,7 @@ def test_half_precision_follows_fp32(run, whole, layout, precision):
 
 
 def lose(folder: str) -> list[str]:
-    """On a rank: what a run that owns `folder` is told when its owner file is removed, and when another run has replaced it."""
+    """On a rank: the errors of a run that owns `folder`, after its owner file was replaced and after it was removed."""
     import torch.distributed as dist
 
     from modellink.core.train.ownership import LostFolder, check, own
