@@ -35,6 +35,7 @@ FOUR_NORMS = {"layernorm_zero_centered_gamma": True, "activation_func": "gelu_ta
 SHARED = {"moe_shared_expert_intermediate_size": 28}
 LATENT = SQUARE | WIDE_EXPERTS | SHARED | {
     "kv_channels": 20, "multi_head_latent_attention": True, "rotary_interleaved": True, "kv_lora_rank": 10, "v_head_dim": 6,
+    "latent_norm_epsilon": 1e-6,
     "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "first_k_dense_replace": 1, "moe_router_pre_softmax": True}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", SIZES),
