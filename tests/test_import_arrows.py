@@ -60,7 +60,7 @@ FLOORS: dict[str, tuple[str, ...]] = {
         "__main__",
         "cli",
         "convert",
-        "verify_model",
+        "verify_model | replicas",
         "streams",
         "inspect | open | options",
         "formats",

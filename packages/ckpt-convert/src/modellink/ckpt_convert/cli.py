@@ -125,7 +125,7 @@ def modellink_convert(src: str | None, dst: str | None, given: Layer, dry_run: D
                    make_vocab_size_divisible_by=options.make_vocab_size_divisible_by, verify=options.verify,
                    verify_model=options.verify and options.verify_model, params_dtype=dtype,
                    dry_run=dry_run is not None, max_shard_bytes=int(options.max_shard_size * GIGABYTE),
-                   workers=workers)
+                   workers=workers, allow_diverged=options.allow_diverged == "first")
     if dry_run:
         print(done.plan.describe(workers, free_bytes(target)))
         print(NOTHING_DONE)

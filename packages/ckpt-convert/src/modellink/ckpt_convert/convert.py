@@ -22,6 +22,7 @@ from modellink.ckpt_convert.formats.huggingface import config_for
 from modellink.ckpt_convert.megatron.dialects import Dialect
 from modellink.ckpt_convert.open import open_checkpoint
 from modellink.ckpt_convert.plan import ConversionPlan, size
+from modellink.ckpt_convert.replicas import check_replicas
 from modellink.ckpt_convert.source import Checkpoint
 from modellink.ckpt_convert.storage import writing
 from modellink.ckpt_convert.storage.tensors import dtype_name
@@ -69,7 +70,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: P
             make_vocab_size_divisible_by: int = 1, params_dtype: torch.dtype | None = None,
             overwrite: bool = False, verify: bool = False, verify_model: bool = False, dry_run: bool = False,
             family: str | None = None, hf: Path | str | None = None, iteration: int | None = None,
-            max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS) -> Converted:
+            max_shard_bytes: int = SHARD_BYTES, workers: int = WORKERS, allow_diverged: bool = False) -> Converted:
     """Convert the checkpoint `src`, a folder or an opened one, to the new folder `dst`.
 
     Args:
@@ -87,6 +88,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: P
         family, hf, iteration: see `open_checkpoint`.
         max_shard_bytes: largest safetensors or distcp file.
         workers: number of threads that read and write; each holds one block in memory.
+        allow_diverged: use the first copy of weights of which the ranks hold different copies.
 
     Raises:
         ModelLinkError: something is wrong with the source or the target; nothing is written then.
@@ -103,6 +105,7 @@ def convert(src: Checkpoint | Path | str, dst: Path | str, *, to: str, layout: P
     described = manifest.Manifest(source.family, source.spec, dtype, source.prompt_type)
     config = config_for(source.spec, source.family, source.companions, dtype)
     _check_target(source.folder, dst, overwrite)
+    check_replicas(source, allow_diverged=allow_diverged)
     temporary = dst.with_name(dst.name + ".tmp")
     if dry_run:
         _check_temporary(temporary, plan)

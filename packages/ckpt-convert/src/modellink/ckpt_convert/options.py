@@ -37,6 +37,8 @@ class ConvertOptions(VirtualLayoutOptions, ModelPathOptions):
     iteration: int | None = option(None, "Iteration to read. Default: the last complete one.", minimum=0, alias="--ckpt-step",
                                    heading="Source")
     true_vocab_size: int | None = option(None, "Vocabulary size of the model without padding; only checked.", minimum=1)
+    allow_diverged: Literal["first"] | None = option(None, "If the ranks hold different copies of a weight, use the first one. "
+                                                           "Default: refuse.")
     lora_load: Path | None = option(None, "Merge this LoRA adapter into the weights: a peft folder, or a Megatron checkpoint in "
                                           "any layout.", heading="LoRA adapter")
     lora_r: int | None = option(None, "Rank of the adapter. Required if it is not recorded, otherwise checked.", minimum=1)

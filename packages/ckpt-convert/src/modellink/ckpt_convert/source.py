@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +38,7 @@ class Checkpoint:
         iteration: of the files; None if the format has no iterations.
         adapter: the configuration, if the tensors are a LoRA adapter of the model and not its weights.
         merged: the configuration of a LoRA adapter that is merged into the weights.
+        copies: all copies of the weights that several ranks hold, the one in `tensors` first; see replicas.py.
     """
 
     format: str
@@ -51,6 +52,7 @@ class Checkpoint:
     prompt_type: str | None = None
     adapter: AdapterConfig | None = None
     merged: AdapterConfig | None = None
+    copies: Mapping[str, Sequence[Assembled]] = field(default_factory=dict)
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype

@@ -57,7 +57,7 @@ class MegatronCore(RankFiles):
         found = model.read(request.folder, described.spec)
         made = Checkpoint(found.kind, request.path, described.spec, described.family, described.companions,
                           found.tensors, found.layout, iteration_number(request.folder),
-                          described.prompt_type)
+                          described.prompt_type, copies=found.copies)
         if not found.adapter:
             return made
         if not (found.tensors or request.adapter):

@@ -12,7 +12,7 @@ writing (rank_state.py).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
@@ -25,7 +25,7 @@ from modellink.ckpt_convert.source import assemble, refuse_larger, refuse_left_o
 from modellink.ckpt_convert.spec import ModelSpec
 from modellink.ckpt_convert.storage.pickle import Inert
 from modellink.ckpt_convert.storage.tensors import Assembled, Part, Stored
-from modellink.ckpt_convert.weights import LAYERS, OUTPUT, Weight, stage_names, weights
+from modellink.ckpt_convert.weights import LAYERS, Weight, stage_names, weights
 from modellink.kernels.errors import ModelLinkError
 from modellink.kernels.parallel import ParallelLayout, padded_vocab_size, shard_ranges
 
@@ -45,6 +45,7 @@ class MegatronModel:
         layout: the layout they are stored in.
         adapter: the tensors of a LoRA adapter.
         arguments: Megatron's arguments of the run that saved them.
+        copies: all copies of the weights that several ranks hold, the one in `tensors` first.
     """
 
     kind: str
@@ -52,6 +53,7 @@ class MegatronModel:
     layout: ParallelLayout
     adapter: dict[str, Assembled]
     arguments: Mapping[str, Any]
+    copies: dict[str, list[Assembled]] = field(default_factory=dict)
 
 
 def read(folder: Path, spec: ModelSpec) -> MegatronModel:
@@ -69,7 +71,7 @@ def read(folder: Path, spec: ModelSpec) -> MegatronModel:
     if not (only_adapter := _is_adapter(loaded)):
         refuse_larger(spec, folder, numbers=sum(prod(tensor.shape) for tensor in stored))
     known = weights(spec)
-    parts: dict[str, list[Part]] = {}
+    found: dict[str, list[list[Part]]] = {}
     adapter: dict[str, Assembled] = {}
     for stage, expert_rank, chunk in product(range(layout.pp), range(layout.ep), range(layout.vpp)):
         names = stage_names(spec, layout, stage, chunk, expert_rank)
@@ -83,12 +85,15 @@ def read(folder: Path, spec: ModelSpec) -> MegatronModel:
         for model in models:
             refuse_missing((name for name in names if name not in model), where)
             refuse_left_over((name for name in model if name not in names), where)
-        for name, canonical in names.items():
-            if not (name == OUTPUT and canonical != OUTPUT):  # the copy of a tied embedding
-                parts[canonical] = list(shard_parts(name, known[canonical],
-                                                    [model[name] for model in models]))
-    return MegatronModel(kind, {} if only_adapter else assemble(spec, parts, folder), layout, adapter,
-                         arguments)
+        for name, canonical in names.items():  # the embedding's stage comes before that of its tied copy
+            found.setdefault(canonical, []).extend(
+                copies(name, known[canonical], [model[name] for model in models]))
+    if only_adapter:
+        return MegatronModel(kind, {}, layout, adapter, arguments)
+    tensors = assemble(spec, {name: several[0] for name, several in found.items()}, folder)
+    several_of = {name: [Assembled(name, known[name].shape, tuple(parts)) for parts in several]
+                  for name, several in found.items() if len(several) > 1}
+    return MegatronModel(kind, tensors, layout, adapter, arguments, several_of)
 
 
 def _is_adapter(loaded: Ranks) -> bool:
@@ -151,6 +156,14 @@ def _layout(spec: ModelSpec, loaded: Ranks, folder: Path) -> ParallelLayout:
                             num_layer_list=None if even or vpp > 1 else tuple(flat))
     layout.check_layers(spec.num_layers)
     return layout
+
+
+def copies(name: str, weight: Weight, shards: list[Stored]) -> list[list[Part]]:
+    """Return the parts of every copy of a weight that the tensor-parallel ranks hold; see `shard_parts`."""
+    first = list(shard_parts(name, weight, shards))
+    if {part.stored for part in first} != {shards[0]}:
+        return [first]  # split
+    return [first, *([Part(shard, range(shard.shape[0]), range(shard.columns), (0, 0))] for shard in shards[1:])]
 
 
 def shard_parts(name: str, weight: Weight, shards: list[Stored]) -> Iterator[Part]:
