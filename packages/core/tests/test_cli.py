@@ -92,7 +92,7 @@ def test_a_preset_with_smaller_sizes_trains(pools, options, tmp_path):
 def test_kills_while_saving_cost_one_interval(options, tmp_path):
     save = tmp_path / "save"
     options += ["--save", str(save)]
-    killed = command(*options, "--train-iters", "1", MODELLINK_KILL_AT="before-tracker")
+    killed = command(*options, "--train-iters", "1", "--lr-decay-iters", "3", MODELLINK_KILL_AT="before-tracker")
     assert killed.returncode == -9 and not (save / "latest_checkpointed_iteration.txt").exists()
     for point, behind in (("while-writing", True), ("before-rename", False)):
         # whole but not tracked still counts: the marker decides, not the tracker

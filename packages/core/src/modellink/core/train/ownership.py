@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,6 +32,7 @@ def own(folder: Path | None) -> Iterator[None]:
         return
     with ExitStack() as stack:
         def start() -> str:
+            stack.callback(_remove_empty, [path for path in (folder, *folder.absolute().parents) if not path.exists()])
             owner = take(owner_file(folder, inside=True))
             stack.callback(owner.release)
             return owner.token
@@ -41,6 +42,13 @@ def own(folder: Path | None) -> Iterator[None]:
             yield
         finally:
             del _tokens[folder]
+
+
+def _remove_empty(made: list[Path]) -> None:
+    """Remove the folders that a run created and wrote nothing to, the innermost first."""
+    for path in made:
+        with suppress(OSError):
+            path.rmdir()
 
 
 def check(folder: Path) -> None:
