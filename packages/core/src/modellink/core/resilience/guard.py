@@ -22,7 +22,7 @@ from modellink.core.resilience.watch import SAVING, Failure, Watch, connect, end
 from modellink.core.run import Run
 from modellink.core.train.finite import BadWeights, NotFinite
 from modellink.core.train.guard import Guard, GuardFactory, NoGuard
-from modellink.core.train.ownership import LostFolder
+from modellink.core.train.ownership import LostFolder, inherited
 from modellink.core.train.random_state import random_state, set_random_state
 from modellink.core.train.training import Training
 from modellink.kernels.errors import ModelLinkError
@@ -169,7 +169,8 @@ class HighAvailability:
         if plan.action == "save":
             self._say(f"{plan.why}; the surviving ranks save iteration {plan.iteration}")
             try:
-                self._save(again)
+                with inherited(run.checkpoint.save):
+                    self._save(again)
             finally:  # other machines wait for it
                 store.set("over", "yes")
             leave()

@@ -44,6 +44,31 @@ def own(folder: Path | None) -> Iterator[None]:
             del _tokens[folder]
 
 
+@contextmanager
+def inherited(folder: Path | None) -> Iterator[None]:
+    """Own `folder` in place of a rank 0 that has failed; all ranks that are left call it.
+
+    The file may still be there, be removed by the rank that ends, or be removed in this moment.
+
+    Raises:
+        LostFolder: another run saves there; on all ranks.
+    """
+    if folder is None or folder not in _tokens:
+        yield
+        return
+    with ExitStack() as stack:
+        def start() -> str:
+            path = owner_file(folder, inside=True)
+            if token_of(path) not in (None, _tokens[folder]):
+                raise _taken_over(path)
+            owner = take(path, wait=True, after=_tokens[folder])
+            stack.callback(owner.release)
+            return owner.token
+
+        _tokens[folder] = _on_first(start, LostFolder)
+        yield
+
+
 def _remove_empty(made: list[Path]) -> None:
     """Remove the folders that a run created and wrote nothing to, the innermost first."""
     for path in made:
@@ -60,11 +85,18 @@ def check(folder: Path) -> None:
         path = owner_file(folder, inside=True)
         if (found := token_of(path)) == _tokens[folder]:
             return found
-        what = "another run has taken over --save" if found else "the owner file of this run was removed from --save"
-        raise ModelLinkError(f"{what}: this run saves nothing more and ends", where=path,
-                             fix="let only one run save in a folder; resume from the last complete checkpoint")
+        raise _taken_over(path) if found else _lost("the owner file of this run was removed from --save", path)
 
     _on_first(compare, LostFolder)
+
+
+def _taken_over(path: Path) -> LostFolder:
+    return _lost("another run has taken over --save", path)
+
+
+def _lost(what: str, path: Path) -> LostFolder:
+    return LostFolder(f"{what}: this run saves nothing more and ends", where=path,
+                      fix="let only one run save in a folder; resume from the last complete checkpoint")
 
 
 def _on_first(work: Callable[[], str], kind: type[ModelLinkError]) -> str:
