@@ -180,5 +180,5 @@ def test_evaluation_does_not_change_the_order_of_training(pools, corpus):
 
 def test_a_folder_that_cannot_hold_the_order_is_named(pools, corpus, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(AssertionError, match=r"(?s)the sample index cannot be written: Not a directory.*--data-cache-path"):
+    with pytest.raises(AssertionError, match=r"(?s)the sample index cannot be built: .*Not a directory.*--data-cache-path"):
         pools(1)(first_tokens, prefixes=(str(corpus),), dp=1, consumed=0, passes=1, cache=str(tmp_path / "file/cache"))

@@ -165,7 +165,7 @@ def test_a_line_that_was_cut_off_is_answered_again(data, backend, tmp_path, ngra
 def test_an_output_has_one_run(data, ngram, tmp_path):
     with owned(tmp_path / "out", inside=True), pytest.raises(ModelLinkError, match="is writing to this output"):
         evaluate("mmlu", data, ngram.NgramBackend(), tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_batch_size_gives_the_same_results(data, ngram, tmp_path):

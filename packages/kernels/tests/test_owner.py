@@ -62,9 +62,16 @@ def test_the_second_writer_is_refused_by_name(tmp_path):
             pass
         with owned(tmp_path / "other"):  # not the same output
             pass
+    assert list(tmp_path.iterdir()) == []  # no folder either
     with owned(target):
+        target.touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "out"]
+
+
+def test_a_place_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelLinkError, match="the output cannot be written: Not a directory"), owned(tmp_path / "file/below/out"):
         pass
-    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
 
 
 def test_of_many_that_find_a_dead_owner_one_wins(tmp_path):

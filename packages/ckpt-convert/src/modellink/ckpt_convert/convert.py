@@ -153,11 +153,11 @@ def _check_target(src: Path, dst: Path, overwrite: bool) -> None:
     if there == here or there in here.parents or here in there.parents:
         raise ModelLinkError("one of source and target is inside the other", where=f"{src}, {dst}",
                              fix="choose a target folder outside of the source")
-    free_bytes(dst)
+    free_bytes(dst)  # refuses a target below a file
 
 
 def _check_temporary(temporary: Path, plan: ConversionPlan) -> None:
-    """Raise a ModelLinkError if the temporary folder is not of a conversion, or the disk is too small."""
+    """Raise a ModelLinkError if the temporary folder is not from a conversion, or the disk is too small."""
     free = free_bytes(temporary)
     if temporary.exists() and not (temporary / JOURNAL).exists() and any(temporary.iterdir()):
         raise ModelLinkError("the temporary folder of the output exists and is not from a conversion",

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
@@ -67,10 +67,11 @@ class Owner:
     Args:
         path: of the owner file.
         record: what it says.
+        made: folders that were created for it, the innermost first; those that are still empty are removed with it.
     """
 
-    def __init__(self, path: Path, record: Record) -> None:
-        self.path, self.token = path, record.token
+    def __init__(self, path: Path, record: Record, made: Sequence[Path] = ()) -> None:
+        self.path, self.token, self._made = path, record.token, made
         self._process, self._ended = os.getpid(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name="owner", daemon=True)
         self._thread.start()
@@ -99,6 +100,9 @@ class Owner:
         with contextlib.suppress(ModelLinkError, OSError), _guard(self.path, self.token):
             if not self.lost:
                 self.path.unlink()
+        with contextlib.suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
 
     def _beat(self) -> None:
         while not self._ended.wait(INTERVAL):
@@ -145,13 +149,16 @@ def take(path: Path, *, wait: bool = False, after: str | None = None) -> Owner:
         after: the token of an owner that is known to be gone.
 
     Raises:
-        ModelLinkError: another process owns it.
+        ModelLinkError: another process owns it, or it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = [folder for folder in path.absolute().parents if not folder.exists()]
     told = False
     while True:
         try:
-            return Owner(path, _acquire(path, after))
+            return Owner(path, _acquire(path, after), made)
+        except OSError as error:
+            raise ModelLinkError(f"the output cannot be written: {error.strerror}", where=path.parent,
+                                 fix="choose another place, or make this one writable") from None
         except _Held as error:
             if not wait:
                 raise
@@ -197,10 +204,13 @@ def _guard(path: Path, token: str) -> Iterator[None]:
 
 
 def _create(path: Path, record: Record) -> bool:
-    """Create the file unless it exists; returns whether this process did."""
+    """Create the file unless it exists; returns whether this process did. A missing folder is created first."""
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:
+        return False
+    except FileNotFoundError:  # also if an owner that ends has just removed the folder
+        path.parent.mkdir(parents=True, exist_ok=True)
         return False
     try:
         os.write(handle, json.dumps(asdict(record)).encode())

@@ -142,10 +142,10 @@ def _write_index(folder: Path, build: Callable[[Path, Callable[[], bool]], list[
                     note(f"the sample index in {folder} is not complete or not valid, and is built again")
                 temporary = stack.enter_context(atomic_folder(folder, overwrite=True, wait=True))
                 sample_index.remove_outdated(folder)
-            except OSError as error:
-                failed = error.strerror
+            except (OSError, ModelLinkError) as error:
+                failed = error.strerror if isinstance(error, OSError) else error.what
         if (failed := _from_first(failed)) is not None:
-            raise ModelLinkError(f"the sample index cannot be written: {failed}", where=folder,
+            raise ModelLinkError(f"the sample index cannot be built: {failed}", where=folder,
                                  fix="set --data-cache-path to a writable folder")
         build(temporary, lambda: rank() == 0)
     if dist.is_initialized():

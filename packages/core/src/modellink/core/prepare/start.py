@@ -157,8 +157,6 @@ def check_resumed(start: Start, method: str, checkpoint: CheckpointConfig, paral
         unit = "samples" if progress.by_samples else "iters"
         raise ModelLinkError(f"the resumed run is measured by --train-{unit}", where=f"{folder}, --train-iters, --train-samples",
                              fix=f"give --train-{unit}, or load only the weights with --finetune")
-
-
     _check_precision(progress, folder, checkpoint, optimizer)
     chosen = optimizer.override_opt_param_scheduler or optimizer.use_checkpoint_opt_param_scheduler
     changed = changes(progress.recipe, optimizer.schedule)

@@ -7,8 +7,8 @@
 
 All ranks write to `iter_N.tmp/`, possibly in the background (writer.py); when all are done, rank 0 calls fsync,
 writes the marker, renames, moves the tracker and removes old saves. A failed save leaves nothing behind, and weights that are
-not finite are not saved. Readers take
-the last complete iteration, regardless of the tracker. Weights have canonical names, so the converter reads them too.
+not finite are not saved. Readers take the last complete iteration, regardless of the tracker. Weights have canonical names, so
+the converter reads them too.
 
 Not here: loading only weights (model/load.py).
 """

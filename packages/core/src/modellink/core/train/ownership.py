@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -32,7 +32,6 @@ def own(folder: Path | None) -> Iterator[None]:
         return
     with ExitStack() as stack:
         def start() -> str:
-            stack.callback(_remove_empty, [path for path in (folder, *folder.absolute().parents) if not path.exists()])
             owner = take(owner_file(folder, inside=True))
             stack.callback(owner.release)
             return owner.token
@@ -69,13 +68,6 @@ def inherited(folder: Path | None) -> Iterator[None]:
         yield
 
 
-def _remove_empty(made: list[Path]) -> None:
-    """Remove the folders that a run created and wrote nothing to, the innermost first."""
-    for path in made:
-        with suppress(OSError):
-            path.rmdir()
-
-
 def check(folder: Path) -> None:
     """Raise LostFolder on all ranks unless this run still owns `folder`; all ranks call it."""
     if folder not in _tokens:
@@ -105,8 +97,6 @@ def _on_first(work: Callable[[], str], kind: type[ModelLinkError]) -> str:
     if dist.get_rank() == 0:
         try:
             shared = [work()]
-        except OSError as error:
-            shared = [(f"--save cannot be written: {error.strerror}", str(error.filename), "choose another folder")]
         except ModelLinkError as error:
             shared = [(error.what, str(error.where), error.fix)]
     dist.broadcast_object_list(shared)
