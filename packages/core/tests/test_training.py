@@ -172,9 +172,9 @@ def test_weights_and_biases_without_a_network(pools, tiny, corpus, tmp_path):
     options = {"data_path": (str(corpus),), "save": str(save), "wandb_project": "words", "wandb_exp_name": "first"}
     pools(1)(offline, options=options | {"load": str(tiny), "exit_interval": 2})
     pools(1)(offline, options=options | {"load": str(save)})
-    folders = sorted((save / "wandb/wandb").glob("offline-run-*"))
-    assert {folder.name.rpartition("-")[2] for folder in folders} == {(save / "wandb.id").read_text()}  # one run
-    assert all(b"lm loss" in next(folder.glob("*.wandb")).read_bytes() for folder in folders)
+    files = list((save / "wandb/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{(save / 'wandb.id').read_text()}.wandb"}  # one run
+    assert all(b"lm loss" in file.read_bytes() for file in files)
 
 
 def test_a_half_written_checkpoint_is_passed_over(run, tmp_path):
