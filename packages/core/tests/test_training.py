@@ -162,8 +162,11 @@ def offline(options: dict[str, Any]) -> None:
     """On a rank: a run that must not look for a network."""
     import os
 
+    import wandb
+
     os.environ["WANDB_MODE"] = "offline"
     train(options)
+    wandb.teardown()  # its process writes the end of the file after the run has finished, and this waits for it
 
 
 def test_weights_and_biases_without_a_network(pools, tiny, corpus, tmp_path):
