@@ -36,8 +36,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 REPORT = Report(ROOT)
 PEERS = ("accelerate", "gguf", "hypothesis", "peft", "pytest", "transformers")
 HARNESS = "lm-eval[hf]"  # the benchmark peer of modellink-eval
-WORKERS = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "own_cores")
-"""Of pytest-xdist: two processes share the test files of a package. Each computes with one thread, on cores of its own."""
+WORKERS = ("-n", "2", "--dist", "loadfile")
+"""Of pytest-xdist: two processes share the test files of a package. Each computes with one thread; more would compete."""
 
 
 class Env:
@@ -116,8 +116,7 @@ def types(env: Env) -> None:
 def tests_of(package: str) -> Callable[[Env], None]:
     def tests(env: Env) -> None:
         env.install(package, *test_needs(ROOT, package), "pytest-xdist")
-        env.pytest(*WORKERS, "-m", "not stress", str(ROOT / "packages" / package / "tests"), OMP_NUM_THREADS="1",
-                   PYTHONPATH=str(ROOT / "tests" / "support"))
+        env.pytest(*WORKERS, "-m", "not stress", str(ROOT / "packages" / package / "tests"), OMP_NUM_THREADS="1")
 
     tests.__doc__ = f"The tests of modellink-{package} against its wheel, installed on its own."
     return tests
